@@ -1,0 +1,47 @@
+// Status and shape texts, and the plain threads that stand in for a framework's pool behind the C entry points.
+// SPDX-License-Identifier: Apache-2.0
+
+#include "cc/core/common.h"
+
+#include <cstdarg>
+#include <cstdio>
+
+namespace tf_deform {
+
+Status InvalidArgument(const char* format, ...) {
+  Status status;
+  status.code = Status::kInvalidArgument;
+  va_list arguments;
+  va_start(arguments, format);
+  vsnprintf(status.message, sizeof(status.message), format, arguments);
+  va_end(arguments);
+  return status;
+}
+
+ShapeText::ShapeText(const Shape& shape) {
+  if (shape.rank < 0) {
+    snprintf(text, sizeof(text), "None");
+    return;
+  }
+  size_t used = static_cast<size_t>(snprintf(text, sizeof(text), "("));
+  for (int axis = 0; axis < shape.rank; ++axis) {
+    const char* separator = axis + 1 < shape.rank ? ", " : shape.rank == 1 ? "," : "";
+    const size_t room = sizeof(text) - used;
+    int written;
+    if (axis == Shape::kMaxRank) {
+      written = snprintf(text + used, room, "...");
+      used += static_cast<size_t>(written);
+      break;
+    }
+    if (shape.dims[axis] < 0) {
+      written = snprintf(text + used, room, "None%s", separator);
+    } else {
+      written = snprintf(text + used, room, "%lld%s", static_cast<long long>(shape.dims[axis]), separator);
+    }
+    if (static_cast<size_t>(written) >= room) return;
+    used += static_cast<size_t>(written);
+  }
+  snprintf(text + used, sizeof(text) - used, ")");
+}
+
+}  // namespace tf_deform

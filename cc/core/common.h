@@ -1,0 +1,89 @@
+// What every operator of the core shares: status, element types, shapes and the caller's threads.
+// SPDX-License-Identifier: Apache-2.0
+
+#ifndef TF_DEFORM_CC_CORE_COMMON_H_
+#define TF_DEFORM_CC_CORE_COMMON_H_
+
+#include <cstdint>
+
+namespace tf_deform {
+
+// Outcome of a call. The core never throws, prints or exits: whoever calls it decides what an error becomes.
+struct Status {
+  enum Code : int { kOk = 0, kInvalidArgument = 1, kUnimplemented = 2, kInternal = 3 };
+
+  Code code = kOk;
+  char message[512] = "";
+
+  bool ok() const { return code == kOk; }
+};
+
+// Builds a kInvalidArgument status from a printf format.
+Status InvalidArgument(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+#define TF_DEFORM_RETURN_IF_ERROR(expression)               \
+  do {                                                      \
+    const ::tf_deform::Status status_of_call = (expression); \
+    if (!status_of_call.ok()) return status_of_call;        \
+  } while (false)
+
+// Element type of inputs, kernel and output. Coordinates (offset, mask, rois) are kFloat64 when this is kFloat64, else
+// kFloat32. The numbers are part of the C interface.
+enum class DataType : int { kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2, kFloat64 = 3 };
+
+// Tensor shape, outermost dimension first; -1 stands for an unknown rank or dimension (graphs are judged before all is
+// known).
+struct Shape {
+  static constexpr int kMaxRank = 8;
+
+  int rank = -1;
+  int64_t dims[kMaxRank] = {};  // only the first kMaxRank are kept
+
+  int64_t dim(int axis) const { return rank < 0 ? -1 : dims[axis]; }
+};
+
+// The shape as Python prints a tuple, unknown dimensions as None.
+struct ShapeText {
+  explicit ShapeText(const Shape& shape);
+  char text[160];
+};
+
+// The caller's threads. `run` calls task(argument, index, worker) once for every index in [0, num_tasks), in any order,
+// and returns when all are done. `worker` is in [0, num_workers); two calls that overlap in time have different workers,
+// so a worker's scratch needs no lock.
+struct ParallelFor {
+  using Task = void (*)(void* argument, int64_t index, int worker);
+
+  int num_workers = 1;
+  void* context = nullptr;
+  void (*run)(void* context, int64_t num_tasks, Task task, void* argument) = nullptr;  // null: run here, as worker 0
+
+  // `body` is any callable with (int64_t index, int worker).
+  template <typename Body>
+  void operator()(int64_t num_tasks, Body&& body) const {
+    if (run == nullptr || num_tasks <= 1) {
+      for (int64_t index = 0; index < num_tasks; ++index) body(index, 0);
+      return;
+    }
+    run(
+        context, num_tasks,
+        [](void* argument, int64_t index, int worker) {
+          (*static_cast<typename RemoveReference<Body>::Type*>(argument))(index, worker);
+        },
+        &body);
+  }
+
+ private:
+  template <typename U>
+  struct RemoveReference {
+    using Type = U;
+  };
+  template <typename U>
+  struct RemoveReference<U&> {
+    using Type = U;
+  };
+};
+
+}  // namespace tf_deform
+
+#endif  // TF_DEFORM_CC_CORE_COMMON_H_

@@ -1,0 +1,87 @@
+// Deformable convolution: C entry points, for callers without a framework.
+// SPDX-License-Identifier: Apache-2.0
+//
+// Every function that can fail returns a Status::Code and, if that is not 0,
+// writes the text of the error to `message` (message_size bytes, may be 0).
+
+#include <cstdint>
+#include <cstdio>
+
+#include "cc/core/deformable_conv2d.h"
+#include "cc/core/threads.h"
+
+namespace {
+
+int Report(const tf_deform::Status& status, char* message,
+           int64_t message_size) {
+  if (!status.ok() && message_size > 0) {
+    snprintf(message, static_cast<size_t>(message_size), "%s", status.message);
+  }
+  return status.code;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Judges the shapes and completes `params`. `mask` and `grad_output` may be
+// null.
+__attribute__((visibility("default"))) int TfDeformDeformableConv2DValidate(
+    tf_deform::DeformableConv2DParams* params, const tf_deform::Shape* inputs,
+    const tf_deform::Shape* kernel, const tf_deform::Shape* offset,
+    const tf_deform::Shape* mask, const tf_deform::Shape* grad_output,
+    char* message, int64_t message_size) {
+  tf_deform::DeformableConv2DShapes shapes;
+  shapes.inputs = *inputs;
+  shapes.kernel = *kernel;
+  shapes.offset = *offset;
+  shapes.mask = mask;
+  shapes.grad_output = grad_output;
+  return Report(tf_deform::Validate(shapes, params), message, message_size);
+}
+
+__attribute__((visibility("default"))) int64_t
+TfDeformDeformableConv2DCpuWorkspaceBytes(
+    const tf_deform::DeformableConv2DParams* params, int data_type,
+    int num_threads) {
+  return tf_deform::cpu::WorkspaceBytes(
+      *params, static_cast<tf_deform::DataType>(data_type), num_threads);
+}
+
+__attribute__((visibility("default"))) int64_t
+TfDeformDeformableConv2DCpuBackwardWorkspaceBytes(
+    const tf_deform::DeformableConv2DParams* params, int data_type,
+    const tf_deform::DeformableConv2DGradients* wanted, int num_threads) {
+  return tf_deform::cpu::BackwardWorkspaceBytes(
+      *params, static_cast<tf_deform::DataType>(data_type), *wanted,
+      num_threads);
+}
+
+__attribute__((visibility("default"))) int TfDeformDeformableConv2DCpuForward(
+    const tf_deform::DeformableConv2DParams* params, int data_type,
+    const tf_deform::DeformableConv2DInputs* operands, void* workspace,
+    void* output, int num_threads, char* message, int64_t message_size) {
+  return Report(
+      tf_deform::cpu::Forward(
+          *params, static_cast<tf_deform::DataType>(data_type), *operands,
+          workspace, output, tf_deform::Threads(num_threads)),
+      message, message_size);
+}
+
+__attribute__((visibility("default"))) int TfDeformDeformableConv2DCpuBackward(
+    const tf_deform::DeformableConv2DParams* params, int data_type,
+    const tf_deform::DeformableConv2DInputs* operands, const void* grad_output,
+    void* workspace, const tf_deform::DeformableConv2DGradients* gradients,
+    int num_threads, char* message, int64_t message_size) {
+  return Report(
+      tf_deform::cpu::Backward(
+          *params, static_cast<tf_deform::DataType>(data_type), *operands,
+          grad_output, workspace, *gradients, tf_deform::Threads(num_threads)),
+      message, message_size);
+}
+
+__attribute__((visibility("default"))) const char* TfDeformInstructionSet() {
+  return tf_deform::cpu::InstructionSet();
+}
+
+}  // extern "C"

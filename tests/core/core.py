@@ -1,0 +1,254 @@
+"""The core's C entry points through ctypes: no TensorFlow needed.
+
+`library()` loads the shared object named by the environment variable
+TF_DEFORM_CORE, or the one that the package was installed with.
+"""
+
+import ctypes
+import functools
+import glob
+import importlib.util
+import os
+
+import numpy as np
+
+INT64 = ctypes.c_int64
+DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
+PADDINGS = {"valid": 0, "same": 1, "explicit": 2}
+BOUNDARIES = {"zeros": 0, "clamp": 1}
+
+
+class Shape(ctypes.Structure):
+    _fields_ = [("rank", ctypes.c_int), ("dims", INT64 * 8)]
+
+    @classmethod
+    def of(cls, shape):
+        """From a tuple; None for an unknown rank or dimension."""
+        if shape is None:
+            return cls(-1)
+        dims = [-1 if dim is None else dim for dim in shape]
+        return cls(len(dims), (INT64 * 8)(*dims[:8]))
+
+
+class Params(ctypes.Structure):
+    _fields_ = [
+        *((name, INT64) for name in ("stride_h", "stride_w")),
+        *((name, INT64) for name in ("dilation_h", "dilation_w")),
+        *((f"pad_{side}", INT64) for side in ("top", "bottom", "left")),
+        ("pad_right", INT64),
+        ("offset_groups", INT64),
+        ("padding", ctypes.c_int),
+        ("boundary", ctypes.c_int),
+        *((name, INT64) for name in ("batch", "height", "width", "channels")),
+        *((name, INT64) for name in ("kernel_h", "kernel_w", "filters")),
+        *((name, INT64) for name in ("groups", "out_h", "out_w")),
+    ]
+
+
+class Pointers(ctypes.Structure):
+    """Operands (inputs, kernel, offset, mask) or their gradients."""
+
+    _fields_ = [
+        (name, ctypes.c_void_p)
+        for name in ("inputs", "kernel", "offset", "mask")
+    ]
+
+
+class CoreError(ValueError):
+    """An error that the core reported."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    path = os.environ.get("TF_DEFORM_CORE")
+    if path is None:
+        spec = importlib.util.find_spec("tf_deform")
+        found = [
+            match
+            for folder in (spec.submodule_search_locations if spec else [])
+            for match in glob.glob(os.path.join(folder, "_core*.so"))
+        ]
+        if not found:
+            raise FileNotFoundError(
+                "Expected the core's shared object in the installed package "
+                "or in the environment variable TF_DEFORM_CORE. Received: "
+                "neither. Run `make install` first."
+            )
+        path = found[0]
+    core = ctypes.CDLL(path)
+    core.TfDeformInstructionSet.restype = ctypes.c_char_p
+    for name in ("WorkspaceBytes", "BackwardWorkspaceBytes"):
+        getattr(core, f"TfDeformDeformableConv2DCpu{name}").restype = INT64
+    return core
+
+
+def _check(code: int, message: ctypes.Array) -> None:
+    if code != 0:
+        raise CoreError(message.value.decode())
+
+
+def _pair(value):
+    return value if isinstance(value, tuple) else (value, value)
+
+
+def validate(
+    inputs, kernel, offset, mask=None, grad_output=None, *, strides=1,
+    padding="valid", dilation_rate=1, offset_groups=1, boundary="zeros",
+) -> Params:
+    """Judges shapes (tuples, None where unknown) and attributes."""
+    params = Params()
+    params.stride_h, params.stride_w = _pair(strides)
+    params.dilation_h, params.dilation_w = _pair(dilation_rate)
+    params.offset_groups = offset_groups
+    params.boundary = BOUNDARIES[boundary]
+    if padding in ("valid", "same"):
+        params.padding = PADDINGS[padding]
+    else:
+        params.padding = PADDINGS["explicit"]
+        (params.pad_top, params.pad_bottom), (
+            params.pad_left,
+            params.pad_right,
+        ) = padding
+    message = ctypes.create_string_buffer(512)
+    optional = [
+        None if shape is None else ctypes.byref(Shape.of(shape))
+        for shape in (mask, grad_output)
+    ]
+    code = library().TfDeformDeformableConv2DValidate(
+        ctypes.byref(params),
+        *(ctypes.byref(Shape.of(s)) for s in (inputs, kernel, offset)),
+        *optional,
+        message,
+        INT64(len(message)),
+    )
+    _check(code, message)
+    return params
+
+
+def to_bfloat16(array: np.ndarray) -> np.ndarray:
+    """Rounds to nearest even; stored as uint16."""
+    bits = np.asarray(array, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def from_bfloat16(array: np.ndarray) -> np.ndarray:
+    return (array.astype(np.uint32) << 16).view(np.float32)
+
+
+def _stored(array, dtype):
+    if array is None:
+        return None
+    if dtype == "bfloat16":
+        return to_bfloat16(array)
+    return np.ascontiguousarray(array, dtype)
+
+
+def _poisoned(shape, dtype):
+    """Memory that must be overwritten whole: every byte is 0xFF, a NaN."""
+    storage = np.uint16 if dtype == "bfloat16" else dtype
+    array = np.empty(shape, storage)
+    array.view(np.uint8 if array.size else storage).fill(255)
+    return array
+
+
+def _workspace(num_bytes: int):
+    """Aligned scratch and the same with a guard behind it."""
+    memory = np.full(num_bytes + 128, 0xA5, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start:], memory.ctypes.data + start
+
+
+def _check_guard(memory, num_bytes):
+    if not (memory[num_bytes:] == 0xA5).all():
+        raise AssertionError("the core wrote past its workspace")
+
+
+def _pointers(arrays) -> Pointers:
+    return Pointers(*(None if a is None else a.ctypes.data for a in arrays))
+
+
+def _prepare(inputs, kernel, offset, mask, dtype, grad_output, attributes):
+    coordinates = "float64" if dtype == "float64" else "float32"
+    operands = [
+        _stored(inputs, dtype),
+        _stored(kernel, dtype),
+        _stored(offset, coordinates),
+        _stored(mask, coordinates),
+    ]
+    shapes = [None if array is None else array.shape for array in operands]
+    gradient = None if grad_output is None else grad_output.shape
+    return operands, validate(*shapes, gradient, **attributes), coordinates
+
+
+def forward(
+    inputs, kernel, offset, mask=None, *, dtype="float32", threads=1,
+    **attributes,
+) -> np.ndarray:
+    operands, params, _ = _prepare(
+        inputs, kernel, offset, mask, dtype, None, attributes
+    )
+    output = _poisoned(
+        (params.batch, params.out_h, params.out_w, params.filters), dtype
+    )
+    core = library()
+    num_bytes = core.TfDeformDeformableConv2DCpuWorkspaceBytes(
+        ctypes.byref(params), DTYPES[dtype], threads
+    )
+    memory, address = _workspace(num_bytes)
+    message = ctypes.create_string_buffer(512)
+    code = core.TfDeformDeformableConv2DCpuForward(
+        ctypes.byref(params),
+        DTYPES[dtype],
+        ctypes.byref(_pointers(operands)),
+        ctypes.c_void_p(address),
+        ctypes.c_void_p(output.ctypes.data),
+        threads,
+        message,
+        INT64(len(message)),
+    )
+    _check(code, message)
+    _check_guard(memory, num_bytes)
+    return from_bfloat16(output) if dtype == "bfloat16" else output
+
+
+def backward(
+    inputs, kernel, offset, mask, grad_output, *, dtype="float32", threads=1,
+    wanted=("inputs", "kernel", "offset", "mask"), **attributes,
+) -> dict[str, np.ndarray]:
+    """The wanted gradients by name; a missing mask has none."""
+    operands, params, coordinates = _prepare(
+        inputs, kernel, offset, mask, dtype, grad_output, attributes
+    )
+    gradient = _stored(grad_output, dtype)
+    dtypes = dict(
+        inputs=dtype, kernel=dtype, offset=coordinates, mask=coordinates
+    )
+    results = {
+        name: _poisoned(array.shape, dtypes[name])
+        for (name, _), array in zip(Pointers._fields_, operands, strict=True)
+        if name in wanted and array is not None
+    }
+    pointers = _pointers([results.get(name) for name, _ in Pointers._fields_])
+    core = library()
+    num_bytes = core.TfDeformDeformableConv2DCpuBackwardWorkspaceBytes(
+        ctypes.byref(params), DTYPES[dtype], ctypes.byref(pointers), threads
+    )
+    memory, address = _workspace(num_bytes)
+    message = ctypes.create_string_buffer(512)
+    code = core.TfDeformDeformableConv2DCpuBackward(
+        ctypes.byref(params),
+        DTYPES[dtype],
+        ctypes.byref(_pointers(operands)),
+        ctypes.c_void_p(gradient.ctypes.data),
+        ctypes.c_void_p(address),
+        ctypes.byref(pointers),
+        threads,
+        message,
+        INT64(len(message)),
+    )
+    _check(code, message)
+    _check_guard(memory, num_bytes)
+    return {
+        name: from_bfloat16(array) if dtypes[name] == "bfloat16" else array
+        for name, array in results.items()
+    }
