@@ -1,0 +1,356 @@
+// Deformable convolution in TensorFlow: ops, shape functions, CPU kernels.
+// SPDX-License-Identifier: Apache-2.0
+
+#include "cc/core/deformable_conv2d.h"
+
+#include <atomic>
+#include <cstdint>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "cc/tf/glue.h"
+#include "tensorflow/core/framework/common_shape_fns.h"
+#include "tensorflow/core/framework/op.h"
+#include "tensorflow/core/framework/op_kernel.h"
+#include "tensorflow/core/framework/shape_inference.h"
+#include "tensorflow/core/platform/errors.h"
+
+namespace tf_deform {
+namespace {
+
+using ::tensorflow::OpKernel;
+using ::tensorflow::OpKernelConstruction;
+using ::tensorflow::OpKernelContext;
+using ::tensorflow::Tensor;
+using ::tensorflow::TensorShape;
+using ::tensorflow::shape_inference::DimensionHandle;
+using ::tensorflow::shape_inference::InferenceContext;
+using ::tensorflow::shape_inference::ShapeHandle;
+
+// Reads the attributes that both ops have; `Source` is an InferenceContext or
+// an OpKernelConstruction.
+template <typename Source>
+tensorflow::Status ReadAttributes(Source* source,
+                                  DeformableConv2DParams* params) {
+  std::vector<int64_t> strides, dilations, paddings;
+  int64_t offset_groups;
+  std::string padding, boundary;
+  TF_RETURN_IF_ERROR(source->GetAttr("strides", &strides));
+  TF_RETURN_IF_ERROR(source->GetAttr("dilations", &dilations));
+  TF_RETURN_IF_ERROR(source->GetAttr("explicit_paddings", &paddings));
+  TF_RETURN_IF_ERROR(source->GetAttr("offset_groups", &offset_groups));
+  TF_RETURN_IF_ERROR(source->GetAttr("padding", &padding));
+  TF_RETURN_IF_ERROR(source->GetAttr("boundary", &boundary));
+  if (strides.size() != 2 || dilations.size() != 2) {
+    return tensorflow::errors::InvalidArgument(
+        "Expected `strides` and `dilation_rate` to be pairs (height, width). "
+        "Received: ",
+        strides.size(), " strides, ", dilations.size(), " dilation rates");
+  }
+  if (padding == "VALID") {
+    params->padding = Padding::kValid;
+  } else if (padding == "SAME") {
+    params->padding = Padding::kSame;
+  } else if (padding == "EXPLICIT") {
+    params->padding = Padding::kExplicit;
+  } else {
+    return tensorflow::errors::InvalidArgument(
+        "Expected `padding` to be VALID, SAME or EXPLICIT. Received: ",
+        padding);
+  }
+  if (boundary == "zeros") {
+    params->boundary = Boundary::kZeros;
+  } else if (boundary == "clamp") {
+    params->boundary = Boundary::kClamp;
+  } else {
+    return tensorflow::errors::InvalidArgument(
+        "Expected `boundary` to be zeros or clamp. Received: ", boundary);
+  }
+  const bool is_explicit = params->padding == Padding::kExplicit;
+  if (paddings.size() != (is_explicit ? 4 : 0)) {
+    return tensorflow::errors::InvalidArgument(
+        "Expected `explicit_paddings` to hold (top, bottom, left, right) with "
+        "padding EXPLICIT and nothing otherwise. Received: ",
+        paddings.size(), " values with padding ", padding);
+  }
+  params->stride_h = strides[0];
+  params->stride_w = strides[1];
+  params->dilation_h = dilations[0];
+  params->dilation_w = dilations[1];
+  params->offset_groups = offset_groups;
+  if (is_explicit) {
+    params->pad_top = paddings[0];
+    params->pad_bottom = paddings[1];
+    params->pad_left = paddings[2];
+    params->pad_right = paddings[3];
+  }
+  return tensorflow::Status();
+}
+
+// One mask or none.
+tensorflow::Status CheckNumMask(int num_mask) {
+  if (num_mask <= 1) return tensorflow::Status();
+  return tensorflow::errors::InvalidArgument(
+      "Expected `mask` to hold at most one tensor. Received: ", num_mask);
+}
+
+// Judges what the graph knows and fills `params` as far as that goes.
+tensorflow::Status InferParams(InferenceContext* context, bool has_gradient,
+                               DeformableConv2DParams* params) {
+  int num_mask;
+  TF_RETURN_IF_ERROR(context->GetAttr("num_mask", &num_mask));
+  TF_RETURN_IF_ERROR(CheckNumMask(num_mask));
+  TF_RETURN_IF_ERROR(ReadAttributes(context, params));
+  DeformableConv2DShapes shapes;
+  shapes.inputs = ToShape(context, context->input(0));
+  shapes.kernel = ToShape(context, context->input(1));
+  shapes.offset = ToShape(context, context->input(2));
+  Shape mask, grad_output;
+  if (num_mask == 1) {
+    mask = ToShape(context, context->input(3));
+    shapes.mask = &mask;
+  }
+  if (has_gradient) {
+    grad_output = ToShape(context, context->input(3 + num_mask));
+    shapes.grad_output = &grad_output;
+  }
+  return ToTensorFlow(Validate(shapes, params));
+}
+
+// A dimension of the output: its number if known, else the operand's own, so
+// that equal unknown dimensions are known to be equal.
+DimensionHandle OutputDim(InferenceContext* context, int64_t size,
+                          ShapeHandle operand, int axis) {
+  if (size >= 0) return context->MakeDim(size);
+  if (context->RankKnown(operand)) return context->Dim(operand, axis);
+  return context->UnknownDim();
+}
+
+tensorflow::Status ForwardShape(InferenceContext* context) {
+  DeformableConv2DParams params;
+  TF_RETURN_IF_ERROR(InferParams(context, false, &params));
+  const ShapeHandle offset = context->input(2);
+  context->set_output(
+      0, context->MakeShape(
+             {OutputDim(context, params.batch, context->input(0), 0),
+              OutputDim(context, params.out_h, offset, 1),
+              OutputDim(context, params.out_w, offset, 2),
+              OutputDim(context, params.filters, context->input(1), 3)}));
+  return tensorflow::Status();
+}
+
+tensorflow::Status CheckWanted(const std::vector<bool>& wanted, int num_mask) {
+  if (static_cast<int>(wanted.size()) == 3 + num_mask) {
+    return tensorflow::Status();
+  }
+  return tensorflow::errors::InvalidArgument(
+      "Expected `wanted` to have an entry for each of the ", 3 + num_mask,
+      " operands. Received: ", wanted.size());
+}
+
+tensorflow::Status BackwardShape(InferenceContext* context) {
+  DeformableConv2DParams params;
+  TF_RETURN_IF_ERROR(InferParams(context, true, &params));
+  std::vector<bool> wanted;
+  TF_RETURN_IF_ERROR(context->GetAttr("wanted", &wanted));
+  TF_RETURN_IF_ERROR(CheckWanted(wanted, context->num_inputs() - 4));
+  for (int i = 0; i < context->num_outputs(); ++i) {
+    context->set_output(i,
+                        wanted[i] ? context->input(i) : context->Vector(0));
+  }
+  return tensorflow::Status();
+}
+
+// Gradients computed so far in this process: of inputs, kernel, offset, mask.
+std::atomic<int64_t> gradients_computed[4];
+
+// What the kernels of both ops do before the arithmetic.
+class DeformableConv2DKernel : public OpKernel {
+ public:
+  explicit DeformableConv2DKernel(OpKernelConstruction* construction)
+      : OpKernel(construction) {
+    OP_REQUIRES_OK(construction, construction->GetAttr("num_mask", &num_mask_));
+    OP_REQUIRES_OK(construction, CheckNumMask(num_mask_));
+    OP_REQUIRES_OK(construction, ReadAttributes(construction, &attributes_));
+  }
+
+ protected:
+  int num_mask() const { return num_mask_; }
+
+  // Judges the operands. `grad_output` may be null.
+  tensorflow::Status Prepare(OpKernelContext* context,
+                             const Tensor* grad_output,
+                             DeformableConv2DParams* params,
+                             DeformableConv2DInputs* operands) const {
+    DeformableConv2DShapes shapes;
+    shapes.inputs = ToShape(context->input(0).shape());
+    shapes.kernel = ToShape(context->input(1).shape());
+    shapes.offset = ToShape(context->input(2).shape());
+    Shape mask, gradient;
+    if (num_mask_ == 1) {
+      mask = ToShape(context->input(3).shape());
+      shapes.mask = &mask;
+    }
+    if (grad_output != nullptr) {
+      gradient = ToShape(grad_output->shape());
+      shapes.grad_output = &gradient;
+    }
+    *params = attributes_;
+    TF_RETURN_IF_ERROR(ToTensorFlow(Validate(shapes, params)));
+    operands->inputs = context->input(0).data();
+    operands->kernel = context->input(1).data();
+    operands->offset = context->input(2).data();
+    if (num_mask_ == 1) operands->mask = context->input(3).data();
+    return tensorflow::Status();
+  }
+
+ private:
+  int num_mask_;
+  DeformableConv2DParams attributes_;
+};
+
+class ForwardKernel : public DeformableConv2DKernel {
+ public:
+  using DeformableConv2DKernel::DeformableConv2DKernel;
+
+  void Compute(OpKernelContext* context) override {
+    DeformableConv2DParams params;
+    DeformableConv2DInputs operands;
+    OP_REQUIRES_OK(context, Prepare(context, nullptr, &params, &operands));
+    TensorShape shape;
+    OP_REQUIRES_OK(
+        context,
+        TensorShape::BuildTensorShape(
+            {params.batch, params.out_h, params.out_w, params.filters},
+            &shape));
+    Tensor* output;
+    OP_REQUIRES_OK(context, context->allocate_output(0, shape, &output));
+    if (output->NumElements() == 0) return;
+    const ParallelFor parallel_for = ToParallelFor(context);
+    const DataType type = ToDataType(output->dtype());
+    Tensor memory;
+    void* workspace;
+    OP_REQUIRES_OK(
+        context,
+        AllocateWorkspace(
+            context,
+            cpu::WorkspaceBytes(params, type, parallel_for.num_workers),
+            &memory, &workspace));
+    OP_REQUIRES_OK(context, ToTensorFlow(cpu::Forward(
+                                params, type, operands, workspace,
+                                output->data(), parallel_for)));
+  }
+};
+
+class BackwardKernel : public DeformableConv2DKernel {
+ public:
+  explicit BackwardKernel(OpKernelConstruction* construction)
+      : DeformableConv2DKernel(construction) {
+    OP_REQUIRES_OK(construction, construction->GetAttr("wanted", &wanted_));
+    OP_REQUIRES_OK(construction, CheckWanted(wanted_, num_mask()));
+  }
+
+  void Compute(OpKernelContext* context) override {
+    const Tensor& grad_output = context->input(3 + num_mask());
+    DeformableConv2DParams params;
+    DeformableConv2DInputs operands;
+    OP_REQUIRES_OK(context,
+                   Prepare(context, &grad_output, &params, &operands));
+    DeformableConv2DGradients gradients;
+    void** const targets[] = {&gradients.inputs, &gradients.kernel,
+                              &gradients.offset, &gradients.mask};
+    for (int i = 0; i < 3 + num_mask(); ++i) {
+      Tensor* gradient;
+      if (!wanted_[i]) {
+        OP_REQUIRES_OK(context, context->allocate_output(i, {0}, &gradient));
+      } else if (context->output_required(i)) {  // not pruned from the graph
+        OP_REQUIRES_OK(context,
+                       context->allocate_output(
+                           i, context->input(i).shape(), &gradient));
+        if (gradient->NumElements() == 0) continue;
+        *targets[i] = gradient->data();
+        gradients_computed[i].fetch_add(1, std::memory_order_relaxed);
+      }
+    }
+    const ParallelFor parallel_for = ToParallelFor(context);
+    const DataType type = ToDataType(grad_output.dtype());
+    Tensor memory;
+    void* workspace;
+    OP_REQUIRES_OK(context,
+                   AllocateWorkspace(context,
+                                     cpu::BackwardWorkspaceBytes(
+                                         params, type, gradients,
+                                         parallel_for.num_workers),
+                                     &memory, &workspace));
+    OP_REQUIRES_OK(context,
+                   ToTensorFlow(cpu::Backward(params, type, operands,
+                                              grad_output.data(), workspace,
+                                              gradients, parallel_for)));
+  }
+
+ private:
+  std::vector<bool> wanted_;
+};
+
+// Attributes of both ops. Once released, only attributes with defaults may be
+// added: they are part of every SavedModel.
+#define TF_DEFORM_DEFORMABLE_CONV2D_OP(name)                         \
+  REGISTER_OP(name)                                                  \
+      .Attr("T: {half, bfloat16, float, double}")                    \
+      .Attr("Tcoord: {float, double}")                               \
+      .Attr("num_mask: int >= 0")                                    \
+      .Attr("strides: list(int)")                                    \
+      .Attr("padding: {'SAME', 'VALID', 'EXPLICIT'}")                \
+      .Attr("explicit_paddings: list(int) = []")                     \
+      .Attr("dilations: list(int) = [1, 1]")                         \
+      .Attr("offset_groups: int = 1")                                \
+      .Attr("boundary: {'zeros', 'clamp'} = 'zeros'")                \
+      .Input("inputs: T")                                            \
+      .Input("kernel: T")                                            \
+      .Input("offset: Tcoord")                                       \
+      .Input("mask: num_mask * Tcoord")
+
+TF_DEFORM_DEFORMABLE_CONV2D_OP("TfDeform>DeformableConv2D")
+    .Output("output: T")
+    .SetShapeFn(ForwardShape);
+
+// `wanted` says which gradients to compute; the others come out empty.
+TF_DEFORM_DEFORMABLE_CONV2D_OP("TfDeform>DeformableConv2DGrad")
+    .Attr("wanted: list(bool)")
+    .Input("grad_output: T")
+    .Output("grad_inputs: T")
+    .Output("grad_kernel: T")
+    .Output("grad_offset: Tcoord")
+    .Output("grad_mask: num_mask * Tcoord")
+    .SetShapeFn(BackwardShape);
+
+#define TF_DEFORM_REGISTER(T, Tcoord)                           \
+  REGISTER_KERNEL_BUILDER(Name("TfDeform>DeformableConv2D")     \
+                              .Device(tensorflow::DEVICE_CPU)   \
+                              .TypeConstraint<T>("T")           \
+                              .TypeConstraint<Tcoord>("Tcoord"), \
+                          ForwardKernel);                       \
+  REGISTER_KERNEL_BUILDER(Name("TfDeform>DeformableConv2DGrad") \
+                              .Device(tensorflow::DEVICE_CPU)   \
+                              .TypeConstraint<T>("T")           \
+                              .TypeConstraint<Tcoord>("Tcoord"), \
+                          BackwardKernel)
+
+TF_DEFORM_REGISTER(Eigen::half, float);
+TF_DEFORM_REGISTER(Eigen::bfloat16, float);
+TF_DEFORM_REGISTER(float, float);
+TF_DEFORM_REGISTER(double, double);
+
+}  // namespace
+}  // namespace tf_deform
+
+// How many gradients of each operand (inputs, kernel, offset, mask) kernels of
+// this process have computed: what tests ask to see that unwanted ones cost
+// nothing.
+extern "C" __attribute__((visibility("default"))) void
+TfDeformDeformableConv2DGradientsComputed(int64_t counts[4]) {
+  for (int i = 0; i < 4; ++i) {
+    counts[i] = tf_deform::gradients_computed[i].load();
+  }
+}

@@ -1,0 +1,128 @@
+// What every op's TensorFlow glue shares.
+// SPDX-License-Identifier: Apache-2.0
+
+#include "cc/tf/glue.h"
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+
+#include "tensorflow/core/framework/device_base.h"
+#include "tensorflow/core/lib/core/threadpool.h"
+#include "tensorflow/core/platform/errors.h"
+
+namespace tf_deform {
+namespace {
+
+// One loop handed out to a pool. Shared by its helpers, which may start only
+// after the loop is over: they find no index left and touch nothing else.
+struct Loop {
+  int64_t num_tasks;
+  ParallelFor::Task task;
+  void* argument;
+  std::atomic<int64_t> next{0};
+  std::atomic<int64_t> finished{0};
+  std::mutex mutex;
+  std::condition_variable all_finished;
+
+  void Work(int worker) {
+    for (int64_t index; (index = next.fetch_add(1)) < num_tasks;) {
+      task(argument, index, worker);
+      if (finished.fetch_add(1) + 1 == num_tasks) {
+        std::lock_guard<std::mutex> lock(mutex);
+        all_finished.notify_all();
+      }
+    }
+  }
+};
+
+// The calling thread is worker 0. It waits for tasks, not for helpers: a pool
+// busy with other ops cannot hold up a loop that the caller can finish alone.
+void RunOnPool(void* context, int64_t num_tasks, ParallelFor::Task task,
+               void* argument) {
+  auto* pool = static_cast<tensorflow::thread::ThreadPool*>(context);
+  auto loop = std::make_shared<Loop>();
+  loop->num_tasks = num_tasks;
+  loop->task = task;
+  loop->argument = argument;
+  const int64_t workers = std::min<int64_t>(pool->NumThreads(), num_tasks);
+  for (int64_t worker = 1; worker < workers; ++worker) {
+    pool->Schedule([loop, worker] { loop->Work(static_cast<int>(worker)); });
+  }
+  loop->Work(0);
+  std::unique_lock<std::mutex> lock(loop->mutex);
+  loop->all_finished.wait(
+      lock, [&] { return loop->finished.load() == num_tasks; });
+}
+
+}  // namespace
+
+tensorflow::Status ToTensorFlow(const Status& status) {
+  switch (status.code) {
+    case Status::kOk:
+      return tensorflow::Status();
+    case Status::kInvalidArgument:
+      return tensorflow::errors::InvalidArgument(status.message);
+    case Status::kUnimplemented:
+      return tensorflow::errors::Unimplemented(status.message);
+    case Status::kInternal:
+      break;
+  }
+  return tensorflow::errors::Internal(status.message);
+}
+
+Shape ToShape(const tensorflow::TensorShape& shape) {
+  Shape result;
+  result.rank = shape.dims();
+  for (int i = 0; i < std::min(result.rank, Shape::kMaxRank); ++i) {
+    result.dims[i] = shape.dim_size(i);
+  }
+  return result;
+}
+
+Shape ToShape(tensorflow::shape_inference::InferenceContext* context,
+              tensorflow::shape_inference::ShapeHandle shape) {
+  Shape result;
+  if (!context->RankKnown(shape)) return result;
+  result.rank = context->Rank(shape);
+  for (int i = 0; i < std::min(result.rank, Shape::kMaxRank); ++i) {
+    const auto dim = context->Dim(shape, i);
+    result.dims[i] = context->ValueKnown(dim) ? context->Value(dim) : -1;
+  }
+  return result;
+}
+
+ParallelFor ToParallelFor(tensorflow::OpKernelContext* context) {
+  auto* pool = context->device()->tensorflow_cpu_worker_threads()->workers;
+  ParallelFor parallel_for;
+  parallel_for.num_workers = std::max(1, pool->NumThreads());
+  parallel_for.context = pool;
+  parallel_for.run = parallel_for.num_workers > 1 ? RunOnPool : nullptr;
+  return parallel_for;
+}
+
+DataType ToDataType(tensorflow::DataType type) {
+  switch (type) {
+    case tensorflow::DT_HALF:
+      return DataType::kFloat16;
+    case tensorflow::DT_BFLOAT16:
+      return DataType::kBFloat16;
+    case tensorflow::DT_DOUBLE:
+      return DataType::kFloat64;
+    default:
+      return DataType::kFloat32;
+  }
+}
+
+tensorflow::Status AllocateWorkspace(tensorflow::OpKernelContext* context,
+                                     int64_t bytes, tensorflow::Tensor* memory,
+                                     void** workspace) {
+  const tensorflow::Status status =
+      context->allocate_temp(tensorflow::DT_INT8, {bytes}, memory);
+  if (status.ok()) *workspace = memory->data();
+  return status;
+}
+
+}  // namespace tf_deform

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads the shared object with the ops, once, if it fits this TensorFlow."""
+
+import functools
+import os
+from types import ModuleType
+
+import tensorflow as tf
+
+try:
+    from tf_deform import _build_info
+except ImportError as error:
+    raise ImportError(
+        "Expected tf_deform to be built. Received: a source tree without "
+        "built ops. Run `pip install .` (or, for development, `pip install "
+        "-e .`) in the project's folder, and start Python elsewhere."
+    ) from error
+
+LIBRARY = os.path.join(os.path.dirname(__file__), "_ops.so")
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+def check_version(built: str, installed: str) -> None:
+    """Raises ImportError unless both are of one minor version.
+
+    TensorFlow's C++ interface changes between minor versions: a shared object
+    built against another one would crash at best.
+    """
+    if _minor(built) != _minor(installed):
+        raise ImportError(
+            f"Expected TensorFlow {_minor(built)}, which this tf_deform was "
+            f"built against ({built}). Received: TensorFlow {installed}. Run "
+            f"`pip install 'tensorflow=={_minor(built)}.*'`, or rebuild in the "
+            "project's folder with `pip install --no-build-isolation "
+            "--no-deps --force-reinstall .`"
+        )
+
+
+@functools.cache
+def op_library() -> ModuleType:
+    """The module of the ops' generated Python wrappers."""
+    check_version(_build_info.TENSORFLOW_VERSION, tf.__version__)
+    if not os.path.exists(LIBRARY):
+        raise ImportError(
+            f"Expected the ops of tf_deform at {LIBRARY}. Received: no such "
+            "file. Run `pip install .` (or `pip install -e .`) in the "
+            "project's folder."
+        )
+    return tf.load_op_library(LIBRARY)

@@ -1,0 +1,385 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Deformable convolution as a Keras layer that stands where Conv2D stood."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tf_deform.ops.deformable_conv2d import (
+    Pair,
+    canonical_padding,
+    check_boundary,
+    coordinate_type,
+    deformable_conv2d,
+    infer_output_shape,
+    integer,
+    pair,
+)
+
+MODULATIONS = (None, "sigmoid", "2sigmoid")
+
+
+@keras.saving.register_keras_serializable(package="tf_deform")
+class DeformableConv2D(keras.layers.Conv2D):
+    """`keras.layers.Conv2D` that learns where to look.
+
+    A branch of the layer, one convolution that starts at zero, predicts for
+    every output pixel and tap a displacement `(dy, dx)` in input pixels and,
+    with `modulation`, a factor. The taps are sampled there:
+
+        offset, m = split(conv(inputs, offset_kernel) + offset_bias)
+        modulator = 1 | sigmoid(m) | 2 * sigmoid(m)
+        outputs = activation(
+            deformable_conv2d(inputs, kernel, offset, modulator) + bias)
+
+    A new layer with `modulation` None or "2sigmoid" therefore gives what
+    `Conv2D` gives with the same kernel and bias, and loads its weights.
+
+    Source: Dai et al. 2017, "Deformable Convolutional Networks",
+    arXiv:1703.06211, Eq. 2 to 4; modulation: Zhu et al. 2018, "Deformable
+    ConvNets v2", arXiv:1811.11168, Eq. 1.
+
+    Weights (`n` = `offset_groups * kernel_h * kernel_w`):
+        kernel: `(kernel_h, kernel_w, channels // groups, filters)`.
+        bias: `(filters,)`, with `use_bias`.
+        offset_kernel: `(kernel_h, kernel_w, channels, 2 * n or 3 * n)`; its
+            filters are the displacements, `[offset_group][kh][kw][(dy, dx)]`,
+            then the modulation, `[offset_group][kh][kw]`.
+        offset_bias: `(2 * n or 3 * n,)`.
+    The last two only in a layer that is not given `offset`. They are not
+    subject to the kernel's and bias' regularizers and constraints. To give
+    them a learning rate of their own, see `keras.optimizers.MultiOptimizer`
+    with the pattern `.*/offset_(kernel|bias)`.
+
+    Args:
+        filters, kernel_size, strides, padding, data_format, dilation_rate,
+        groups, activation, use_bias, kernel_initializer, bias_initializer,
+        kernel_regularizer, bias_regularizer, activity_regularizer,
+        kernel_constraint, bias_constraint: As in `keras.layers.Conv2D`.
+            Besides, `padding` may be an integer, (height, width) or ((top,
+            bottom), (left, right)), in pixels, and strides go together with
+            dilation. "channels_first" costs a transposition of the inputs
+            and one of the outputs.
+        offset_groups: Number of contiguous runs of input channels with
+            displacements of their own; divides the input channels.
+        modulation: None (displacements only), "sigmoid" or "2sigmoid".
+        boundary: "zeros" or "clamp", see `tf_deform.ops.deformable_conv2d`.
+        offset_dilation_rate: Dilation of the branch's convolution; None is
+            `dilation_rate`. Its taps are centred where the layer's are.
+        **kwargs: `name`, `dtype`, `trainable`, and so on, as in
+            `keras.layers.Conv2D`.
+
+    Call arguments:
+        inputs: `(batch, height, width, channels)`, or `(batch, channels,
+            height, width)` for "channels_first"; cast to the compute dtype.
+        offset: `(batch, out_h, out_w, 2 * n)`, laid out like `inputs`: given
+            displacements. The branch then neither runs nor is built. Like
+            `modulator`, not cast to the compute dtype but to float32
+            (float64 if that is the compute dtype).
+        modulator: `(batch, out_h, out_w, n)`, laid out like `inputs`: factors
+            that go with a given `offset`, used as they are. None is 1.
+
+    Returns:
+        `(batch, out_h, out_w, filters)`, laid out like `inputs`, in the
+        compute dtype. Differentiable with respect to all arguments and
+        weights; weights that are not trainable cost nothing.
+
+    Raises:
+        ValueError: Arguments or shapes that do not fit.
+    """
+
+    def __init__(
+        self,
+        filters: int,
+        kernel_size: int | Sequence[int],
+        strides: int | Sequence[int] = (1, 1),
+        padding: str | int | Sequence[Any] = "valid",
+        data_format: str | None = None,
+        dilation_rate: int | Sequence[int] = (1, 1),
+        groups: int = 1,
+        activation: Any = None,
+        use_bias: bool = True,
+        kernel_initializer: Any = "glorot_uniform",
+        bias_initializer: Any = "zeros",
+        kernel_regularizer: Any = None,
+        bias_regularizer: Any = None,
+        activity_regularizer: Any = None,
+        kernel_constraint: Any = None,
+        bias_constraint: Any = None,
+        offset_groups: int = 1,
+        modulation: str | None = None,
+        boundary: str = "zeros",
+        offset_dilation_rate: int | Sequence[int] | None = None,
+        **kwargs: Any,
+    ):
+        # Keras would cast offsets to the compute dtype: `call` casts itself.
+        kwargs["autocast"] = False
+        # Conv2D knows two paddings, and no dilation beside strides: those
+        # three are set below.
+        super().__init__(
+            filters,
+            kernel_size,
+            strides=strides,
+            data_format=data_format,
+            groups=groups,
+            activation=activation,
+            use_bias=use_bias,
+            kernel_initializer=kernel_initializer,
+            bias_initializer=bias_initializer,
+            kernel_regularizer=kernel_regularizer,
+            bias_regularizer=bias_regularizer,
+            activity_regularizer=activity_regularizer,
+            kernel_constraint=kernel_constraint,
+            bias_constraint=bias_constraint,
+            **kwargs,
+        )
+        self.padding = canonical_padding(padding)
+        self.dilation_rate = pair(dilation_rate, "dilation_rate")
+        self.offset_groups = integer(offset_groups, "offset_groups")
+        self.modulation = modulation
+        self.boundary = check_boundary(boundary)
+        self.offset_dilation_rate = (
+            None
+            if offset_dilation_rate is None
+            else pair(offset_dilation_rate, "offset_dilation_rate")
+        )
+        self.offset_kernel = None
+        self.offset_bias = None
+        self.supports_jit = False
+        if self.filters is None:
+            raise ValueError(
+                "Expected `filters` to be a positive integer. Received: "
+                "filters=None"
+            )
+        if modulation not in MODULATIONS:
+            raise ValueError(
+                'Expected `modulation` to be None, "sigmoid" or "2sigmoid". '
+                f"Received: {modulation!r}"
+            )
+        for name, value in (
+            ("dilation_rate", min(self.dilation_rate)),
+            ("offset_dilation_rate", min(self._branch_dilation)),
+            ("offset_groups", self.offset_groups),
+        ):
+            if value < 1:
+                raise ValueError(
+                    f"Expected `{name}` to be positive. Received: {value}"
+                )
+
+    @property
+    def _branch_dilation(self) -> Pair:
+        return self.offset_dilation_rate or self.dilation_rate
+
+    @property
+    def _arguments(self) -> dict[str, Any]:
+        """What the op is told besides tensors."""
+        return dict(
+            strides=self.strides,
+            padding=self.padding,
+            dilation_rate=self.dilation_rate,
+            offset_groups=self.offset_groups,
+            boundary=self.boundary,
+        )
+
+    def _to_channels_last(self, value: Any) -> Any:
+        """A tensor or a shape, laid out as the op takes it."""
+        if value is None or self.data_format == "channels_last":
+            return value
+        if isinstance(value, list | tuple):
+            return (value[0], *value[2:], value[1])
+        return tf.transpose(value, (0, 2, 3, 1))
+
+    def _to_data_format(self, value: Any) -> Any:
+        if self.data_format == "channels_last":
+            return value
+        if isinstance(value, list | tuple):
+            return (value[0], value[-1], *value[1:-1])
+        return tf.transpose(value, (0, 3, 1, 2))
+
+    def build(
+        self,
+        inputs_shape: Sequence[int | None],
+        offset_shape: Sequence[int | None] | None = None,
+        modulator_shape: Sequence[int | None] | None = None,
+    ) -> None:
+        channels = self._to_channels_last(inputs_shape)[-1]
+        if channels is None:
+            raise ValueError(
+                "Expected the channels of `inputs` to be known. Received: "
+                f"inputs.shape={tuple(inputs_shape)}"
+            )
+        super().build(inputs_shape)
+        if offset_shape is not None:
+            return
+        taps = self.kernel_size[0] * self.kernel_size[1]
+        fields = self.offset_groups * taps * (3 if self.modulation else 2)
+        self.offset_kernel = self.add_weight(
+            name="offset_kernel",
+            shape=(*self.kernel_size, channels, fields),
+            initializer="zeros",
+            dtype=self.dtype,
+        )
+        self.offset_bias = self.add_weight(
+            name="offset_bias",
+            shape=(fields,),
+            initializer="zeros",
+            dtype=self.dtype,
+        )
+
+    def compute_output_shape(
+        self,
+        inputs_shape: Sequence[int | None],
+        offset_shape: Sequence[int | None] | None = None,
+        modulator_shape: Sequence[int | None] | None = None,
+    ) -> tuple[int | None, ...]:
+        if modulator_shape is not None and offset_shape is None:
+            self._raise_lone_modulator(modulator_shape)
+        inputs = self._to_channels_last(inputs_shape)
+        channels = inputs[-1]
+        if channels is not None:
+            channels //= self.groups
+        return self._to_data_format(
+            infer_output_shape(
+                inputs,
+                (*self.kernel_size, channels, self.filters),
+                self._to_channels_last(offset_shape),
+                self._to_channels_last(modulator_shape),
+                **self._arguments,
+            )
+        )
+
+    @staticmethod
+    def _raise_lone_modulator(received: Any) -> None:
+        raise ValueError(
+            "Expected `modulator` together with `offset`: the layer's own "
+            "branch makes both. Received: offset=None, modulator of shape "
+            f"{tuple(received)}"
+        )
+
+    def _run_branch(self, inputs: tf.Tensor) -> tuple[tf.Tensor, Any]:
+        """Offset and modulator (or None) for `inputs`, in channels last."""
+        padding = self.padding.upper() if self._branch_pads_alike else None
+        if padding is None:
+            inputs, padding = self._pad_for_branch(inputs)
+        fields = tf.nn.conv2d(
+            inputs,
+            tf.cast(self.offset_kernel, self.compute_dtype),
+            self.strides,
+            padding,
+            dilations=self._branch_dilation,
+        )
+        fields = tf.nn.bias_add(
+            fields, tf.cast(self.offset_bias, self.compute_dtype)
+        )
+        coordinates = coordinate_type(inputs.dtype)
+        fields = tf.cast(fields, coordinates)
+        if self.modulation is None:
+            return fields, None
+        taps = self.kernel_size[0] * self.kernel_size[1]
+        split = 2 * self.offset_groups * taps
+        modulator = tf.sigmoid(fields[..., split:])
+        if self.modulation == "2sigmoid":
+            modulator *= 2
+        return fields[..., :split], modulator
+
+    @property
+    def _branch_pads_alike(self) -> bool:
+        return self.padding == "same" or (
+            self.padding == "valid"
+            and self._branch_dilation == self.dilation_rate
+        )
+
+    def _pad_for_branch(self, inputs: tf.Tensor) -> tuple[tf.Tensor, Any]:
+        """Explicit padding that centres the branch's taps on the layer's."""
+        padding = self.padding
+        if padding == "valid":
+            padding = ((0, 0), (0, 0))
+        crop, pad = [], []
+        for axis in range(2):
+            spare = (self.kernel_size[axis] - 1) * (
+                self.dilation_rate[axis] - self._branch_dilation[axis]
+            )
+            before = padding[axis][0] - spare // 2
+            after = padding[axis][1] - (spare - spare // 2)
+            pad.append([max(before, 0), max(after, 0)])
+            crop.append(slice(max(-before, 0), -max(-after, 0) or None))
+        return inputs[:, crop[0], crop[1]], [[0, 0], *pad, [0, 0]]
+
+    def call(
+        self, inputs: Any, offset: Any = None, modulator: Any = None
+    ) -> tf.Tensor:
+        if modulator is not None and offset is None:
+            self._raise_lone_modulator(modulator.shape)
+        inputs = tf.cast(inputs, self.compute_dtype)
+        inputs = self._to_channels_last(inputs)
+        if offset is not None:
+            offset = self._to_channels_last(tf.convert_to_tensor(offset))
+            if modulator is not None:
+                modulator = tf.convert_to_tensor(modulator)
+            modulator = self._to_channels_last(modulator)
+        elif self.offset_kernel is not None:
+            offset, modulator = self._run_branch(inputs)
+        else:
+            raise ValueError(
+                f"Expected `offset`, with which layer {self.name!r} was "
+                "built: it has no branch of its own. Received: offset=None"
+            )
+        kernel = tf.cast(self.kernel, self.compute_dtype)
+        if not self._kernel.trainable and not self.lora_enabled:
+            # Tapes watch frozen variables too: spare their gradient.
+            kernel = tf.stop_gradient(kernel)
+        outputs = deformable_conv2d(
+            inputs, kernel, offset, modulator, **self._arguments
+        )
+        if self.use_bias:
+            outputs = tf.nn.bias_add(
+                outputs, tf.cast(self.bias, self.compute_dtype)
+            )
+        outputs = self._to_data_format(outputs)
+        if self.activation is not None:
+            outputs = self.activation(outputs)
+        return outputs
+
+    def save_own_variables(self, store: Any) -> None:
+        super().save_own_variables(store)
+        if self.offset_kernel is not None:
+            store["offset_kernel"] = self.offset_kernel
+            store["offset_bias"] = self.offset_bias
+
+    def load_own_variables(self, store: Any) -> None:
+        """Weights of this class, or of a Conv2D: then the branch is kept."""
+        own = dict(store.items())
+        branch = {
+            name: own.pop(name)
+            for name in ("offset_kernel", "offset_bias")
+            if name in own
+        }
+        if self.built and branch and self.offset_kernel is None:
+            raise ValueError(
+                f"Expected weights for layer {self.name!r} without a branch: "
+                "it was built with a given `offset`. Received: weights "
+                f"{sorted(store.keys())}"
+            )
+        super().load_own_variables(own)
+        for name, value in branch.items():
+            getattr(self, name).assign(value)
+
+    def _check_load_own_variables(self, store: Any) -> None:
+        expected = 2 if self.use_bias else 1
+        if len(store.keys()) != expected:
+            raise ValueError(
+                f"Expected {expected} weights (kernel and, with use_bias, "
+                f"bias) for layer {self.name!r} besides those of its branch. "
+                f"Received: {sorted(store.keys())}"
+            )
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "offset_groups": self.offset_groups,
+            "modulation": self.modulation,
+            "boundary": self.boundary,
+            "offset_dilation_rate": self.offset_dilation_rate,
+        }

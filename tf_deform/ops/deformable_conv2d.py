@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Deformable convolution as a function of tensors, and its gradient."""
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from tf_deform import _loader
+
+_library = _loader.op_library()
+
+FLOAT_TYPES = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
+BOUNDARIES = ("zeros", "clamp")
+
+Pair = tuple[int, int]
+Padding = str | tuple[Pair, Pair]
+
+
+def integer(value: Any, name: str) -> int:
+    """`value` as an int that fits in 64 bits; bool is not one."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        result = operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"Expected `{name}` to be made of integers. Received: {value!r} "
+            f"of type {type(value).__name__}"
+        ) from None
+    if not -(2**63) <= result < 2**63:
+        raise ValueError(
+            f"Expected `{name}` to fit in 64 bits. Received: {result}"
+        )
+    return result
+
+
+def pair(value: Any, name: str) -> Pair:
+    """One integer for both axes, or (height, width)."""
+    if isinstance(value, list | tuple):
+        if len(value) != 2:
+            raise ValueError(
+                f"Expected `{name}` to be an integer or a pair (height, "
+                f"width). Received: {value!r}"
+            )
+        return (integer(value[0], name), integer(value[1], name))
+    return (integer(value, name),) * 2
+
+
+def canonical_padding(padding: Any) -> Padding:
+    """"valid", "same", or ((top, bottom), (left, right))."""
+    if isinstance(padding, str):
+        if padding.lower() in ("valid", "same"):
+            return padding.lower()
+    elif not isinstance(padding, list | tuple):
+        return (pair(padding, "padding"),) * 2
+    elif len(padding) == 2:
+        nested = [isinstance(side, list | tuple) for side in padding]
+        if all(nested):
+            return (pair(padding[0], "padding"), pair(padding[1], "padding"))
+        if not any(nested):
+            return (pair(padding[0], "padding"), pair(padding[1], "padding"))
+    raise ValueError(
+        'Expected `padding` to be "valid", "same", an integer, (height, width) '
+        f"or ((top, bottom), (left, right)). Received: {padding!r}"
+    )
+
+
+def check_boundary(boundary: Any) -> str:
+    if boundary not in BOUNDARIES:
+        raise ValueError(
+            f'Expected `boundary` to be "zeros" or "clamp". Received: '
+            f"{boundary!r}"
+        )
+    return boundary
+
+
+def coordinate_type(dtype: tf.DType) -> tf.DType:
+    """Type of offsets and masks that go with inputs of `dtype`."""
+    return tf.float64 if dtype == tf.float64 else tf.float32
+
+
+def _to_coordinates(value: Any, dtype: tf.DType, name: str) -> tf.Tensor:
+    tensor = tf.convert_to_tensor(value, dtype_hint=dtype)
+    if not tensor.dtype.is_floating:
+        raise TypeError(
+            f"Expected `{name}` to be of a floating-point type. Received: "
+            f"{name}.dtype={tensor.dtype.name}"
+        )
+    return tf.cast(tensor, dtype)
+
+
+def _attributes(
+    strides: Any,
+    padding: Any,
+    dilation_rate: Any,
+    offset_groups: Any,
+    boundary: Any,
+) -> dict[str, Any]:
+    """The arguments as the op's attributes; values are judged in C++."""
+    padding = canonical_padding(padding)
+    explicit = [] if isinstance(padding, str) else [*padding[0], *padding[1]]
+    return dict(
+        strides=pair(strides, "strides"),
+        padding="EXPLICIT" if explicit else padding.upper(),
+        explicit_paddings=explicit,
+        dilations=pair(dilation_rate, "dilation_rate"),
+        offset_groups=integer(offset_groups, "offset_groups"),
+        boundary=check_boundary(boundary),
+    )
+
+
+def deformable_conv2d(
+    inputs: tf.Tensor,
+    kernel: tf.Tensor,
+    offset: tf.Tensor,
+    mask: tf.Tensor | None = None,
+    *,
+    strides: int | Sequence[int] = 1,
+    padding: str | int | Sequence[Any] = "valid",
+    dilation_rate: int | Sequence[int] = 1,
+    offset_groups: int = 1,
+    boundary: str = "zeros",
+) -> tf.Tensor:
+    """2-D convolution whose taps are displaced pixel by pixel.
+
+    For output pixel `(i, j)`, filter `f`, tap `(kh, kw)`, and input channel
+    `c` in offset group `g`:
+
+        y = i * stride_h - pad_top + kh * dilation_h + dy[g, kh, kw]
+        x = j * stride_w - pad_left + kw * dilation_w + dx[g, kh, kw]
+        output[i, j, f] = sum over kh, kw, c of
+            kernel[kh, kw, c, f] * mask[g, kh, kw] * inputs_c(y, x)
+
+    where `inputs_c(y, x)` is the bilinear sample of channel `c`, and `dy`,
+    `dx` and `mask` are those of the output pixel. Where a coordinate is an
+    integer, the derivative is the right-hand one. Results on the CPU are the
+    same to the bit for any number of threads.
+
+    Source: Dai et al. 2017, "Deformable Convolutional Networks",
+    arXiv:1703.06211, Eq. 2 to 4; the mask: Zhu et al. 2018, "Deformable
+    ConvNets v2", arXiv:1811.11168, Eq. 1.
+
+    Args:
+        inputs: `(batch, height, width, channels)`, of float16, bfloat16,
+            float32 or float64.
+        kernel: `(kernel_h, kernel_w, channels // groups, filters)`, of the
+            type of `inputs`. The number of groups, which split channels and
+            filters as in `tf.nn.conv2d`, follows from its third dimension.
+        offset: `(batch, out_h, out_w, offset_groups * kernel_h * kernel_w *
+            2)`, ordered `[offset_group][kh][kw][(dy, dx)]`: displacements in
+            input pixels, down and to the right. Cast to float32, or to
+            float64 if `inputs` are float64. NaN and infinity lie outside of
+            the image.
+        mask: `(batch, out_h, out_w, offset_groups * kernel_h * kernel_w)`, a
+            factor for every sample; any real number, cast like `offset`.
+            None means 1.
+        strides: Integer or (height, width), in input pixels.
+        padding: "valid", "same" (as in TensorFlow: the odd pixel at the
+            end), an integer, (height, width), or ((top, bottom), (left,
+            right)), in input pixels.
+        dilation_rate: Integer or (height, width): distance between taps, in
+            input pixels.
+        offset_groups: Number of contiguous runs of input channels with
+            displacements and masks of their own.
+        boundary: "zeros": pixels outside of the image are 0, and a sample
+            counts where `-1 < y < height` and `-1 < x < width`. "clamp": a
+            sample counts where `0 <= y < height` and `0 <= x < width`, and
+            the last row and column are held (the original release of Dai et
+            al.). A sample that does not count is 0 and has no gradient.
+
+    Returns:
+        `(batch, out_h, out_w, filters)`, of the type of `inputs`.
+        Differentiable with respect to `inputs`, `kernel`, `offset` and
+        `mask`, once. `out_h` is `ceil(height / stride_h)` for "same" and
+        `(height + top + bottom - dilation_h * (kernel_h - 1) - 1) // stride_h
+        + 1` otherwise; `out_w` likewise.
+
+    Raises:
+        TypeError: A tensor of another type, or an argument that should be
+            made of integers.
+        ValueError: An unknown option, or, in a graph, shapes that do not fit.
+        tf.errors.InvalidArgumentError: Values or shapes that do not fit.
+    """
+    attributes = _attributes(
+        strides, padding, dilation_rate, offset_groups, boundary
+    )
+    inputs = tf.convert_to_tensor(inputs)
+    if inputs.dtype not in FLOAT_TYPES:
+        raise TypeError(
+            "Expected `inputs` to be float16, bfloat16, float32 or float64. "
+            f"Received: inputs.dtype={inputs.dtype.name}"
+        )
+    kernel = tf.convert_to_tensor(kernel, dtype_hint=inputs.dtype)
+    if kernel.dtype != inputs.dtype:
+        raise TypeError(
+            "Expected `kernel` to have the type of `inputs`, "
+            f"{inputs.dtype.name}. Received: kernel.dtype={kernel.dtype.name}"
+        )
+    coordinates = coordinate_type(inputs.dtype)
+    masks = [] if mask is None else [_to_coordinates(mask, coordinates, "mask")]
+    return _library.tf_deform_deformable_conv2d(
+        inputs,
+        kernel,
+        _to_coordinates(offset, coordinates, "offset"),
+        masks,
+        **attributes,
+    )
+
+
+@tf.RegisterGradient("TfDeform>DeformableConv2D")
+def _deformable_conv2d_grad(
+    op: tf.Operation, grad_output: tf.Tensor
+) -> list[tf.Tensor | None]:
+    """Gradients of the operands that a tape asks for.
+
+    A tape says so before (`skip_input_indices`). In a graph all are asked
+    for, and the kernel computes those that are still used once unused nodes
+    and outputs have been pruned.
+    """
+    operands = list(op.inputs)
+    skipped = getattr(op, "skip_input_indices", None) or ()
+    wanted = [index not in skipped for index in range(len(operands))]
+    names = (
+        "strides",
+        "padding",
+        "explicit_paddings",
+        "dilations",
+        "offset_groups",
+        "boundary",
+    )
+    gradients = _library.tf_deform_deformable_conv2d_grad(
+        *operands[:3],
+        operands[3:],
+        grad_output,
+        wanted=wanted,
+        **{name: op.get_attr(name) for name in names},
+    )
+    flat = [*gradients[:3], *gradients.grad_mask]
+    return [
+        gradient if wanted[index] else None
+        for index, gradient in enumerate(flat)
+    ]
+
+
+def infer_output_shape(
+    inputs: Sequence[int | None],
+    kernel: Sequence[int | None],
+    offset: Sequence[int | None] | None = None,
+    mask: Sequence[int | None] | None = None,
+    **arguments: Any,
+) -> tuple[int | None, ...]:
+    """The output's shape, as the op's shape function judges it.
+
+    Args:
+        inputs: Shape of `inputs`; None for an unknown dimension.
+        kernel: Shape of `kernel`.
+        offset: Shape of `offset`; None if unknown.
+        mask: Shape of `mask`; None if unknown or if there is none.
+        **arguments: The other arguments of `deformable_conv2d`.
+
+    Raises:
+        ValueError: Shapes that do not fit.
+    """
+    with tf.Graph().as_default():
+        output = deformable_conv2d(
+            *(
+                tf.compat.v1.placeholder(tf.float32, shape)
+                for shape in (inputs, kernel, offset)
+            ),
+            None if mask is None else tf.compat.v1.placeholder(
+                tf.float32, mask
+            ),
+            **arguments,
+        )
+    return tuple(output.shape.as_list())
