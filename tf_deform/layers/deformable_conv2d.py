@@ -260,16 +260,19 @@ class DeformableConv2D(keras.layers.Conv2D):
 
     def _run_branch(self, inputs: tf.Tensor) -> tuple[tf.Tensor, Any]:
         """Offset and modulator (or None) for `inputs`, in channels last."""
-        padding = self.padding.upper() if self._branch_pads_alike else None
-        if padding is None:
-            inputs, padding = self._pad_for_branch(inputs)
-        fields = tf.nn.conv2d(
-            inputs,
-            tf.cast(self.offset_kernel, self.compute_dtype),
-            self.strides,
-            padding,
-            dilations=self._branch_dilation,
-        )
+        kernel = tf.cast(self.offset_kernel, self.compute_dtype)
+        # oneDNN's convolution of no pixels has the wrong shape.
+        size = inputs.shape.num_elements()
+        if size is None:
+            fields = tf.cond(
+                tf.size(inputs) > 0,
+                lambda: self._convolve(inputs, kernel),
+                lambda: self._convolve_nothing(inputs, kernel),
+            )
+        elif size > 0:
+            fields = self._convolve(inputs, kernel)
+        else:
+            fields = self._convolve_nothing(inputs, kernel)
         fields = tf.nn.bias_add(
             fields, tf.cast(self.offset_bias, self.compute_dtype)
         )
@@ -284,28 +287,61 @@ class DeformableConv2D(keras.layers.Conv2D):
             modulator *= 2
         return fields[..., :split], modulator
 
-    @property
-    def _branch_pads_alike(self) -> bool:
-        return self.padding == "same" or (
-            self.padding == "valid"
-            and self._branch_dilation == self.dilation_rate
-        )
+    def _branch_padding(self) -> str | list[tuple[int, int]]:
+        """Padding that centres the branch's taps on the layer's.
 
-    def _pad_for_branch(self, inputs: tf.Tensor) -> tuple[tf.Tensor, Any]:
-        """Explicit padding that centres the branch's taps on the layer's."""
+        A string, or (before, after) for height and width; negative values
+        are pixels to cut off.
+        """
+        if self.padding == "same":
+            return "SAME"
         padding = self.padding
         if padding == "valid":
             padding = ((0, 0), (0, 0))
-        crop, pad = [], []
-        for axis in range(2):
+        result = []
+        for axis, (before, after) in enumerate(padding):
             spare = (self.kernel_size[axis] - 1) * (
                 self.dilation_rate[axis] - self._branch_dilation[axis]
             )
-            before = padding[axis][0] - spare // 2
-            after = padding[axis][1] - (spare - spare // 2)
-            pad.append([max(before, 0), max(after, 0)])
-            crop.append(slice(max(-before, 0), -max(-after, 0) or None))
-        return inputs[:, crop[0], crop[1]], [[0, 0], *pad, [0, 0]]
+            result.append((before - spare // 2, after - (spare - spare // 2)))
+        return result
+
+    def _convolve(self, inputs: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
+        padding = self._branch_padding()
+        if padding != "SAME":
+            rows, columns = (
+                slice(max(-before, 0), -max(-after, 0) or None)
+                for before, after in padding
+            )
+            inputs = inputs[:, rows, columns]
+            padding = [[max(pixels, 0) for pixels in side] for side in padding]
+            padding = [[0, 0], *padding, [0, 0]]
+        return tf.nn.conv2d(
+            inputs,
+            kernel,
+            self.strides,
+            padding,
+            dilations=self._branch_dilation,
+        )
+
+    def _convolve_nothing(
+        self, inputs: tf.Tensor, kernel: tf.Tensor
+    ) -> tf.Tensor:
+        """The convolution of an empty batch or image: no columns by kernel."""
+        shape = [tf.shape(inputs)[0]]
+        for axis in range(2):
+            size = tf.shape(inputs)[1 + axis]
+            if self.padding == "same":
+                size = -(-size // self.strides[axis])
+            else:
+                padding = 0 if self.padding == "valid" else self.padding[axis]
+                reach = self.dilation_rate[axis] * (self.kernel_size[axis] - 1)
+                room = size + tf.reduce_sum(padding) - reach - 1
+                size = tf.maximum(room // self.strides[axis] + 1, 0)
+            shape.append(size)
+        kernel = tf.reshape(kernel, (-1, kernel.shape[-1]))
+        columns = tf.zeros((*shape, kernel.shape[0]), kernel.dtype)
+        return tf.tensordot(columns, kernel, 1)
 
     def call(
         self, inputs: Any, offset: Any = None, modulator: Any = None
