@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The installed TensorFlow as a repository."""
+
+_QUERY = """
+import os
+os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
+import tensorflow as tf
+print(tf.sysconfig.get_include())
+print(tf.sysconfig.get_lib())
+print('|'.join(
+    flag for flag in tf.sysconfig.get_compile_flags() if flag[:2] == '-D'))
+"""
+
+_BUILD = """
+package(default_visibility = ["//visibility:public"])
+
+cc_library(
+    name = "tensorflow",
+    srcs = ["libtensorflow_framework.so.2"],
+    hdrs = glob(["include/**"]),
+    defines = {defines},
+    includes = ["include"],
+)
+
+exports_files(["python"])
+"""
+
+def _installed_tensorflow_impl(repository_ctx):
+    workspace = repository_ctx.path(Label("//:WORKSPACE")).dirname
+    python = repository_ctx.os.environ.get("PYTHON", "")
+    if not python:
+        environment = workspace.get_child(".venv").get_child("bin").get_child("python")
+        python = str(environment) if environment.exists else "python3"
+    result = repository_ctx.execute([python, "-c", _QUERY])
+    if result.return_code != 0:
+        fail("Expected a Python with TensorFlow in the environment variable " +
+             "PYTHON, in .venv (see `make install`), or as python3. " +
+             "Received: %s\n%s" % (python, result.stderr))
+    lines = result.stdout.strip().split("\n")[-3:]
+    repository_ctx.symlink(lines[0], "include")
+    repository_ctx.symlink(
+        lines[1] + "/libtensorflow_framework.so.2",
+        "libtensorflow_framework.so.2",
+    )
+    repository_ctx.file("python", "#!/bin/sh\nexec '%s' \"$@\"\n" % python)
+    defines = [flag[2:] for flag in lines[2].split("|")]
+    repository_ctx.file("BUILD", _BUILD.format(defines = repr(defines)))
+
+installed_tensorflow = repository_rule(
+    implementation = _installed_tensorflow_impl,
+    environ = ["PYTHON"],
+    local = True,
+)
