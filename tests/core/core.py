@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The core's C entry points through ctypes: no TensorFlow needed.
 
 `library()` loads the shared object named by the environment variable

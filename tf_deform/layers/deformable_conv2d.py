@@ -386,7 +386,7 @@ class DeformableConv2D(keras.layers.Conv2D):
 
     def load_own_variables(self, store: Any) -> None:
         """Weights of this class, or of a Conv2D: then the branch is kept."""
-        own = dict(store.items())
+        own = {name: store[name] for name in store.keys()}
         branch = {
             name: own.pop(name)
             for name in ("offset_kernel", "offset_bias")

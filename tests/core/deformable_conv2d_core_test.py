@@ -1,0 +1,388 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Deformable convolution in the core, through its C interface."""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import core
+import numpy as np
+import pytest
+import reference
+
+# Largest error as a share of the largest value, against float64.
+TOLERANCES = {
+    "float64": 1e-9,
+    "float32": 1e-5,
+    "float16": 2e-3,
+    "bfloat16": 1.6e-2,
+}
+NAMES = ("inputs", "kernel", "offset", "mask")
+
+
+def random_case(seed: int):
+    """Operands (inputs, kernel, offset, mask, grad_output) and attributes.
+
+    Sizes differ from each other; every eighth case has many channels, every
+    ninth many filters, so that all blocks of the core are crossed.
+    """
+    rng = np.random.default_rng(seed)
+    groups, offset_groups = rng.choice([1, 1, 2, 3]), rng.choice([1, 1, 2, 4])
+    common = int(np.lcm(groups, offset_groups))
+    channels = common * int(rng.integers(1, 1 + 40 // common))
+    filters = int(groups * rng.integers(1, 20))
+    batch = int(rng.integers(0, 4))
+    size = tuple(int(n) for n in rng.integers(1, (9, 12)))
+    if seed % 8 == 0:
+        channels, batch, size = common * (272 // common), 1, (4, 3)
+    if seed % 9 == 0:
+        filters, batch, size = int(groups * (1026 // groups)), 2, (3, 2)
+    kernel_size = tuple(int(n) for n in rng.integers(1, 4, 2))
+    padding = [
+        "same",
+        "valid",
+        tuple(tuple(int(n) for n in side) for side in rng.integers(0, 4, (2, 2))),
+    ][rng.integers(3)]
+    attributes = dict(
+        strides=tuple(int(n) for n in rng.integers(1, 4, 2)),
+        padding=padding,
+        dilation_rate=tuple(int(n) for n in rng.integers(1, 3, 2)),
+        offset_groups=int(offset_groups),
+        boundary=str(rng.choice(["zeros", "clamp"])),
+    )
+    shapes = [(batch, *size, channels)]
+    shapes += [(*kernel_size, channels // groups, filters)]
+    try:
+        params = core.validate(*shapes, None, **attributes)
+    except core.CoreError:  # the kernel does not fit in the image
+        attributes["padding"] = "same"
+        params = core.validate(*shapes, None, **attributes)
+    field = (batch, params.out_h, params.out_w)
+    taps = int(offset_groups) * kernel_size[0] * kernel_size[1]
+    inputs, kernel = (rng.normal(size=shape) for shape in shapes)
+    offset = np.float32(2 * rng.normal(size=(*field, 2 * taps)))
+    # Not within 0.01 of an integer: there the slope jumps, and roundings of
+    # a coordinate in float32 and float64 may fall on different sides.
+    offset += np.float32(0.02) * (np.abs(offset - np.round(offset)) < 0.01)
+    if offset.size > 20:
+        spots = rng.integers(0, offset.size, 5)
+        offset.flat[spots] = [np.nan, np.inf, -np.inf, 1e30, -1e30]
+    mask = rng.normal(size=(*field, taps)) if rng.random() < 0.7 else None
+    grad_output = rng.normal(size=(*field, filters))
+    return (inputs, kernel, offset.astype(float), mask, grad_output), attributes
+
+
+def rounded(operands, dtype):
+    """Operands as the core sees them: the reference must read the same."""
+    inputs, kernel, offset, mask, grad_output = operands
+    narrow = {
+        "float64": lambda a: a,
+        "float32": np.float32,
+        "float16": np.float16,
+        "bfloat16": lambda a: core.from_bfloat16(core.to_bfloat16(a)),
+    }[dtype]
+    wide = narrow if dtype == "float64" else np.float32
+    return (
+        narrow(inputs),
+        narrow(kernel),
+        offset,
+        None if mask is None else wide(mask),
+        narrow(grad_output),
+    )
+
+
+def assert_close(received, expected, dtype, what):
+    assert received.shape == expected.shape
+    if expected.size == 0:
+        return
+    error = np.abs(received.astype(float) - expected).max()
+    assert error <= TOLERANCES[dtype] * max(1, np.abs(expected).max()), what
+
+
+@pytest.mark.parametrize("seed", range(48))
+def test_agrees_with_reference_for_any_type_and_number_of_threads(seed):
+    operands, attributes = random_case(seed)
+    for dtype in TOLERANCES:
+        exact = rounded(operands, dtype)
+        expected = reference.deformable_conv2d(*exact[:4], **attributes)
+        gradients = reference.deformable_conv2d_grad(*exact, **attributes)
+        results = []
+        for threads in (1, 2, 5):
+            common = dict(dtype=dtype, threads=threads, **attributes)
+            output = core.forward(*exact[:4], **common)
+            made = core.backward(*exact, **common)
+            results.append([output, *made.values()])
+        assert_close(results[0][0], expected, dtype, "output")
+        for name, gradient in zip(made, results[0][1:], strict=True):
+            assert_close(gradient, getattr(gradients, name), dtype, name)
+        for other in results[1:]:
+            for one, two in zip(results[0], other, strict=True):
+                assert one.tobytes() == two.tobytes(), "threads changed it"
+
+
+# One below, at, and one past the blocks of pixels (56 for gradients of data,
+# 126 forward, 128 for the kernel), of rows (256), filters (16, 32, 256, 1024).
+@pytest.mark.parametrize("pixels", [1, 13, 14, 15, 55, 56, 57, 126, 127, 129])
+@pytest.mark.parametrize("channels, filters", [(3, 33), (257, 2), (2, 257)])
+def test_block_edges(pixels, channels, filters):
+    rng = np.random.default_rng(pixels)
+    inputs = rng.normal(size=(1, 1, pixels, channels))
+    kernel = rng.normal(size=(1, 1, channels, filters))
+    offset = rng.uniform(0.1, 0.9, size=(1, 1, pixels, 2))
+    mask = rng.normal(size=(1, 1, pixels, 1))
+    grad_output = rng.normal(size=(1, 1, pixels, filters))
+    operands = (inputs, kernel, offset, mask, grad_output)
+    received = core.forward(*operands[:4], dtype="float64", threads=2)
+    assert_close(
+        received, reference.deformable_conv2d(*operands[:4]), "float64", ""
+    )
+    expected = reference.deformable_conv2d_grad(*operands)
+    for name, gradient in core.backward(
+        *operands, dtype="float64", threads=2
+    ).items():
+        assert_close(gradient, getattr(expected, name), "float64", name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("batch, threads", [(1, 3), (6, 2)])
+def test_each_gradient_is_the_same_alone(dtype, batch, threads):
+    rng = np.random.default_rng(0)
+    operands = (
+        rng.normal(size=(batch, 9, 11, 34)),
+        rng.normal(size=(3, 3, 17, 6)),
+        rng.normal(size=(batch, 9, 11, 36)),
+        rng.normal(size=(batch, 9, 11, 18)),
+        rng.normal(size=(batch, 9, 11, 6)),
+    )
+    common = dict(
+        dtype=dtype, threads=threads, padding="same", offset_groups=2
+    )
+    together = core.backward(*operands, **common)
+    for name in NAMES:
+        alone = core.backward(*operands, wanted=(name,), **common)
+        assert list(alone) == [name]
+        assert alone[name].tobytes() == together[name].tobytes()
+    assert core.backward(*operands, wanted=(), **common) == {}
+
+
+@pytest.mark.parametrize("dtype", core.DTYPES)
+@pytest.mark.parametrize("size", [(30, 40), (600, 800)])
+@pytest.mark.parametrize(
+    "channels, filters, groups, offset_groups",
+    [(256, 256, 1, 1), (2048, 8, 1, 2048), (64, 4096, 64, 1), (3, 7, 1, 3)],
+)
+def test_scratch_is_bounded(
+    dtype, size, channels, filters, groups, offset_groups
+):
+    """Besides a packed kernel and a float32 image: 4 MiB a worker."""
+    params = core.validate(
+        (2, *size, channels),
+        (3, 3, channels // groups, filters),
+        None,
+        padding="same",
+        offset_groups=offset_groups,
+    )
+    width = 8 if dtype == "float64" else 4
+    # Packing rounds columns (filters, or kernel rows) up to a vector.
+    vector = 64 // width
+    columns = -(-filters // groups // vector) * vector * groups
+    packed = 9 * channels // groups * columns * width
+    rows = -(-9 * channels // groups // vector) * vector
+    transposed = rows * filters * width
+    narrow = dtype in ("float16", "bfloat16")
+    image = size[0] * size[1] * channels * 4 if narrow else 0
+    kernel_image = 9 * channels // groups * filters * 4 if narrow else 0
+    for threads in (1, 2, 16):
+        scratch = threads * (4 << 20) + 4096
+        forward = core.library().TfDeformDeformableConv2DCpuWorkspaceBytes(
+            core.ctypes.byref(params), core.DTYPES[dtype], threads
+        )
+        assert forward <= packed + scratch
+        for name in NAMES:
+            wanted = core.Pointers()
+            setattr(wanted, name, 1)
+            backward = (
+                core.library().TfDeformDeformableConv2DCpuBackwardWorkspaceBytes(
+                    core.ctypes.byref(params),
+                    core.DTYPES[dtype],
+                    core.ctypes.byref(wanted),
+                    threads,
+                )
+            )
+            extra = kernel_image if name == "kernel" else transposed
+            extra += image if name == "inputs" else 0
+            assert backward <= extra + scratch, name
+
+
+def test_large_common_value_does_not_drown_the_slope():
+    rng = np.random.default_rng(0)
+    operands = (
+        1e4 + rng.normal(size=(1, 6, 5, 64)),
+        rng.normal(size=(3, 3, 64, 4)) / 24,
+        np.float32(rng.uniform(-0.4, 0.4, size=(1, 4, 3, 18))),
+        None,
+        rng.normal(size=(1, 4, 3, 4)),
+    )
+    exact = rounded(operands, "float32")
+    received = core.backward(*exact)["offset"]
+    expected = reference.deformable_conv2d_grad(*exact).offset
+    assert np.abs(received - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_half_conversions_are_exact():
+    """All 65536 values of each 16-bit type, through a 1x1 convolution."""
+    bits = np.arange(65536, dtype=np.uint16)
+    for dtype, values in (
+        ("float16", bits.view(np.float16)),
+        ("bfloat16", core.from_bfloat16(bits)),
+    ):
+        values = values[np.isfinite(values)].reshape(1, 1, -1, 1)
+        offset = np.zeros((*values.shape[:3], 2))
+        one = np.ones((1, 1, 1, 1))
+        with np.errstate(over="ignore"):
+            output = core.forward(values, one, offset, dtype=dtype)
+        # The last pixel has an infinite neighbour at weight 0 nowhere: all
+        # are finite, so 0 * neighbour is 0.
+        np.testing.assert_array_equal(output, values)
+
+
+def test_rounds_to_nearest_even():
+    rng = np.random.default_rng(0)
+    inputs = np.float32(rng.normal(size=(1, 1, 4000, 3)))
+    inputs *= np.exp2(rng.integers(-20, 17, size=(1, 1, 4000, 1)))
+    inputs = np.float32(np.float16(inputs / 4))
+    kernel = np.float16(rng.normal(size=(1, 1, 3, 1)))
+    offset = np.zeros((1, 1, 4000, 2))
+    exact = inputs.astype(float)[0, 0] @ kernel.astype(float)[0, 0]
+    with np.errstate(over="ignore"):
+        expected = np.float16(np.float32(exact))
+    received = core.forward(inputs, kernel, offset, dtype="float16")[0, 0]
+    close = np.isclose(received, expected, rtol=2**-10, atol=2**-24)
+    assert close.all()
+    assert (received == expected).mean() > 0.99  # but for sums in float32
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_other_instruction_sets(isa):
+    """The same tests, with faster instructions switched off."""
+    if os.environ.get("TF_DEFORM_MAX_ISA"):
+        pytest.skip("this is the inner run")
+    here = pathlib.Path(__file__)
+    script = "import core; print(core.library().TfDeformInstructionSet())"
+    environment = {**os.environ, "TF_DEFORM_MAX_ISA": isa}
+    path = [str(here.parent), str(here.parent.parent)]
+    environment["PYTHONPATH"] = os.pathsep.join(path)
+    name = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    if isa not in name.stdout:
+        pytest.skip(f"this processor has no {isa}")
+    selected = "reference or edges or conversions or nearest or alone"
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+        + ["-k", selected, str(here)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_wide_instructions_stay_in_their_functions():
+    """Code outside of an instruction set's namespace runs everywhere."""
+    objdump = shutil.which("objdump")
+    if objdump is None:
+        pytest.skip("needs objdump, from binutils")
+    listing = subprocess.run(
+        [objdump, "-d", "--no-show-raw-insn", core.library()._name],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    allowed = {"avx2": r"[xy]mm", "avx512": r"[xyz]mm|k[0-7]"}
+    symbols = re.split(r"\n(?=[0-9a-f]+ <)", listing)
+    wide = {"avx2": 0, "avx512": 0}
+    for symbol in symbols:
+        name = symbol.split("\n", 1)[0]
+        isa = next((key for key in allowed if f"{len(key)}{key}" in name), None)
+        # AVX and later encode vectors with instructions that start with "v".
+        uses = re.findall(r"\t(v[a-z0-9]+) .*%(?:[xyz]mm|k[0-7])", symbol)
+        if isa is None:
+            assert not uses, f"{name}: {uses[:3]}"
+        else:
+            wide[isa] += len(uses)
+            if isa == "avx2":
+                assert "zmm" not in symbol, name
+    if any("<" in symbol and "cpu" in symbol for symbol in symbols[:50]):
+        assert min(wide.values()) > 1000, wide
+
+
+def test_needs_no_tensorflow():
+    here = pathlib.Path(__file__).parent
+    script = (
+        "import sys, core, numpy as np;"
+        "core.forward(*(np.ones(s) for s in"
+        " ((1, 2, 3, 4), (1, 1, 4, 5), (1, 2, 3, 2))));"
+        "assert not any('tensorflow' in name for name in sys.modules);"
+        "assert 'tensorflow' not in open('/proc/self/maps').read()"
+    )
+    subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": str(here)},
+        check=True,
+    )
+
+
+BAD = [
+    (dict(offset=(2, 8, 8, 9)), "`offset` to have 18 channels"),
+    (dict(offset=(2, None, 8, 9)), "`offset` to have 18 channels"),
+    (dict(offset=(2, 8, 9, 18)), "`offset` to have width 8"),
+    (dict(mask=(1, 8, 8, 9)), "`mask` to have batch size 2"),
+    (dict(mask=(2, 8, 8, 18)), "`mask` to have 9 channels"),
+    (dict(inputs=(2, 8, 8)), "`inputs` to have rank 4"),
+    (dict(inputs=(None, None, None, 7)), "multiple of the input channels"),
+    (dict(kernel=(3, 3, 3, 5)), "multiple of groups, 2"),
+    (dict(kernel=(3, 0, 6, 5)), "every dimension of `kernel`"),
+    (dict(offset_groups=4), "multiple of offset_groups, 4"),
+    (dict(strides=(1, 0)), "`strides`"),
+    (dict(dilation_rate=2**62), "`dilation_rate`"),
+    (dict(padding="valid", kernel=(9, 3, 6, 5)), "padded height"),
+    (dict(grad_output=(2, 8, 8, 6)), "`grad_output`"),
+    (
+        dict(inputs=(2**40, 8, 8, 6), offset=None, mask=None),
+        None,
+    ),
+    (
+        dict(inputs=(2**62, 8, 8, 6), offset=None, mask=None),
+        "`inputs` to hold at most",
+    ),
+]
+
+
+@pytest.mark.parametrize("change, text", BAD)
+def test_judges_shapes(change, text):
+    call = dict(
+        inputs=(2, 8, 8, 6),
+        kernel=(3, 3, 6, 5),
+        offset=(2, 8, 8, 18),
+        mask=(2, 8, 8, 9),
+        grad_output=None,
+        padding="same",
+    )
+    core.validate(**call)
+    call.update(change)
+    if text is None:
+        core.validate(**call)
+        return
+    with pytest.raises(core.CoreError) as error:
+        core.validate(**call)
+    assert text in str(error.value)
+    assert re.match("Expected .* Received: ", str(error.value))
