@@ -65,7 +65,9 @@ class BuildExtension(build_ext):
 
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             return [
-                path for paths in pool.map(compile_one, sources) for path in paths
+                path
+                for paths in pool.map(compile_one, sources)
+                for path in paths
             ]
 
     def _link(self, name: str, objects: list[str], flags: list[str]) -> None:
@@ -116,7 +118,10 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["tf_deform", "tf_deform.*"]),
-    ext_modules=[Extension("tf_deform._core", []), Extension("tf_deform._ops", [])],
+    ext_modules=[
+        Extension("tf_deform._core", []),
+        Extension("tf_deform._ops", []),
+    ],
     cmdclass={
         "build_ext": BuildExtension,
         "build_py": BuildPython,
@@ -138,8 +143,12 @@ setup(
             "onnxruntime>=1.27,<2",
             "openvino>=2025.0,<2027",
         ],
-        "test": ["pytest>=8,<10", "tf-deform[benchmark]", "tf-deform[examples]"],
-        "lint": ["ruff>=0.9,<1", "clang-format>=19,<24"],
+        "test": [
+            "pytest>=8,<10",
+            "tf-deform[benchmark]",
+            "tf-deform[examples]",
+        ],
+        "lint": ["ruff>=0.17,<0.18", "clang-format>=23,<24"],
     },
     zip_safe=False,
 )

@@ -1,5 +1,5 @@
-// Status and shape texts, and the plain threads that stand in for a framework's pool behind the C entry points.
-// SPDX-License-Identifier: Apache-2.0
+// Status and shape texts, and the plain threads that stand in for a framework's
+// pool behind the C entry points. SPDX-License-Identifier: Apache-2.0
 
 #include "cc/core/common.h"
 
@@ -25,7 +25,9 @@ ShapeText::ShapeText(const Shape& shape) {
   }
   size_t used = static_cast<size_t>(snprintf(text, sizeof(text), "("));
   for (int axis = 0; axis < shape.rank; ++axis) {
-    const char* separator = axis + 1 < shape.rank ? ", " : shape.rank == 1 ? "," : "";
+    const char* separator = axis + 1 < shape.rank ? ", "
+                            : shape.rank == 1     ? ","
+                                                  : "";
     const size_t room = sizeof(text) - used;
     int written;
     if (axis == Shape::kMaxRank) {
@@ -36,7 +38,8 @@ ShapeText::ShapeText(const Shape& shape) {
     if (shape.dims[axis] < 0) {
       written = snprintf(text + used, room, "None%s", separator);
     } else {
-      written = snprintf(text + used, room, "%lld%s", static_cast<long long>(shape.dims[axis]), separator);
+      written = snprintf(text + used, room, "%lld%s",
+                         static_cast<long long>(shape.dims[axis]), separator);
     }
     if (static_cast<size_t>(written) >= room) return;
     used += static_cast<size_t>(written);

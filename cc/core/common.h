@@ -1,5 +1,5 @@
-// What every operator of the core shares: status, element types, shapes and the caller's threads.
-// SPDX-License-Identifier: Apache-2.0
+// What every operator of the core shares: status, element types, shapes and the
+// caller's threads. SPDX-License-Identifier: Apache-2.0
 
 #ifndef TF_DEFORM_CC_CORE_COMMON_H_
 #define TF_DEFORM_CC_CORE_COMMON_H_
@@ -8,9 +8,15 @@
 
 namespace tf_deform {
 
-// Outcome of a call. The core never throws, prints or exits: whoever calls it decides what an error becomes.
+// Outcome of a call. The core never throws, prints or exits: whoever calls it
+// decides what an error becomes.
 struct Status {
-  enum Code : int { kOk = 0, kInvalidArgument = 1, kUnimplemented = 2, kInternal = 3 };
+  enum Code : int {
+    kOk = 0,
+    kInvalidArgument = 1,
+    kUnimplemented = 2,
+    kInternal = 3
+  };
 
   Code code = kOk;
   char message[512] = "";
@@ -19,20 +25,27 @@ struct Status {
 };
 
 // Builds a kInvalidArgument status from a printf format.
-Status InvalidArgument(const char* format, ...) __attribute__((format(printf, 1, 2)));
+Status InvalidArgument(const char* format, ...)
+    __attribute__((format(printf, 1, 2)));
 
-#define TF_DEFORM_RETURN_IF_ERROR(expression)               \
-  do {                                                      \
+#define TF_DEFORM_RETURN_IF_ERROR(expression)                \
+  do {                                                       \
     const ::tf_deform::Status status_of_call = (expression); \
-    if (!status_of_call.ok()) return status_of_call;        \
+    if (!status_of_call.ok()) return status_of_call;         \
   } while (false)
 
-// Element type of inputs, kernel and output. Coordinates (offset, mask, rois) are kFloat64 when this is kFloat64, else
-// kFloat32. The numbers are part of the C interface.
-enum class DataType : int { kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2, kFloat64 = 3 };
+// Element type of inputs, kernel and output. Coordinates (offset, mask, rois)
+// are kFloat64 when this is kFloat64, else kFloat32. The numbers are part of
+// the C interface.
+enum class DataType : int {
+  kFloat16 = 0,
+  kBFloat16 = 1,
+  kFloat32 = 2,
+  kFloat64 = 3
+};
 
-// Tensor shape, outermost dimension first; -1 stands for an unknown rank or dimension (graphs are judged before all is
-// known).
+// Tensor shape, outermost dimension first; -1 stands for an unknown rank or
+// dimension (graphs are judged before all is known).
 struct Shape {
   static constexpr int kMaxRank = 8;
 
@@ -48,15 +61,17 @@ struct ShapeText {
   char text[160];
 };
 
-// The caller's threads. `run` calls task(argument, index, worker) once for every index in [0, num_tasks), in any order,
-// and returns when all are done. `worker` is in [0, num_workers); two calls that overlap in time have different workers,
-// so a worker's scratch needs no lock.
+// The caller's threads. `run` calls task(argument, index, worker) once for
+// every index in [0, num_tasks), in any order, and returns when all are done.
+// `worker` is in [0, num_workers); two calls that overlap in time have
+// different workers, so a worker's scratch needs no lock.
 struct ParallelFor {
   using Task = void (*)(void* argument, int64_t index, int worker);
 
   int num_workers = 1;
   void* context = nullptr;
-  void (*run)(void* context, int64_t num_tasks, Task task, void* argument) = nullptr;  // null: run here, as worker 0
+  void (*run)(void* context, int64_t num_tasks, Task task,
+              void* argument) = nullptr;  // null: run here, as worker 0
 
   // `body` is any callable with (int64_t index, int worker).
   template <typename Body>
@@ -68,7 +83,8 @@ struct ParallelFor {
     run(
         context, num_tasks,
         [](void* argument, int64_t index, int worker) {
-          (*static_cast<typename RemoveReference<Body>::Type*>(argument))(index, worker);
+          (*static_cast<typename RemoveReference<Body>::Type*>(argument))(
+              index, worker);
         },
         &body);
   }

@@ -1,5 +1,5 @@
-// Deformable convolution: the judgement of attributes and shapes, the same for every device and framework.
-// SPDX-License-Identifier: Apache-2.0
+// Deformable convolution: the judgement of attributes and shapes, the same for
+// every device and framework. SPDX-License-Identifier: Apache-2.0
 
 #include "cc/core/deformable_conv2d.h"
 
@@ -11,41 +11,54 @@ namespace {
 
 using LongLong = long long;  // what %lld prints
 
-// Strides, dilations, paddings and image sizes stay below this, so that the product of any two fits in int64_t.
+// Strides, dilations, paddings and image sizes stay below this, so that the
+// product of any two fits in int64_t.
 constexpr int64_t kMaxExtent = (int64_t{1} << 31) - 1;
 
 Status CheckRank(const Shape& shape, const char* name, const char* axes) {
   if (shape.rank < 0 || shape.rank == 4) return Status();
-  return InvalidArgument("Expected `%s` to have rank 4 (%s). Received: %s.shape=%s", name, axes, name,
-                         ShapeText(shape).text);
+  return InvalidArgument(
+      "Expected `%s` to have rank 4 (%s). Received: %s.shape=%s", name, axes,
+      name, ShapeText(shape).text);
 }
 
 Status CheckAttribute(int64_t value, int64_t least, const char* name) {
   if (value >= least && value <= kMaxExtent) return Status();
-  return InvalidArgument("Expected `%s` to hold integers from %lld to %lld. Received: %lld", name,
-                         static_cast<LongLong>(least), static_cast<LongLong>(kMaxExtent),
-                         static_cast<LongLong>(value));
+  return InvalidArgument(
+      "Expected `%s` to hold integers from %lld to %lld. Received: %lld", name,
+      static_cast<LongLong>(least), static_cast<LongLong>(kMaxExtent),
+      static_cast<LongLong>(value));
 }
 
-// The dimension `expected` (unknown if < 0) against one axis of a shape. `meaning` says where the number comes from.
-Status CheckDimension(const Shape& shape, int axis, int64_t expected, const char* name, const char* quantity,
+// The dimension `expected` (unknown if < 0) against one axis of a shape.
+// `meaning` says where the number comes from.
+Status CheckDimension(const Shape& shape, int axis, int64_t expected,
+                      const char* name, const char* quantity,
                       const char* meaning) {
   const int64_t received = shape.dim(axis);
   if (received < 0 || expected < 0 || received == expected) return Status();
-  return InvalidArgument("Expected `%s` to have %s %lld (%s). Received: %s.shape=%s", name, quantity,
-                         static_cast<LongLong>(expected), meaning, name, ShapeText(shape).text);
+  return InvalidArgument(
+      "Expected `%s` to have %s %lld (%s). Received: %s.shape=%s", name,
+      quantity, static_cast<LongLong>(expected), meaning, name,
+      ShapeText(shape).text);
 }
 
 // Output size along one axis and, for kValid and kSame, the padding.
-Status OutputSize(const char* axis, int64_t size, int64_t kernel, int64_t stride, int64_t dilation, Padding padding,
+Status OutputSize(const char* axis, int64_t size, int64_t kernel,
+                  int64_t stride, int64_t dilation, Padding padding,
                   int64_t* before, int64_t* after, int64_t* out) {
   if (padding == Padding::kValid) *before = *after = 0;
   if (size < 0 || kernel < 0) return Status();
-  const int64_t span = (kernel - 1) * dilation + 1;  // input pixels between the first and the last tap, both included
+  const int64_t span =
+      (kernel - 1) * dilation +
+      1;  // input pixels between the first and the last tap, both included
   if (padding == Padding::kSame) {
     *out = size / stride + (size % stride != 0);
     int64_t total = 0;
-    if (*out > 0 && (__builtin_add_overflow((*out - 1) * stride - size, span, &total) || total < 0)) total = 0;
+    if (*out > 0 &&
+        (__builtin_add_overflow((*out - 1) * stride - size, span, &total) ||
+         total < 0))
+      total = 0;
     *before = total / 2;
     *after = total - *before;
     return Status();
@@ -53,25 +66,31 @@ Status OutputSize(const char* axis, int64_t size, int64_t kernel, int64_t stride
   const int64_t room = size + *before + *after - span;
   if (room < 0 && size > 0) {
     return InvalidArgument(
-        "Expected the padded %s to be at least the extent of the dilated kernel, %lld. Received: %s %lld with padding "
+        "Expected the padded %s to be at least the extent of the dilated "
+        "kernel, %lld. Received: %s %lld with padding "
         "(%lld, %lld), kernel size %lld, dilation_rate %lld",
-        axis, static_cast<LongLong>(span), axis, static_cast<LongLong>(size), static_cast<LongLong>(*before),
-        static_cast<LongLong>(*after), static_cast<LongLong>(kernel), static_cast<LongLong>(dilation));
+        axis, static_cast<LongLong>(span), axis, static_cast<LongLong>(size),
+        static_cast<LongLong>(*before), static_cast<LongLong>(*after),
+        static_cast<LongLong>(kernel), static_cast<LongLong>(dilation));
   }
   *out = room < 0 ? 0 : room / stride + 1;
   return Status();
 }
 
-// Every tensor, in bytes of the widest type, fits in int64_t. Unknown dimensions are taken as 1.
+// Every tensor, in bytes of the widest type, fits in int64_t. Unknown
+// dimensions are taken as 1.
 Status CheckBytes(const char* name, std::initializer_list<int64_t> dims) {
-  int64_t bytes = 64;  // 8 bytes an element, and the alignment and padding that scratch copies add
+  int64_t bytes = 64;  // 8 bytes an element, and the alignment and padding that
+                       // scratch copies add
   bool empty = false;
   for (int64_t dim : dims) empty = empty || dim == 0;
   if (empty) return Status();
   for (int64_t dim : dims) {
     if (dim > 0 && __builtin_mul_overflow(bytes, dim, &bytes)) {
-      return InvalidArgument("Expected `%s` to hold at most 2**57 elements. Received: a larger product of its dimensions",
-                             name);
+      return InvalidArgument(
+          "Expected `%s` to hold at most 2**57 elements. Received: a larger "
+          "product of its dimensions",
+          name);
     }
   }
   return Status();
@@ -79,7 +98,8 @@ Status CheckBytes(const char* name, std::initializer_list<int64_t> dims) {
 
 }  // namespace
 
-Status Validate(const DeformableConv2DShapes& shapes, DeformableConv2DParams* params) {
+Status Validate(const DeformableConv2DShapes& shapes,
+                DeformableConv2DParams* params) {
   DeformableConv2DParams& p = *params;
   TF_DEFORM_RETURN_IF_ERROR(CheckAttribute(p.stride_h, 1, "strides"));
   TF_DEFORM_RETURN_IF_ERROR(CheckAttribute(p.stride_w, 1, "strides"));
@@ -89,23 +109,32 @@ Status Validate(const DeformableConv2DShapes& shapes, DeformableConv2DParams* pa
   TF_DEFORM_RETURN_IF_ERROR(CheckAttribute(p.pad_bottom, 0, "padding"));
   TF_DEFORM_RETURN_IF_ERROR(CheckAttribute(p.pad_left, 0, "padding"));
   TF_DEFORM_RETURN_IF_ERROR(CheckAttribute(p.pad_right, 0, "padding"));
-  TF_DEFORM_RETURN_IF_ERROR(CheckAttribute(p.offset_groups, 1, "offset_groups"));
+  TF_DEFORM_RETURN_IF_ERROR(
+      CheckAttribute(p.offset_groups, 1, "offset_groups"));
   if (p.padding < Padding::kValid || p.padding > Padding::kExplicit) {
-    return InvalidArgument("Expected `padding` to be 0 (valid), 1 (same) or 2 (explicit). Received: %d",
-                           static_cast<int>(p.padding));
+    return InvalidArgument(
+        "Expected `padding` to be 0 (valid), 1 (same) or 2 (explicit). "
+        "Received: %d",
+        static_cast<int>(p.padding));
   }
   if (p.boundary != Boundary::kZeros && p.boundary != Boundary::kClamp) {
-    return InvalidArgument("Expected `boundary` to be 0 (zeros) or 1 (clamp). Received: %d",
-                           static_cast<int>(p.boundary));
+    return InvalidArgument(
+        "Expected `boundary` to be 0 (zeros) or 1 (clamp). Received: %d",
+        static_cast<int>(p.boundary));
   }
 
-  TF_DEFORM_RETURN_IF_ERROR(CheckRank(shapes.inputs, "inputs", "batch, height, width, channels"));
-  TF_DEFORM_RETURN_IF_ERROR(CheckRank(shapes.kernel, "kernel", "kernel_h, kernel_w, channels // groups, filters"));
   TF_DEFORM_RETURN_IF_ERROR(
-      CheckRank(shapes.offset, "offset", "batch, out_h, out_w, offset_groups * kernel_h * kernel_w * 2"));
+      CheckRank(shapes.inputs, "inputs", "batch, height, width, channels"));
+  TF_DEFORM_RETURN_IF_ERROR(
+      CheckRank(shapes.kernel, "kernel",
+                "kernel_h, kernel_w, channels // groups, filters"));
+  TF_DEFORM_RETURN_IF_ERROR(CheckRank(
+      shapes.offset, "offset",
+      "batch, out_h, out_w, offset_groups * kernel_h * kernel_w * 2"));
   if (shapes.mask != nullptr) {
     TF_DEFORM_RETURN_IF_ERROR(
-        CheckRank(*shapes.mask, "mask", "batch, out_h, out_w, offset_groups * kernel_h * kernel_w"));
+        CheckRank(*shapes.mask, "mask",
+                  "batch, out_h, out_w, offset_groups * kernel_h * kernel_w"));
   }
 
   p.batch = shapes.inputs.dim(0);
@@ -120,17 +149,23 @@ Status Validate(const DeformableConv2DShapes& shapes, DeformableConv2DParams* pa
   p.out_h = p.out_w = -1;
 
   if (p.height > kMaxExtent || p.width > kMaxExtent) {
-    return InvalidArgument("Expected height and width of `inputs` to be at most %lld. Received: inputs.shape=%s",
-                           static_cast<LongLong>(kMaxExtent), ShapeText(shapes.inputs).text);
+    return InvalidArgument(
+        "Expected height and width of `inputs` to be at most %lld. Received: "
+        "inputs.shape=%s",
+        static_cast<LongLong>(kMaxExtent), ShapeText(shapes.inputs).text);
   }
   if (p.channels == 0) {
-    return InvalidArgument("Expected `inputs` to have at least 1 channel. Received: inputs.shape=%s",
-                           ShapeText(shapes.inputs).text);
+    return InvalidArgument(
+        "Expected `inputs` to have at least 1 channel. Received: "
+        "inputs.shape=%s",
+        ShapeText(shapes.inputs).text);
   }
   for (int axis = 0; axis < 4; ++axis) {
-    if (shapes.kernel.dim(axis) == 0 || (axis < 2 && shapes.kernel.dim(axis) > kMaxExtent)) {
+    if (shapes.kernel.dim(axis) == 0 ||
+        (axis < 2 && shapes.kernel.dim(axis) > kMaxExtent)) {
       return InvalidArgument(
-          "Expected every dimension of `kernel` to be at least 1 and its height and width at most %lld. Received: "
+          "Expected every dimension of `kernel` to be at least 1 and its "
+          "height and width at most %lld. Received: "
           "kernel.shape=%s",
           static_cast<LongLong>(kMaxExtent), ShapeText(shapes.kernel).text);
     }
@@ -138,75 +173,104 @@ Status Validate(const DeformableConv2DShapes& shapes, DeformableConv2DParams* pa
   if (p.channels > 0 && group_channels > 0) {
     if (p.channels % group_channels != 0) {
       return InvalidArgument(
-          "Expected the channels of `inputs` to be a multiple of the input channels of `kernel` (its third dimension, "
+          "Expected the channels of `inputs` to be a multiple of the input "
+          "channels of `kernel` (its third dimension, "
           "channels // groups). Received: inputs.shape=%s, kernel.shape=%s",
           ShapeText(shapes.inputs).text, ShapeText(shapes.kernel).text);
     }
     p.groups = p.channels / group_channels;
     if (p.filters > 0 && p.filters % p.groups != 0) {
       return InvalidArgument(
-          "Expected the filters of `kernel` (its last dimension) to be a multiple of groups, %lld (channels of `inputs` "
-          "// input channels of `kernel`). Received: inputs.shape=%s, kernel.shape=%s",
-          static_cast<LongLong>(p.groups), ShapeText(shapes.inputs).text, ShapeText(shapes.kernel).text);
+          "Expected the filters of `kernel` (its last dimension) to be a "
+          "multiple of groups, %lld (channels of `inputs` "
+          "// input channels of `kernel`). Received: inputs.shape=%s, "
+          "kernel.shape=%s",
+          static_cast<LongLong>(p.groups), ShapeText(shapes.inputs).text,
+          ShapeText(shapes.kernel).text);
     }
   }
   if (p.channels > 0 && p.channels % p.offset_groups != 0) {
     return InvalidArgument(
-        "Expected the channels of `inputs` to be a multiple of offset_groups, %lld. Received: inputs.shape=%s",
+        "Expected the channels of `inputs` to be a multiple of offset_groups, "
+        "%lld. Received: inputs.shape=%s",
         static_cast<LongLong>(p.offset_groups), ShapeText(shapes.inputs).text);
   }
 
-  TF_DEFORM_RETURN_IF_ERROR(OutputSize("height", p.height, p.kernel_h, p.stride_h, p.dilation_h, p.padding, &p.pad_top,
-                                       &p.pad_bottom, &p.out_h));
-  TF_DEFORM_RETURN_IF_ERROR(OutputSize("width", p.width, p.kernel_w, p.stride_w, p.dilation_w, p.padding, &p.pad_left,
+  TF_DEFORM_RETURN_IF_ERROR(OutputSize("height", p.height, p.kernel_h,
+                                       p.stride_h, p.dilation_h, p.padding,
+                                       &p.pad_top, &p.pad_bottom, &p.out_h));
+  TF_DEFORM_RETURN_IF_ERROR(OutputSize("width", p.width, p.kernel_w, p.stride_w,
+                                       p.dilation_w, p.padding, &p.pad_left,
                                        &p.pad_right, &p.out_w));
 
   int64_t mask_channels = -1, offset_channels = -1;
   if (p.kernel_h > 0 && p.kernel_w > 0) {
-    if (__builtin_mul_overflow(p.kernel_h * p.kernel_w, p.offset_groups, &mask_channels) ||
+    if (__builtin_mul_overflow(p.kernel_h * p.kernel_w, p.offset_groups,
+                               &mask_channels) ||
         __builtin_mul_overflow(mask_channels, 2, &offset_channels)) {
       return InvalidArgument(
-          "Expected 2 * offset_groups * kernel_h * kernel_w to fit in 64 bits. Received: offset_groups=%lld, "
+          "Expected 2 * offset_groups * kernel_h * kernel_w to fit in 64 bits. "
+          "Received: offset_groups=%lld, "
           "kernel.shape=%s",
-          static_cast<LongLong>(p.offset_groups), ShapeText(shapes.kernel).text);
+          static_cast<LongLong>(p.offset_groups),
+          ShapeText(shapes.kernel).text);
     }
   }
   // One judge for offset and mask, which differ in their last dimension alone.
-  const auto check_field = [&p](const Shape& shape, const char* name, int64_t channels, const char* factor) -> Status {
-    TF_DEFORM_RETURN_IF_ERROR(CheckDimension(shape, 0, p.batch, name, "batch size", "as `inputs`"));
-    TF_DEFORM_RETURN_IF_ERROR(CheckDimension(shape, 1, p.out_h, name, "height", "the output's"));
-    TF_DEFORM_RETURN_IF_ERROR(CheckDimension(shape, 2, p.out_w, name, "width", "the output's"));
+  const auto check_field = [&p](const Shape& shape, const char* name,
+                                int64_t channels,
+                                const char* factor) -> Status {
+    TF_DEFORM_RETURN_IF_ERROR(
+        CheckDimension(shape, 0, p.batch, name, "batch size", "as `inputs`"));
+    TF_DEFORM_RETURN_IF_ERROR(
+        CheckDimension(shape, 1, p.out_h, name, "height", "the output's"));
+    TF_DEFORM_RETURN_IF_ERROR(
+        CheckDimension(shape, 2, p.out_w, name, "width", "the output's"));
     const int64_t received = shape.dim(3);
     if (received < 0 || channels < 0 || received == channels) return Status();
-    return InvalidArgument("Expected `%s` to have %lld channels (%s%s * %lld * %lld). Received: %s.shape=%s", name,
-                           static_cast<LongLong>(channels), factor, "offset_groups",
-                           static_cast<LongLong>(p.kernel_h), static_cast<LongLong>(p.kernel_w), name,
-                           ShapeText(shape).text);
+    return InvalidArgument(
+        "Expected `%s` to have %lld channels (%s%s * %lld * %lld). Received: "
+        "%s.shape=%s",
+        name, static_cast<LongLong>(channels), factor, "offset_groups",
+        static_cast<LongLong>(p.kernel_h), static_cast<LongLong>(p.kernel_w),
+        name, ShapeText(shape).text);
   };
-  TF_DEFORM_RETURN_IF_ERROR(check_field(shapes.offset, "offset", offset_channels, "2 * "));
-  if (shapes.mask != nullptr) TF_DEFORM_RETURN_IF_ERROR(check_field(*shapes.mask, "mask", mask_channels, ""));
+  TF_DEFORM_RETURN_IF_ERROR(
+      check_field(shapes.offset, "offset", offset_channels, "2 * "));
+  if (shapes.mask != nullptr)
+    TF_DEFORM_RETURN_IF_ERROR(
+        check_field(*shapes.mask, "mask", mask_channels, ""));
 
   if (shapes.grad_output != nullptr) {
     const Shape& gradient = *shapes.grad_output;
-    TF_DEFORM_RETURN_IF_ERROR(CheckRank(gradient, "grad_output", "batch, out_h, out_w, filters"));
+    TF_DEFORM_RETURN_IF_ERROR(
+        CheckRank(gradient, "grad_output", "batch, out_h, out_w, filters"));
     const int64_t expected[4] = {p.batch, p.out_h, p.out_w, p.filters};
     for (int axis = 0; axis < 4; ++axis) {
-      if (gradient.dim(axis) >= 0 && expected[axis] >= 0 && gradient.dim(axis) != expected[axis]) {
+      if (gradient.dim(axis) >= 0 && expected[axis] >= 0 &&
+          gradient.dim(axis) != expected[axis]) {
         Shape output;
         output.rank = 4;
         for (int i = 0; i < 4; ++i) output.dims[i] = expected[i];
-        return InvalidArgument("Expected `grad_output` to have the output's shape %s. Received: grad_output.shape=%s",
-                               ShapeText(output).text, ShapeText(gradient).text);
+        return InvalidArgument(
+            "Expected `grad_output` to have the output's shape %s. Received: "
+            "grad_output.shape=%s",
+            ShapeText(output).text, ShapeText(gradient).text);
       }
     }
   }
 
-  TF_DEFORM_RETURN_IF_ERROR(CheckBytes("inputs", {p.batch, p.height, p.width, p.channels}));
-  TF_DEFORM_RETURN_IF_ERROR(CheckBytes("kernel", {p.kernel_h, p.kernel_w, group_channels, p.filters}));
-  TF_DEFORM_RETURN_IF_ERROR(CheckBytes("offset", {p.batch, p.out_h, p.out_w, offset_channels}));
-  TF_DEFORM_RETURN_IF_ERROR(CheckBytes("output", {p.batch, p.out_h, p.out_w, p.filters}));
+  TF_DEFORM_RETURN_IF_ERROR(
+      CheckBytes("inputs", {p.batch, p.height, p.width, p.channels}));
+  TF_DEFORM_RETURN_IF_ERROR(CheckBytes(
+      "kernel", {p.kernel_h, p.kernel_w, group_channels, p.filters}));
+  TF_DEFORM_RETURN_IF_ERROR(
+      CheckBytes("offset", {p.batch, p.out_h, p.out_w, offset_channels}));
+  TF_DEFORM_RETURN_IF_ERROR(
+      CheckBytes("output", {p.batch, p.out_h, p.out_w, p.filters}));
 
-  // What one operand leaves open another may tell: output and gradients have these sizes in common.
+  // What one operand leaves open another may tell: output and gradients have
+  // these sizes in common.
   if (p.batch < 0) p.batch = shapes.offset.dim(0);
   if (p.out_h < 0) p.out_h = shapes.offset.dim(1);
   if (p.out_w < 0) p.out_w = shapes.offset.dim(2);

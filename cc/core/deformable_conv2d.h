@@ -3,17 +3,21 @@
 //
 // For output pixel (i, j), tap (kh, kw), and input channel c in offset group g:
 //   y = i * stride_h - pad_top + kh * dilation_h + dy,   x likewise,
-//   output[n, i, j, f] = sum over taps and channels of kernel[kh, kw, c, f] * mask[g, kh, kw] * X_c(y, x)
-// with X_c(y, x) the bilinear sample of inputs[n, :, :, c]. Dai et al. 2017, arXiv:1703.06211, Eq. 2-4; the mask is Zhu et
-// al. 2018, arXiv:1811.11168, Eq. 1.
+//   output[n, i, j, f] = sum over taps and channels of kernel[kh, kw, c, f] *
+//   mask[g, kh, kw] * X_c(y, x)
+// with X_c(y, x) the bilinear sample of inputs[n, :, :, c]. Dai et al. 2017,
+// arXiv:1703.06211, Eq. 2-4; the mask is Zhu et al. 2018, arXiv:1811.11168,
+// Eq. 1.
 //
-// All tensors are dense, row major, and aligned to their element; T is the element type of inputs, kernel and output, and
-// the coordinate type is float (double when T is double):
+// All tensors are dense, row major, and aligned to their element; T is the
+// element type of inputs, kernel and output, and the coordinate type is float
+// (double when T is double):
 //   inputs  (batch, height, width, channels)                             T
 //   kernel  (kernel_h, kernel_w, channels / groups, filters)             T
-//   offset  (batch, out_h, out_w, offset_groups * kernel_h * kernel_w * 2), [group][kh][kw][(dy, dx)], input pixels
-//   mask    (batch, out_h, out_w, offset_groups * kernel_h * kernel_w), or null: all ones
-//   output  (batch, out_h, out_w, filters)                               T
+//   offset  (batch, out_h, out_w, offset_groups * kernel_h * kernel_w * 2),
+//   [group][kh][kw][(dy, dx)], input pixels mask    (batch, out_h, out_w,
+//   offset_groups * kernel_h * kernel_w), or null: all ones output  (batch,
+//   out_h, out_w, filters)                               T
 
 #ifndef TF_DEFORM_CC_CORE_DEFORMABLE_CONV2D_H_
 #define TF_DEFORM_CC_CORE_DEFORMABLE_CONV2D_H_
@@ -24,16 +28,19 @@ namespace tf_deform {
 
 enum class Padding : int { kValid = 0, kSame = 1, kExplicit = 2 };
 
-// kZeros: a sample counts where -1 < y < height and -1 < x < width, and pixels outside the image are 0.
-// kClamp: a sample counts where 0 <= y < height and 0 <= x < width, and the last row and column are held.
+// kZeros: a sample counts where -1 < y < height and -1 < x < width, and pixels
+// outside the image are 0. kClamp: a sample counts where 0 <= y < height and 0
+// <= x < width, and the last row and column are held.
 enum class Boundary : int { kZeros = 0, kClamp = 1 };
 
-// What an operator call is made of. The caller sets the first part; Validate checks it and fills the second.
-// Plain int64 fields, in this order, are what the C entry points take.
+// What an operator call is made of. The caller sets the first part; Validate
+// checks it and fills the second. Plain int64 fields, in this order, are what
+// the C entry points take.
 struct DeformableConv2DParams {
   int64_t stride_h = 1, stride_w = 1;
   int64_t dilation_h = 1, dilation_w = 1;
-  int64_t pad_top = 0, pad_bottom = 0, pad_left = 0, pad_right = 0;  // input; for kValid and kSame set by Validate
+  int64_t pad_top = 0, pad_bottom = 0, pad_left = 0,
+          pad_right = 0;  // input; for kValid and kSame set by Validate
   int64_t offset_groups = 1;
   Padding padding = Padding::kValid;
   Boundary boundary = Boundary::kZeros;
@@ -51,9 +58,11 @@ struct DeformableConv2DShapes {
   const Shape* grad_output = nullptr;
 };
 
-// Judges attributes and shapes and fills `params`. Unknown ranks and dimensions are taken to fit; with all known, ok means
-// that every size and byte count below fits in int64_t.
-Status Validate(const DeformableConv2DShapes& shapes, DeformableConv2DParams* params);
+// Judges attributes and shapes and fills `params`. Unknown ranks and dimensions
+// are taken to fit; with all known, ok means that every size and byte count
+// below fits in int64_t.
+Status Validate(const DeformableConv2DShapes& shapes,
+                DeformableConv2DParams* params);
 
 // Operands of the forward pass.
 struct DeformableConv2DInputs {
@@ -63,7 +72,8 @@ struct DeformableConv2DInputs {
   const void* mask = nullptr;  // null: all ones
 };
 
-// Where the gradients go, each shaped and typed like its operand and overwritten whole. Null: not wanted, not computed.
+// Where the gradients go, each shaped and typed like its operand and
+// overwritten whole. Null: not wanted, not computed.
 struct DeformableConv2DGradients {
   void* inputs = nullptr;
   void* kernel = nullptr;
@@ -73,27 +83,36 @@ struct DeformableConv2DGradients {
 
 namespace cpu {
 
-// Bytes of scratch that Forward needs: one packed copy of the kernel and at most 4 MiB a worker. `params` validated.
-int64_t WorkspaceBytes(const DeformableConv2DParams& params, DataType type, int num_workers);
+// Bytes of scratch that Forward needs: one packed copy of the kernel and at
+// most 4 MiB a worker. `params` validated.
+int64_t WorkspaceBytes(const DeformableConv2DParams& params, DataType type,
+                       int num_workers);
 
-// The same for Backward with the gradients that are non-null in `wanted`; for 16-bit types also the float32 image of one
-// accumulated gradient (the kernel's, or one image of the inputs').
-int64_t BackwardWorkspaceBytes(const DeformableConv2DParams& params, DataType type,
-                               const DeformableConv2DGradients& wanted, int num_workers);
+// The same for Backward with the gradients that are non-null in `wanted`; for
+// 16-bit types also the float32 image of one accumulated gradient (the
+// kernel's, or one image of the inputs').
+int64_t BackwardWorkspaceBytes(const DeformableConv2DParams& params,
+                               DataType type,
+                               const DeformableConv2DGradients& wanted,
+                               int num_workers);
 
-// Writes `output`. `workspace` is aligned to 64 bytes and as large as WorkspaceBytes(params, type,
-// parallel_for.num_workers) says. The result does not depend on the number of workers, to the bit.
-Status Forward(const DeformableConv2DParams& params, DataType type, const DeformableConv2DInputs& operands,
-               void* workspace, void* output, const ParallelFor& parallel_for);
+// Writes `output`. `workspace` is aligned to 64 bytes and as large as
+// WorkspaceBytes(params, type, parallel_for.num_workers) says. The result does
+// not depend on the number of workers, to the bit.
+Status Forward(const DeformableConv2DParams& params, DataType type,
+               const DeformableConv2DInputs& operands, void* workspace,
+               void* output, const ParallelFor& parallel_for);
 
-// Writes the wanted gradients of sum(grad_output * output). Nothing is read or computed for the others. Workspace and
-// determinism as above.
-Status Backward(const DeformableConv2DParams& params, DataType type, const DeformableConv2DInputs& operands,
-                const void* grad_output, void* workspace, const DeformableConv2DGradients& gradients,
+// Writes the wanted gradients of sum(grad_output * output). Nothing is read or
+// computed for the others. Workspace and determinism as above.
+Status Backward(const DeformableConv2DParams& params, DataType type,
+                const DeformableConv2DInputs& operands, const void* grad_output,
+                void* workspace, const DeformableConv2DGradients& gradients,
                 const ParallelFor& parallel_for);
 
-// Name of the instruction set in use: "avx512", "avx2" or "baseline". The best that the processor has, or what the
-// environment variable TF_DEFORM_MAX_ISA allows; read once.
+// Name of the instruction set in use: "avx512", "avx2" or "baseline". The best
+// that the processor has, or what the environment variable TF_DEFORM_MAX_ISA
+// allows; read once.
 const char* InstructionSet();
 
 }  // namespace cpu

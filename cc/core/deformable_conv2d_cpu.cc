@@ -1,5 +1,5 @@
-// Deformable convolution on the CPU: one source for every instruction set, and the choice among them at run time.
-// SPDX-License-Identifier: Apache-2.0
+// Deformable convolution on the CPU: one source for every instruction set, and
+// the choice among them at run time. SPDX-License-Identifier: Apache-2.0
 
 #include <cstdint>
 #include <cstdlib>
@@ -24,7 +24,8 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// The default floating-point mode (denormals on, round to nearest) for as long as it lives.
+// The default floating-point mode (denormals on, round to nearest) for as long
+// as it lives.
 class ScopedFloatingPointMode {
  public:
 #ifdef TF_DEFORM_X86
@@ -44,8 +45,6 @@ class ScopedFloatingPointMode {
 
 #define TF_DEFORM_ISA baseline
 #define TF_DEFORM_VECTOR_BYTES 16
-#include "cc/core/simd_cpu-inl.h"
-//
 #include "cc/core/deformable_conv2d_cpu-inl.h"
 #undef TF_DEFORM_ISA
 #undef TF_DEFORM_VECTOR_BYTES
@@ -53,7 +52,7 @@ class ScopedFloatingPointMode {
 #ifdef TF_DEFORM_X86
 #define TF_DEFORM_PRAGMA(text) _Pragma(#text)
 #ifdef __clang__
-#define TF_DEFORM_PUSH_TARGET(features)                                 \
+#define TF_DEFORM_PUSH_TARGET(features)                                    \
   TF_DEFORM_PRAGMA(clang attribute push(__attribute__((target(features))), \
                                         apply_to = function))
 #define TF_DEFORM_POP_TARGET TF_DEFORM_PRAGMA(clang attribute pop)
@@ -66,18 +65,15 @@ class ScopedFloatingPointMode {
 TF_DEFORM_PUSH_TARGET("avx2,fma,f16c")
 #define TF_DEFORM_ISA avx2
 #define TF_DEFORM_VECTOR_BYTES 32
-#include "cc/core/simd_cpu-inl.h"
-//
 #include "cc/core/deformable_conv2d_cpu-inl.h"
 #undef TF_DEFORM_ISA
 #undef TF_DEFORM_VECTOR_BYTES
 TF_DEFORM_POP_TARGET
 
-TF_DEFORM_PUSH_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
+TF_DEFORM_PUSH_TARGET(
+    "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
 #define TF_DEFORM_ISA avx512
 #define TF_DEFORM_VECTOR_BYTES 64
-#include "cc/core/simd_cpu-inl.h"
-//
 #include "cc/core/deformable_conv2d_cpu-inl.h"
 #undef TF_DEFORM_ISA
 #undef TF_DEFORM_VECTOR_BYTES
@@ -96,18 +92,24 @@ struct Implementation {
   decltype(&baseline::Backward) backward;
 };
 
-#define TF_DEFORM_IMPLEMENTATION(isa) \
-  Implementation { #isa, &isa::WorkspaceBytes, &isa::BackwardWorkspaceBytes, &isa::Forward, &isa::Backward }
+#define TF_DEFORM_IMPLEMENTATION(isa)                                        \
+  Implementation {                                                           \
+    #isa, &isa::WorkspaceBytes, &isa::BackwardWorkspaceBytes, &isa::Forward, \
+        &isa::Backward                                                       \
+  }
 
 Implementation Choose() {
 #ifdef TF_DEFORM_X86
   const char* allowed = std::getenv("TF_DEFORM_MAX_ISA");
   const bool any = allowed == nullptr || std::strcmp(allowed, "avx512") == 0;
-  if (any && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+  if (any && __builtin_cpu_supports("avx512f") &&
+      __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl")) {
     return TF_DEFORM_IMPLEMENTATION(avx512);
   }
-  if ((any || std::strcmp(allowed, "avx2") == 0) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+  if ((any || std::strcmp(allowed, "avx2") == 0) &&
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     return TF_DEFORM_IMPLEMENTATION(avx2);
   }
 #endif
@@ -121,34 +123,42 @@ const Implementation& Chosen() {
 
 Status CheckType(DataType type) {
   if (type >= DataType::kFloat16 && type <= DataType::kFloat64) return Status();
-  return InvalidArgument("Expected the data type to be 0 (float16), 1 (bfloat16), 2 (float32) or 3 (float64). "
-                         "Received: %d",
-                         static_cast<int>(type));
+  return InvalidArgument(
+      "Expected the data type to be 0 (float16), 1 (bfloat16), 2 (float32) or "
+      "3 (float64). "
+      "Received: %d",
+      static_cast<int>(type));
 }
 
 }  // namespace
 
-int64_t WorkspaceBytes(const DeformableConv2DParams& params, DataType type, int num_workers) {
+int64_t WorkspaceBytes(const DeformableConv2DParams& params, DataType type,
+                       int num_workers) {
   return Chosen().workspace_bytes(params, type, num_workers);
 }
 
-int64_t BackwardWorkspaceBytes(const DeformableConv2DParams& params, DataType type,
-                               const DeformableConv2DGradients& wanted, int num_workers) {
+int64_t BackwardWorkspaceBytes(const DeformableConv2DParams& params,
+                               DataType type,
+                               const DeformableConv2DGradients& wanted,
+                               int num_workers) {
   return Chosen().backward_workspace_bytes(params, type, wanted, num_workers);
 }
 
-Status Forward(const DeformableConv2DParams& params, DataType type, const DeformableConv2DInputs& operands,
-               void* workspace, void* output, const ParallelFor& parallel_for) {
+Status Forward(const DeformableConv2DParams& params, DataType type,
+               const DeformableConv2DInputs& operands, void* workspace,
+               void* output, const ParallelFor& parallel_for) {
   TF_DEFORM_RETURN_IF_ERROR(CheckType(type));
   Chosen().forward(params, type, operands, workspace, output, parallel_for);
   return Status();
 }
 
-Status Backward(const DeformableConv2DParams& params, DataType type, const DeformableConv2DInputs& operands,
-                const void* grad_output, void* workspace, const DeformableConv2DGradients& gradients,
+Status Backward(const DeformableConv2DParams& params, DataType type,
+                const DeformableConv2DInputs& operands, const void* grad_output,
+                void* workspace, const DeformableConv2DGradients& gradients,
                 const ParallelFor& parallel_for) {
   TF_DEFORM_RETURN_IF_ERROR(CheckType(type));
-  Chosen().backward(params, type, operands, grad_output, workspace, gradients, parallel_for);
+  Chosen().backward(params, type, operands, grad_output, workspace, gradients,
+                    parallel_for);
   return Status();
 }
 

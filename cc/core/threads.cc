@@ -12,8 +12,7 @@ namespace {
 
 void RunOnThreads(void* context, int64_t num_tasks, ParallelFor::Task task,
                   void* argument) {
-  const int num_threads =
-      static_cast<int>(reinterpret_cast<intptr_t>(context));
+  const int num_threads = static_cast<int>(reinterpret_cast<intptr_t>(context));
   std::atomic<int64_t> next{0};
   const auto work = [&](int worker) {
     for (int64_t index; (index = next.fetch_add(1)) < num_tasks;) {

@@ -8,7 +8,8 @@
 
 namespace tf_deform {
 
-// A ParallelFor that starts num_threads - 1 threads for every loop and joins them at its end.
+// A ParallelFor that starts num_threads - 1 threads for every loop and joins
+// them at its end.
 ParallelFor Threads(int num_threads);
 
 }  // namespace tf_deform

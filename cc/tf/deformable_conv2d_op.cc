@@ -1,14 +1,13 @@
 // Deformable convolution in TensorFlow: ops, shape functions, CPU kernels.
 // SPDX-License-Identifier: Apache-2.0
 
-#include "cc/core/deformable_conv2d.h"
-
 #include <atomic>
 #include <cstdint>
 #include <string>
 #include <type_traits>
 #include <vector>
 
+#include "cc/core/deformable_conv2d.h"
 #include "cc/tf/glue.h"
 #include "tensorflow/core/framework/common_shape_fns.h"
 #include "tensorflow/core/framework/op.h"
@@ -156,8 +155,7 @@ tensorflow::Status BackwardShape(InferenceContext* context) {
   TF_RETURN_IF_ERROR(context->GetAttr("wanted", &wanted));
   TF_RETURN_IF_ERROR(CheckWanted(wanted, context->num_inputs() - 4));
   for (int i = 0; i < context->num_outputs(); ++i) {
-    context->set_output(i,
-                        wanted[i] ? context->input(i) : context->Vector(0));
+    context->set_output(i, wanted[i] ? context->input(i) : context->Vector(0));
   }
   return tensorflow::Status();
 }
@@ -220,10 +218,9 @@ class ForwardKernel : public DeformableConv2DKernel {
     OP_REQUIRES_OK(context, Prepare(context, nullptr, &params, &operands));
     TensorShape shape;
     OP_REQUIRES_OK(
-        context,
-        TensorShape::BuildTensorShape(
-            {params.batch, params.out_h, params.out_w, params.filters},
-            &shape));
+        context, TensorShape::BuildTensorShape(
+                     {params.batch, params.out_h, params.out_w, params.filters},
+                     &shape));
     Tensor* output;
     OP_REQUIRES_OK(context, context->allocate_output(0, shape, &output));
     if (output->NumElements() == 0) return;
@@ -232,14 +229,13 @@ class ForwardKernel : public DeformableConv2DKernel {
     Tensor memory;
     void* workspace;
     OP_REQUIRES_OK(
-        context,
-        AllocateWorkspace(
-            context,
-            cpu::WorkspaceBytes(params, type, parallel_for.num_workers),
-            &memory, &workspace));
-    OP_REQUIRES_OK(context, ToTensorFlow(cpu::Forward(
-                                params, type, operands, workspace,
-                                output->data(), parallel_for)));
+        context, AllocateWorkspace(context,
+                                   cpu::WorkspaceBytes(
+                                       params, type, parallel_for.num_workers),
+                                   &memory, &workspace));
+    OP_REQUIRES_OK(context,
+                   ToTensorFlow(cpu::Forward(params, type, operands, workspace,
+                                             output->data(), parallel_for)));
   }
 };
 
@@ -255,8 +251,7 @@ class BackwardKernel : public DeformableConv2DKernel {
     const Tensor& grad_output = context->input(3 + num_mask());
     DeformableConv2DParams params;
     DeformableConv2DInputs operands;
-    OP_REQUIRES_OK(context,
-                   Prepare(context, &grad_output, &params, &operands));
+    OP_REQUIRES_OK(context, Prepare(context, &grad_output, &params, &operands));
     DeformableConv2DGradients gradients;
     void** const targets[] = {&gradients.inputs, &gradients.kernel,
                               &gradients.offset, &gradients.mask};
@@ -265,9 +260,8 @@ class BackwardKernel : public DeformableConv2DKernel {
       if (!wanted_[i]) {
         OP_REQUIRES_OK(context, context->allocate_output(i, {0}, &gradient));
       } else if (context->output_required(i)) {  // not pruned from the graph
-        OP_REQUIRES_OK(context,
-                       context->allocate_output(
-                           i, context->input(i).shape(), &gradient));
+        OP_REQUIRES_OK(context, context->allocate_output(
+                                    i, context->input(i).shape(), &gradient));
         if (gradient->NumElements() == 0) continue;
         *targets[i] = gradient->data();
         gradients_computed[i].fetch_add(1, std::memory_order_relaxed);
@@ -277,16 +271,14 @@ class BackwardKernel : public DeformableConv2DKernel {
     const DataType type = ToDataType(grad_output.dtype());
     Tensor memory;
     void* workspace;
-    OP_REQUIRES_OK(context,
-                   AllocateWorkspace(context,
-                                     cpu::BackwardWorkspaceBytes(
-                                         params, type, gradients,
-                                         parallel_for.num_workers),
-                                     &memory, &workspace));
-    OP_REQUIRES_OK(context,
-                   ToTensorFlow(cpu::Backward(params, type, operands,
-                                              grad_output.data(), workspace,
-                                              gradients, parallel_for)));
+    OP_REQUIRES_OK(context, AllocateWorkspace(context,
+                                              cpu::BackwardWorkspaceBytes(
+                                                  params, type, gradients,
+                                                  parallel_for.num_workers),
+                                              &memory, &workspace));
+    OP_REQUIRES_OK(context, ToTensorFlow(cpu::Backward(
+                                params, type, operands, grad_output.data(),
+                                workspace, gradients, parallel_for)));
   }
 
  private:
@@ -295,20 +287,20 @@ class BackwardKernel : public DeformableConv2DKernel {
 
 // Attributes of both ops. Once released, only attributes with defaults may be
 // added: they are part of every SavedModel.
-#define TF_DEFORM_DEFORMABLE_CONV2D_OP(name)                         \
-  REGISTER_OP(name)                                                  \
-      .Attr("T: {half, bfloat16, float, double}")                    \
-      .Attr("Tcoord: {float, double}")                               \
-      .Attr("num_mask: int >= 0")                                    \
-      .Attr("strides: list(int)")                                    \
-      .Attr("padding: {'SAME', 'VALID', 'EXPLICIT'}")                \
-      .Attr("explicit_paddings: list(int) = []")                     \
-      .Attr("dilations: list(int) = [1, 1]")                         \
-      .Attr("offset_groups: int = 1")                                \
-      .Attr("boundary: {'zeros', 'clamp'} = 'zeros'")                \
-      .Input("inputs: T")                                            \
-      .Input("kernel: T")                                            \
-      .Input("offset: Tcoord")                                       \
+#define TF_DEFORM_DEFORMABLE_CONV2D_OP(name)          \
+  REGISTER_OP(name)                                   \
+      .Attr("T: {half, bfloat16, float, double}")     \
+      .Attr("Tcoord: {float, double}")                \
+      .Attr("num_mask: int >= 0")                     \
+      .Attr("strides: list(int)")                     \
+      .Attr("padding: {'SAME', 'VALID', 'EXPLICIT'}") \
+      .Attr("explicit_paddings: list(int) = []")      \
+      .Attr("dilations: list(int) = [1, 1]")          \
+      .Attr("offset_groups: int = 1")                 \
+      .Attr("boundary: {'zeros', 'clamp'} = 'zeros'") \
+      .Input("inputs: T")                             \
+      .Input("kernel: T")                             \
+      .Input("offset: Tcoord")                        \
       .Input("mask: num_mask * Tcoord")
 
 TF_DEFORM_DEFORMABLE_CONV2D_OP("TfDeform>DeformableConv2D")
@@ -325,15 +317,15 @@ TF_DEFORM_DEFORMABLE_CONV2D_OP("TfDeform>DeformableConv2DGrad")
     .Output("grad_mask: num_mask * Tcoord")
     .SetShapeFn(BackwardShape);
 
-#define TF_DEFORM_REGISTER(T, Tcoord)                           \
-  REGISTER_KERNEL_BUILDER(Name("TfDeform>DeformableConv2D")     \
-                              .Device(tensorflow::DEVICE_CPU)   \
-                              .TypeConstraint<T>("T")           \
+#define TF_DEFORM_REGISTER(T, Tcoord)                            \
+  REGISTER_KERNEL_BUILDER(Name("TfDeform>DeformableConv2D")      \
+                              .Device(tensorflow::DEVICE_CPU)    \
+                              .TypeConstraint<T>("T")            \
                               .TypeConstraint<Tcoord>("Tcoord"), \
-                          ForwardKernel);                       \
-  REGISTER_KERNEL_BUILDER(Name("TfDeform>DeformableConv2DGrad") \
-                              .Device(tensorflow::DEVICE_CPU)   \
-                              .TypeConstraint<T>("T")           \
+                          ForwardKernel);                        \
+  REGISTER_KERNEL_BUILDER(Name("TfDeform>DeformableConv2DGrad")  \
+                              .Device(tensorflow::DEVICE_CPU)    \
+                              .TypeConstraint<T>("T")            \
                               .TypeConstraint<Tcoord>("Tcoord"), \
                           BackwardKernel)
 

@@ -53,8 +53,8 @@ void RunOnPool(void* context, int64_t num_tasks, ParallelFor::Task task,
   }
   loop->Work(0);
   std::unique_lock<std::mutex> lock(loop->mutex);
-  loop->all_finished.wait(
-      lock, [&] { return loop->finished.load() == num_tasks; });
+  loop->all_finished.wait(lock,
+                          [&] { return loop->finished.load() == num_tasks; });
 }
 
 }  // namespace

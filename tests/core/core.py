@@ -93,8 +93,17 @@ def _pair(value):
 
 
 def validate(
-    inputs, kernel, offset, mask=None, grad_output=None, *, strides=1,
-    padding="valid", dilation_rate=1, offset_groups=1, boundary="zeros",
+    inputs,
+    kernel,
+    offset,
+    mask=None,
+    grad_output=None,
+    *,
+    strides=1,
+    padding="valid",
+    dilation_rate=1,
+    offset_groups=1,
+    boundary="zeros",
 ) -> Params:
     """Judges shapes (tuples, None where unknown) and attributes."""
     params = Params()
@@ -106,9 +115,12 @@ def validate(
         params.padding = PADDINGS[padding]
     else:
         params.padding = PADDINGS["explicit"]
-        (params.pad_top, params.pad_bottom), (
-            params.pad_left,
-            params.pad_right,
+        (
+            (params.pad_top, params.pad_bottom),
+            (
+                params.pad_left,
+                params.pad_right,
+            ),
         ) = padding
     message = ctypes.create_string_buffer(512)
     optional = [
@@ -182,7 +194,13 @@ def _prepare(inputs, kernel, offset, mask, dtype, grad_output, attributes):
 
 
 def forward(
-    inputs, kernel, offset, mask=None, *, dtype="float32", threads=1,
+    inputs,
+    kernel,
+    offset,
+    mask=None,
+    *,
+    dtype="float32",
+    threads=1,
     **attributes,
 ) -> np.ndarray:
     operands, params, _ = _prepare(
@@ -213,8 +231,16 @@ def forward(
 
 
 def backward(
-    inputs, kernel, offset, mask, grad_output, *, dtype="float32", threads=1,
-    wanted=("inputs", "kernel", "offset", "mask"), **attributes,
+    inputs,
+    kernel,
+    offset,
+    mask,
+    grad_output,
+    *,
+    dtype="float32",
+    threads=1,
+    wanted=("inputs", "kernel", "offset", "mask"),
+    **attributes,
 ) -> dict[str, np.ndarray]:
     """The wanted gradients by name; a missing mask has none."""
     operands, params, coordinates = _prepare(

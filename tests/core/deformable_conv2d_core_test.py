@@ -44,7 +44,9 @@ def random_case(seed: int):
     padding = [
         "same",
         "valid",
-        tuple(tuple(int(n) for n in side) for side in rng.integers(0, 4, (2, 2))),
+        tuple(
+            tuple(int(n) for n in side) for side in rng.integers(0, 4, (2, 2))
+        ),
     ][rng.integers(3)]
     attributes = dict(
         strides=tuple(int(n) for n in rng.integers(1, 4, 2)),
@@ -157,9 +159,7 @@ def test_each_gradient_is_the_same_alone(dtype, batch, threads):
         rng.normal(size=(batch, 9, 11, 18)),
         rng.normal(size=(batch, 9, 11, 6)),
     )
-    common = dict(
-        dtype=dtype, threads=threads, padding="same", offset_groups=2
-    )
+    common = dict(dtype=dtype, threads=threads, padding="same", offset_groups=2)
     together = core.backward(*operands, **common)
     for name in NAMES:
         alone = core.backward(*operands, wanted=(name,), **common)
@@ -204,13 +204,11 @@ def test_scratch_is_bounded(
         for name in NAMES:
             wanted = core.Pointers()
             setattr(wanted, name, 1)
-            backward = (
-                core.library().TfDeformDeformableConv2DCpuBackwardWorkspaceBytes(
-                    core.ctypes.byref(params),
-                    core.DTYPES[dtype],
-                    core.ctypes.byref(wanted),
-                    threads,
-                )
+            backward = core.library().TfDeformDeformableConv2DCpuBackwardWorkspaceBytes(
+                core.ctypes.byref(params),
+                core.DTYPES[dtype],
+                core.ctypes.byref(wanted),
+                threads,
             )
             extra = kernel_image if name == "kernel" else transposed
             extra += image if name == "inputs" else 0

@@ -49,7 +49,7 @@ def pair(value: Any, name: str) -> Pair:
 
 
 def canonical_padding(padding: Any) -> Padding:
-    """"valid", "same", or ((top, bottom), (left, right))."""
+    """ "valid", "same", or ((top, bottom), (left, right))."""
     if isinstance(padding, str):
         if padding.lower() in ("valid", "same"):
             return padding.lower()
@@ -269,9 +269,9 @@ def infer_output_shape(
                 tf.compat.v1.placeholder(tf.float32, shape)
                 for shape in (inputs, kernel, offset)
             ),
-            None if mask is None else tf.compat.v1.placeholder(
-                tf.float32, mask
-            ),
+            None
+            if mask is None
+            else tf.compat.v1.placeholder(tf.float32, mask),
             **arguments,
         )
     return tuple(output.shape.as_list())

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make demo` and `make test` are all that a new user needs. Everything is
+# installed into a virtual environment in this folder.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install demo demo-full test benchmark lint format bazel clean
+
+help:
+	@echo "make demo       train a segmentation model, plain and deformable"
+	@echo "make demo-full  the same with more models and three seeds"
+	@echo "make test       run all tests"
+	@echo "make benchmark  time the convolution beside its peers"
+	@echo "make lint       check style;  make format  mend it"
+	@echo "make bazel      build and test the core with Bazel"
+	@echo "make clean      remove what was built (not results in runs/)"
+
+# The package is built against the TensorFlow of the environment, in place, so
+# that Python started in this folder finds it. A changed source builds it anew.
+$(INSTALLED): setup.py pyproject.toml $(wildcard cc/*/*)
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --disable-pip-version-check \
+		"setuptools>=77,<84" "tensorflow==2.21.*"
+	$(RUN) -m pip install --disable-pip-version-check \
+		--no-build-isolation --editable ".[test,lint]"
+	touch $@
+
+install: $(INSTALLED)
+
+demo: $(INSTALLED)
+	$(RUN) examples/segmentation.py --out runs/demo
+
+demo-full: $(INSTALLED)
+	$(RUN) examples/segmentation.py --out runs/demo --full
+
+test: $(INSTALLED)
+	$(RUN) -m pytest
+
+benchmark: $(INSTALLED)
+	$(RUN) benchmarks/run.py
+
+lint: $(INSTALLED)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror cc/*/*
+
+format: $(INSTALLED)
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+	$(VENV)/bin/clang-format -i cc/*/*
+
+bazel: $(INSTALLED)
+	PYTHON="$(abspath $(RUN))" bazel build //...
+	PYTHON="$(abspath $(RUN))" bazel test //...
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info tf_deform/*.so \
+		tf_deform/_build_info.py

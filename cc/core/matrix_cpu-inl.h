@@ -1,0 +1,139 @@
+// The matrix product of a tile: C (m x n) = or += A (m x k) B (k x n).
+// SPDX-License-Identifier: Apache-2.0
+//
+// No include guard: see simd_cpu-inl.h.
+//
+// B is packed in panels of kPanel columns (two vectors): panel after panel,
+// each k rows of kPanel elements, zeros past n. A last panel of at most one
+// vector of columns is one vector wide. A and C are not packed. A lives in a
+// scratch tile of row stride kTileStride, or of that column stride if
+// kTransposed, so that its addresses are constants. The microkernel keeps
+// kMicroRows x kPanel sums in registers over all of k.
+
+namespace tf_deform {
+namespace cpu {
+namespace TF_DEFORM_ISA {
+
+// All but two or three registers hold sums: two vectors of B and a broadcast
+// element of A need the rest.
+#if TF_DEFORM_VECTOR_BYTES == 64
+constexpr int kMicroRows = 14;  // of 32 registers
+#else
+constexpr int kMicroRows = 6;  // of 16
+#endif
+
+template <typename E>
+constexpr int kPanel = 2 * kLanes<E>;
+
+// Inner dimension of one product: A's micro rows and B's panel stay in the
+// first-level cache. It fixes the order of sums.
+constexpr int64_t kInner = 256;
+
+// Not a power of two, which would map all rows to few cache sets.
+constexpr int64_t kTileStride = kInner + 16;
+
+// Columns of a packed B, with those that fill up its last panel.
+template <typename E>
+static inline int64_t PackedColumns(int64_t n) {
+  return RoundUp(n, kLanes<E>);
+}
+
+template <typename E, bool kTransposed, int kRows, int kVectors>
+static void MicroKernel(int64_t k, const E* a, const E* b, E* c,
+                        int64_t c_stride, int64_t columns, bool accumulate) {
+  constexpr int kN = kLanes<E>;
+  constexpr int64_t kRowStride = kTransposed ? 1 : kTileStride;
+  constexpr int64_t kStep = kTransposed ? kTileStride : 1;
+  Vector<E, kN> sums[kRows][kVectors] = {};
+  for (; k > 0; --k, a += kStep, b += kVectors * kN) {
+    Vector<E, kN> row[kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) row[v] = Load<kN>(b + v * kN);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      const E element = a[i * kRowStride];
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) sums[i][v] += element * row[v];
+    }
+  }
+  if (columns == kVectors * kN) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
+        E* to = c + i * c_stride + v * kN;
+        Store(accumulate ? Load<kN>(to) + sums[i][v] : sums[i][v], to);
+      }
+    }
+    return;
+  }
+  for (int i = 0; i < kRows; ++i) {
+    E edge[kVectors * kN];
+    __builtin_memcpy(edge, sums[i], sizeof(edge));
+    E* to = c + i * c_stride;
+    for (int64_t j = 0; j < columns; ++j)
+      to[j] = accumulate ? to[j] + edge[j] : edge[j];
+  }
+}
+
+template <typename E>
+using MicroKernelFunction = void (*)(int64_t, const E*, const E*, E*, int64_t,
+                                     int64_t, bool);
+
+// The microkernel for `rows` in [1, kMicroRows].
+template <typename E, bool kTransposed, int kVectors, int kRows = kMicroRows>
+static inline MicroKernelFunction<E> FindMicroKernel(int64_t rows) {
+  if constexpr (kRows == 1) {
+    return MicroKernel<E, kTransposed, 1, kVectors>;
+  } else {
+    if (rows == kRows) return MicroKernel<E, kTransposed, kRows, kVectors>;
+    return FindMicroKernel<E, kTransposed, kVectors, kRows - 1>(rows);
+  }
+}
+
+template <bool kTransposed, typename E>
+static void MatrixProduct(int64_t m, int64_t n, int64_t k, const E* a,
+                          const E* packed_b, E* c, int64_t c_stride,
+                          bool accumulate) {
+  const int64_t pieces =
+      CeilDiv(m, kMicroRows);  // of nearly equal rows: a short last one would
+                               // run at a fraction
+  for (int64_t column = 0; column < n; column += kPanel<E>) {
+    const int64_t columns = Min(kPanel<E>, n - column);
+    const E* b = packed_b + column * k;
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+      const int64_t first = m * piece / pieces;
+      const int64_t rows = m * (piece + 1) / pieces - first;
+      const auto kernel = columns > kLanes<E>
+                              ? FindMicroKernel<E, kTransposed, 2>(rows)
+                              : FindMicroKernel<E, kTransposed, 1>(rows);
+      kernel(k, a + first * (kTransposed ? 1 : kTileStride), b,
+             c + first * c_stride + column, c_stride, columns, accumulate);
+    }
+  }
+}
+
+// Packs k x n elements as MatrixProduct wants B: element (row, column) is
+// from[row * row_stride + column * column_stride].
+template <typename T, typename E>
+static void PackPanels(const T* from, int64_t row_stride, int64_t column_stride,
+                       int64_t k, int64_t n, E* to) {
+  for (int64_t column = 0; column < n; column += kPanel<E>) {
+    const int64_t columns = Min(kPanel<E>, n - column);
+    const int64_t width = columns > kLanes<E> ? kPanel<E> : kLanes<E>;
+    for (int64_t row = 0; row < k; ++row, to += width) {
+      const T* source = from + row * row_stride + column * column_stride;
+      if (column_stride == 1) {
+        WidenRow(source, columns, to);
+      } else {
+        for (int64_t j = 0; j < columns; ++j)
+          to[j] = Load<1>(source + j * column_stride)[0];
+      }
+      for (int64_t j = columns; j < width; ++j) to[j] = 0;
+    }
+  }
+}
+
+}  // namespace TF_DEFORM_ISA
+}  // namespace cpu
+}  // namespace tf_deform
