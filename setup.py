@@ -35,6 +35,11 @@ except ImportError as error:
         "`pip install 'tensorflow==2.21.*'` first."
     )
 TF_MINOR = ".".join(tf.__version__.split(".")[:2])
+# The headers themselves use what they declare deprecated.
+TENSORFLOW_FLAGS = [
+    *tf.sysconfig.get_compile_flags(),
+    "-Wno-deprecated-declarations",
+]
 
 
 class BuildExtension(build_ext):
@@ -46,7 +51,7 @@ class BuildExtension(build_ext):
 
     def build_extensions(self) -> None:
         core = self._compile(CORE_SOURCES, ["-std=c++17"])
-        ops = self._compile(OPS_SOURCES, tf.sysconfig.get_compile_flags())
+        ops = self._compile(OPS_SOURCES, TENSORFLOW_FLAGS)
         tensorflow = tf.sysconfig.get_link_flags()
         self._link("tf_deform._core", core, ["-lpthread"])
         self._link("tf_deform._ops", core + ops, tensorflow)
