@@ -195,6 +195,9 @@ def test_scratch_is_bounded(
     narrow = dtype in ("float16", "bfloat16")
     image = size[0] * size[1] * channels * 4 if narrow else 0
     kernel_image = 9 * channels // groups * filters * 4 if narrow else 0
+    backward_bytes = (
+        core.library().TfDeformDeformableConv2DCpuBackwardWorkspaceBytes
+    )
     for threads in (1, 2, 16):
         scratch = threads * (4 << 20) + 4096
         forward = core.library().TfDeformDeformableConv2DCpuWorkspaceBytes(
@@ -204,7 +207,7 @@ def test_scratch_is_bounded(
         for name in NAMES:
             wanted = core.Pointers()
             setattr(wanted, name, 1)
-            backward = core.library().TfDeformDeformableConv2DCpuBackwardWorkspaceBytes(
+            backward = backward_bytes(
                 core.ctypes.byref(params),
                 core.DTYPES[dtype],
                 core.ctypes.byref(wanted),

@@ -167,6 +167,14 @@ class DeformableConv2D(keras.layers.Conv2D):
                 raise ValueError(
                     f"Expected `{name}` to be positive. Received: {value}"
                 )
+        if (
+            not isinstance(self.padding, str)
+            and min(map(min, self.padding)) < 0
+        ):
+            raise ValueError(
+                "Expected `padding` to be 0 or more. Received: "
+                f"padding={padding!r}"
+            )
 
     @property
     def _branch_dilation(self) -> Pair:
@@ -210,9 +218,15 @@ class DeformableConv2D(keras.layers.Conv2D):
                 "Expected the channels of `inputs` to be known. Received: "
                 f"inputs.shape={tuple(inputs_shape)}"
             )
+        # LoRA closes the list of weights: it has to wait for the branch's.
+        lora_rank, self.lora_rank = self.lora_rank, None
         super().build(inputs_shape)
-        if offset_shape is not None:
-            return
+        if offset_shape is None:
+            self._build_branch(channels)
+        if lora_rank:
+            self.enable_lora(lora_rank, lora_alpha=self.lora_alpha)
+
+    def _build_branch(self, channels: int) -> None:
         taps = self.kernel_size[0] * self.kernel_size[1]
         fields = self.offset_groups * taps * (3 if self.modulation else 2)
         self.offset_kernel = self.add_weight(

@@ -81,8 +81,14 @@ def coordinate_type(dtype: tf.DType) -> tf.DType:
     return tf.float64 if dtype == tf.float64 else tf.float32
 
 
+def _to_tensor(value: Any, dtype: tf.DType) -> tf.Tensor:
+    """Python's numbers become `dtype`; what has a type keeps it."""
+    hint = None if hasattr(value, "dtype") else dtype
+    return tf.convert_to_tensor(value, dtype_hint=hint)
+
+
 def _to_coordinates(value: Any, dtype: tf.DType, name: str) -> tf.Tensor:
-    tensor = tf.convert_to_tensor(value, dtype_hint=dtype)
+    tensor = _to_tensor(value, dtype)
     if not tensor.dtype.is_floating:
         raise TypeError(
             f"Expected `{name}` to be of a floating-point type. Received: "
@@ -192,7 +198,7 @@ def deformable_conv2d(
             "Expected `inputs` to be float16, bfloat16, float32 or float64. "
             f"Received: inputs.dtype={inputs.dtype.name}"
         )
-    kernel = tf.convert_to_tensor(kernel, dtype_hint=inputs.dtype)
+    kernel = _to_tensor(kernel, inputs.dtype)
     if kernel.dtype != inputs.dtype:
         raise TypeError(
             "Expected `kernel` to have the type of `inputs`, "
