@@ -1,0 +1,501 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Deformable convolution next to its peers: one table, one JSON file.
+
+    python benchmarks/run.py --json results.json
+
+See README.md in this folder for what is compared and how to read it.
+"""
+
+import argparse
+import collections
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from contenders import CONTENDERS, Case
+from worker import KINDS, PROGRESS, RATIO_TO, TOLERANCES
+
+SHAPES = (
+    "1x56x56x256->256",
+    "1x100x100x128->128",
+    "1x28x28x512->512",
+    "2x50x64x256->256",
+    "8x14x14x512->512",
+    "1x160x160x64->64",
+)
+# Small, and between them every suffix that all contenders know.
+QUICK_SHAPES = ("1x28x28x64->64", "2x17x19x32->48,k5,s2,d2,og4")
+PACKAGES = (
+    "tf-deform",
+    "tensorflow",
+    "onnxruntime",
+    "onnx",
+    "openvino",
+    "numpy",
+)
+INSTRUCTION_SETS = re.compile(
+    r"sse4_2|avx.*|fma|f16c|amx.*|asimd.*|sve.*|bf16|i8mm"
+)
+# What the project aims at, as ratios to the plain convolution. Reported, and
+# never a reason to fail: a time is no test.
+GOALS = {"forward": 1.5, "both": 2.2}
+NOISE = 0.15  # quartiles this far apart, as a part of the median, are reported
+TITLES = {"forward": "forward", "both": "forward + backward"}
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line and checks what can be checked before a run."""
+    parser = argparse.ArgumentParser(
+        description="Times deformable convolution next to its peers."
+    )
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        metavar="SHAPE",
+        help="shapes such as '1x56x56x256->256' (batch, height, width, "
+        "channels, filters), with suffixes for another kernel size, strides, "
+        "dilation, groups, offset groups: '1x56x56x64->64,k5,s2,d2,g4,og4'",
+    )
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        choices=CONTENDERS,
+        default=list(CONTENDERS),
+        metavar="NAME",
+        help=f"which to compare, of {', '.join(CONTENDERS)} (default: all)",
+    )
+    parser.add_argument(
+        "--baseline",
+        choices=[
+            name
+            for name, (contender, _) in CONTENDERS.items()
+            if contender.deformable and contender.trains()
+        ],
+        default="tf_deform",
+        help="whose results all others must reproduce (default: %(default)s)",
+    )
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        help="timed calls of each contender (default: 21, with --quick 3)",
+    )
+    parser.add_argument("--dtype", choices=TOLERANCES, default="float32")
+    parser.add_argument(
+        "--no-mask", action="store_true", help="leave out the modulation"
+    )
+    parser.add_argument(
+        "--memory-repeats",
+        type=int,
+        help="processes that measure each contender's peak memory; 0 leaves "
+        "it out (default: 3, with --quick 1)",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="two small shapes and few repeats: tries the harness, and says "
+        "nothing about speed",
+    )
+    parser.add_argument("--json", metavar="PATH", help="write all results here")
+    options = parser.parse_args(arguments)
+
+    options.contenders = [
+        name for name in CONTENDERS if name in options.contenders
+    ]
+    options.shapes = options.shapes or list(
+        QUICK_SHAPES if options.quick else SHAPES
+    )
+    if options.repeats is None:
+        options.repeats = 3 if options.quick else 21
+    if options.memory_repeats is None:
+        options.memory_repeats = 1 if options.quick else 3
+    if options.repeats < 1:
+        parser.error(f"--repeats must be at least 1, not {options.repeats}")
+    if options.memory_repeats < 0:
+        parser.error("--memory-repeats must be at least 0")
+    available = len(_processors())
+    for threads in options.threads:
+        if not 1 <= threads <= available:
+            parser.error(
+                f"--threads {threads}: this process may use {available} "
+                "processors"
+            )
+    try:
+        # One spelling for each shape, and an error before anything runs.
+        options.shapes = list(
+            dict.fromkeys(
+                str(Case.parse(shape, options.dtype, True))
+                for shape in options.shapes
+            )
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def _processors() -> set[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
+def run_worker(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Runs one child process; yields its results, then an `exit` line."""
+    threads = str(job["threads"])
+    environment = os.environ | {
+        "CUDA_VISIBLE_DEVICES": "-1",
+        "OMP_NUM_THREADS": threads,
+        "OPENBLAS_NUM_THREADS": threads,
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+        "TF_ENABLE_ONEDNN_OPTS": "1",
+    }
+    if job["mode"] == "memory":
+        # Large blocks go back to the system when they are freed, rather
+        # than into a pool whose size depends on what ran before.
+        environment["MALLOC_MMAP_THRESHOLD_"] = str(128 * 1024)
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "results.jsonl")
+        script = os.path.join(os.path.dirname(__file__), "worker.py")
+        # Libraries log to both streams; only progress is of interest, and
+        # the last lines if the process dies.
+        last = collections.deque(maxlen=20)
+        with subprocess.Popen(
+            [sys.executable, script, json.dumps(job | {"results": path})],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        ) as process:
+            for line in process.stdout:
+                if line.startswith(PROGRESS):
+                    _progress("  " + line.removeprefix(PROGRESS).rstrip())
+                last.append(line)
+        if process.returncode:
+            sys.stderr.writelines(last)
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                yield from map(json.loads, file)
+        yield {"exit": process.returncode}
+
+
+def _progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def run_all(options: argparse.Namespace, report: dict[str, Any]) -> None:
+    """Fills `report`, saving it after every stage."""
+    job = {
+        "contenders": options.contenders,
+        "baseline": options.baseline,
+        "shapes": options.shapes,
+        "repeats": options.repeats,
+        "dtype": options.dtype,
+        "mask": not options.no_mask,
+    }
+    for threads in options.threads:
+        _progress(f"threads {threads}: comparing and timing")
+        _time(job | {"mode": "time", "threads": threads}, report)
+        save(report, options.json)
+    for row in report["rows"]:
+        name = row["contender"]
+        if row["errors"] or "unsupported" in row or not options.memory_repeats:
+            continue
+        _progress(f"threads {row['threads']}: memory of {name}, {row['shape']}")
+        memory_job = job | {
+            "mode": "memory",
+            "threads": row["threads"],
+            "contenders": [name],
+            "shapes": [row["shape"]],
+        }
+        # One process is not enough: what a pooling allocator wastes depends
+        # on the order in which threads happen to come by.
+        for _ in range(options.memory_repeats):
+            for line in run_worker(memory_job):
+                for kind, mib in line.get("memory", {}).items():
+                    row["extra_mib"].setdefault(kind, []).append(mib)
+        save(report, options.json)
+
+
+def _time(job: dict[str, Any], report: dict[str, Any]) -> None:
+    done = set()
+    for line in run_worker(job):
+        if "missing" in line:
+            report["missing"] |= line["missing"]
+        elif "rows" in line:
+            done.add(line["shape"])
+            for row in line["rows"]:
+                report["rows"].append(
+                    {"shape": line["shape"], "threads": job["threads"]}
+                    | row
+                    | {"extra_mib": {}}
+                )
+        elif line["exit"]:
+            message = f"the process ended with exit status {line['exit']}"
+            for shape in job["shapes"]:
+                if shape not in done:
+                    report["errors"].append(
+                        f"{shape}, threads {job['threads']}: {message}"
+                    )
+
+
+def describe_machine() -> dict[str, Any]:
+    """What a reader needs to judge the numbers; nothing that names a host."""
+    model, flags = platform.processor() or platform.machine(), []
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            fields = dict(
+                re.findall(r"^(.*?)\s*:[ \t]*(.*)$", file.read(), re.M)
+            )
+    except OSError:
+        fields = {}
+    model = fields.get("model name", model)
+    flags = fields.get("flags", fields.get("Features", "")).split()
+    return {
+        "cpu": model,
+        "architecture": platform.machine(),
+        "processors": len(_processors()),
+        "instruction_sets": [f for f in flags if INSTRUCTION_SETS.fullmatch(f)],
+        "memory_gib": _memory_gib(),
+        "system": f"{platform.system()} {platform.release()}",
+    }
+
+
+def _memory_gib() -> float | None:
+    try:
+        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+    return round(pages / 2**30, 1)
+
+
+def _load() -> list[float] | None:
+    return list(os.getloadavg()) if hasattr(os, "getloadavg") else None
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def save(report: dict[str, Any], path: str | None) -> None:
+    """Writes the report as JSON: the whole new file or none of it."""
+    if not path:
+        return
+    folder = os.path.dirname(os.path.abspath(path))
+    with tempfile.NamedTemporaryFile(
+        "w", dir=folder, suffix=".tmp", delete=False, encoding="utf-8"
+    ) as file:
+        try:
+            json.dump(report, file, indent=1)
+            file.write("\n")
+            file.flush()
+            # Temporary files are private; a report is as public as any file.
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(file.name, 0o666 & ~mask)
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def table(report: dict[str, Any]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "| shape | threads | contender "
+        "| forward ms (25-75 %) | ratio "
+        "| fwd+bwd ms (25-75 %) | ratio "
+        "| extra MiB forward | extra MiB fwd+bwd |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        cells = [row["shape"], str(row["threads"]), row["contender"]]
+        for kind in KINDS:
+            cells += _time_cells(row, kind)
+        cells += [_memory_cell(row, kind) for kind in KINDS]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _time_cells(row: dict[str, Any], kind: str) -> list[str]:
+    if "unsupported" in row:
+        return ["not supported", ""]
+    if kind in row["errors"]:
+        return ["error", ""]
+    if kind not in row:
+        return ["", ""]
+    time = row[kind]
+    return [
+        f"{time['median_ms']:.1f} ({time['q25_ms']:.1f}-{time['q75_ms']:.1f})",
+        f"{time['ratio']:.2f}" if "ratio" in time else "n/a",
+    ]
+
+
+def _memory_cell(row: dict[str, Any], kind: str) -> str:
+    if kind not in row:  # nothing that was compared and timed
+        return ""
+    # A reading below zero is noise about nothing.
+    readings = [round(max(m, 0)) for m in row["extra_mib"].get(kind, [])]
+    if not readings:
+        return "n/a"
+    if max(readings) - min(readings) > 2:
+        return f"{min(readings)}-{max(readings)}"
+    return str(round(statistics.median(readings)))
+
+
+def errors(report: dict[str, Any]) -> list[str]:
+    """Everything that makes the run a failure."""
+    baseline = report["settings"]["baseline"]
+    found = list(report["errors"])
+    if baseline in report["missing"]:
+        found.append(f"nothing to compare with, {baseline} is missing")
+    for row in report["rows"]:
+        found += [
+            f"{row['shape']}, threads {row['threads']}, {row['contender']}, "
+            f"{TITLES[kind]}: {text}"
+            for kind, text in row["errors"].items()
+        ]
+    return found
+
+
+def notes(report: dict[str, Any]) -> list[str]:
+    """What to know besides the table: agreement, goals, who is missing."""
+    settings = report["settings"]
+    lines = [
+        f"{name}: {text}" for name, text in report["missing"].items()
+    ]  # fmt: skip
+    lines += sorted(
+        {
+            f"{row['contender']}: {row['unsupported']}"
+            for row in report["rows"]
+            if "unsupported" in row
+        }
+    )
+    differences = [
+        value
+        for row in report["rows"]
+        if row["contender"] != settings["baseline"]
+        for value in row["disagreement"].values()
+    ]
+    if differences:
+        lines.append(
+            f"Largest difference from {settings['baseline']}: "
+            f"{max(differences):.1e} of the root mean square (allowed: "
+            f"{settings['tolerance']:.0e})."
+        )
+    for kind in KINDS:
+        lines += _verdict(report, kind)
+    noisy = [
+        f"{row['shape']} at threads {row['threads']}"
+        for row in report["rows"]
+        for kind in KINDS
+        if kind in row and _is_noisy(row[kind])
+    ]
+    if noisy:
+        lines.append(
+            f"NOISE: quartiles more than {NOISE:.0%} of the median apart in "
+            f"{len(noisy)} timings; do not trust the ratios of "
+            f"{', '.join(dict.fromkeys(noisy))}."
+        )
+    return lines
+
+
+def _is_noisy(time: dict[str, Any]) -> bool:
+    return time["q75_ms"] - time["q25_ms"] > NOISE * time["median_ms"]
+
+
+def _verdict(report: dict[str, Any], kind: str) -> list[str]:
+    rows = {
+        (row["contender"], row["shape"], row["threads"]): row[kind]
+        for row in report["rows"]
+        if kind in row
+    }
+    ours = {key: row for key, row in rows.items() if key[0] == "tf_deform"}
+    lines = []
+    ratios = {key: row["ratio"] for key, row in ours.items() if "ratio" in row}
+    if ratios:
+        worst = max(ratios, key=ratios.get)
+        lines.append(
+            f"tf_deform, {TITLES[kind]}: {min(ratios.values()):.2f} to "
+            f"{ratios[worst]:.2f} times {RATIO_TO} (goal: at most "
+            f"{GOALS[kind]}); most at {worst[1]}, threads {worst[2]}."
+        )
+    gains = [
+        rows[("gather", *key[1:])]["median_ms"] / row["median_ms"]
+        for key, row in ours.items()
+        if ("gather", *key[1:]) in rows
+    ]
+    if gains:
+        lines.append(
+            f"tf_deform, {TITLES[kind]}: {min(gains):.2f} to "
+            f"{max(gains):.2f} times as fast as gather (goal: above 1)."
+        )
+    return lines
+
+
+def main() -> int:
+    options = parse_arguments()
+    now = datetime.datetime.now(datetime.timezone.utc)
+    report: dict[str, Any] = {
+        "complete": False,
+        "date": now.isoformat("T", "seconds"),
+        "command": shlex.join(["python", "benchmarks/run.py", *sys.argv[1:]]),
+        "machine": describe_machine(),
+        "versions": _versions(),
+        "settings": {
+            "dtype": options.dtype,
+            "mask": not options.no_mask,
+            "repeats": options.repeats,
+            "memory_repeats": options.memory_repeats,
+            "baseline": options.baseline,
+            "ratio_to": RATIO_TO,
+            "tolerance": TOLERANCES[options.dtype],
+        },
+        "load_average": {"before": _load()},
+        "missing": {},
+        "errors": [],
+        "rows": [],
+    }
+    run_all(options, report)
+    report["load_average"]["after"] = _load()
+    report["complete"] = True
+    save(report, options.json)
+
+    machine = report["machine"]
+    print(f"`{report['command']}`, {report['date'][:10]}:")
+    print(f"{machine['cpu']}, {machine['processors']} processors;", end=" ")
+    print(
+        ", ".join(
+            f"{name} {version}"
+            for name, version in report["versions"].items()
+            if version
+        )
+    )
+    print(f"\n{table(report)}\n")
+    for line in notes(report):
+        print(f"- {line}")
+    failures = errors(report)
+    for line in failures:
+        print(f"- ERROR {line}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
