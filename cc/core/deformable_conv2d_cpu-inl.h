@@ -139,19 +139,20 @@ static void SampleColumns(const Geometry& g, const Operands<T>& operands,
                           int64_t num_pixels, int64_t group, int64_t begin,
                           int64_t end, const ColumnScratch<T>& s) {
   using E = typename AccumulatorOf<T>::Type;
+  const Sampling<E> in(g, operands.offset, operands.mask);
   const int64_t num_runs = FindRuns(g, group, begin, end, s.runs);
-  for (const Run* run = s.runs; run != s.runs + num_runs; ++run) {
-    for (int64_t row = 0; row < num_pixels; ++row) {
-      const Pixel& pixel = s.pixels[row];
+  // A pixel's taps read neighbouring corners, and so do the next pixel's.
+  for (int64_t row = 0; row < num_pixels; ++row) {
+    const Pixel& pixel = s.pixels[row];
+    for (const Run* run = s.runs; run != s.runs + num_runs; ++run) {
       E* to = s.columns + row * kTileStride + (run->row - begin);
-      const Sample<E> sample =
-          Locate(g, pixel, *run, operands.offset, operands.mask);
+      const Sample<E> sample = Locate(in, pixel, *run);
       if (sample.flags == 0) {
         for (int64_t i = 0; i < run->count; ++i) to[i] = 0;
         continue;
       }
-      const Corners<T, E> from(g, sample, operands.inputs + pixel.n * g.image,
-                               run->channel, s.zeros);
+      const Corners<T> from(in, sample, operands.inputs + pixel.n * g.image,
+                            run->channel, s.zeros);
       const Weights<E> weights(sample);
       const E mask = sample.mask;
       ForEachVector<E>(run->count, [&](auto lanes, int64_t i) {
@@ -400,11 +401,12 @@ static void MakeColumnGradients(const DataPlan<T>& plan,
         packed + filter * PackedColumns<E>(g.rows) + begin * filters,
         tile.columns, plan.block.stride, f > 0);
   }
+  const Sampling<E> in(g, operands.offset, operands.mask);
   LocatePixels(g, first, count, tile.pixels);
   for (int64_t row = 0; row < count; ++row) {
     for (int64_t run = 0; run < num_runs; ++run) {
-      tile.samples[row * plan.block.runs + run] = Locate(
-          g, tile.pixels[row], s.runs[run], operands.offset, operands.mask);
+      tile.samples[row * plan.block.runs + run] =
+          Locate(in, tile.pixels[row], s.runs[run]);
     }
   }
 }
@@ -416,8 +418,8 @@ struct SampleGradient {
   E dy = 0, dx = 0, value = 0;
 
   template <typename T>
-  SampleGradient(const Sample<E>& s, const Corners<T, E>& from,
-                 const E* columns, int64_t count) {
+  SampleGradient(const Sample<E>& s, const Corners<T>& from, const E* columns,
+                 int64_t count) {
     const Weights<E> weights(s);
     const E hy = 1 - s.ly, hx = 1 - s.lx, ly = s.ly, lx = s.lx;
     Vector<E, kLanes<E>> sums_dy = {}, sums_dx = {}, sums_value = {};
@@ -441,20 +443,19 @@ struct SampleGradient {
         sums_dx += with_dx;
         sums_value += with_value;
       } else {
-        Add(with_dy, with_dx, with_value);
+        Add<kN>(with_dy, with_dx, with_value);
       }
     });
-    Add(sums_dy, sums_dx, sums_value);
+    Add<kLanes<E>>(sums_dy, sums_dx, sums_value);
   }
 
  private:
-  template <typename V>
-  void Add(const V& with_dy, const V& with_dx, const V& with_value) {
-    for (int lane = 0; lane < static_cast<int>(sizeof(V) / sizeof(E)); ++lane) {
-      dy += with_dy[lane];
-      dx += with_dx[lane];
-      value += with_value[lane];
-    }
+  template <int kN>
+  void Add(const Vector<E, kN>& with_dy, const Vector<E, kN>& with_dx,
+           const Vector<E, kN>& with_value) {
+    dy += SumLanes<E, kN>(with_dy);
+    dx += SumLanes<E, kN>(with_dx);
+    value += SumLanes<E, kN>(with_value);
   }
 };
 
@@ -465,6 +466,7 @@ static void ReduceToOffset(const DataPlan<T>& plan, const Operands<T>& operands,
                            const DataScratch<T>& s, const DataTile<E>& tile,
                            E* grad_offset, E* grad_mask) {
   const Geometry& g = plan.g;
+  const Sampling<E> in(g, operands.offset, operands.mask);
   __builtin_memset(static_cast<void*>(s.zeros), 0,
                    static_cast<size_t>(plan.block.rows) * sizeof(T));
   for (int64_t row = 0; row < count; ++row) {
@@ -475,7 +477,7 @@ static void ReduceToOffset(const DataPlan<T>& plan, const Operands<T>& operands,
       const Sample<E>& sample = tile.samples[row * plan.block.runs + index];
       if (sample.flags == 0) continue;
       const SampleGradient<E> sums(
-          sample, Corners<T, E>(g, sample, image, run.channel, s.zeros),
+          sample, Corners<T>(in, sample, image, run.channel, s.zeros),
           tile.columns + row * plan.block.stride + (run.row - begin),
           run.count);
       const int64_t field = pixel.fields + run.field;

@@ -96,6 +96,7 @@ struct Sample {
     kTopRight = 2,
     kBottomLeft = 4,
     kBottomRight = 8,
+    kInside = 15,  // all four
     kHeldY = 16,
     kHeldX = 32
   };
@@ -106,77 +107,110 @@ struct Sample {
   E mask;
 };
 
-// One axis of a sample.
+// Where along one axis samples count, in the coordinate type.
 template <typename E>
-struct Axis {
-  int64_t low = 0;  // the pixel at or before the sample
-  E fraction = 0;   // distance from it, in [0, 1)
-  bool inside = false, has_low = false, has_high = false, held = false;
+struct AxisRange {
+  E above, below;  // positions between the two, both excluded
+  int64_t last;    // the last pixel
+  bool clamp;
 
-  // Comparisons are written so that NaN lies outside.
-  Axis(Boundary boundary, E position, int64_t size) {
-    const E limit = static_cast<E>(size);
-    const bool zeros = boundary == Boundary::kZeros;
-    if (!(position < limit) || !(zeros ? position > E(-1) : position >= E(0))) {
-      return;
-    }
-    inside = true;
-    low = static_cast<int64_t>(position);
-    low -= position < static_cast<E>(low);
-    fraction = position - static_cast<E>(low);
-    if (!zeros && low >= size - 1) {
-      low = size - 1;
-      fraction = 0;
-      held = true;
-    }
-    has_low = low >= 0 && low < size;  // `limit` may have been rounded up
-    has_high = low + 1 < size;
+  AxisRange(Boundary boundary, int64_t size)
+      : above(E(-1)),
+        below(static_cast<E>(size)),
+        last(size - 1),
+        clamp(boundary == Boundary::kClamp) {
+    // From 0 on, 0 included: above the largest number below it.
+    if (clamp) above = -LeastPositive(E());
   }
+
+ private:
+  static float LeastPositive(float) { return __FLT_DENORM_MIN__; }
+  static double LeastPositive(double) { return __DBL_DENORM_MIN__; }
+};
+
+// What all samples of a call have in common.
+template <typename E>
+struct Sampling {
+  AxisRange<E> y, x;
+  int64_t row, pixel;  // elements from one row, one pixel to the next
+  const E* offset;
+  const E* mask;
+
+  Sampling(const Geometry& g, const E* offset, const E* mask)
+      : y(g.boundary, g.height),
+        x(g.boundary, g.width),
+        row(g.width * g.channels),
+        pixel(g.channels),
+        offset(offset),
+        mask(mask) {}
 };
 
 template <typename E>
-static inline Sample<E> Locate(const Geometry& g, const Pixel& pixel,
-                               const Run& run, const E* offset, const E* mask) {
+static inline Sample<E> Locate(const Sampling<E>& in, const Pixel& pixel,
+                               const Run& run) {
   using S = Sample<E>;
   const int64_t field = pixel.fields + run.field;
-  const Axis<E> y(g.boundary,
-                  static_cast<E>(pixel.y + run.tap_y) + offset[2 * field],
-                  g.height);
-  const Axis<E> x(g.boundary,
-                  static_cast<E>(pixel.x + run.tap_x) + offset[2 * field + 1],
-                  g.width);
+  const E y = static_cast<E>(pixel.y + run.tap_y) + in.offset[2 * field];
+  const E x = static_cast<E>(pixel.x + run.tap_x) + in.offset[2 * field + 1];
   S sample;
   sample.flags = 0;
-  if (!y.inside || !x.inside) return sample;
-  sample.corner = (y.low * g.width + x.low) * g.channels;
-  sample.flags = (y.has_low && x.has_low ? S::kTopLeft : 0u) |
-                 (y.has_low && x.has_high ? S::kTopRight : 0u) |
-                 (y.has_high && x.has_low ? S::kBottomLeft : 0u) |
-                 (y.has_high && x.has_high ? S::kBottomRight : 0u);
-  if (sample.flags == 0) return sample;  // an image without pixels
-  sample.flags |= (y.held ? S::kHeldY : 0u) | (x.held ? S::kHeldX : 0u);
-  sample.ly = y.fraction;
-  sample.lx = x.fraction;
-  sample.mask = mask == nullptr ? E(1) : mask[field];
+  // Written so that NaN lies outside.
+  if (!(y > in.y.above && y < in.y.below && x > in.x.above && x < in.x.below)) {
+    return sample;
+  }
+  // Sizes are below 2^31, so positions inside fit in an int.
+  int64_t top = static_cast<int>(y), left = static_cast<int>(x);
+  top -= y < static_cast<E>(static_cast<int>(y));
+  left -= x < static_cast<E>(static_cast<int>(x));
+  sample.ly = y - static_cast<E>(static_cast<int>(top));
+  sample.lx = x - static_cast<E>(static_cast<int>(left));
+  sample.mask = in.mask == nullptr ? E(1) : in.mask[field];
+  if (top >= 0 && top < in.y.last && left >= 0 && left < in.x.last) {
+    sample.flags = S::kInside;
+  } else {
+    if (in.y.clamp && top >= in.y.last) {
+      top = in.y.last;
+      sample.ly = 0;
+      sample.flags |= S::kHeldY;
+    }
+    if (in.x.clamp && left >= in.x.last) {
+      left = in.x.last;
+      sample.lx = 0;
+      sample.flags |= S::kHeldX;
+    }
+    const bool has_top = top >= 0 && top <= in.y.last;
+    const bool has_left = left >= 0 && left <= in.x.last;
+    const bool has_bottom = top < in.y.last, has_right = left < in.x.last;
+    if (has_top && has_left) sample.flags |= S::kTopLeft;
+    if (has_top && has_right) sample.flags |= S::kTopRight;
+    if (has_bottom && has_left) sample.flags |= S::kBottomLeft;
+    if (has_bottom && has_right) sample.flags |= S::kBottomRight;
+    // An image without pixels has no corner to hold.
+    if (!(sample.flags & S::kInside)) sample.flags = 0;
+  }
+  sample.corner = top * in.row + left * in.pixel;
   return sample;
 }
 
 // The corners of a sample from `channel` on; a corner outside the image reads
 // zeros.
-template <typename T, typename E>
+template <typename T>
 struct Corners {
   const T *top_left, *top_right, *bottom_left, *bottom_right;
 
-  Corners(const Geometry& g, const Sample<E>& sample, const T* image,
+  template <typename E>
+  Corners(const Sampling<E>& in, const Sample<E>& sample, const T* image,
           int64_t channel, const T* zeros) {
     using S = Sample<E>;
-    const T* first = image + sample.corner + channel;
-    const int64_t row = g.width * g.channels;
-    top_left = sample.flags & S::kTopLeft ? first : zeros;
-    top_right = sample.flags & S::kTopRight ? first + g.channels : zeros;
-    bottom_left = sample.flags & S::kBottomLeft ? first + row : zeros;
-    bottom_right =
-        sample.flags & S::kBottomRight ? first + row + g.channels : zeros;
+    top_left = image + sample.corner + channel;
+    top_right = top_left + in.pixel;
+    bottom_left = top_left + in.row;
+    bottom_right = bottom_left + in.pixel;
+    if ((sample.flags & S::kInside) == S::kInside) return;
+    if (!(sample.flags & S::kTopLeft)) top_left = zeros;
+    if (!(sample.flags & S::kTopRight)) top_right = zeros;
+    if (!(sample.flags & S::kBottomLeft)) bottom_left = zeros;
+    if (!(sample.flags & S::kBottomRight)) bottom_right = zeros;
   }
 };
 
@@ -193,7 +227,7 @@ struct Weights {
 
   // The sample of kN channels from i on.
   template <int kN, typename T>
-  Vector<E, kN> Mix(const Corners<T, E>& from, int64_t i) const {
+  Vector<E, kN> Mix(const Corners<T>& from, int64_t i) const {
     return top_left * Load<kN>(from.top_left + i) +
            top_right * Load<kN>(from.top_right + i) +
            bottom_left * Load<kN>(from.bottom_left + i) +

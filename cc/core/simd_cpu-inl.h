@@ -122,6 +122,18 @@ static inline void Narrow(float value, Float16* to) {
 static inline void Narrow(float value, float* to) { *to = value; }
 static inline void Narrow(double value, double* to) { *to = value; }
 
+// The sum of a vector's lanes, halves first.
+template <typename E, int kN>
+static inline E SumLanes(const Vector<E, kN>& vector) {
+  if constexpr (kN == 1) {
+    return vector[0];
+  } else {
+    Vector<E, kN / 2> halves[2];
+    __builtin_memcpy(halves, &vector, sizeof(vector));
+    return SumLanes<E, kN / 2>(halves[0] + halves[1]);
+  }
+}
+
 // Calls step(std::integral_constant<int, lanes>, first) for vectors that cover
 // [0, n): the widest first, then ever narrower ones. Always inlined, as a
 // lambda's code must be compiled for this instruction set.
