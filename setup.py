@@ -134,14 +134,15 @@ setup(
     },
     install_requires=[
         f"tensorflow=={TF_MINOR}.*",
-        "keras>=3.10,<4",
-        "numpy>=1.26,<3",
+        "keras>=3.15,<4",
     ],
     extras_require={
         "examples": [
             "scikit-learn>=1.5,<2",
             "scikit-image>=0.25,<0.27",
             "matplotlib>=3.9,<4",
+            "pillow>=11,<13",
+            "scipy>=1.13,<2",
         ],
         "benchmark": [
             "onnx>=1.19,<2",

@@ -27,12 +27,19 @@ import shutil
 import xml.etree.ElementTree as ET
 
 import numpy as np
-import PIL.Image
-import skimage
-import skimage.color
-import skimage.io
-import skimage.transform
-import sklearn.datasets
+
+try:
+    import PIL.Image
+    import skimage
+    import skimage.color
+    import skimage.io
+    import skimage.transform
+    import sklearn.datasets
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "Expected scikit-learn, scikit-image and Pillow to be installed. "
+        f"Received: {error}. Run `pip install 'tf-deform[examples]'`."
+    ) from error
 
 IMAGE_SIZE = 64
 NUM_CLASSES = 11  # The background and ten digits.

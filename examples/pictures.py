@@ -4,8 +4,15 @@
 import pathlib
 
 import keras
-import matplotlib
 import numpy as np
+
+try:
+    import matplotlib
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "Expected Matplotlib to be installed. "
+        f"Received: {error}. Run `pip install 'tf-deform[examples]'`."
+    ) from error
 
 matplotlib.use("Agg")  # Pictures go to files: no display is needed.
 

@@ -39,7 +39,14 @@ import tensorflow as tf
 
 import tf_deform
 
-ARMS = ("plain", "plain-wide", "plain-dilated", "dcn-v1", "dcn-v2")
+ARMS = (
+    "plain",
+    "plain-wide",
+    "plain-deep",
+    "plain-dilated",
+    "dcn-v1",
+    "dcn-v2",
+)
 
 BATCH_SIZE = 32
 LEARNING_RATE = 0.016
@@ -57,7 +64,8 @@ def build_model(arm: str) -> keras.Model:
 
     All arms are one network: two convolutions of stride 2, three more at a
     quarter of the size, a 1x1 score, bilinear enlargement. They differ in the
-    last two of the convolutions alone, "plain-wide" in the number of filters.
+    last two of the convolutions alone, "plain-wide" in the number of filters,
+    "plain-deep" in one convolution more.
 
     Args:
         arm: one of `ARMS`.
@@ -95,6 +103,8 @@ def build_model(arm: str) -> keras.Model:
     x = block(x, keras.layers.Conv2D, narrow, "conv1", strides=2)
     x = block(x, keras.layers.Conv2D, wide, "conv2", strides=2)
     x = block(x, keras.layers.Conv2D, wide, "conv3")
+    if arm == "plain-deep":
+        x = block(x, keras.layers.Conv2D, wide, "conv3b")
     x = block(x, convolution, wide, "conv4")
     x = block(x, convolution, wide, "conv5")
     x = keras.layers.Conv2D(digit_scenes.NUM_CLASSES, 1, name="score")(x)

@@ -628,6 +628,38 @@ def test_save_and_load_weights(tmp_path):
     )
 
 
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_takes_the_weights_of_conv2d(use_bias):
+    conv = keras.layers.Conv2D(4, 3, use_bias=use_bias)
+    layer = DeformableConv2D(4, 3, use_bias=use_bias, modulation="sigmoid")
+    for each in (conv, layer):
+        each.build((None, 8, 9, 6))
+    displace(layer)
+    branch = layer.offset_kernel.numpy(), layer.offset_bias.numpy()
+    layer.set_weights(conv.get_weights())
+    np.testing.assert_array_equal(layer.kernel, conv.kernel)
+    np.testing.assert_array_equal(layer.offset_kernel, branch[0])
+    np.testing.assert_array_equal(layer.offset_bias, branch[1])
+    with pytest.raises(ValueError):
+        layer.set_weights(conv.get_weights()[:1] * 3)
+
+
+@pytest.mark.parametrize("has_branch", [True, False])
+def test_weights_with_and_without_a_branch_are_not_mixed_up(
+    has_branch, tmp_path
+):
+    def model(own_branch):
+        inputs = keras.Input((8, 9, 6))
+        offset = keras.Input((6, 7, 18))
+        layer = DeformableConv2D(4, 3)
+        outputs = layer(inputs) if own_branch else layer(inputs, offset)
+        return keras.Model([inputs, offset], outputs)
+
+    model(has_branch).save_weights(tmp_path / "model.weights.h5")
+    with pytest.raises(ValueError, match="Expected weights .* branch"):
+        model(not has_branch).load_weights(tmp_path / "model.weights.h5")
+
+
 def test_clone_model():
     x, model = random(2, 8, 9, 6), _small_model()
     clone = keras.models.clone_model(model)

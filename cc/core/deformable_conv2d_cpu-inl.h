@@ -55,7 +55,13 @@ constexpr int64_t kPixelBytes = 12 << 10;
 constexpr int64_t kSliceChannels = 16;
 
 // Multiplications below which one worker does it all.
-constexpr int64_t kSerialWork = 1 << 17;
+constexpr double kSerialWork = 1 << 17;
+
+static bool IsSerial(const Geometry& g) {
+  return static_cast<double>(g.total_pixels) * static_cast<double>(g.rows) *
+             static_cast<double>(g.filters) <
+         kSerialWork;
+}
 
 // Hands out parts of a workspace; with a null base it only counts.
 struct Arena {
@@ -233,9 +239,7 @@ static void ForwardPass(const DeformableConv2DParams& params,
   // As many tiles as workers, or a multiple: all end at about the same time. A
   // pixel's sums do not depend on its tile.
   int64_t tiles = CeilDiv(g.total_pixels, kForwardPixels);
-  if (g.total_pixels * g.rows * g.group_filters >= kSerialWork) {
-    tiles = RoundUp(tiles, parallel_for.num_workers);
-  }
+  if (!IsSerial(g)) tiles = RoundUp(tiles, parallel_for.num_workers);
   tiles = Min(tiles, g.total_pixels);
   RunTasks(parallel_for, tiles, [&](int64_t tile, int worker) {
     Arena place{scratch + worker * scratch_bytes};
@@ -708,8 +712,7 @@ static void KernelPass(const DeformableConv2DParams& params,
   // workers busy to the end.
   const int64_t all_rows = g.groups * g.rows;
   int64_t parts = 1;
-  if (parallel_for.num_workers > 1 &&
-      g.total_pixels * g.rows * g.group_filters >= kSerialWork) {
+  if (parallel_for.num_workers > 1 && !IsSerial(g)) {
     parts = Min(2 * parallel_for.num_workers, CeilDiv(all_rows, kMicroRows));
   }
   const int64_t part_rows = RoundUp(CeilDiv(all_rows, parts), kMicroRows);

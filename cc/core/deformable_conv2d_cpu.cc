@@ -121,13 +121,20 @@ const Implementation& Chosen() {
   return chosen;
 }
 
-Status CheckType(DataType type) {
-  if (type >= DataType::kFloat16 && type <= DataType::kFloat64) return Status();
-  return InvalidArgument(
-      "Expected the data type to be 0 (float16), 1 (bfloat16), 2 (float32) or "
-      "3 (float64). "
-      "Received: %d",
-      static_cast<int>(type));
+Status CheckCall(const DeformableConv2DParams& params, DataType type) {
+  if (type < DataType::kFloat16 || type > DataType::kFloat64) {
+    return InvalidArgument(
+        "Expected the data type to be 0 (float16), 1 (bfloat16), 2 (float32) "
+        "or 3 (float64). Received: %d",
+        static_cast<int>(type));
+  }
+  if (params.batch < 0 || params.out_h < 0 || params.out_w < 0 ||
+      params.groups < 1) {
+    return InvalidArgument(
+        "Expected parameters that Validate completed from known shapes. "
+        "Received: unknown sizes");
+  }
+  return Status();
 }
 
 }  // namespace
@@ -147,7 +154,7 @@ int64_t BackwardWorkspaceBytes(const DeformableConv2DParams& params,
 Status Forward(const DeformableConv2DParams& params, DataType type,
                const DeformableConv2DInputs& operands, void* workspace,
                void* output, const ParallelFor& parallel_for) {
-  TF_DEFORM_RETURN_IF_ERROR(CheckType(type));
+  TF_DEFORM_RETURN_IF_ERROR(CheckCall(params, type));
   Chosen().forward(params, type, operands, workspace, output, parallel_for);
   return Status();
 }
@@ -156,7 +163,7 @@ Status Backward(const DeformableConv2DParams& params, DataType type,
                 const DeformableConv2DInputs& operands, const void* grad_output,
                 void* workspace, const DeformableConv2DGradients& gradients,
                 const ParallelFor& parallel_for) {
-  TF_DEFORM_RETURN_IF_ERROR(CheckType(type));
+  TF_DEFORM_RETURN_IF_ERROR(CheckCall(params, type));
   Chosen().backward(params, type, operands, grad_output, workspace, gradients,
                     parallel_for);
   return Status();

@@ -233,6 +233,36 @@ def test_large_common_value_does_not_drown_the_slope():
     assert np.abs(received - expected).max() < 1e-4 * np.abs(expected).max()
 
 
+def test_more_elements_than_32_bits_can_count():
+    """The last pixels of an image of 2**31 + 4633 elements.
+
+    The memory is allocated, but only the pages that are read become real.
+    """
+    size = 46341
+    inputs = np.zeros((1, size, size, 1), np.float16)
+    inputs[0, -1, -2:, 0] = [3, 5]
+    kernel = np.full((1, 1, 1, 1), 2.0)
+    field = (1, 2, 2)
+    offset = np.zeros((*field, 2))
+    offset[0, -1, -1] = [size - 1, size - 1.25]
+    offset[0, -1, -1] -= 23171  # where output pixel (1, 1) stands
+    common = dict(dtype="float16", strides=23171)
+    output = core.forward(inputs, kernel, offset, **common)
+    np.testing.assert_array_equal(output.ravel(), [0, 0, 0, 9])
+    gradients = core.backward(
+        inputs,
+        kernel,
+        offset,
+        None,
+        np.ones((*field, 1)),
+        wanted=("kernel", "offset"),
+        **common,
+    )
+    np.testing.assert_array_equal(gradients["kernel"].ravel(), [4.5])
+    # Down is the zero row past the edge; to the right 3 becomes 5.
+    np.testing.assert_array_equal(gradients["offset"][0, 1, 1], [-9, 4])
+
+
 def test_half_conversions_are_exact():
     """All 65536 values of each 16-bit type, through a 1x1 convolution."""
     bits = np.arange(65536, dtype=np.uint16)

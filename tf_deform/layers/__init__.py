@@ -1,6 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keras layers."""
 
-from tf_deform.layers.deformable_conv2d import DeformableConv2D
+import keras
+
+if keras.backend.backend() != "tensorflow":
+    raise ImportError(
+        "Expected Keras to run on TensorFlow. Received: the backend "
+        f"{keras.backend.backend()!r}. Set the environment variable "
+        "KERAS_BACKEND=tensorflow before Keras is imported."
+    )
+
+from tf_deform.layers.deformable_conv2d import DeformableConv2D  # noqa: E402
 
 __all__ = ["DeformableConv2D"]

@@ -35,7 +35,8 @@ class DeformableConv2D(keras.layers.Conv2D):
             deformable_conv2d(inputs, kernel, offset, modulator) + bias)
 
     A new layer with `modulation` None or "2sigmoid" therefore gives what
-    `Conv2D` gives with the same kernel and bias, and loads its weights.
+    `Conv2D` gives with the same kernel and bias, and takes them over:
+    `layer.set_weights(conv2d.get_weights())`.
 
     Source: Dai et al. 2017, "Deformable Convolutional Networks",
     arXiv:1703.06211, Eq. 2 to 4; modulation: Zhu et al. 2018, "Deformable
@@ -399,24 +400,25 @@ class DeformableConv2D(keras.layers.Conv2D):
             store["offset_bias"] = self.offset_bias
 
     def load_own_variables(self, store: Any) -> None:
-        """Weights of this class, or of a Conv2D: then the branch is kept."""
         own = {name: store[name] for name in store.keys()}
         branch = {
             name: own.pop(name)
             for name in ("offset_kernel", "offset_bias")
             if name in own
         }
-        if self.built and branch and self.offset_kernel is None:
+        if self.built and bool(branch) != (self.offset_kernel is not None):
             raise ValueError(
-                f"Expected weights for layer {self.name!r} without a branch: "
-                "it was built with a given `offset`. Received: weights "
-                f"{sorted(store.keys())}"
+                f"Expected weights of layer {self.name!r} "
+                f"{'without' if branch else 'with'} those of its branch, as "
+                f"it was built. Received: {sorted(store.keys())}"
             )
         super().load_own_variables(own)
         for name, value in branch.items():
             getattr(self, name).assign(value)
 
     def _check_load_own_variables(self, store: Any) -> None:
+        if not self.built:
+            return super()._check_load_own_variables(store)
         expected = 2 if self.use_bias else 1
         if len(store.keys()) != expected:
             raise ValueError(
@@ -424,6 +426,18 @@ class DeformableConv2D(keras.layers.Conv2D):
                 f"bias) for layer {self.name!r} besides those of its branch. "
                 f"Received: {sorted(store.keys())}"
             )
+
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Sets the weights from arrays, in the order of `get_weights`.
+
+        Those of a `Conv2D`, kernel and bias alone, are taken as well: the
+        branch then stays as it is.
+        """
+        weights = list(weights)
+        if self.offset_kernel is not None and not self.lora_enabled:
+            if len(weights) == (2 if self.use_bias else 1):
+                weights += [self.offset_kernel, self.offset_bias]
+        super().set_weights(weights)
 
     def get_config(self) -> dict[str, Any]:
         return {

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The segmentation example from end to end, on few scenes and few steps."""
+
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+SCRIPT = pathlib.Path(__file__).parent.parent / "examples" / "segmentation.py"
+SMALL = ["--train", "64", "--val", "4", "--test", "8"]
+
+
+def command(out: pathlib.Path, *arguments: str) -> list[str]:
+    return [sys.executable, str(SCRIPT), "--out", str(out), *SMALL, *arguments]
+
+
+def run(out: pathlib.Path, *arguments: str) -> str:
+    return subprocess.run(
+        command(out, *arguments), check=True, capture_output=True, text=True
+    ).stdout
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[pathlib.Path, str]:
+    """A run of both default arms, and what it printed."""
+    out = tmp_path_factory.mktemp("segmentation") / "run"
+    return out, run(out, "--steps", "6")
+
+
+def test_writes_everything_that_it_promises(finished):
+    out, printed = finished
+    for name in ("metrics.json", "predictions.png", "sampling.png"):
+        assert (out / name).stat().st_size > 0
+    assert (out / "saved_model" / "saved_model.pb").exists()
+    metrics = json.loads((out / "metrics.json").read_text())
+    arms = {result["arm"]: result for result in metrics["results"]}
+    assert set(arms) == {"plain", "dcn-v2"}
+    for result in arms.values():
+        assert 0 <= result["miou"] <= 1
+        assert result["ms_per_step"] > 0
+    assert arms["dcn-v2"]["parameters"] > arms["plain"]["parameters"]
+    assert "| dcn-v2 |" in printed
+    saved = metrics["saved_model"]
+    assert saved["max_abs_difference"] <= 1e-4 * saved["max_abs_logit"]
+
+
+def test_a_finished_run_is_not_trained_again(finished):
+    out, _ = finished
+    before = (out / "metrics.json").read_text()
+    assert run(out, "--steps", "6").count("done before") == 2
+    assert (
+        json.loads((out / "metrics.json").read_text())["results"]
+        == (json.loads(before)["results"])
+    )
+
+
+def test_other_settings_do_not_continue_a_run(finished):
+    out, _ = finished
+    result = subprocess.run(
+        command(out, "--steps", "7"), capture_output=True, text=True
+    )
+    assert result.returncode != 0
+    assert "Expected" in result.stderr and "Received" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_killed_run_resumes_where_it_was(tmp_path):
+    arguments = ("--arms", "dcn-v2", "--steps", "200")
+    whole = run(tmp_path / "whole", *arguments)
+    killed = tmp_path / "killed"
+    state = killed / "runs" / "dcn-v2-seed0" / "state.weights.h5"
+    process = subprocess.Popen(
+        command(killed, *arguments),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 240
+    while not state.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert state.exists()
+    resumed = run(killed, *arguments)
+    assert "from step 0 to 200" in whole
+    assert "from step 100 to 200" in resumed
+    results = [
+        json.loads((tmp_path / name / "metrics.json").read_text())["results"]
+        for name in ("whole", "killed")
+    ]
+    assert results[0][0]["miou"] == results[1][0]["miou"]
