@@ -15,9 +15,9 @@
 //                 transposed packed kernel. A second look at the image's
 //                 corners turns it into gradients of offset and mask, which
 //                 belong to the tile's own pixels. The gradient of the inputs
-//                 lands anywhere in the image: one worker a slice of channels
-//                 scatters it, pixel after pixel, so that the order of sums
-//                 never depends on the number of workers.
+//                 lands anywhere in the image: each of its rows belongs to one
+//                 worker, who adds what comes there pixel after pixel, so that
+//                 the order of sums never depends on the number of workers.
 //   KernelPass    Rows of the kernel (taps and channels) are divided among
 //                 workers; each samples its part of the columns, tile after
 //                 tile over all pixels, and adds the transposed tile times
@@ -50,9 +50,6 @@ constexpr int64_t kFilterBlock = 1024;
 
 // Column gradients and samples that are kept for one pixel, at most.
 constexpr int64_t kPixelBytes = 12 << 10;
-
-// Slices of channels are multiples of it: no cache line has two writers.
-constexpr int64_t kSliceChannels = 16;
 
 // Multiplications below which one worker does it all.
 constexpr double kSerialWork = 1 << 17;
@@ -307,11 +304,13 @@ struct DataTile {
   E* columns;          // [kDataPixels][block.stride]
   Sample<E>* samples;  // [kDataPixels][block.runs]
   Pixel* pixels;       // [kDataPixels]
+  int64_t* extent;     // [2], first and last row of the image that it reads
 
   DataTile(const RowBlock<E>& block, Arena* arena)
       : columns(arena->Take<E>(kDataPixels * block.stride)),
         samples(arena->Take<Sample<E>>(kDataPixels * block.runs)),
-        pixels(arena->Take<Pixel>(kDataPixels)) {}
+        pixels(arena->Take<Pixel>(kDataPixels)),
+        extent(arena->Take<int64_t>(2)) {}
 };
 
 // What a worker needs besides tiles.
@@ -341,6 +340,7 @@ struct DataPlan {
   int64_t scratch_bytes;  // of a DataScratch
   int64_t image_bytes;    // of a float32 image, for 16-bit types
   int64_t worker_tiles;   // kept between making and scattering them
+  int64_t tile_pixels;    // kDataPixels, or fewer for all to have a tile
   bool by_image;  // workers take whole images; else all share one at a time
 
   DataPlan(const DeformableConv2DParams& params, bool wants_inputs,
@@ -361,6 +361,9 @@ struct DataPlan {
     by_image = num_workers == 1 ||
                (g.batch * 8 >= rounds * num_workers * 7 &&
                 image_bytes + tile_bytes + scratch_bytes <= kScratchBytes);
+    tile_pixels =
+        by_image ? kDataPixels
+                 : Max(1, Min(kDataPixels, CeilDiv(g.pixels, num_workers)));
   }
 
   int64_t KernelElements() const {
@@ -407,10 +410,15 @@ static void MakeColumnGradients(const DataPlan<T>& plan,
   }
   const Sampling<E> in(g, operands.offset, operands.mask);
   LocatePixels(g, first, count, tile.pixels);
+  tile.extent[0] = g.height;
+  tile.extent[1] = -1;
   for (int64_t row = 0; row < count; ++row) {
     for (int64_t run = 0; run < num_runs; ++run) {
-      tile.samples[row * plan.block.runs + run] =
-          Locate(in, tile.pixels[row], s.runs[run]);
+      const Sample<E> sample = Locate(in, tile.pixels[row], s.runs[run]);
+      tile.samples[row * plan.block.runs + run] = sample;
+      if (sample.flags == 0) continue;
+      tile.extent[0] = Min(tile.extent[0], sample.top);
+      tile.extent[1] = Max(tile.extent[1], sample.top + 1);
     }
   }
 }
@@ -496,7 +504,7 @@ static void ReduceToOffset(const DataPlan<T>& plan, const Operands<T>& operands,
   }
 }
 
-// Adds a tile's share to channels [first, last) of one image's gradient.
+// Adds a tile's share to rows [first, last) of one image's gradient.
 template <typename T, typename E>
 static void ScatterToImage(const DataPlan<T>& plan, int64_t begin,
                            int64_t count, int64_t num_runs, const Run* runs,
@@ -504,30 +512,39 @@ static void ScatterToImage(const DataPlan<T>& plan, int64_t begin,
                            E* image) {
   using S = Sample<E>;
   const Geometry& g = plan.g;
+  if (tile.extent[1] < first || tile.extent[0] >= last) return;
+  const int64_t image_row = g.width * g.channels;
   for (int64_t row = 0; row < count; ++row) {
     for (int64_t index = 0; index < num_runs; ++index) {
       const Run& run = runs[index];
       const S& sample = tile.samples[row * plan.block.runs + index];
-      const int64_t from = Max(run.channel, first);
-      const int64_t size = Min(run.channel + run.count, last) - from;
-      if (sample.flags == 0 || size <= 0) continue;
-      const E* columns = tile.columns + row * plan.block.stride +
-                         (run.row - begin) + (from - run.channel);
+      if (sample.flags == 0) continue;
+      uint32_t mine = 0;  // the corners in my rows
+      if (sample.top >= first && sample.top < last) {
+        mine |= S::kTopLeft | S::kTopRight;
+      }
+      if (sample.top + 1 >= first && sample.top + 1 < last) {
+        mine |= S::kBottomLeft | S::kBottomRight;
+      }
+      mine &= sample.flags;
+      if (mine == 0) continue;
+      const E* columns =
+          tile.columns + row * plan.block.stride + (run.row - begin);
       const Weights<E> weights(sample);
       const E mask = sample.mask;
-      const auto add = [&](uint32_t corner, int64_t pixels, E weight) {
-        if (!(sample.flags & corner)) return;
-        E* to = image + sample.corner + pixels * g.channels + from;
-        ForEachVector<E>(size, [&](auto lanes, int64_t i) {
+      const auto add = [&](uint32_t corner, int64_t distance, E weight) {
+        if (!(mine & corner)) return;
+        E* to = image + sample.corner + run.channel + distance;
+        ForEachVector<E>(run.count, [&](auto lanes, int64_t i) {
           constexpr int kN = lanes.value;
           const Vector<E, kN> gradient = mask * Load<kN>(columns + i);
           Store(Load<kN>(to + i) + weight * gradient, to + i);
         });
       };
       add(S::kTopLeft, 0, weights.top_left);
-      add(S::kTopRight, 1, weights.top_right);
-      add(S::kBottomLeft, g.width, weights.bottom_left);
-      add(S::kBottomRight, g.width + 1, weights.bottom_right);
+      add(S::kTopRight, g.channels, weights.top_right);
+      add(S::kBottomLeft, image_row, weights.bottom_left);
+      add(S::kBottomRight, image_row + g.channels, weights.bottom_right);
     }
   }
 }
@@ -591,42 +608,53 @@ static void DataPass(const DeformableConv2DParams& params,
       Arena place{pool + index * plan.tile_bytes};
       return DataTile<E>(plan.block, &place);
     };
-    const int64_t tiles = CeilDiv(g.pixels, kDataPixels);
+    const int64_t tiles = CeilDiv(g.pixels, plan.tile_pixels);
     const int64_t tiles_at_once = plan.scatter ? places : tiles;
+    const int64_t workers = inner.num_workers;
     const auto pixels_of = [&](int64_t tile) {
-      return Min(kDataPixels, g.pixels - tile * kDataPixels);
+      return Min(plan.tile_pixels, g.pixels - tile * plan.tile_pixels);
     };
-    const int64_t slices =
-        Min(inner.num_workers, CeilDiv(g.group_channels, kSliceChannels));
-    const int64_t slice =
-        RoundUp(CeilDiv(g.group_channels, slices), kSliceChannels);
     for (int64_t group = 0; group < g.groups; ++group) {
       for (int64_t begin = 0; begin < g.rows; begin += plan.block.rows) {
         const int64_t end = Min(begin + plan.block.rows, g.rows);
         for (int64_t tile = 0; tile < tiles; tile += tiles_at_once) {
           const int64_t now = Min(tiles_at_once, tiles - tile);
-          RunTasks(inner, now, [&](int64_t index, int worker) {
+          // A worker makes neighbouring tiles and then scatters to the rows
+          // around them: most of what it reads is in its own cache.
+          const int64_t parts = plan.scatter ? Min(now, workers) : now;
+          RunTasks(inner, parts, [&](int64_t part, int worker) {
             const DataScratch<T> s = scratch_of(worker);
-            const DataTile<E> made = tile_at(plan.scatter ? index : worker);
-            const int64_t first = n * g.pixels + (tile + index) * kDataPixels;
-            const int64_t count = pixels_of(tile + index);
             const int64_t num_runs = FindRuns(g, group, begin, end, s.runs);
-            MakeColumnGradients<T, E>(plan, operands, packed, group, begin, end,
-                                      first, count, num_runs, s, made);
-            if (grad_offset == nullptr && grad_mask == nullptr) return;
-            ReduceToOffset<T, E>(plan, operands, begin, count, num_runs, s,
-                                 made, grad_offset, grad_mask);
+            for (int64_t index = now * part / parts;
+                 index < now * (part + 1) / parts; ++index) {
+              const DataTile<E> made = tile_at(plan.scatter ? index : worker);
+              const int64_t first =
+                  n * g.pixels + (tile + index) * plan.tile_pixels;
+              const int64_t count = pixels_of(tile + index);
+              MakeColumnGradients<T, E>(plan, operands, packed, group, begin,
+                                        end, first, count, num_runs, s, made);
+              if (grad_offset == nullptr && grad_mask == nullptr) continue;
+              ReduceToOffset<T, E>(plan, operands, begin, count, num_runs, s,
+                                   made, grad_offset, grad_mask);
+            }
           });
           if (!plan.scatter) continue;
-          RunTasks(inner, slices, [&](int64_t index, int worker) {
+          // Rows of the image up to the middle of the kernel at pixel q.
+          const auto rows_before = [&](int64_t part) {
+            if (part == 0) return int64_t{0};
+            if (part == workers) return g.height;
+            const int64_t q = (tile + now * part / workers) * plan.tile_pixels;
+            const int64_t y = q / g.out_w * g.stride_h - g.pad_top +
+                              (g.kernel_h - 1) * g.dilation_h / 2;
+            return Max(0, Min(y, g.height));
+          };
+          RunTasks(inner, workers, [&](int64_t part, int worker) {
             const DataScratch<T> s = scratch_of(worker);
             const int64_t num_runs = FindRuns(g, group, begin, end, s.runs);
-            const int64_t first = group * g.group_channels + index * slice;
-            const int64_t last =
-                Min(first + slice, (group + 1) * g.group_channels);
             for (int64_t made = 0; made < now; ++made) {
               ScatterToImage<T, E>(plan, begin, pixels_of(tile + made),
-                                   num_runs, s.runs, tile_at(made), first, last,
+                                   num_runs, s.runs, tile_at(made),
+                                   rows_before(part), rows_before(part + 1),
                                    sums);
             }
           });

@@ -102,6 +102,7 @@ struct Sample {
   };
 
   int64_t corner;  // element of the top left corner, channel 0, in its image
+  int32_t top;     // its row
   uint32_t flags;
   E ly, lx;  // distance from the top left corner, in [0, 1)
   E mask;
@@ -189,6 +190,7 @@ static inline Sample<E> Locate(const Sampling<E>& in, const Pixel& pixel,
     if (!(sample.flags & S::kInside)) sample.flags = 0;
   }
   sample.corner = top * in.row + left * in.pixel;
+  sample.top = static_cast<int32_t>(top);
   return sample;
 }
 
