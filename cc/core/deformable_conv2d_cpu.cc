@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "cc/core/deformable_conv2d.h"
 
@@ -70,8 +71,7 @@ TF_DEFORM_PUSH_TARGET("avx2,fma,f16c")
 #undef TF_DEFORM_VECTOR_BYTES
 TF_DEFORM_POP_TARGET
 
-TF_DEFORM_PUSH_TARGET(
-    "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
+TF_DEFORM_PUSH_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #define TF_DEFORM_ISA avx512
 #define TF_DEFORM_VECTOR_BYTES 64
 #include "cc/core/deformable_conv2d_cpu-inl.h"

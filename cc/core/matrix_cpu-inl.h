@@ -38,41 +38,46 @@ static inline int64_t PackedColumns(int64_t n) {
   return RoundUp(n, kLanes<E>);
 }
 
+// sums[i * kVectors + v] += a[i * kStride] * b[v] for all i and v. Every index
+// is a constant of the language, so that any compiler keeps the sums in
+// registers.
+template <int64_t kStride, int kVectors, typename E, typename V, int... kIndex>
+static inline __attribute__((always_inline)) void MultiplyAdd(
+    const E* a, const V* b, V* sums, std::integer_sequence<int, kIndex...>) {
+  ((sums[kIndex] += a[kIndex / kVectors * kStride] * b[kIndex % kVectors]),
+   ...);
+}
+
 template <typename E, bool kTransposed, int kRows, int kVectors>
 static void MicroKernel(int64_t k, const E* a, const E* b, E* c,
                         int64_t c_stride, int64_t columns, bool accumulate) {
   constexpr int kN = kLanes<E>;
   constexpr int64_t kRowStride = kTransposed ? 1 : kTileStride;
   constexpr int64_t kStep = kTransposed ? kTileStride : 1;
-  Vector<E, kN> sums[kRows][kVectors] = {};
+  using V = Vector<E, kN>;
+  V sums[kRows * kVectors] = {};
   for (; k > 0; --k, a += kStep, b += kVectors * kN) {
-    Vector<E, kN> row[kVectors];
-#pragma GCC unroll 2
+    V row[kVectors];
     for (int v = 0; v < kVectors; ++v) row[v] = Load<kN>(b + v * kN);
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
-      const E element = a[i * kRowStride];
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) sums[i][v] += element * row[v];
-    }
+    MultiplyAdd<kRowStride, kVectors>(
+        a, row, sums, std::make_integer_sequence<int, kRows * kVectors>());
   }
-  if (columns == kVectors * kN) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 2
+  // Not into C at once: that loop's indices are no constants.
+  E done[kRows * kVectors * kN];
+  __builtin_memcpy(done, sums, sizeof(done));
+  for (int i = 0; i < kRows; ++i) {
+    const E* from = done + i * kVectors * kN;
+    E* to = c + i * c_stride;
+    if (columns == kVectors * kN) {
       for (int v = 0; v < kVectors; ++v) {
-        E* to = c + i * c_stride + v * kN;
-        Store(accumulate ? Load<kN>(to) + sums[i][v] : sums[i][v], to);
+        const V sum = Load<kN>(from + v * kN);
+        Store(accumulate ? Load<kN>(to + v * kN) + sum : sum, to + v * kN);
+      }
+    } else {
+      for (int64_t j = 0; j < columns; ++j) {
+        to[j] = accumulate ? to[j] + from[j] : from[j];
       }
     }
-    return;
-  }
-  for (int i = 0; i < kRows; ++i) {
-    E edge[kVectors * kN];
-    __builtin_memcpy(edge, sums[i], sizeof(edge));
-    E* to = c + i * c_stride;
-    for (int64_t j = 0; j < columns; ++j)
-      to[j] = accumulate ? to[j] + edge[j] : edge[j];
   }
 }
 
