@@ -607,3 +607,25 @@ def test_layer_channels_first_offset_is_refused_in_the_other_order():
             keras.KerasTensor((2, 12, 9, 10)),
             offset=keras.KerasTensor((2, 7, 8, 18)),
         )
+
+
+@pytest.mark.parametrize("name", ["inputs", "kernel", "offset"])
+@pytest.mark.parametrize(
+    "value", [None, tf.ragged.constant([[1.0], []]), object()]
+)
+def test_what_is_no_dense_tensor_is_named(name, value):
+    operands = {
+        "inputs": np.ones((2, 6, 7, 4), np.float32),
+        "kernel": np.ones((3, 3, 4, 5), np.float32),
+        "offset": np.zeros((2, 4, 5, 18), np.float32),
+    }
+    deformable_conv2d(**operands)
+    operands[name] = value
+    with pytest.raises(TypeError, match=f"Expected `{name}` .* Received: .*"):
+        deformable_conv2d(**operands)
+
+
+@pytest.mark.parametrize("filters", [None, "3", 2.5, True])
+def test_filters_are_an_integer(filters):
+    with pytest.raises(TypeError, match="Expected `filters` .* Received: "):
+        DeformableConv2D(filters, 3)

@@ -120,7 +120,7 @@ class DeformableConv2D(keras.layers.Conv2D):
         # Conv2D knows two paddings, and no dilation beside strides: those
         # three are set below.
         super().__init__(
-            filters,
+            integer(filters, "filters"),
             kernel_size,
             strides=strides,
             data_format=data_format,
@@ -149,11 +149,6 @@ class DeformableConv2D(keras.layers.Conv2D):
         self.offset_kernel = None
         self.offset_bias = None
         self.supports_jit = False
-        if self.filters is None:
-            raise ValueError(
-                "Expected `filters` to be a positive integer. Received: "
-                "filters=None"
-            )
         if modulation not in MODULATIONS:
             raise ValueError(
                 'Expected `modulation` to be None, "sigmoid" or "2sigmoid". '

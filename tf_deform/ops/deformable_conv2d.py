@@ -81,14 +81,22 @@ def coordinate_type(dtype: tf.DType) -> tf.DType:
     return tf.float64 if dtype == tf.float64 else tf.float32
 
 
-def _to_tensor(value: Any, dtype: tf.DType) -> tf.Tensor:
+def _to_tensor(
+    value: Any, name: str, dtype: tf.DType | None = None
+) -> tf.Tensor:
     """Python's numbers become `dtype`; what has a type keeps it."""
     hint = None if hasattr(value, "dtype") else dtype
-    return tf.convert_to_tensor(value, dtype_hint=hint)
+    try:
+        return tf.convert_to_tensor(value, dtype_hint=hint)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"Expected `{name}` to be a dense tensor or what converts to one. "
+            f"Received: a value of type {type(value).__name__} ({error})"
+        ) from error
 
 
 def _to_coordinates(value: Any, dtype: tf.DType, name: str) -> tf.Tensor:
-    tensor = _to_tensor(value, dtype)
+    tensor = _to_tensor(value, name, dtype)
     if not tensor.dtype.is_floating:
         raise TypeError(
             f"Expected `{name}` to be of a floating-point type. Received: "
@@ -192,13 +200,13 @@ def deformable_conv2d(
     attributes = _attributes(
         strides, padding, dilation_rate, offset_groups, boundary
     )
-    inputs = tf.convert_to_tensor(inputs)
+    inputs = _to_tensor(inputs, "inputs")
     if inputs.dtype not in FLOAT_TYPES:
         raise TypeError(
             "Expected `inputs` to be float16, bfloat16, float32 or float64. "
             f"Received: inputs.dtype={inputs.dtype.name}"
         )
-    kernel = _to_tensor(kernel, inputs.dtype)
+    kernel = _to_tensor(kernel, "kernel", inputs.dtype)
     if kernel.dtype != inputs.dtype:
         raise TypeError(
             "Expected `kernel` to have the type of `inputs`, "
