@@ -3,45 +3,10 @@
 
 #include "cc/core/deformable_conv2d.h"
 
-#include <cstdio>
-#include <initializer_list>
+#include "cc/core/checks.h"
 
 namespace tf_deform {
 namespace {
-
-using LongLong = long long;  // what %lld prints
-
-// Strides, dilations, paddings and image sizes stay below this, so that the
-// product of any two fits in int64_t.
-constexpr int64_t kMaxExtent = (int64_t{1} << 31) - 1;
-
-Status CheckRank(const Shape& shape, const char* name, const char* axes) {
-  if (shape.rank < 0 || shape.rank == 4) return Status();
-  return InvalidArgument(
-      "Expected `%s` to have rank 4 (%s). Received: %s.shape=%s", name, axes,
-      name, ShapeText(shape).text);
-}
-
-Status CheckAttribute(int64_t value, int64_t least, const char* name) {
-  if (value >= least && value <= kMaxExtent) return Status();
-  return InvalidArgument(
-      "Expected `%s` to hold integers from %lld to %lld. Received: %lld", name,
-      static_cast<LongLong>(least), static_cast<LongLong>(kMaxExtent),
-      static_cast<LongLong>(value));
-}
-
-// The dimension `expected` (unknown if < 0) against one axis of a shape.
-// `meaning` says where the number comes from.
-Status CheckDimension(const Shape& shape, int axis, int64_t expected,
-                      const char* name, const char* quantity,
-                      const char* meaning) {
-  const int64_t received = shape.dim(axis);
-  if (received < 0 || expected < 0 || received == expected) return Status();
-  return InvalidArgument(
-      "Expected `%s` to have %s %lld (%s). Received: %s.shape=%s", name,
-      quantity, static_cast<LongLong>(expected), meaning, name,
-      ShapeText(shape).text);
-}
 
 // Output size along one axis and, for kValid and kSame, the padding.
 Status OutputSize(const char* axis, int64_t size, int64_t kernel,
@@ -77,25 +42,6 @@ Status OutputSize(const char* axis, int64_t size, int64_t kernel,
   return Status();
 }
 
-// Every tensor, in bytes of the widest type, fits in int64_t. Unknown
-// dimensions are taken as 1.
-Status CheckBytes(const char* name, std::initializer_list<int64_t> dims) {
-  int64_t bytes = 64;  // 8 bytes an element, and the alignment and padding that
-                       // scratch copies add
-  bool empty = false;
-  for (int64_t dim : dims) empty = empty || dim == 0;
-  if (empty) return Status();
-  for (int64_t dim : dims) {
-    if (dim > 0 && __builtin_mul_overflow(bytes, dim, &bytes)) {
-      return InvalidArgument(
-          "Expected `%s` to hold at most 2**57 elements. Received: a larger "
-          "product of its dimensions",
-          name);
-    }
-  }
-  return Status();
-}
-
 }  // namespace
 
 Status Validate(const DeformableConv2DShapes& shapes,
@@ -124,16 +70,16 @@ Status Validate(const DeformableConv2DShapes& shapes,
   }
 
   TF_DEFORM_RETURN_IF_ERROR(
-      CheckRank(shapes.inputs, "inputs", "batch, height, width, channels"));
+      CheckRank(shapes.inputs, 4, "inputs", "batch, height, width, channels"));
   TF_DEFORM_RETURN_IF_ERROR(
-      CheckRank(shapes.kernel, "kernel",
+      CheckRank(shapes.kernel, 4, "kernel",
                 "kernel_h, kernel_w, channels // groups, filters"));
   TF_DEFORM_RETURN_IF_ERROR(CheckRank(
-      shapes.offset, "offset",
+      shapes.offset, 4, "offset",
       "batch, out_h, out_w, offset_groups * kernel_h * kernel_w * 2"));
   if (shapes.mask != nullptr) {
     TF_DEFORM_RETURN_IF_ERROR(
-        CheckRank(*shapes.mask, "mask",
+        CheckRank(*shapes.mask, 4, "mask",
                   "batch, out_h, out_w, offset_groups * kernel_h * kernel_w"));
   }
 
@@ -148,12 +94,7 @@ Status Validate(const DeformableConv2DShapes& shapes,
   p.groups = -1;
   p.out_h = p.out_w = -1;
 
-  if (p.height > kMaxExtent || p.width > kMaxExtent) {
-    return InvalidArgument(
-        "Expected height and width of `inputs` to be at most %lld. Received: "
-        "inputs.shape=%s",
-        static_cast<LongLong>(kMaxExtent), ShapeText(shapes.inputs).text);
-  }
+  TF_DEFORM_RETURN_IF_ERROR(CheckImageSize(shapes.inputs));
   if (p.channels == 0) {
     return InvalidArgument(
         "Expected `inputs` to have at least 1 channel. Received: "
@@ -242,22 +183,9 @@ Status Validate(const DeformableConv2DShapes& shapes,
         check_field(*shapes.mask, "mask", mask_channels, ""));
 
   if (shapes.grad_output != nullptr) {
-    const Shape& gradient = *shapes.grad_output;
     TF_DEFORM_RETURN_IF_ERROR(
-        CheckRank(gradient, "grad_output", "batch, out_h, out_w, filters"));
-    const int64_t expected[4] = {p.batch, p.out_h, p.out_w, p.filters};
-    for (int axis = 0; axis < 4; ++axis) {
-      if (gradient.dim(axis) >= 0 && expected[axis] >= 0 &&
-          gradient.dim(axis) != expected[axis]) {
-        Shape output;
-        output.rank = 4;
-        for (int i = 0; i < 4; ++i) output.dims[i] = expected[i];
-        return InvalidArgument(
-            "Expected `grad_output` to have the output's shape %s. Received: "
-            "grad_output.shape=%s",
-            ShapeText(output).text, ShapeText(gradient).text);
-      }
-    }
+        CheckGradOutput(*shapes.grad_output, "batch, out_h, out_w, filters",
+                        {p.batch, p.out_h, p.out_w, p.filters}));
   }
 
   TF_DEFORM_RETURN_IF_ERROR(

@@ -110,11 +110,6 @@ Status Backward(const DeformableConv2DParams& params, DataType type,
                 void* workspace, const DeformableConv2DGradients& gradients,
                 const ParallelFor& parallel_for);
 
-// Name of the instruction set in use: "avx512", "avx2" or "baseline". The best
-// that the processor has, or what the environment variable TF_DEFORM_MAX_ISA
-// allows; read once.
-const char* InstructionSet();
-
 }  // namespace cpu
 }  // namespace tf_deform
 

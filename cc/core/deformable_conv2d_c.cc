@@ -1,32 +1,15 @@
 // Deformable convolution: C entry points, for callers without a framework.
 // SPDX-License-Identifier: Apache-2.0
-//
-// Every function that can fail returns a Status::Code and, if that is not 0,
-// writes the text of the error to `message` (message_size bytes, may be 0).
 
-#include <cstdint>
-#include <cstdio>
-
+#include "cc/core/c_api.h"
 #include "cc/core/deformable_conv2d.h"
 #include "cc/core/threads.h"
 
-namespace {
-
-int Report(const tf_deform::Status& status, char* message,
-           int64_t message_size) {
-  if (!status.ok() && message_size > 0) {
-    snprintf(message, static_cast<size_t>(message_size), "%s", status.message);
-  }
-  return status.code;
-}
-
-}  // namespace
-
-extern "C" {
+using tf_deform::Report;
 
 // Judges the shapes and completes `params`. `mask` and `grad_output` may be
 // null.
-__attribute__((visibility("default"))) int TfDeformDeformableConv2DValidate(
+TF_DEFORM_C_API int TfDeformDeformableConv2DValidate(
     tf_deform::DeformableConv2DParams* params, const tf_deform::Shape* inputs,
     const tf_deform::Shape* kernel, const tf_deform::Shape* offset,
     const tf_deform::Shape* mask, const tf_deform::Shape* grad_output,
@@ -40,16 +23,14 @@ __attribute__((visibility("default"))) int TfDeformDeformableConv2DValidate(
   return Report(tf_deform::Validate(shapes, params), message, message_size);
 }
 
-__attribute__((visibility("default"))) int64_t
-TfDeformDeformableConv2DCpuWorkspaceBytes(
+TF_DEFORM_C_API int64_t TfDeformDeformableConv2DCpuWorkspaceBytes(
     const tf_deform::DeformableConv2DParams* params, int data_type,
     int num_threads) {
   return tf_deform::cpu::WorkspaceBytes(
       *params, static_cast<tf_deform::DataType>(data_type), num_threads);
 }
 
-__attribute__((visibility("default"))) int64_t
-TfDeformDeformableConv2DCpuBackwardWorkspaceBytes(
+TF_DEFORM_C_API int64_t TfDeformDeformableConv2DCpuBackwardWorkspaceBytes(
     const tf_deform::DeformableConv2DParams* params, int data_type,
     const tf_deform::DeformableConv2DGradients* wanted, int num_threads) {
   return tf_deform::cpu::BackwardWorkspaceBytes(
@@ -57,7 +38,7 @@ TfDeformDeformableConv2DCpuBackwardWorkspaceBytes(
       num_threads);
 }
 
-__attribute__((visibility("default"))) int TfDeformDeformableConv2DCpuForward(
+TF_DEFORM_C_API int TfDeformDeformableConv2DCpuForward(
     const tf_deform::DeformableConv2DParams* params, int data_type,
     const tf_deform::DeformableConv2DInputs* operands, void* workspace,
     void* output, int num_threads, char* message, int64_t message_size) {
@@ -68,7 +49,7 @@ __attribute__((visibility("default"))) int TfDeformDeformableConv2DCpuForward(
       message, message_size);
 }
 
-__attribute__((visibility("default"))) int TfDeformDeformableConv2DCpuBackward(
+TF_DEFORM_C_API int TfDeformDeformableConv2DCpuBackward(
     const tf_deform::DeformableConv2DParams* params, int data_type,
     const tf_deform::DeformableConv2DInputs* operands, const void* grad_output,
     void* workspace, const tf_deform::DeformableConv2DGradients* gradients,
@@ -79,9 +60,3 @@ __attribute__((visibility("default"))) int TfDeformDeformableConv2DCpuBackward(
           grad_output, workspace, *gradients, tf_deform::Threads(num_threads)),
       message, message_size);
 }
-
-__attribute__((visibility("default"))) const char* TfDeformInstructionSet() {
-  return tf_deform::cpu::InstructionSet();
-}
-
-}  // extern "C"

@@ -28,7 +28,9 @@
 // names of indices.
 
 #include "cc/core/simd_cpu-inl.h"
-// The next two build on the one before.
+// The next three build on the one before.
+#include "cc/core/tasks_cpu-inl.h"
+//
 #include "cc/core/matrix_cpu-inl.h"
 //
 #include "cc/core/deformable_sampling_cpu-inl.h"
@@ -36,9 +38,6 @@
 namespace tf_deform {
 namespace cpu {
 namespace TF_DEFORM_ISA {
-
-// Bytes of scratch that a worker may use besides a packed kernel.
-constexpr int64_t kScratchBytes = int64_t{4} << 20;
 
 // Pixels in a tile, at most: multiples of kMicroRows.
 constexpr int64_t kForwardPixels = kMicroRows == 14 ? 126 : 120;
@@ -58,38 +57,6 @@ static bool IsSerial(const Geometry& g) {
   return static_cast<double>(g.total_pixels) * static_cast<double>(g.rows) *
              static_cast<double>(g.filters) <
          kSerialWork;
-}
-
-// Hands out parts of a workspace; with a null base it only counts.
-struct Arena {
-  char* base;
-  int64_t used = 0;
-
-  template <typename E>
-  E* Take(int64_t count) {
-    E* part = base == nullptr ? nullptr : reinterpret_cast<E*>(base + used);
-    used += RoundUp(count * static_cast<int64_t>(sizeof(E)), 64);
-    return part;
-  }
-};
-
-// parallel_for with denormals on in every task: pools differ in their mode from
-// the threads that call them, and results must not depend on who ran what.
-template <typename Body>
-static void RunTasks(const ParallelFor& parallel_for, int64_t num_tasks,
-                     const Body& body) {
-  parallel_for(num_tasks, [&body](int64_t index, int worker) {
-    const ScopedFloatingPointMode mode;
-    body(index, worker);
-  });
-}
-
-static void Zero(const ParallelFor& parallel_for, void* to, int64_t bytes) {
-  constexpr int64_t kPiece = 1 << 20;
-  RunTasks(parallel_for, CeilDiv(bytes, kPiece), [=](int64_t piece, int) {
-    __builtin_memset(static_cast<char*>(to) + piece * kPiece, 0,
-                     static_cast<size_t>(Min(kPiece, bytes - piece * kPiece)));
-  });
 }
 
 // Operands and their types: what the three passes have in common.
@@ -783,21 +750,6 @@ static void KernelPass(const DeformableConv2DParams& params,
 
 // -----------------------------------------------------------------------------
 // What deformable_conv2d_cpu.cc chooses from.
-
-// Calls body(T()) for the C++ type of `type`.
-template <typename Body>
-static void WithType(DataType type, const Body& body) {
-  switch (type) {
-    case DataType::kFloat16:
-      return body(Float16());
-    case DataType::kBFloat16:
-      return body(BFloat16());
-    case DataType::kFloat32:
-      return body(float());
-    case DataType::kFloat64:
-      return body(double());
-  }
-}
 
 static bool WantsData(const DeformableConv2DGradients& wanted) {
   return wanted.inputs != nullptr || wanted.offset != nullptr ||

@@ -23,7 +23,6 @@ using ::tensorflow::OpKernelConstruction;
 using ::tensorflow::OpKernelContext;
 using ::tensorflow::Tensor;
 using ::tensorflow::TensorShape;
-using ::tensorflow::shape_inference::DimensionHandle;
 using ::tensorflow::shape_inference::InferenceContext;
 using ::tensorflow::shape_inference::ShapeHandle;
 
@@ -32,21 +31,16 @@ using ::tensorflow::shape_inference::ShapeHandle;
 template <typename Source>
 tensorflow::Status ReadAttributes(Source* source,
                                   DeformableConv2DParams* params) {
-  std::vector<int64_t> strides, dilations, paddings;
-  int64_t offset_groups;
+  std::vector<int64_t> paddings;
   std::string padding, boundary;
-  TF_RETURN_IF_ERROR(source->GetAttr("strides", &strides));
-  TF_RETURN_IF_ERROR(source->GetAttr("dilations", &dilations));
+  TF_RETURN_IF_ERROR(
+      GetPair(source, "strides", &params->stride_h, &params->stride_w));
+  TF_RETURN_IF_ERROR(
+      GetPair(source, "dilations", &params->dilation_h, &params->dilation_w));
   TF_RETURN_IF_ERROR(source->GetAttr("explicit_paddings", &paddings));
-  TF_RETURN_IF_ERROR(source->GetAttr("offset_groups", &offset_groups));
+  TF_RETURN_IF_ERROR(source->GetAttr("offset_groups", &params->offset_groups));
   TF_RETURN_IF_ERROR(source->GetAttr("padding", &padding));
   TF_RETURN_IF_ERROR(source->GetAttr("boundary", &boundary));
-  if (strides.size() != 2 || dilations.size() != 2) {
-    return tensorflow::errors::InvalidArgument(
-        "Expected `strides` and `dilation_rate` to be pairs (height, width). "
-        "Received: ",
-        strides.size(), " strides, ", dilations.size(), " dilation rates");
-  }
   if (padding == "VALID") {
     params->padding = Padding::kValid;
   } else if (padding == "SAME") {
@@ -73,11 +67,6 @@ tensorflow::Status ReadAttributes(Source* source,
         "padding EXPLICIT and nothing otherwise. Received: ",
         paddings.size(), " values with padding ", padding);
   }
-  params->stride_h = strides[0];
-  params->stride_w = strides[1];
-  params->dilation_h = dilations[0];
-  params->dilation_w = dilations[1];
-  params->offset_groups = offset_groups;
   if (is_explicit) {
     params->pad_top = paddings[0];
     params->pad_bottom = paddings[1];
@@ -87,19 +76,11 @@ tensorflow::Status ReadAttributes(Source* source,
   return tensorflow::Status();
 }
 
-// One mask or none.
-tensorflow::Status CheckNumMask(int num_mask) {
-  if (num_mask <= 1) return tensorflow::Status();
-  return tensorflow::errors::InvalidArgument(
-      "Expected `mask` to hold at most one tensor. Received: ", num_mask);
-}
-
 // Judges what the graph knows and fills `params` as far as that goes.
 tensorflow::Status InferParams(InferenceContext* context, bool has_gradient,
                                DeformableConv2DParams* params) {
   int num_mask;
-  TF_RETURN_IF_ERROR(context->GetAttr("num_mask", &num_mask));
-  TF_RETURN_IF_ERROR(CheckNumMask(num_mask));
+  TF_RETURN_IF_ERROR(GetOptional(context, "mask", &num_mask));
   TF_RETURN_IF_ERROR(ReadAttributes(context, params));
   DeformableConv2DShapes shapes;
   shapes.inputs = ToShape(context, context->input(0));
@@ -117,15 +98,6 @@ tensorflow::Status InferParams(InferenceContext* context, bool has_gradient,
   return ToTensorFlow(Validate(shapes, params));
 }
 
-// A dimension of the output: its number if known, else the operand's own, so
-// that equal unknown dimensions are known to be equal.
-DimensionHandle OutputDim(InferenceContext* context, int64_t size,
-                          ShapeHandle operand, int axis) {
-  if (size >= 0) return context->MakeDim(size);
-  if (context->RankKnown(operand)) return context->Dim(operand, axis);
-  return context->UnknownDim();
-}
-
 tensorflow::Status ForwardShape(InferenceContext* context) {
   DeformableConv2DParams params;
   TF_RETURN_IF_ERROR(InferParams(context, false, &params));
@@ -139,21 +111,12 @@ tensorflow::Status ForwardShape(InferenceContext* context) {
   return tensorflow::Status();
 }
 
-tensorflow::Status CheckWanted(const std::vector<bool>& wanted, int num_mask) {
-  if (static_cast<int>(wanted.size()) == 3 + num_mask) {
-    return tensorflow::Status();
-  }
-  return tensorflow::errors::InvalidArgument(
-      "Expected `wanted` to have an entry for each of the ", 3 + num_mask,
-      " operands. Received: ", wanted.size());
-}
-
 tensorflow::Status BackwardShape(InferenceContext* context) {
   DeformableConv2DParams params;
   TF_RETURN_IF_ERROR(InferParams(context, true, &params));
   std::vector<bool> wanted;
   TF_RETURN_IF_ERROR(context->GetAttr("wanted", &wanted));
-  TF_RETURN_IF_ERROR(CheckWanted(wanted, context->num_inputs() - 4));
+  TF_RETURN_IF_ERROR(CheckWanted(wanted, context->num_outputs()));
   for (int i = 0; i < context->num_outputs(); ++i) {
     context->set_output(i, wanted[i] ? context->input(i) : context->Vector(0));
   }
@@ -168,8 +131,7 @@ class DeformableConv2DKernel : public OpKernel {
  public:
   explicit DeformableConv2DKernel(OpKernelConstruction* construction)
       : OpKernel(construction) {
-    OP_REQUIRES_OK(construction, construction->GetAttr("num_mask", &num_mask_));
-    OP_REQUIRES_OK(construction, CheckNumMask(num_mask_));
+    OP_REQUIRES_OK(construction, GetOptional(construction, "mask", &num_mask_));
     OP_REQUIRES_OK(construction, ReadAttributes(construction, &attributes_));
   }
 
@@ -244,7 +206,7 @@ class BackwardKernel : public DeformableConv2DKernel {
   explicit BackwardKernel(OpKernelConstruction* construction)
       : DeformableConv2DKernel(construction) {
     OP_REQUIRES_OK(construction, construction->GetAttr("wanted", &wanted_));
-    OP_REQUIRES_OK(construction, CheckWanted(wanted_, num_mask()));
+    OP_REQUIRES_OK(construction, CheckWanted(wanted_, 3 + num_mask()));
   }
 
   void Compute(OpKernelContext* context) override {
@@ -256,16 +218,9 @@ class BackwardKernel : public DeformableConv2DKernel {
     void** const targets[] = {&gradients.inputs, &gradients.kernel,
                               &gradients.offset, &gradients.mask};
     for (int i = 0; i < 3 + num_mask(); ++i) {
-      Tensor* gradient;
-      if (!wanted_[i]) {
-        OP_REQUIRES_OK(context, context->allocate_output(i, {0}, &gradient));
-      } else if (context->output_required(i)) {  // not pruned from the graph
-        OP_REQUIRES_OK(context, context->allocate_output(
-                                    i, context->input(i).shape(), &gradient));
-        if (gradient->NumElements() == 0) continue;
-        *targets[i] = gradient->data();
-        gradients_computed[i].fetch_add(1, std::memory_order_relaxed);
-      }
+      OP_REQUIRES_OK(context,
+                     AllocateGradient(context, i, i, wanted_[i], targets[i],
+                                      &gradients_computed[i]));
     }
     const ParallelFor parallel_for = ToParallelFor(context);
     const DataType type = ToDataType(grad_output.dtype());

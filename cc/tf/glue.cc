@@ -125,4 +125,37 @@ tensorflow::Status AllocateWorkspace(tensorflow::OpKernelContext* context,
   return status;
 }
 
+tensorflow::shape_inference::DimensionHandle OutputDim(
+    tensorflow::shape_inference::InferenceContext* context, int64_t size,
+    tensorflow::shape_inference::ShapeHandle operand, int axis) {
+  if (size >= 0) return context->MakeDim(size);
+  if (context->RankKnown(operand)) return context->Dim(operand, axis);
+  return context->UnknownDim();
+}
+
+tensorflow::Status CheckWanted(const std::vector<bool>& wanted,
+                               int num_outputs) {
+  if (static_cast<int>(wanted.size()) == num_outputs) {
+    return tensorflow::Status();
+  }
+  return tensorflow::errors::InvalidArgument(
+      "Expected `wanted` to have an entry for each of the ", num_outputs,
+      " operands. Received: ", wanted.size());
+}
+
+tensorflow::Status AllocateGradient(tensorflow::OpKernelContext* context,
+                                    int output, int input, bool wanted,
+                                    void** target,
+                                    std::atomic<int64_t>* computed) {
+  tensorflow::Tensor* gradient;
+  if (!wanted) return context->allocate_output(output, {0}, &gradient);
+  if (!context->output_required(output)) return tensorflow::Status();
+  TF_RETURN_IF_ERROR(context->allocate_output(
+      output, context->input(input).shape(), &gradient));
+  if (gradient->NumElements() == 0) return tensorflow::Status();
+  *target = gradient->data();
+  computed->fetch_add(1, std::memory_order_relaxed);
+  return tensorflow::Status();
+}
+
 }  // namespace tf_deform

@@ -7,15 +7,12 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tf_deform.ops._arguments import Pair, coordinate_type, integer, pair
 from tf_deform.ops.deformable_conv2d import (
-    Pair,
     canonical_padding,
     check_boundary,
-    coordinate_type,
     deformable_conv2d,
     infer_output_shape,
-    integer,
-    pair,
 )
 
 MODULATIONS = (None, "sigmoid", "2sigmoid")

@@ -1,51 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Deformable convolution as a function of tensors, and its gradient."""
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from tf_deform import _loader
+from tf_deform.ops._arguments import (
+    Pair,
+    coordinate_type,
+    infer_shape,
+    integer,
+    pair,
+    to_coordinates,
+    to_inputs,
+    to_tensor,
+    wanted_gradients,
+)
 
 _library = _loader.op_library()
 
-FLOAT_TYPES = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
 BOUNDARIES = ("zeros", "clamp")
 
-Pair = tuple[int, int]
 Padding = str | tuple[Pair, Pair]
-
-
-def integer(value: Any, name: str) -> int:
-    """`value` as an int that fits in 64 bits; bool is not one."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        result = operator.index(value)
-    except TypeError:
-        raise TypeError(
-            f"Expected `{name}` to be made of integers. Received: {value!r} "
-            f"of type {type(value).__name__}"
-        ) from None
-    if not -(2**63) <= result < 2**63:
-        raise ValueError(
-            f"Expected `{name}` to fit in 64 bits. Received: {result}"
-        )
-    return result
-
-
-def pair(value: Any, name: str) -> Pair:
-    """One integer for both axes, or (height, width)."""
-    if isinstance(value, list | tuple):
-        if len(value) != 2:
-            raise ValueError(
-                f"Expected `{name}` to be an integer or a pair (height, "
-                f"width). Received: {value!r}"
-            )
-        return (integer(value[0], name), integer(value[1], name))
-    return (integer(value, name),) * 2
 
 
 def canonical_padding(padding: Any) -> Padding:
@@ -74,35 +52,6 @@ def check_boundary(boundary: Any) -> str:
             f"{boundary!r}"
         )
     return boundary
-
-
-def coordinate_type(dtype: tf.DType) -> tf.DType:
-    """Type of offsets and masks that go with inputs of `dtype`."""
-    return tf.float64 if dtype == tf.float64 else tf.float32
-
-
-def _to_tensor(
-    value: Any, name: str, dtype: tf.DType | None = None
-) -> tf.Tensor:
-    """Python's numbers become `dtype`; what has a type keeps it."""
-    hint = None if hasattr(value, "dtype") else dtype
-    try:
-        return tf.convert_to_tensor(value, dtype_hint=hint)
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"Expected `{name}` to be a dense tensor or what converts to one. "
-            f"Received: a value of type {type(value).__name__} ({error})"
-        ) from error
-
-
-def _to_coordinates(value: Any, dtype: tf.DType, name: str) -> tf.Tensor:
-    tensor = _to_tensor(value, name, dtype)
-    if not tensor.dtype.is_floating:
-        raise TypeError(
-            f"Expected `{name}` to be of a floating-point type. Received: "
-            f"{name}.dtype={tensor.dtype.name}"
-        )
-    return tf.cast(tensor, dtype)
 
 
 def _attributes(
@@ -200,24 +149,19 @@ def deformable_conv2d(
     attributes = _attributes(
         strides, padding, dilation_rate, offset_groups, boundary
     )
-    inputs = _to_tensor(inputs, "inputs")
-    if inputs.dtype not in FLOAT_TYPES:
-        raise TypeError(
-            "Expected `inputs` to be float16, bfloat16, float32 or float64. "
-            f"Received: inputs.dtype={inputs.dtype.name}"
-        )
-    kernel = _to_tensor(kernel, "kernel", inputs.dtype)
+    inputs = to_inputs(inputs)
+    kernel = to_tensor(kernel, "kernel", inputs.dtype)
     if kernel.dtype != inputs.dtype:
         raise TypeError(
             "Expected `kernel` to have the type of `inputs`, "
             f"{inputs.dtype.name}. Received: kernel.dtype={kernel.dtype.name}"
         )
     coordinates = coordinate_type(inputs.dtype)
-    masks = [] if mask is None else [_to_coordinates(mask, coordinates, "mask")]
+    masks = [] if mask is None else [to_coordinates(mask, coordinates, "mask")]
     return _library.tf_deform_deformable_conv2d(
         inputs,
         kernel,
-        _to_coordinates(offset, coordinates, "offset"),
+        to_coordinates(offset, coordinates, "offset"),
         masks,
         **attributes,
     )
@@ -227,15 +171,9 @@ def deformable_conv2d(
 def _deformable_conv2d_grad(
     op: tf.Operation, grad_output: tf.Tensor
 ) -> list[tf.Tensor | None]:
-    """Gradients of the operands that a tape asks for.
-
-    A tape says so before (`skip_input_indices`). In a graph all are asked
-    for, and the kernel computes those that are still used once unused nodes
-    and outputs have been pruned.
-    """
+    """Gradients of the operands that a tape asks for."""
     operands = list(op.inputs)
-    skipped = getattr(op, "skip_input_indices", None) or ()
-    wanted = [index not in skipped for index in range(len(operands))]
+    wanted = wanted_gradients(op)
     names = (
         "strides",
         "padding",
@@ -277,15 +215,8 @@ def infer_output_shape(
     Raises:
         ValueError: Shapes that do not fit.
     """
-    with tf.Graph().as_default():
-        output = deformable_conv2d(
-            *(
-                tf.compat.v1.placeholder(tf.float32, shape)
-                for shape in (inputs, kernel, offset)
-            ),
-            None
-            if mask is None
-            else tf.compat.v1.placeholder(tf.float32, mask),
-            **arguments,
-        )
-    return tuple(output.shape.as_list())
+    if offset is None:
+        offset = (None,) * 4
+    return infer_shape(
+        deformable_conv2d, inputs, kernel, offset, mask, **arguments
+    )

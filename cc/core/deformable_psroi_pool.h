@@ -1,0 +1,122 @@
+// Deformable position-sensitive ROI pooling on plain pointers: forward and
+// backward. SPDX-License-Identifier: Apache-2.0
+//
+// With one group cell (group_h = group_w = 1): deformable ROI pooling. For ROI
+// (n, x1, y1, x2, y2), bin (ph, pw) and output channel o, along y (x likewise):
+//   start = round(y1) * spatial_scale - 0.5      round: half away from zero
+//   end   = (round(y2) + 1) * spatial_scale - 0.5
+//   size  = max(end - start, 0.1),  bin = size / pooled_h
+//   y_i   = ph * bin + start + dy + i * bin / sample_per_part
+// for i in [0, sample_per_part), with
+//   dy = trans[r, ph * part_h // pooled_h, pw * part_w // pooled_w, 2 * class]
+//        * trans_std * size            (dx: 2 * class + 1)
+//   class = o // (output_dim // num_classes)
+// A sample counts if -0.5 <= y <= height - 0.5 (x likewise); it is clamped to
+// [0, height - 1] and read bilinearly from input channel
+//   (o * group_h + ph * group_h // pooled_h) * group_w + pw * group_w //
+//   pooled_w
+// The output is the mean over the samples that count, 0 if none does. Dai et
+// al. 2017, arXiv:1703.06211, Eq. 5 and 6.
+//
+// A ROI with a negative batch index (padding) or a corner that is not finite
+// gives 0, count 0 and no gradient. At integers the derivative is the
+// right-hand one; it is 0 where a coordinate is clamped.
+//
+// All tensors are dense, row major, and aligned to their element; T is the
+// element type of inputs and output, and the coordinate type is float (double
+// when T is double):
+//   inputs  (batch, height, width, output_dim * group_h * group_w)    T
+//   rois    (num_rois, 5), see rois.h coordinate trans   (num_rois, part_h,
+//   part_w, num_classes * 2), (dy, dx) of each
+//           class, in fractions of the ROI; null: no displacement coordinate
+//   output  (num_rois, pooled_h, pooled_w, output_dim)                T
+//   count   as output: samples that count                             float
+
+#ifndef TF_DEFORM_CC_CORE_DEFORMABLE_PSROI_POOL_H_
+#define TF_DEFORM_CC_CORE_DEFORMABLE_PSROI_POOL_H_
+
+#include "cc/core/common.h"
+
+namespace tf_deform {
+
+// What an operator call is made of. The caller sets the first part; Validate
+// checks it and fills the second. The fields, in this order, are what the C
+// entry points take.
+struct DeformablePSROIPoolParams {
+  double spatial_scale = 1;  // map pixels per image pixel
+  double trans_std = 0.1;
+  int64_t output_dim = 1;
+  int64_t pooled_h = 1, pooled_w = 1;
+  int64_t group_h = 1, group_w = 1;
+  int64_t part_h = 1, part_w = 1;
+  int64_t sample_per_part = 4;  // along each axis
+
+  // Set by Validate; -1 where a shape did not tell.
+  int64_t batch = -1, height = -1, width = -1, channels = -1;
+  int64_t num_rois = -1, num_classes = -1;  // 1 without displacements
+};
+
+// The shapes of one call. `trans` and `grad_output` are null when there is
+// none.
+struct DeformablePSROIPoolShapes {
+  Shape inputs, rois;
+  const Shape* trans = nullptr;
+  const Shape* grad_output = nullptr;
+};
+
+// Judges attributes and shapes and fills `params`. Unknown ranks and dimensions
+// are taken to fit; with all known, ok means that every size and byte count
+// fits in int64_t.
+Status Validate(const DeformablePSROIPoolShapes& shapes,
+                DeformablePSROIPoolParams* params);
+
+// Operands of the forward pass.
+struct DeformablePSROIPoolInputs {
+  const void* inputs = nullptr;
+  const void* rois = nullptr;
+  const void* trans = nullptr;  // null: no displacement
+};
+
+// Where the gradients go, each shaped and typed like its operand and
+// overwritten whole. Null: not wanted, not computed. ROIs have none.
+struct DeformablePSROIPoolGradients {
+  void* inputs = nullptr;
+  void* trans = nullptr;
+};
+
+namespace cpu {
+
+// Bytes of scratch that Forward needs: with more than one group cell, as many
+// images as fit in 4 MiB a worker, but at least one, repacked so that a cell's
+// channels lie side by side; and less than 4 MiB a worker. `params` validated.
+int64_t WorkspaceBytes(const DeformablePSROIPoolParams& params, DataType type,
+                       int num_workers);
+
+// The same for Backward with the gradients that are non-null in `wanted`; the
+// images are then the repacked ones or their gradients (float32 for 16-bit
+// types).
+int64_t BackwardWorkspaceBytes(const DeformablePSROIPoolParams& params,
+                               DataType type,
+                               const DeformablePSROIPoolGradients& wanted,
+                               int num_workers);
+
+// Writes `output` and, if it is not null, `count`. `workspace` is aligned to 64
+// bytes and as large as WorkspaceBytes(params, type, parallel_for.num_workers)
+// says. The result does not depend on the number of workers, to the bit. An
+// error if a batch index is no integer or not below batch.
+Status Forward(const DeformablePSROIPoolParams& params, DataType type,
+               const DeformablePSROIPoolInputs& operands, void* workspace,
+               void* output, float* count, const ParallelFor& parallel_for);
+
+// Writes the wanted gradients of sum(grad_output * output). Workspace,
+// determinism and errors as above.
+Status Backward(const DeformablePSROIPoolParams& params, DataType type,
+                const DeformablePSROIPoolInputs& operands,
+                const void* grad_output, void* workspace,
+                const DeformablePSROIPoolGradients& gradients,
+                const ParallelFor& parallel_for);
+
+}  // namespace cpu
+}  // namespace tf_deform
+
+#endif  // TF_DEFORM_CC_CORE_DEFORMABLE_PSROI_POOL_H_

@@ -1,0 +1,21 @@
+// The instruction set in use. SPDX-License-Identifier: Apache-2.0
+
+#ifndef TF_DEFORM_CC_CORE_ISA_H_
+#define TF_DEFORM_CC_CORE_ISA_H_
+
+namespace tf_deform {
+namespace cpu {
+
+enum class Isa : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
+
+// The best that the processor has, or what the environment variable
+// TF_DEFORM_MAX_ISA ("avx512", "avx2" or "baseline") allows; read once.
+Isa BestIsa();
+
+// Its name.
+const char* InstructionSet();
+
+}  // namespace cpu
+}  // namespace tf_deform
+
+#endif  // TF_DEFORM_CC_CORE_ISA_H_

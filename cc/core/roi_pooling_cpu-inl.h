@@ -1,0 +1,610 @@
+// Pooling of regions of interest on the CPU, for one instruction set: what
+// deformable PS-ROI pooling and deformable ROIAlign have in common.
+// SPDX-License-Identifier: Apache-2.0
+//
+// No include guard: see simd_cpu-inl.h.
+//
+// A bin's samples form a grid, y_i by x_j, and whether a sample counts is
+// decided along each axis alone. So the sum of its bilinear samples is
+//   sum over rows and columns of weight(row) * weight(column) * pixel
+// with weight(row) the sum of the bilinear weights of that row over all y_i. A
+// bin of 4 x 4 samples, 2 pixels wide, reads 9 to 16 pixels so, not 64; a
+// bin's taps are the rows and columns that it reads, with their weights.
+//
+//   PoolPass        Tasks are ROIs. A bin is the weighted sum of its pixels.
+//   DisplacePass    Tasks are ROIs. The gradient of a displacement is the same
+//                   sum with the derivative of the weights along one axis.
+//   ScatterPass     The gradient of the inputs lands anywhere in the image, so
+//                   tasks own parts of it: an image, a cell of the
+//                   position-sensitive maps, and a block of channels. Each
+//                   walks through all ROIs in order: no two tasks write to the
+//                   same place, and the order of sums never depends on the
+//                   number of workers.
+//
+// The channels of position-sensitive maps are ordered (output channel, cell),
+// but a bin reads all output channels of one cell. So the passes work on
+// repacked images, [cell][row][column][output channel]. With one cell the two
+// are the same, and nothing is repacked.
+//
+// The passes are written for a Rule: what one operator makes of a ROI. It has
+// the fields of RoiGeometry and
+//   Roi<E> Locate(const E* roi) const   where its bins lie
+//   E Displacement(E value, E size) const   map pixels, of an axis of that size
+//   E DisplacementSlope(E size) const       its derivative
+//   static constexpr double kMargin     a sample may lie this far outside of
+//                                       [0, size - 1] (kUpperMargin at the end)
+//   static constexpr bool kMeanOfAll    samples outside count, as zeros
+
+namespace tf_deform {
+namespace cpu {
+namespace TF_DEFORM_ISA {
+
+// Sizes of a call.
+struct RoiGeometry {
+  int64_t batch, height, width;
+  int64_t num_rois;
+  int64_t pooled_h, pooled_w;
+  int64_t group_h, group_w;         // cells of the position-sensitive maps
+  int64_t part_h, part_w;           // displacements of a ROI
+  int64_t classes, class_channels;  // with a displacement of their own
+  int64_t samples_h, samples_w;     // of a bin along an axis, at most
+
+  int64_t Depth() const { return classes * class_channels; }
+  int64_t Cells() const { return group_h * group_w; }
+  int64_t Pixels() const { return height * width; }
+  int64_t Image() const { return Pixels() * Cells() * Depth(); }
+  int64_t Bins() const { return pooled_h * pooled_w; }
+
+  // Rows and columns that a bin can read. The last may come twice, see Taps.
+  int64_t MaxTaps() const {
+    return Max(Min(2 * samples_h, height + 1), Min(2 * samples_w, width + 1));
+  }
+};
+
+// One axis of a ROI, in map pixels.
+template <typename E>
+struct RoiAxis {
+  E start;          // of its first bin
+  E size;           // of the ROI
+  E bin;            // from one bin to the next
+  E step;           // from one sample to the next
+  E phase;          // of a bin's first sample, in steps
+  int64_t samples;  // of a bin
+};
+
+template <typename E>
+struct Roi {
+  RoiAxis<E> y, x;
+};
+
+// A value that the compiler may not carry on with more than its own precision,
+// as in a fused multiply-add: whether a sample on the edge counts has to be the
+// same for every instruction set, and for anyone who computes it step by step.
+template <typename E>
+static inline E Rounded(E value) {
+#if defined(__x86_64__)
+  __asm__("" : "+x"(value));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(value));
+#endif
+  return value;
+}
+
+template <typename E>
+static inline bool IsFinite(E value) {
+  return value - value == 0;
+}
+
+// The image that a ROI lies in; -1 for padding, for corners that are not
+// finite, and if images have no pixels.
+template <typename E>
+static inline int64_t ImageOf(const RoiGeometry& g, const E* roi) {
+  const bool counts = roi[0] >= 0 && IsFinite(roi[1]) && IsFinite(roi[2]) &&
+                      IsFinite(roi[3]) && IsFinite(roi[4]) && g.Pixels() > 0;
+  return counts ? static_cast<int64_t>(roi[0]) : -1;
+}
+
+// A row or column that the samples of a bin read.
+template <typename E>
+struct Tap {
+  int64_t at;  // its first element
+  E weight;    // sum of the samples' bilinear weights
+  E slope;     // derivative of the weight by the displacement, 1 / pixel
+};
+
+// The taps of a bin along one axis.
+template <typename E>
+struct Taps {
+  Tap<E>* taps;
+  int64_t count;
+  int64_t samples;  // that count
+
+  // `start` of the bin; `pixels` along the axis, `stride` elements apart.
+  template <typename Rule>
+  void Find(const Rule&, const RoiAxis<E>& axis, E start, int64_t pixels,
+            int64_t stride) {
+    const E last = static_cast<E>(pixels - 1);
+    const E least = -static_cast<E>(Rule::kMargin);
+    const E most = last + static_cast<E>(Rule::kUpperMargin);
+    // In ascending order, so that a sample's taps are new or the last two.
+    const bool backwards = axis.step < 0;
+    count = samples = 0;
+    int64_t top = -2;  // of the sample before
+    for (int64_t k = 0; k < axis.samples; ++k) {
+      const int64_t i = backwards ? axis.samples - 1 - k : k;
+      E place = start + Rounded((static_cast<E>(i) + axis.phase) * axis.step);
+      // Written so that NaN lies outside.
+      if (!(place >= least && place <= most)) continue;
+      ++samples;
+      const E slope = place < 0 || place >= last ? E(0) : E(1);
+      if (place < 0) place = 0;
+      if (place > last) place = last;
+      const int64_t here = Min(static_cast<int64_t>(place), pixels - 1);
+      if (here != top) {
+        const bool follows = here == top + 1 && count > 0;
+        top = here;
+        if (!follows) taps[count++] = {here * stride, 0, 0};
+        // At the edge the last pixel again, with weight 0.
+        taps[count++] = {Min(here + 1, pixels - 1) * stride, 0, 0};
+      }
+      const E distance = place - static_cast<E>(here);
+      taps[count - 2].weight += 1 - distance;
+      taps[count - 2].slope -= slope;
+      taps[count - 1].weight += distance;
+      taps[count - 1].slope += slope;
+    }
+  }
+};
+
+// What a worker needs.
+template <typename E>
+struct RoiScratch {
+  Taps<E> y, x;
+  E* row;  // [Depth()], a bin's gradient
+
+  RoiScratch(const RoiGeometry& g, Arena* arena)
+      : y{arena->Take<Tap<E>>(g.MaxTaps()), 0, 0},
+        x{arena->Take<Tap<E>>(g.MaxTaps()), 0, 0},
+        row(arena->Take<E>(g.Depth())) {}
+
+  static int64_t Bytes(const RoiGeometry& g) {
+    Arena arena{nullptr};
+    RoiScratch(g, &arena);
+    return arena.used;
+  }
+};
+
+// A part of what a ROI is pooled into.
+struct BinRange {
+  int64_t ph_begin, ph_end, pw_begin, pw_end, class_begin, class_end;
+};
+
+// A bin of one class.
+template <typename E>
+struct Bin {
+  int64_t output;        // its first element in output and count
+  int64_t map;           // its first element in a repacked image
+  int64_t displacement;  // the element of its dy; the next is its dx
+  E share;               // 1 / number of samples, 0 if there is none
+};
+
+// Calls body(bin) for the bins of ROI r in `range`, with s.y and s.x found.
+// `displacements` may be null.
+template <typename Rule, typename E, typename Body>
+static inline __attribute__((always_inline)) void ForEachBin(
+    const Rule& rule, const Roi<E>& roi, int64_t r, const E* displacements,
+    const BinRange& range, RoiScratch<E>* s, const Body& body) {
+  const int64_t depth = rule.Depth();
+  for (int64_t ph = range.ph_begin; ph < range.ph_end; ++ph) {
+    for (int64_t pw = range.pw_begin; pw < range.pw_end; ++pw) {
+      const int64_t cell = ph * rule.group_h / rule.pooled_h * rule.group_w +
+                           pw * rule.group_w / rule.pooled_w;
+      const int64_t part =
+          (r * rule.part_h + ph * rule.part_h / rule.pooled_h) * rule.part_w +
+          pw * rule.part_w / rule.pooled_w;
+      for (int64_t k = range.class_begin; k < range.class_end; ++k) {
+        Bin<E> bin;
+        bin.output = ((r * rule.pooled_h + ph) * rule.pooled_w + pw) * depth +
+                     k * rule.class_channels;
+        bin.map = cell * rule.Pixels() * depth + k * rule.class_channels;
+        bin.displacement = (part * rule.classes + k) * 2;
+        E y = Rounded(static_cast<E>(ph) * roi.y.bin) + roi.y.start;
+        E x = Rounded(static_cast<E>(pw) * roi.x.bin) + roi.x.start;
+        if (displacements != nullptr) {
+          const E* pair = displacements + bin.displacement;
+          y += Rounded(rule.Displacement(pair[0], roi.y.size));
+          x += Rounded(rule.Displacement(pair[1], roi.x.size));
+        }
+        s->y.Find(rule, roi.y, y, rule.height, rule.width * depth);
+        s->x.Find(rule, roi.x, x, rule.width, depth);
+        const int64_t samples = Rule::kMeanOfAll ? roi.y.samples * roi.x.samples
+                                                 : s->y.samples * s->x.samples;
+        bin.share = samples > 0 ? 1 / static_cast<E>(samples) : E(0);
+        body(bin);
+      }
+    }
+  }
+}
+
+static BinRange AllBins(const RoiGeometry& g) {
+  return {0, g.pooled_h, 0, g.pooled_w, 0, g.classes};
+}
+
+// Writes a vector of sums as elements of T.
+template <int kN, typename T, typename E>
+static inline void StoreNarrow(const Vector<E, kN>& vector, T* to) {
+  if constexpr (sizeof(T) == sizeof(E)) {
+    Store(vector, to);
+  } else {
+    for (int lane = 0; lane < kN; ++lane) Narrow(vector[lane], to + lane);
+  }
+}
+
+// -----------------------------------------------------------------------------
+// Repacking. `packed` is [image][cell][pixel][output channel].
+
+// Pixels in a task.
+constexpr int64_t kPackPixels = 8;
+
+template <typename T>
+static void PackImages(const RoiGeometry& g, const T* from, int64_t images,
+                       T* packed, const ParallelFor& parallel_for) {
+  const int64_t depth = g.Depth(), cells = g.Cells(), pixels = g.Pixels();
+  const int64_t tiles = CeilDiv(pixels, kPackPixels);
+  RunTasks(parallel_for, images * tiles, [=](int64_t task, int) {
+    const int64_t first = task % tiles * kPackPixels;
+    const int64_t count = Min(kPackPixels, pixels - first);
+    const int64_t image = task / tiles * pixels * cells * depth;
+    const T* source = from + image + first * cells * depth;
+    for (int64_t cell = 0; cell < cells; ++cell) {
+      T* to = packed + image + (cell * pixels + first) * depth;
+      for (int64_t i = 0; i < count * depth; ++i) {
+        to[i] = source[i * cells + cell];
+      }
+    }
+  });
+}
+
+template <typename T, typename E>
+static void UnpackImages(const RoiGeometry& g, const E* packed, int64_t images,
+                         T* to, const ParallelFor& parallel_for) {
+  const int64_t depth = g.Depth(), cells = g.Cells(), pixels = g.Pixels();
+  const int64_t tiles = CeilDiv(pixels, kPackPixels);
+  RunTasks(parallel_for, images * tiles, [=](int64_t task, int) {
+    const int64_t first = task % tiles * kPackPixels;
+    const int64_t count = Min(kPackPixels, pixels - first);
+    const int64_t image = task / tiles * pixels * cells * depth;
+    T* target = to + image + first * cells * depth;
+    for (int64_t cell = 0; cell < cells; ++cell) {
+      const E* from = packed + image + (cell * pixels + first) * depth;
+      for (int64_t i = 0; i < count * depth; ++i) {
+        Narrow(from[i], target + i * cells + cell);
+      }
+    }
+  });
+}
+
+// Images that are repacked at a time: as many as kScratchBytes a worker hold,
+// but at least one.
+static int64_t ImagesAtOnce(const RoiGeometry& g, int64_t element_bytes,
+                            int num_workers) {
+  const int64_t image = g.Image() * element_bytes;
+  if (image == 0) return Max(1, g.batch);
+  return Max(1, Min(g.batch, kScratchBytes * num_workers / image));
+}
+
+// Calls body(first image, number of images, map) for as many images at a time
+// as are repacked, with `map` where `first image` starts; once for all if
+// nothing has to be.
+template <typename T, typename Body>
+static void ForEachPackedChunk(const RoiGeometry& g, const T* inputs,
+                               void* workspace, const ParallelFor& parallel_for,
+                               const Body& body) {
+  if (g.Cells() == 1) return body(0, g.batch, inputs);
+  T* const packed = static_cast<T*>(workspace);
+  const int64_t step = ImagesAtOnce(g, sizeof(T), parallel_for.num_workers);
+  for (int64_t first = 0; first < Max(1, g.batch); first += step) {
+    const int64_t images = Min(step, g.batch - first);
+    PackImages(g, inputs + first * g.Image(), images, packed, parallel_for);
+    body(first, images, packed);
+  }
+}
+
+// -----------------------------------------------------------------------------
+// Tasks.
+
+// Element operations below which a task is not worth handing out.
+constexpr int64_t kTaskWork = 1 << 15;
+
+// Of one ROI, about: reading four pixels a bin, finding its taps.
+static int64_t RoiWork(const RoiGeometry& g) {
+  return g.Bins() *
+         (4 * g.Depth() + g.classes * 8 * (g.samples_h + g.samples_w));
+}
+
+// Calls body(r, image - first_image, worker) for every ROI in one of the
+// images; with image -1 for ROIs that lie in none, if first_image is 0.
+template <typename E, typename Body>
+static void ForEachRoi(const RoiGeometry& g, const E* rois, int64_t first_image,
+                       int64_t images, const ParallelFor& parallel_for,
+                       const Body& body) {
+  const int64_t block = Max(1, kTaskWork / Max(1, RoiWork(g)));
+  RunTasks(
+      parallel_for, CeilDiv(g.num_rois, block), [&](int64_t task, int worker) {
+        const int64_t end = Min(g.num_rois, (task + 1) * block);
+        for (int64_t r = task * block; r < end; ++r) {
+          const int64_t image = ImageOf(g, rois + 5 * r);
+          if (image < 0) {
+            if (first_image == 0) body(r, -1, worker);
+          } else if (image >= first_image && image < first_image + images) {
+            body(r, image - first_image, worker);
+          }
+        }
+      });
+}
+
+template <typename T>
+static int64_t PackedBytes(const RoiGeometry& g, int num_workers) {
+  if (g.Cells() == 1) return 0;
+  return RoundUp(ImagesAtOnce(g, sizeof(T), num_workers) * g.Image() *
+                     static_cast<int64_t>(sizeof(T)),
+                 64);
+}
+
+// Bytes for PoolPass and DisplacePass.
+template <typename T>
+static int64_t PoolWorkspace(const RoiGeometry& g, int num_workers) {
+  using E = typename AccumulatorOf<T>::Type;
+  return PackedBytes<T>(g, num_workers) + num_workers * RoiScratch<E>::Bytes(g);
+}
+
+// -----------------------------------------------------------------------------
+
+// Writes output and, if not null, count.
+template <typename T, typename Rule, typename E>
+static void PoolPass(const Rule& rule, const T* inputs, const E* rois,
+                     const E* displacements, void* workspace, T* output,
+                     float* count, const ParallelFor& parallel_for) {
+  char* const scratch = static_cast<char*>(workspace) +
+                        PackedBytes<T>(rule, parallel_for.num_workers);
+  const int64_t scratch_bytes = RoiScratch<E>::Bytes(rule);
+  const int64_t roi_outputs = rule.Bins() * rule.Depth();
+  const BinRange all = AllBins(rule);
+  if (rule.num_rois == 0) return;
+  ForEachPackedChunk(
+      rule, inputs, workspace, parallel_for,
+      [&](int64_t first_image, int64_t images, const T* maps) {
+        ForEachRoi(
+            rule, rois, first_image, images, parallel_for,
+            [&](int64_t r, int64_t image, int worker) {
+              if (image < 0) {
+                __builtin_memset(static_cast<void*>(output + r * roi_outputs),
+                                 0, roi_outputs * sizeof(T));
+                if (count == nullptr) return;
+                for (int64_t i = 0; i < roi_outputs; ++i) {
+                  count[r * roi_outputs + i] = 0;
+                }
+                return;
+              }
+              Arena arena{scratch + worker * scratch_bytes};
+              RoiScratch<E> s(rule, &arena);
+              const Roi<E> roi = rule.Locate(rois + 5 * r);
+              ForEachBin(rule, roi, r, displacements, all, &s,
+                         [&](const Bin<E>& bin) {
+                           const T* map = maps + image * rule.Image() + bin.map;
+                           T* to = output + bin.output;
+                           ForEachVector<E>(
+                               rule.class_channels, [&](auto lanes, int64_t i) {
+                                 constexpr int kN = lanes.value;
+                                 Vector<E, kN> sum = {};
+                                 for (int64_t a = 0; a < s.y.count; ++a) {
+                                   const T* row = map + s.y.taps[a].at + i;
+                                   Vector<E, kN> in_row = {};
+                                   for (int64_t b = 0; b < s.x.count; ++b) {
+                                     in_row += s.x.taps[b].weight *
+                                               Load<kN>(row + s.x.taps[b].at);
+                                   }
+                                   sum += s.y.taps[a].weight * in_row;
+                                 }
+                                 StoreNarrow<kN, T, E>(sum * bin.share, to + i);
+                               });
+                           if (count == nullptr) return;
+                           const float samples =
+                               static_cast<float>(s.y.samples * s.x.samples);
+                           for (int64_t i = 0; i < rule.class_channels; ++i) {
+                             count[bin.output + i] = samples;
+                           }
+                         });
+            });
+      });
+}
+
+// -----------------------------------------------------------------------------
+
+// The elements of a bin's gradient, widened.
+template <typename T, typename E>
+static inline const E* WideRow(const T* from, int64_t n, E* row) {
+  if constexpr (sizeof(T) == sizeof(E)) {
+    return from;
+  } else {
+    WidenRow(from, n, row);
+    return row;
+  }
+}
+
+// Writes the gradient of the displacements.
+template <typename T, typename Rule, typename E>
+static void DisplacePass(const Rule& rule, const T* inputs, const E* rois,
+                         const E* displacements, const T* grad_output,
+                         void* workspace, E* grad_displacements,
+                         const ParallelFor& parallel_for) {
+  char* const scratch = static_cast<char*>(workspace) +
+                        PackedBytes<T>(rule, parallel_for.num_workers);
+  const int64_t scratch_bytes = RoiScratch<E>::Bytes(rule);
+  const int64_t roi_displacements =
+      rule.part_h * rule.part_w * rule.classes * 2;
+  const BinRange all = AllBins(rule);
+  if (rule.num_rois == 0) return;
+  ForEachPackedChunk(
+      rule, inputs, workspace, parallel_for,
+      [&](int64_t first_image, int64_t images, const T* maps) {
+        ForEachRoi(
+            rule, rois, first_image, images, parallel_for,
+            [&](int64_t r, int64_t image, int worker) {
+              __builtin_memset(grad_displacements + r * roi_displacements, 0,
+                               roi_displacements * sizeof(E));
+              if (image < 0) return;
+              Arena arena{scratch + worker * scratch_bytes};
+              RoiScratch<E> s(rule, &arena);
+              const Roi<E> roi = rule.Locate(rois + 5 * r);
+              ForEachBin(
+                  rule, roi, r, displacements, all, &s, [&](const Bin<E>& bin) {
+                    const T* map = maps + image * rule.Image() + bin.map;
+                    const E* gradient = WideRow(grad_output + bin.output,
+                                                rule.class_channels, s.row);
+                    E along_y = 0, along_x = 0;
+                    ForEachVector<E>(
+                        rule.class_channels, [&](auto lanes, int64_t i) {
+                          constexpr int kN = lanes.value;
+                          Vector<E, kN> by_y = {}, by_x = {};
+                          for (int64_t a = 0; a < s.y.count; ++a) {
+                            const Tap<E>& y = s.y.taps[a];
+                            const T* row = map + y.at + i;
+                            Vector<E, kN> value = {}, change = {};
+                            for (int64_t b = 0; b < s.x.count; ++b) {
+                              const Tap<E>& x = s.x.taps[b];
+                              const Vector<E, kN> pixel = Load<kN>(row + x.at);
+                              value += x.weight * pixel;
+                              change += x.slope * pixel;
+                            }
+                            by_y += y.slope * value;
+                            by_x += y.weight * change;
+                          }
+                          const Vector<E, kN> g = Load<kN>(gradient + i);
+                          along_y += SumLanes<E, kN>(g * by_y);
+                          along_x += SumLanes<E, kN>(g * by_x);
+                        });
+                    E* to = grad_displacements + bin.displacement;
+                    to[0] += along_y * bin.share *
+                             rule.DisplacementSlope(roi.y.size);
+                    to[1] += along_x * bin.share *
+                             rule.DisplacementSlope(roi.x.size);
+                  });
+            });
+      });
+}
+
+// -----------------------------------------------------------------------------
+
+// The gradient needs sums of its own where it is narrow or repacked.
+template <typename T>
+static bool HasSums(const RoiGeometry& g) {
+  return g.Cells() > 1 || sizeof(T) < sizeof(typename AccumulatorOf<T>::Type);
+}
+
+template <typename T>
+static int64_t SumsBytes(const RoiGeometry& g, int num_workers) {
+  using E = typename AccumulatorOf<T>::Type;
+  if (!HasSums<T>(g)) return 0;
+  return RoundUp(ImagesAtOnce(g, sizeof(E), num_workers) * g.Image() *
+                     static_cast<int64_t>(sizeof(E)),
+                 64);
+}
+
+template <typename T>
+static int64_t ScatterWorkspace(const RoiGeometry& g, int num_workers) {
+  using E = typename AccumulatorOf<T>::Type;
+  return SumsBytes<T>(g, num_workers) + num_workers * RoiScratch<E>::Bytes(g);
+}
+
+// The bins [first, end) of `pooled` that read group `index` of `groups`.
+static inline int64_t FirstBin(int64_t index, int64_t pooled, int64_t groups) {
+  return CeilDiv(index * pooled, groups);
+}
+
+// Adds what the ROIs of `image` send to channels [begin, end) of one cell.
+// `sums` is the image, repacked.
+template <typename T, typename Rule, typename E>
+static void ScatterTo(const Rule& rule, int64_t image, int64_t cell,
+                      int64_t begin, int64_t end, const E* rois,
+                      const E* displacements, const T* grad_output,
+                      RoiScratch<E>* s, E* sums) {
+  const int64_t gh = cell / rule.group_w, gw = cell % rule.group_w;
+  const BinRange mine = {FirstBin(gh, rule.pooled_h, rule.group_h),
+                         FirstBin(gh + 1, rule.pooled_h, rule.group_h),
+                         FirstBin(gw, rule.pooled_w, rule.group_w),
+                         FirstBin(gw + 1, rule.pooled_w, rule.group_w),
+                         begin / rule.class_channels,
+                         CeilDiv(end, rule.class_channels)};
+  for (int64_t r = 0; r < rule.num_rois; ++r) {
+    if (ImageOf(rule, rois + 5 * r) != image) continue;
+    const Roi<E> roi = rule.Locate(rois + 5 * r);
+    ForEachBin(rule, roi, r, displacements, mine, s, [&](const Bin<E>& bin) {
+      const int64_t channel = bin.output % rule.Depth();  // the class' first
+      const int64_t from = Max(begin - channel, 0);
+      const int64_t count = Min(end - channel, rule.class_channels) - from;
+      const E* gradient =
+          WideRow(grad_output + bin.output + from, count, s->row);
+      for (int64_t a = 0; a < s->y.count; ++a) {
+        E* row = sums + bin.map + s->y.taps[a].at + from;
+        for (int64_t b = 0; b < s->x.count; ++b) {
+          E* to = row + s->x.taps[b].at;
+          const E weight =
+              s->y.taps[a].weight * s->x.taps[b].weight * bin.share;
+          ForEachVector<E>(count, [&](auto lanes, int64_t i) {
+            constexpr int kN = lanes.value;
+            Store(Load<kN>(to + i) + weight * Load<kN>(gradient + i), to + i);
+          });
+        }
+      }
+    });
+  }
+}
+
+// Writes the gradient of the inputs.
+template <typename T, typename Rule, typename E>
+static void ScatterPass(const Rule& rule, const E* rois, const E* displacements,
+                        const T* grad_output, void* workspace, T* grad_inputs,
+                        const ParallelFor& parallel_for) {
+  const int workers = parallel_for.num_workers;
+  const bool has_sums = HasSums<T>(rule);
+  char* const scratch =
+      static_cast<char*>(workspace) + SumsBytes<T>(rule, workers);
+  const int64_t scratch_bytes = RoiScratch<E>::Bytes(rule);
+  const int64_t image_elements = rule.Image();
+  const int64_t step =
+      has_sums ? ImagesAtOnce(rule, sizeof(E), workers) : rule.batch;
+  const bool serial = rule.num_rois * RoiWork(rule) < kTaskWork;
+  for (int64_t first = 0; first < rule.batch; first += step) {
+    const int64_t images = Min(step, rule.batch - first);
+    T* const target = grad_inputs + first * image_elements;
+    E* sums = static_cast<E*>(workspace);
+    if constexpr (sizeof(T) == sizeof(E)) {
+      if (!has_sums) sums = target;
+    }
+    Zero(parallel_for, sums,
+         images * image_elements * static_cast<int64_t>(sizeof(E)));
+    // Blocks of channels, where there are too few cells to keep all busy.
+    const int64_t owners = images * rule.Cells();
+    const int64_t depth = rule.Depth();
+    const int64_t wanted = serial ? 1 : CeilDiv(4 * workers, owners);
+    const int64_t width = RoundUp(CeilDiv(depth, wanted), kLanes<E>);
+    const int64_t blocks = CeilDiv(depth, width);
+    RunTasks(serial ? ParallelFor() : parallel_for, owners * blocks,
+             [&](int64_t task, int worker) {
+               const int64_t begin = task % blocks * width;
+               const int64_t cell = task / blocks % rule.Cells();
+               const int64_t image = task / blocks / rule.Cells();
+               Arena arena{scratch + worker * scratch_bytes};
+               RoiScratch<E> s(rule, &arena);
+               ScatterTo<T>(rule, first + image, cell, begin,
+                            Min(depth, begin + width), rois, displacements,
+                            grad_output, &s, sums + image * image_elements);
+             });
+    if (has_sums) UnpackImages(rule, sums, images, target, parallel_for);
+  }
+}
+
+}  // namespace TF_DEFORM_ISA
+}  // namespace cpu
+}  // namespace tf_deform

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Deformable ROIAlign as a function of tensors."""
+
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+from tf_deform import _loader
+from tf_deform.ops._arguments import (
+    coordinate_type,
+    integer,
+    number,
+    pair,
+    to_coordinates,
+    to_inputs,
+    to_rois,
+    wanted_gradients,
+)
+
+_library = _loader.op_library()
+
+
+def deformable_roi_align(
+    inputs: tf.Tensor,
+    rois: tf.Tensor,
+    offset: tf.Tensor | None = None,
+    *,
+    pooled_size: int | Sequence[int],
+    spatial_scale: float,
+    sampling_ratio: int = 0,
+    gamma: float = 0.1,
+) -> tf.Tensor:
+    """Mean of samples in the displaced bins of regions of interest, unrounded.
+
+    For ROI `r` = `(n, x1, y1, x2, y2)` and bin `(ph, pw)`, along y (x
+    likewise):
+
+        start = y1 * spatial_scale - 0.5
+        size = (y2 - y1) * spatial_scale
+        y_i = start + gamma * size * offset[r, ph, pw, 0]
+              + (ph + (i + 0.5) / samples) * size / pooled_h
+        output[r, ph, pw, c] = mean over all i, j of inputs_c(y_i, x_j)
+
+    for `i` in `[0, samples)` (`dx` is `offset[r, ph, pw, 1]`), where
+    `inputs_c(y, x)` is the bilinear sample of channel `c` of image `n`: 0
+    outside of `-1 <= y <= height` and `-1 <= x <= width`, with the outermost
+    pixels held inside of it. Without `offset` this is ROIAlign. Where a
+    coordinate is an integer, the derivative is the right-hand one; where it is
+    clamped, 0. Results on the CPU are the same to the bit for any number of
+    threads.
+
+    Source: He et al. 2017, "Mask R-CNN", arXiv:1703.06870, section 3;
+    displacements: Dai et al. 2017, "Deformable Convolutional Networks",
+    arXiv:1703.06211, Eq. 6.
+
+    Args:
+        inputs: `(batch, height, width, channels)`, of float16, bfloat16,
+            float32 or float64.
+        rois: `(num_rois, 5)`: batch_index, x1, y1, x2, y2, in image pixels.
+            Cast to float32, or to float64 if `inputs` are float64. A negative
+            batch index marks padding; such a ROI, and one with a corner that
+            is not finite, gives 0 and has no gradient.
+        offset: `(num_rois, pooled_h, pooled_w, 2)`, `(dy, dx)`: displacements
+            in fractions of the ROI, times `gamma`. Cast like `rois`. None: no
+            displacement.
+        pooled_size: Integer or (height, width): bins of a ROI.
+        spatial_scale: Map pixels per image pixel, above 0.
+        sampling_ratio: Samples of a bin along each axis. 0 or less: a number
+            for each ROI, `ceil(size / pooled_h)`, but at most
+            `ceil(2 * height / pooled_h)`; along x likewise.
+        gamma: Factor of the displacements, 0 or more.
+
+    Returns:
+        `(num_rois, pooled_h, pooled_w, channels)`, of the type of `inputs`;
+        0 for a bin without samples. Differentiable with respect to `inputs`
+        and `offset`, once.
+
+    Raises:
+        TypeError: A tensor of another type, or an argument that should be a
+            number.
+        ValueError: In a graph, shapes that do not fit.
+        tf.errors.InvalidArgumentError: Values or shapes that do not fit. A
+            batch index that is not below `batch` or no integer is an error on
+            the CPU only; elsewhere such a ROI gives 0.
+    """
+    attributes = dict(
+        pooled_size=pair(pooled_size, "pooled_size"),
+        spatial_scale=number(spatial_scale, "spatial_scale"),
+        sampling_ratio=integer(sampling_ratio, "sampling_ratio"),
+        gamma=number(gamma, "gamma"),
+    )
+    inputs = to_inputs(inputs)
+    coordinates = coordinate_type(inputs.dtype)
+    return _library.tf_deform_deformable_roi_align(
+        inputs,
+        to_rois(rois, coordinates),
+        []
+        if offset is None
+        else [to_coordinates(offset, coordinates, "offset")],
+        **attributes,
+    )
+
+
+@tf.RegisterGradient("TfDeform>DeformableROIAlign")
+def _deformable_roi_align_grad(
+    op: tf.Operation, grad_output: tf.Tensor
+) -> list[tf.Tensor | None]:
+    """Gradients of inputs and offset, if a tape asks for them."""
+    inputs, rois, *offset = op.inputs
+    wanted = wanted_gradients(op)
+    names = ("pooled_size", "spatial_scale", "sampling_ratio", "gamma")
+    gradients = _library.tf_deform_deformable_roi_align_grad(
+        inputs,
+        rois,
+        offset,
+        grad_output,
+        wanted=[wanted[0], *wanted[2:]],
+        **{name: op.get_attr(name) for name in names},
+    )
+    flat = [gradients.grad_inputs, None, *gradients.grad_offset]
+    return [
+        gradient if wanted[index] else None
+        for index, gradient in enumerate(flat)
+    ]
