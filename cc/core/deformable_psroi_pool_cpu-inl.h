@@ -27,7 +27,6 @@ static inline E RoundHalfAway(E value) {
 template <typename E>
 struct PSROIPoolRule : RoiGeometry {
   static constexpr double kMargin = 0.5;
-  static constexpr double kUpperMargin = 0.5;
   static constexpr bool kMeanOfAll = false;
 
   E spatial_scale, trans_std;

@@ -23,7 +23,6 @@ static inline int64_t MaxAdaptiveSamples(int64_t pixels, int64_t pooled) {
 template <typename E>
 struct ROIAlignRule : RoiGeometry {
   static constexpr double kMargin = 1;
-  static constexpr double kUpperMargin = 1;
   static constexpr bool kMeanOfAll = true;
 
   E spatial_scale, gamma;

@@ -32,7 +32,7 @@
 //   E Displacement(E value, E size) const   map pixels, of an axis of that size
 //   E DisplacementSlope(E size) const       its derivative
 //   static constexpr double kMargin     a sample may lie this far outside of
-//                                       [0, size - 1] (kUpperMargin at the end)
+//                                       [0, size - 1]
 //   static constexpr bool kMeanOfAll    samples outside count, as zeros
 
 namespace tf_deform {
@@ -104,54 +104,113 @@ static inline int64_t ImageOf(const RoiGeometry& g, const E* roi) {
   return counts ? static_cast<int64_t>(roi[0]) : -1;
 }
 
-// A row or column that the samples of a bin read.
-template <typename E>
-struct Tap {
-  int64_t at;  // its first element
-  E weight;    // sum of the samples' bilinear weights
-  E slope;     // derivative of the weight by the displacement, 1 / pixel
-};
+// Rows or columns that a window holds.
+constexpr int kWindow = 16;
 
-// The taps of a bin along one axis.
+// The taps of a bin along one axis: rows or columns that its samples read.
 template <typename E>
 struct Taps {
-  Tap<E>* taps;
+  int64_t* at;  // [count], first elements
+  E* weight;    // [count], sums of the samples' bilinear weights
+  E* slope;     // [count], derivatives of the weights by the displacement
   int64_t count;
   int64_t samples;  // that count
 
-  // `start` of the bin; `pixels` along the axis, `stride` elements apart.
-  template <typename Rule>
+  // `most` of them.
+  Taps(int64_t most, Arena* arena)
+      : at(arena->Take<int64_t>(Max(most, kWindow))),
+        weight(arena->Take<E>(Max(most, kWindow))),
+        slope(arena->Take<E>(Max(most, kWindow))),
+        count(0),
+        samples(0) {}
+
+  // The taps of a bin that begins at `start`, on an axis of `pixels`, `stride`
+  // elements apart. Slopes only if asked for.
+  template <bool kSlopes, typename Rule>
   void Find(const Rule&, const RoiAxis<E>& axis, E start, int64_t pixels,
             int64_t stride) {
     const E last = static_cast<E>(pixels - 1);
     const E least = -static_cast<E>(Rule::kMargin);
-    const E most = last + static_cast<E>(Rule::kUpperMargin);
+    const E most = last + static_cast<E>(Rule::kMargin);
+    const auto place_of = [&](int64_t i) {
+      return start + Rounded((static_cast<E>(i) + axis.phase) * axis.step);
+    };
+    // Written so that NaN lies outside.
+    const auto counts = [=](E place) {
+      return place >= least && place <= most;
+    };
+    const auto clamped = [=](E place) {
+      return place < 0 ? E(0) : place > last ? last : place;
+    };
+    const auto pixel_at = [=](E place) {
+      return Min(static_cast<int64_t>(place), pixels - 1);
+    };
+    const auto held = [=](E place) { return place < 0 || place >= last; };
+
+    // Samples less than a pixel apart that fit into a window touch each of its
+    // pixels: the weights are sums of hat functions.
+    if (axis.step >= 0 && axis.step <= 1 && axis.samples > 0) {
+      int64_t begin = 0, end = axis.samples;
+      while (begin < end && !counts(place_of(begin))) ++begin;
+      while (begin < end && !counts(place_of(end - 1))) --end;
+      samples = end - begin;
+      count = 0;
+      if (samples == 0) return;
+      const int64_t base = pixel_at(clamped(place_of(begin)));
+      const int64_t top = pixel_at(clamped(place_of(end - 1)));
+      count = Min(top + 1, pixels - 1) - base + 1;
+      if (count <= kWindow) {
+        typedef Vector<E, kWindow> V;
+        V pixel, sum = {}, change = {};
+        for (int lane = 0; lane < kWindow; ++lane) {
+          pixel[lane] = static_cast<E>(base) + static_cast<E>(lane);
+          at[lane] = (base + lane) * stride;
+        }
+        for (int64_t i = begin; i < end; ++i) {
+          const E place = place_of(i);
+          const V distance = clamped(place) - pixel;
+          const V hat = 1 - (distance < 0 ? -distance : distance);
+          sum += hat > 0 ? hat : V{};
+          if constexpr (kSlopes) {
+            if (held(place)) continue;
+            // Right-hand: the pixel at `place` falls, the next one rises.
+            const V falls = distance >= 0 & distance < 1 ? V{} - 1 : V{};
+            const V rises = distance >= -1 & distance < 0 ? V{} + 1 : V{};
+            change += falls + rises;
+          }
+        }
+        Store(sum, weight);
+        if constexpr (kSlopes) Store(change, slope);
+        return;
+      }
+    }
+
     // In ascending order, so that a sample's taps are new or the last two.
     const bool backwards = axis.step < 0;
     count = samples = 0;
     int64_t top = -2;  // of the sample before
     for (int64_t k = 0; k < axis.samples; ++k) {
-      const int64_t i = backwards ? axis.samples - 1 - k : k;
-      E place = start + Rounded((static_cast<E>(i) + axis.phase) * axis.step);
-      // Written so that NaN lies outside.
-      if (!(place >= least && place <= most)) continue;
+      const E raw = place_of(backwards ? axis.samples - 1 - k : k);
+      if (!counts(raw)) continue;
       ++samples;
-      const E slope = place < 0 || place >= last ? E(0) : E(1);
-      if (place < 0) place = 0;
-      if (place > last) place = last;
-      const int64_t here = Min(static_cast<int64_t>(place), pixels - 1);
+      const E place = clamped(raw);
+      const int64_t here = pixel_at(place);
+      const auto append = [&](int64_t pixel) {
+        at[count] = pixel * stride;
+        weight[count] = slope[count] = 0;
+        ++count;
+      };
       if (here != top) {
-        const bool follows = here == top + 1 && count > 0;
+        if (here != top + 1 || count == 0) append(here);
+        append(Min(here + 1, pixels - 1));  // the last may come twice
         top = here;
-        if (!follows) taps[count++] = {here * stride, 0, 0};
-        // At the edge the last pixel again, with weight 0.
-        taps[count++] = {Min(here + 1, pixels - 1) * stride, 0, 0};
       }
       const E distance = place - static_cast<E>(here);
-      taps[count - 2].weight += 1 - distance;
-      taps[count - 2].slope -= slope;
-      taps[count - 1].weight += distance;
-      taps[count - 1].slope += slope;
+      const E change = held(raw) ? E(0) : E(1);
+      weight[count - 2] += 1 - distance;
+      weight[count - 1] += distance;
+      slope[count - 2] -= change;
+      slope[count - 1] += change;
     }
   }
 };
@@ -163,8 +222,8 @@ struct RoiScratch {
   E* row;  // [Depth()], a bin's gradient
 
   RoiScratch(const RoiGeometry& g, Arena* arena)
-      : y{arena->Take<Tap<E>>(g.MaxTaps()), 0, 0},
-        x{arena->Take<Tap<E>>(g.MaxTaps()), 0, 0},
+      : y(g.MaxTaps(), arena),
+        x(g.MaxTaps(), arena),
         row(arena->Take<E>(g.Depth())) {}
 
   static int64_t Bytes(const RoiGeometry& g) {
@@ -190,7 +249,7 @@ struct Bin {
 
 // Calls body(bin) for the bins of ROI r in `range`, with s.y and s.x found.
 // `displacements` may be null.
-template <typename Rule, typename E, typename Body>
+template <bool kSlopes, typename Rule, typename E, typename Body>
 static inline __attribute__((always_inline)) void ForEachBin(
     const Rule& rule, const Roi<E>& roi, int64_t r, const E* displacements,
     const BinRange& range, RoiScratch<E>* s, const Body& body) {
@@ -215,8 +274,9 @@ static inline __attribute__((always_inline)) void ForEachBin(
           y += Rounded(rule.Displacement(pair[0], roi.y.size));
           x += Rounded(rule.Displacement(pair[1], roi.x.size));
         }
-        s->y.Find(rule, roi.y, y, rule.height, rule.width * depth);
-        s->x.Find(rule, roi.x, x, rule.width, depth);
+        s->y.template Find<kSlopes>(rule, roi.y, y, rule.height,
+                                    rule.width * depth);
+        s->x.template Find<kSlopes>(rule, roi.x, x, rule.width, depth);
         const int64_t samples = Rule::kMeanOfAll ? roi.y.samples * roi.x.samples
                                                  : s->y.samples * s->x.samples;
         bin.share = samples > 0 ? 1 / static_cast<E>(samples) : E(0);
@@ -389,32 +449,31 @@ static void PoolPass(const Rule& rule, const T* inputs, const E* rois,
               Arena arena{scratch + worker * scratch_bytes};
               RoiScratch<E> s(rule, &arena);
               const Roi<E> roi = rule.Locate(rois + 5 * r);
-              ForEachBin(rule, roi, r, displacements, all, &s,
-                         [&](const Bin<E>& bin) {
-                           const T* map = maps + image * rule.Image() + bin.map;
-                           T* to = output + bin.output;
-                           ForEachVector<E>(
-                               rule.class_channels, [&](auto lanes, int64_t i) {
-                                 constexpr int kN = lanes.value;
-                                 Vector<E, kN> sum = {};
-                                 for (int64_t a = 0; a < s.y.count; ++a) {
-                                   const T* row = map + s.y.taps[a].at + i;
-                                   Vector<E, kN> in_row = {};
-                                   for (int64_t b = 0; b < s.x.count; ++b) {
-                                     in_row += s.x.taps[b].weight *
-                                               Load<kN>(row + s.x.taps[b].at);
-                                   }
-                                   sum += s.y.taps[a].weight * in_row;
-                                 }
-                                 StoreNarrow<kN, T, E>(sum * bin.share, to + i);
-                               });
-                           if (count == nullptr) return;
-                           const float samples =
-                               static_cast<float>(s.y.samples * s.x.samples);
-                           for (int64_t i = 0; i < rule.class_channels; ++i) {
-                             count[bin.output + i] = samples;
-                           }
-                         });
+              ForEachBin<false>(
+                  rule, roi, r, displacements, all, &s, [&](const Bin<E>& bin) {
+                    const T* map = maps + image * rule.Image() + bin.map;
+                    T* to = output + bin.output;
+                    ForEachVector<E>(rule.class_channels, [&](auto lanes,
+                                                              int64_t i) {
+                      constexpr int kN = lanes.value;
+                      Vector<E, kN> sum = {};
+                      for (int64_t a = 0; a < s.y.count; ++a) {
+                        const T* row = map + s.y.at[a] + i;
+                        Vector<E, kN> in_row = {};
+                        for (int64_t b = 0; b < s.x.count; ++b) {
+                          in_row += s.x.weight[b] * Load<kN>(row + s.x.at[b]);
+                        }
+                        sum += s.y.weight[a] * in_row;
+                      }
+                      StoreNarrow<kN, T, E>(sum * bin.share, to + i);
+                    });
+                    if (count == nullptr) return;
+                    const float samples =
+                        static_cast<float>(s.y.samples * s.x.samples);
+                    for (int64_t i = 0; i < rule.class_channels; ++i) {
+                      count[bin.output + i] = samples;
+                    }
+                  });
             });
       });
 }
@@ -457,33 +516,31 @@ static void DisplacePass(const Rule& rule, const T* inputs, const E* rois,
               Arena arena{scratch + worker * scratch_bytes};
               RoiScratch<E> s(rule, &arena);
               const Roi<E> roi = rule.Locate(rois + 5 * r);
-              ForEachBin(
+              ForEachBin<true>(
                   rule, roi, r, displacements, all, &s, [&](const Bin<E>& bin) {
                     const T* map = maps + image * rule.Image() + bin.map;
                     const E* gradient = WideRow(grad_output + bin.output,
                                                 rule.class_channels, s.row);
                     E along_y = 0, along_x = 0;
-                    ForEachVector<E>(
-                        rule.class_channels, [&](auto lanes, int64_t i) {
-                          constexpr int kN = lanes.value;
-                          Vector<E, kN> by_y = {}, by_x = {};
-                          for (int64_t a = 0; a < s.y.count; ++a) {
-                            const Tap<E>& y = s.y.taps[a];
-                            const T* row = map + y.at + i;
-                            Vector<E, kN> value = {}, change = {};
-                            for (int64_t b = 0; b < s.x.count; ++b) {
-                              const Tap<E>& x = s.x.taps[b];
-                              const Vector<E, kN> pixel = Load<kN>(row + x.at);
-                              value += x.weight * pixel;
-                              change += x.slope * pixel;
-                            }
-                            by_y += y.slope * value;
-                            by_x += y.weight * change;
-                          }
-                          const Vector<E, kN> g = Load<kN>(gradient + i);
-                          along_y += SumLanes<E, kN>(g * by_y);
-                          along_x += SumLanes<E, kN>(g * by_x);
-                        });
+                    ForEachVector<E>(rule.class_channels, [&](auto lanes,
+                                                              int64_t i) {
+                      constexpr int kN = lanes.value;
+                      Vector<E, kN> by_y = {}, by_x = {};
+                      for (int64_t a = 0; a < s.y.count; ++a) {
+                        const T* row = map + s.y.at[a] + i;
+                        Vector<E, kN> value = {}, change = {};
+                        for (int64_t b = 0; b < s.x.count; ++b) {
+                          const Vector<E, kN> pixel = Load<kN>(row + s.x.at[b]);
+                          value += s.x.weight[b] * pixel;
+                          change += s.x.slope[b] * pixel;
+                        }
+                        by_y += s.y.slope[a] * value;
+                        by_x += s.y.weight[a] * change;
+                      }
+                      const Vector<E, kN> g = Load<kN>(gradient + i);
+                      along_y += SumLanes<E, kN>(g * by_y);
+                      along_x += SumLanes<E, kN>(g * by_x);
+                    });
                     E* to = grad_displacements + bin.displacement;
                     to[0] += along_y * bin.share *
                              rule.DisplacementSlope(roi.y.size);
@@ -539,25 +596,27 @@ static void ScatterTo(const Rule& rule, int64_t image, int64_t cell,
   for (int64_t r = 0; r < rule.num_rois; ++r) {
     if (ImageOf(rule, rois + 5 * r) != image) continue;
     const Roi<E> roi = rule.Locate(rois + 5 * r);
-    ForEachBin(rule, roi, r, displacements, mine, s, [&](const Bin<E>& bin) {
-      const int64_t channel = bin.output % rule.Depth();  // the class' first
-      const int64_t from = Max(begin - channel, 0);
-      const int64_t count = Min(end - channel, rule.class_channels) - from;
-      const E* gradient =
-          WideRow(grad_output + bin.output + from, count, s->row);
-      for (int64_t a = 0; a < s->y.count; ++a) {
-        E* row = sums + bin.map + s->y.taps[a].at + from;
-        for (int64_t b = 0; b < s->x.count; ++b) {
-          E* to = row + s->x.taps[b].at;
-          const E weight =
-              s->y.taps[a].weight * s->x.taps[b].weight * bin.share;
-          ForEachVector<E>(count, [&](auto lanes, int64_t i) {
-            constexpr int kN = lanes.value;
-            Store(Load<kN>(to + i) + weight * Load<kN>(gradient + i), to + i);
-          });
-        }
-      }
-    });
+    ForEachBin<false>(
+        rule, roi, r, displacements, mine, s, [&](const Bin<E>& bin) {
+          const int64_t channel =
+              bin.output % rule.Depth();  // the class' first
+          const int64_t from = Max(begin - channel, 0);
+          const int64_t count = Min(end - channel, rule.class_channels) - from;
+          const E* gradient =
+              WideRow(grad_output + bin.output + from, count, s->row);
+          for (int64_t a = 0; a < s->y.count; ++a) {
+            E* row = sums + bin.map + s->y.at[a] + from;
+            for (int64_t b = 0; b < s->x.count; ++b) {
+              E* to = row + s->x.at[b];
+              const E weight = s->y.weight[a] * s->x.weight[b] * bin.share;
+              ForEachVector<E>(count, [&](auto lanes, int64_t i) {
+                constexpr int kN = lanes.value;
+                Store(Load<kN>(to + i) + weight * Load<kN>(gradient + i),
+                      to + i);
+              });
+            }
+          }
+        });
   }
 }
 

@@ -11,5 +11,17 @@ if keras.backend.backend() != "tensorflow":
     )
 
 from tf_deform.layers.deformable_conv2d import DeformableConv2D  # noqa: E402
+from tf_deform.layers.deformable_psroi_pool import (  # noqa: E402
+    DeformablePSROIPooling,
+    DeformableROIPooling,
+)
+from tf_deform.layers.deformable_roi_align import (  # noqa: E402
+    DeformableROIAlign,
+)
 
-__all__ = ["DeformableConv2D"]
+__all__ = [
+    "DeformableConv2D",
+    "DeformablePSROIPooling",
+    "DeformableROIAlign",
+    "DeformableROIPooling",
+]

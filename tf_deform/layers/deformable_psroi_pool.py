@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Deformable ROI pooling, position-sensitive or not, as Keras layers."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tf_deform.layers._roi_layer import (
+    DisplacedROILayer,
+    check_factor,
+    positive,
+    positive_pair,
+)
+from tf_deform.ops._arguments import infer_shape
+from tf_deform.ops.deformable_psroi_pool import deformable_psroi_pool
+
+
+@keras.saving.register_keras_serializable(package="tf_deform")
+class DeformablePSROIPooling(keras.layers.Layer):
+    """Pools position-sensitive maps over regions whose bins may be displaced.
+
+    The maps have a group of `output_dim` channels for each of `group_size`
+    cells, and a bin reads those of its cell. Displacements are one of:
+
+    - given, as `trans`;
+    - made by the layer from a feature map, `trans_inputs`, as in the published
+      detector: a 1x1 convolution that starts at zero makes position-sensitive
+      maps of displacements, which are pooled over the parts of each region:
+
+          trans = psroi_pool(conv(trans_inputs, offset_kernel) + offset_bias)
+
+    - none: position-sensitive pooling with bilinear samples, which is also
+      what a new branch starts from.
+
+    See `tf_deform.ops.deformable_psroi_pool` for the equation.
+
+    Source: Dai et al. 2017, "Deformable Convolutional Networks",
+    arXiv:1703.06211, Eq. 5 and 6, and section 2.2; position-sensitive maps:
+    Dai et al. 2016, "R-FCN", arXiv:1605.06409, Eq. 1.
+
+    Weights (`n` = `num_classes * 2 * part_h * part_w`), in a layer that is
+    given `trans_inputs`:
+        offset_kernel: `(1, 1, trans_channels, n)`; its filters are ordered
+            `[class][(dy, dx)][part_h][part_w]`.
+        offset_bias: `(n,)`.
+
+    Args:
+        output_dim: Number of output channels.
+        pooled_size: Integer or (height, width): bins of a region.
+        spatial_scale: Map pixels per image pixel.
+        group_size: Integer or (height, width): cells of the maps. None is
+            `pooled_size`.
+        part_size: Integer or (height, width): displacements of a region. None
+            is `pooled_size`.
+        sample_per_part: Samples of a bin along each axis.
+        trans_std: Factor of the displacements.
+        num_classes: Number of contiguous runs of output channels with
+            displacements of their own, made by the branch; divides
+            `output_dim`. A given `trans` tells its own number.
+        **kwargs: `name`, `dtype`, `trainable`, and so on.
+
+    Call arguments:
+        inputs: `(batch, height, width, output_dim * group_h * group_w)`, cast
+            to the compute dtype.
+        rois: `(num_rois, 5)`: batch_index, x1, y1, x2, y2, in image pixels,
+            the last pixels included; a negative batch index marks padding. Not
+            cast to the compute dtype but to float32 (float64 if that is the
+            compute dtype). No gradient.
+        trans: `(num_rois, part_h, part_w, classes * 2)`, `(dy, dx)` of each
+            class, in fractions of the region, times `trans_std`; cast like
+            `rois`.
+        trans_inputs: `(batch, height, width, trans_channels)`, of the scale of
+            `inputs`; instead of `trans`.
+
+    Returns:
+        `(num_rois, pooled_h, pooled_w, output_dim)`, in the compute dtype.
+        Differentiable with respect to all arguments but `rois`.
+
+    Raises:
+        ValueError: Arguments or shapes that do not fit.
+    """
+
+    def __init__(
+        self,
+        output_dim: int,
+        pooled_size: int | Sequence[int],
+        spatial_scale: float,
+        group_size: int | Sequence[int] | None = None,
+        part_size: int | Sequence[int] | None = None,
+        sample_per_part: int = 4,
+        trans_std: float = 0.1,
+        num_classes: int = 1,
+        **kwargs: Any,
+    ):
+        # Keras would cast regions to the compute dtype: `call` casts itself.
+        kwargs["autocast"] = False
+        super().__init__(**kwargs)
+        self.output_dim = positive(output_dim, "output_dim")
+        self.pooled_size = positive_pair(pooled_size, "pooled_size")
+        self.spatial_scale = check_factor(
+            spatial_scale, "spatial_scale", zero_allowed=False
+        )
+        self.group_size = (
+            self.pooled_size
+            if group_size is None
+            else positive_pair(group_size, "group_size")
+        )
+        self.part_size = (
+            self.pooled_size
+            if part_size is None
+            else positive_pair(part_size, "part_size")
+        )
+        self.sample_per_part = positive(sample_per_part, "sample_per_part")
+        self.trans_std = check_factor(trans_std, "trans_std")
+        self.num_classes = positive(num_classes, "num_classes")
+        if self.output_dim % self.num_classes:
+            raise ValueError(
+                "Expected `output_dim` to be a multiple of `num_classes`. "
+                f"Received: output_dim={output_dim}, num_classes={num_classes}"
+            )
+        self.offset_kernel = None
+        self.offset_bias = None
+        self.supports_jit = False
+
+    def build(
+        self,
+        inputs_shape: Sequence[int | None],
+        rois_shape: Sequence[int | None],
+        trans_shape: Sequence[int | None] | None = None,
+        trans_inputs_shape: Sequence[int | None] | None = None,
+    ) -> None:
+        if trans_inputs_shape is None:
+            return
+        channels = trans_inputs_shape[-1]
+        if channels is None:
+            raise ValueError(
+                "Expected the channels of `trans_inputs` to be known. "
+                f"Received: trans_inputs.shape={tuple(trans_inputs_shape)}"
+            )
+        fields = 2 * self.num_classes * self.part_size[0] * self.part_size[1]
+        self.offset_kernel = self.add_weight(
+            name="offset_kernel",
+            shape=(1, 1, channels, fields),
+            initializer="zeros",
+        )
+        self.offset_bias = self.add_weight(
+            name="offset_bias", shape=(fields,), initializer="zeros"
+        )
+
+    def _pool(
+        self, inputs: tf.Tensor, rois: tf.Tensor, trans: tf.Tensor | None
+    ) -> tf.Tensor:
+        return deformable_psroi_pool(
+            inputs,
+            rois,
+            trans,
+            output_dim=self.output_dim,
+            spatial_scale=self.spatial_scale,
+            pooled_size=self.pooled_size,
+            group_size=self.group_size,
+            part_size=self.part_size,
+            sample_per_part=self.sample_per_part,
+            trans_std=self.trans_std,
+        )
+
+    def _run_branch(
+        self, trans_inputs: tf.Tensor, rois: tf.Tensor
+    ) -> tf.Tensor:
+        maps = tf.tensordot(
+            trans_inputs,
+            tf.cast(self.offset_kernel[0, 0], self.compute_dtype),
+            1,
+        )
+        maps = tf.nn.bias_add(
+            maps, tf.cast(self.offset_bias, self.compute_dtype)
+        )
+        return deformable_psroi_pool(
+            maps,
+            rois,
+            output_dim=2 * self.num_classes,
+            spatial_scale=self.spatial_scale,
+            pooled_size=self.part_size,
+            sample_per_part=self.sample_per_part,
+        )
+
+    @staticmethod
+    def _check_one(trans: Any, trans_inputs: Any) -> None:
+        if trans is not None and trans_inputs is not None:
+            raise ValueError(
+                "Expected displacements (`trans`) or what the layer makes "
+                "them from (`trans_inputs`). Received: both"
+            )
+
+    def compute_output_shape(
+        self,
+        inputs_shape: Sequence[int | None],
+        rois_shape: Sequence[int | None],
+        trans_shape: Sequence[int | None] | None = None,
+        trans_inputs_shape: Sequence[int | None] | None = None,
+    ) -> tuple[int | None, ...]:
+        self._check_one(trans_shape, trans_inputs_shape)
+        if trans_inputs_shape is not None and len(trans_inputs_shape) != 4:
+            raise ValueError(
+                "Expected `trans_inputs` to have rank 4 (batch, height, width, "
+                "trans_channels). Received: trans_inputs.shape="
+                f"{tuple(trans_inputs_shape)}"
+            )
+        return infer_shape(self._pool, inputs_shape, rois_shape, trans_shape)
+
+    def call(
+        self,
+        inputs: Any,
+        rois: Any,
+        trans: Any = None,
+        trans_inputs: Any = None,
+    ) -> tf.Tensor:
+        self._check_one(trans, trans_inputs)
+        inputs = tf.cast(inputs, self.compute_dtype)
+        if trans_inputs is not None:
+            if self.offset_kernel is None:
+                raise ValueError(
+                    f"Expected no `trans_inputs`, without which layer "
+                    f"{self.name!r} was built: it has no branch of its own. "
+                    f"Received: trans_inputs.shape={tuple(trans_inputs.shape)}"
+                )
+            trans = self._run_branch(
+                tf.cast(trans_inputs, self.compute_dtype), rois
+            )
+        return self._pool(inputs, rois, trans)
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "output_dim": self.output_dim,
+            "pooled_size": self.pooled_size,
+            "spatial_scale": self.spatial_scale,
+            "group_size": self.group_size,
+            "part_size": self.part_size,
+            "sample_per_part": self.sample_per_part,
+            "trans_std": self.trans_std,
+            "num_classes": self.num_classes,
+        }
+
+
+@keras.saving.register_keras_serializable(package="tf_deform")
+class DeformableROIPooling(DisplacedROILayer):
+    """Pools a feature map over regions whose bins are displaced.
+
+    Displacements are given, as `offset`, or made by a branch of the layer from
+    what plain pooling of the same region gives:
+
+        hidden = relu(dense(... flatten(pool(inputs, rois)) ...))    units
+        offset = hidden @ offset_kernel + offset_bias
+        outputs = pool(inputs, rois, offset)
+
+    with a last matrix that starts at zero, so that a new layer pools plainly.
+    `pool` is `tf_deform.ops.deformable_psroi_pool` with `group_size=1`: regions
+    are rounded to pixels, samples at the start of each sub-bin.
+
+    Source: Dai et al. 2017, "Deformable Convolutional Networks",
+    arXiv:1703.06211, Eq. 5 and 6; hidden layers: Zhu et al. 2018, "Deformable
+    ConvNets v2", arXiv:1811.11168, section 3.2.
+
+    Weights, in a layer that is not given `offset`:
+        offset_hidden_kernel_0, offset_hidden_bias_0, ...: one pair for each of
+            `units`.
+        offset_kernel: `(features, pooled_h * pooled_w * 2)`, ordered
+            `[ph][pw][(dy, dx)]`.
+        offset_bias: `(pooled_h * pooled_w * 2,)`.
+
+    Args:
+        pooled_size: Integer or (height, width): bins of a region.
+        spatial_scale: Map pixels per image pixel.
+        sample_per_part: Samples of a bin along each axis.
+        trans_std: Factor of the displacements.
+        units: Sizes of the branch's hidden layers, none by default.
+        **kwargs: `name`, `dtype`, `trainable`, and so on.
+
+    Call arguments:
+        inputs: `(batch, height, width, channels)`, cast to the compute dtype.
+        rois: `(num_rois, 5)`: batch_index, x1, y1, x2, y2, in image pixels,
+            the last pixels included; a negative batch index marks padding. Not
+            cast to the compute dtype but to float32 (float64 if that is the
+            compute dtype). No gradient.
+        offset: `(num_rois, pooled_h, pooled_w, 2)`, `(dy, dx)` in fractions of
+            the region, times `trans_std`; cast like `rois`. The branch then
+            neither runs nor is built.
+
+    Returns:
+        `(num_rois, pooled_h, pooled_w, channels)`, in the compute dtype.
+        Differentiable with respect to all arguments but `rois`.
+
+    Raises:
+        ValueError: Arguments or shapes that do not fit.
+    """
+
+    def __init__(
+        self,
+        pooled_size: int | Sequence[int],
+        spatial_scale: float,
+        sample_per_part: int = 4,
+        trans_std: float = 0.1,
+        units: Sequence[int] = (),
+        **kwargs: Any,
+    ):
+        super().__init__(pooled_size, spatial_scale, units, **kwargs)
+        self.sample_per_part = positive(sample_per_part, "sample_per_part")
+        self.trans_std = check_factor(trans_std, "trans_std")
+
+    def _pool(
+        self, inputs: tf.Tensor, rois: tf.Tensor, offset: tf.Tensor | None
+    ) -> tf.Tensor:
+        if inputs.shape[-1] is None:
+            raise ValueError(
+                "Expected the channels of `inputs` to be known. Received: "
+                f"inputs.shape={inputs.shape}"
+            )
+        return deformable_psroi_pool(
+            inputs,
+            rois,
+            offset,
+            output_dim=inputs.shape[-1],
+            spatial_scale=self.spatial_scale,
+            pooled_size=self.pooled_size,
+            group_size=1,
+            sample_per_part=self.sample_per_part,
+            trans_std=self.trans_std,
+        )
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "sample_per_part": self.sample_per_part,
+            "trans_std": self.trans_std,
+        }

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Deformable ROIAlign as a Keras layer."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tf_deform.layers._roi_layer import DisplacedROILayer, check_factor
+from tf_deform.ops._arguments import integer
+from tf_deform.ops.deformable_roi_align import deformable_roi_align
+
+
+@keras.saving.register_keras_serializable(package="tf_deform")
+class DeformableROIAlign(DisplacedROILayer):
+    """ROIAlign whose bins are displaced.
+
+    Displacements are given, as `offset`, or made by a branch of the layer from
+    what ROIAlign of the same region gives:
+
+        hidden = relu(dense(... flatten(align(inputs, rois)) ...))    units
+        offset = hidden @ offset_kernel + offset_bias
+        outputs = align(inputs, rois, offset)
+
+    with a last matrix that starts at zero, so that a new layer is ROIAlign.
+    `align` is `tf_deform.ops.deformable_roi_align`: regions are not rounded,
+    samples at the centre of each sub-bin.
+
+    Source: He et al. 2017, "Mask R-CNN", arXiv:1703.06870, section 3;
+    displacements: Dai et al. 2017, "Deformable Convolutional Networks",
+    arXiv:1703.06211, Eq. 6; hidden layers: Zhu et al. 2018, "Deformable
+    ConvNets v2", arXiv:1811.11168, section 3.2.
+
+    Weights, in a layer that is not given `offset`:
+        offset_hidden_kernel_0, offset_hidden_bias_0, ...: one pair for each of
+            `units`.
+        offset_kernel: `(features, pooled_h * pooled_w * 2)`, ordered
+            `[ph][pw][(dy, dx)]`.
+        offset_bias: `(pooled_h * pooled_w * 2,)`.
+
+    Args:
+        pooled_size: Integer or (height, width): bins of a region.
+        spatial_scale: Map pixels per image pixel.
+        sampling_ratio: Samples of a bin along each axis; 0 or less: by the
+            size of the region.
+        gamma: Factor of the displacements.
+        units: Sizes of the branch's hidden layers, none by default.
+        **kwargs: `name`, `dtype`, `trainable`, and so on.
+
+    Call arguments:
+        inputs: `(batch, height, width, channels)`, cast to the compute dtype.
+        rois: `(num_rois, 5)`: batch_index, x1, y1, x2, y2, in image pixels; a
+            negative batch index marks padding. Not cast to the compute dtype
+            but to float32 (float64 if that is the compute dtype). No gradient.
+        offset: `(num_rois, pooled_h, pooled_w, 2)`, `(dy, dx)` in fractions of
+            the region, times `gamma`; cast like `rois`. The branch then
+            neither runs nor is built.
+
+    Returns:
+        `(num_rois, pooled_h, pooled_w, channels)`, in the compute dtype.
+        Differentiable with respect to all arguments but `rois`.
+
+    Raises:
+        ValueError: Arguments or shapes that do not fit.
+    """
+
+    def __init__(
+        self,
+        pooled_size: int | Sequence[int],
+        spatial_scale: float,
+        sampling_ratio: int = 0,
+        gamma: float = 0.1,
+        units: Sequence[int] = (),
+        **kwargs: Any,
+    ):
+        super().__init__(pooled_size, spatial_scale, units, **kwargs)
+        self.sampling_ratio = integer(sampling_ratio, "sampling_ratio")
+        self.gamma = check_factor(gamma, "gamma")
+
+    def _pool(
+        self, inputs: tf.Tensor, rois: tf.Tensor, offset: tf.Tensor | None
+    ) -> tf.Tensor:
+        return deformable_roi_align(
+            inputs,
+            rois,
+            offset,
+            pooled_size=self.pooled_size,
+            spatial_scale=self.spatial_scale,
+            sampling_ratio=self.sampling_ratio,
+            gamma=self.gamma,
+        )
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "sampling_ratio": self.sampling_ratio,
+            "gamma": self.gamma,
+        }
