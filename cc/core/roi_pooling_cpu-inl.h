@@ -174,8 +174,8 @@ struct Taps {
           if constexpr (kSlopes) {
             if (held(place)) continue;
             // Right-hand: the pixel at `place` falls, the next one rises.
-            const V falls = distance >= 0 & distance < 1 ? V{} - 1 : V{};
-            const V rises = distance >= -1 & distance < 0 ? V{} + 1 : V{};
+            const V falls = ((distance >= 0) & (distance < 1)) ? V{} - 1 : V{};
+            const V rises = ((distance >= -1) & (distance < 0)) ? V{} + 1 : V{};
             change += falls + rises;
           }
         }
@@ -238,6 +238,24 @@ struct BinRange {
   int64_t ph_begin, ph_end, pw_begin, pw_end, class_begin, class_end;
 };
 
+// What all classes of a bin have in common.
+template <typename E>
+struct BinPlace {
+  int64_t output;  // its first element in output and count
+  int64_t cell, part;
+  E y, x;  // where it begins, not displaced
+
+  BinPlace(const RoiGeometry& g, const Roi<E>& roi, int64_t r, int64_t ph,
+           int64_t pw)
+      : output(((r * g.pooled_h + ph) * g.pooled_w + pw) * g.Depth()),
+        cell(ph * g.group_h / g.pooled_h * g.group_w +
+             pw * g.group_w / g.pooled_w),
+        part((r * g.part_h + ph * g.part_h / g.pooled_h) * g.part_w +
+             pw * g.part_w / g.pooled_w),
+        y(Rounded(static_cast<E>(ph) * roi.y.bin) + roi.y.start),
+        x(Rounded(static_cast<E>(pw) * roi.x.bin) + roi.x.start) {}
+};
+
 // A bin of one class.
 template <typename E>
 struct Bin {
@@ -256,19 +274,13 @@ static inline __attribute__((always_inline)) void ForEachBin(
   const int64_t depth = rule.Depth();
   for (int64_t ph = range.ph_begin; ph < range.ph_end; ++ph) {
     for (int64_t pw = range.pw_begin; pw < range.pw_end; ++pw) {
-      const int64_t cell = ph * rule.group_h / rule.pooled_h * rule.group_w +
-                           pw * rule.group_w / rule.pooled_w;
-      const int64_t part =
-          (r * rule.part_h + ph * rule.part_h / rule.pooled_h) * rule.part_w +
-          pw * rule.part_w / rule.pooled_w;
+      const BinPlace<E> place(rule, roi, r, ph, pw);
       for (int64_t k = range.class_begin; k < range.class_end; ++k) {
         Bin<E> bin;
-        bin.output = ((r * rule.pooled_h + ph) * rule.pooled_w + pw) * depth +
-                     k * rule.class_channels;
-        bin.map = cell * rule.Pixels() * depth + k * rule.class_channels;
-        bin.displacement = (part * rule.classes + k) * 2;
-        E y = Rounded(static_cast<E>(ph) * roi.y.bin) + roi.y.start;
-        E x = Rounded(static_cast<E>(pw) * roi.x.bin) + roi.x.start;
+        bin.output = place.output + k * rule.class_channels;
+        bin.map = place.cell * rule.Pixels() * depth + k * rule.class_channels;
+        bin.displacement = (place.part * rule.classes + k) * 2;
+        E y = place.y, x = place.x;
         if (displacements != nullptr) {
           const E* pair = displacements + bin.displacement;
           y += Rounded(rule.Displacement(pair[0], roi.y.size));
@@ -296,7 +308,247 @@ static inline void StoreNarrow(const Vector<E, kN>& vector, T* to) {
   if constexpr (sizeof(T) == sizeof(E)) {
     Store(vector, to);
   } else {
-    for (int lane = 0; lane < kN; ++lane) Narrow(vector[lane], to + lane);
+    E sums[kN];
+    Store(vector, sums);
+    NarrowRow(sums, kN, to);
+  }
+}
+
+// -----------------------------------------------------------------------------
+// Narrow classes: where few channels share a displacement, the taps of as many
+// channels as a vector has lanes are found together, and each lane reads its
+// own pixels.
+
+template <typename E>
+struct LaneTaps {
+  static constexpr int kN = kLanes<E>;
+  typedef Vector<E, kN> V;
+  typedef Vector<int64_t, kN> I;
+
+  int64_t at[kWindow][kN];  // first elements of rows or columns
+  V weight[kWindow];        // 0 where a lane does not read, see Taps
+  V slope[kWindow];
+  V samples;  // that count
+  int64_t count;
+
+  // Whether the taps of every bin of `axis` fit in a window, and pixels in E.
+  static bool Fit(const RoiAxis<E>& axis, int64_t pixels) {
+    return axis.step >= 0 && axis.samples > 0 && 2 * axis.samples <= kWindow &&
+           pixels < (1 << 24);
+  }
+
+  template <bool kSlopes, typename Rule>
+  void Find(const Rule&, const RoiAxis<E>& axis, const V& start, int64_t pixels,
+            int64_t stride) {
+    const V last = V{} + static_cast<E>(pixels - 1), none = V{} - 2;
+    const V least = V{} - static_cast<E>(Rule::kMargin);
+    const V most = last + static_cast<E>(Rule::kMargin);
+    V place[kWindow], moving[kWindow];  // far from any pixel: does not count
+    V first = last, top = {};
+    samples = V{};
+    for (int64_t i = 0; i < axis.samples; ++i) {
+      const V raw =
+          start + Rounded((static_cast<E>(i) + axis.phase) * axis.step);
+      const auto counts = (raw >= least) & (raw <= most);
+      const V clamped = raw < 0 ? V{} : raw > last ? last : raw;
+      samples += counts ? V{} + 1 : V{};
+      first = (counts & (clamped < first)) ? clamped : first;
+      top = (counts & (clamped > top)) ? clamped : top;
+      place[i] = counts ? clamped : none;
+      moving[i] = (counts & (raw >= 0) & (raw < last)) ? clamped : none;
+    }
+    // Tap `a` of each lane: its pixel, and the weight in it of a sample at a
+    // distance of less than 1.
+    const auto set = [&](int64_t a, const I& pixel) {
+      // Past the edge a sample weighs nothing, but there is its cell's end.
+      Store((pixel < pixels ? pixel : I{} + (pixels - 1)) * stride, at[a]);
+      weight[a] = slope[a] = V{};
+    };
+    const auto add = [&](int64_t a, int64_t i, const V& pixel) {
+      const V distance = place[i] - pixel;
+      const V hat = 1 - (distance < 0 ? -distance : distance);
+      weight[a] += hat > 0 ? hat : V{};
+      if constexpr (kSlopes) {
+        // Right-hand: the pixel at `from` falls, the next one rises.
+        const V from = moving[i] - pixel;
+        slope[a] += ((from >= 0) & (from < 1)) ? V{} - 1 : V{};
+        slope[a] += ((from >= -1) & (from < 0)) ? V{} + 1 : V{};
+      }
+    };
+    if (axis.step > 1) {  // no two samples share a pixel, or only one
+      count = 2 * axis.samples;
+      for (int64_t a = 0; a < count; ++a) {
+        const V& sample = place[a / 2];
+        const I pixel =
+            __builtin_convertvector(sample < 0 ? V{} : sample, I) + a % 2;
+        set(a, pixel);
+        add(a, a / 2, __builtin_convertvector(pixel, V));
+      }
+      return;
+    }
+    const I base = __builtin_convertvector(first, I);
+    const I reach = __builtin_convertvector(top, I) + 2 - base;
+    count = 1;
+    for (int lane = 0; lane < kN; ++lane) count = Max(count, reach[lane]);
+    for (int64_t a = 0; a < count; ++a) {
+      set(a, base + a);
+      const V pixel = __builtin_convertvector(base + a, V);
+      for (int64_t i = 0; i < axis.samples; ++i) add(a, i, pixel);
+    }
+  }
+};
+
+// Channels [channel, channel + lanes) of a bin.
+template <typename E>
+struct LaneBin {
+  int64_t channel;
+  int lanes;
+  int64_t output, map, displacements;  // as in Bin, of `channel`; of class 0
+  Vector<E, kLanes<E>> share;
+};
+
+template <typename Rule, typename E>
+static bool UsesLanes(const Rule& rule, const Roi<E>& roi,
+                      const E* displacements) {
+  return displacements != nullptr && rule.class_channels < kLanes<E> / 2 &&
+         LaneTaps<E>::Fit(roi.y, rule.height) &&
+         LaneTaps<E>::Fit(roi.x, rule.width);
+}
+
+// Calls body(LaneBin, y, x) for channels [begin, end) of the bins in `range`.
+template <bool kSlopes, typename Rule, typename E, typename Body>
+static inline __attribute__((always_inline)) void ForEachLaneBin(
+    const Rule& rule, const Roi<E>& roi, int64_t r, const E* displacements,
+    const BinRange& range, int64_t begin, int64_t end, const Body& body) {
+  constexpr int kN = kLanes<E>;
+  const int64_t depth = rule.Depth();
+  LaneTaps<E> y, x;
+  for (int64_t ph = range.ph_begin; ph < range.ph_end; ++ph) {
+    for (int64_t pw = range.pw_begin; pw < range.pw_end; ++pw) {
+      const BinPlace<E> place(rule, roi, r, ph, pw);
+      for (int64_t c = begin; c < end; c += kN) {
+        LaneBin<E> bin;
+        bin.channel = c;
+        bin.lanes = static_cast<int>(Min(kN, end - c));
+        bin.output = place.output + c;
+        bin.map = place.cell * rule.Pixels() * depth + c;
+        bin.displacements = place.part * rule.classes * 2;
+        // Lanes past the end have no samples.
+        Vector<E, kN> start_y, start_x;
+        start_y = start_x = Vector<E, kN>{} + static_cast<E>(__builtin_nan(""));
+        const E* pair =
+            displacements + bin.displacements + c / rule.class_channels * 2;
+        int64_t in_class = c % rule.class_channels;
+        for (int lane = 0; lane < bin.lanes; ++lane) {
+          start_y[lane] =
+              place.y + Rounded(rule.Displacement(pair[0], roi.y.size));
+          start_x[lane] =
+              place.x + Rounded(rule.Displacement(pair[1], roi.x.size));
+          if (++in_class == rule.class_channels) in_class = 0, pair += 2;
+        }
+        y.template Find<kSlopes>(rule, roi.y, start_y, rule.height,
+                                 rule.width * depth);
+        x.template Find<kSlopes>(rule, roi.x, start_x, rule.width, depth);
+        const Vector<E, kN> samples = y.samples * x.samples;
+        bin.share = samples > 0 ? 1 / samples : Vector<E, kN>{};
+        body(bin, y, x);
+      }
+    }
+  }
+}
+
+// A pixel of each lane: elements y[lane] + x[lane] + lane.
+template <typename E, typename T>
+static inline Vector<E, kLanes<E>> LoadLanes(const T* map, const int64_t* y,
+                                             const int64_t* x, int lanes) {
+  constexpr int kN = kLanes<E>;
+  Vector<E, kN> pixels = {};
+  if (lanes == kN) {
+#pragma GCC unroll 16
+    for (int lane = 0; lane < kN; ++lane) {
+      pixels[lane] = Load<1>(map + y[lane] + x[lane] + lane);
+    }
+  } else {
+    for (int lane = 0; lane < lanes; ++lane) {
+      pixels[lane] = Load<1>(map + y[lane] + x[lane] + lane);
+    }
+  }
+  return pixels;
+}
+
+// weight * value, 0 where the weight is: what a lane does not read may be NaN.
+template <typename V>
+static inline V Weigh(const V& weight, const V& value) {
+  return weight != 0 ? weight * value : V{};
+}
+
+// The output of a LaneBin.
+template <typename T, typename E>
+static inline void PoolLanes(const LaneBin<E>& bin, const LaneTaps<E>& y,
+                             const LaneTaps<E>& x, const T* map, T* to) {
+  typedef Vector<E, kLanes<E>> V;
+  V sum = {};
+  for (int64_t a = 0; a < y.count; ++a) {
+    V in_row = {};
+    for (int64_t b = 0; b < x.count; ++b) {
+      in_row +=
+          Weigh(x.weight[b], LoadLanes<E>(map, y.at[a], x.at[b], bin.lanes));
+    }
+    sum += Weigh(y.weight[a], in_row);
+  }
+  sum *= bin.share;
+  for (int lane = 0; lane < bin.lanes; ++lane) Narrow(sum[lane], to + lane);
+}
+
+// Adds to the gradients of the displacements of a LaneBin's classes.
+template <typename Rule, typename T, typename E>
+static inline void DisplaceLanes(const Rule& rule, const Roi<E>& roi,
+                                 const LaneBin<E>& bin, const LaneTaps<E>& y,
+                                 const LaneTaps<E>& x, const T* map,
+                                 const T* gradient, E* grad_displacements) {
+  typedef Vector<E, kLanes<E>> V;
+  V by_y = {}, by_x = {};
+  for (int64_t a = 0; a < y.count; ++a) {
+    V value = {}, change = {};
+    for (int64_t b = 0; b < x.count; ++b) {
+      const V pixels = LoadLanes<E>(map, y.at[a], x.at[b], bin.lanes);
+      value += Weigh(x.weight[b], pixels);
+      change += Weigh(x.slope[b], pixels);
+    }
+    by_y += Weigh(y.slope[a], value);
+    by_x += Weigh(y.weight[a], change);
+  }
+  by_y *= bin.share * rule.DisplacementSlope(roi.y.size);
+  by_x *= bin.share * rule.DisplacementSlope(roi.x.size);
+  for (int lane = 0; lane < bin.lanes; ++lane) {
+    E* to = grad_displacements + bin.displacements +
+            (bin.channel + lane) / rule.class_channels * 2;
+    const E g = Load<1>(gradient + lane);
+    // Without samples no gradient, even where it is infinite.
+    if (y.samples[lane] * x.samples[lane] == 0) continue;
+    to[0] += g * by_y[lane];
+    to[1] += g * by_x[lane];
+  }
+}
+
+// Adds to the gradient of the pixels that a LaneBin reads.
+template <typename T, typename E>
+static inline void ScatterLanes(const LaneBin<E>& bin, const LaneTaps<E>& y,
+                                const LaneTaps<E>& x, const T* gradient,
+                                E* map) {
+  typedef Vector<E, kLanes<E>> V;
+  V g = {};
+  for (int lane = 0; lane < bin.lanes; ++lane) {
+    g[lane] = Load<1>(gradient + lane);
+  }
+  g *= bin.share;
+  for (int64_t a = 0; a < y.count; ++a) {
+    for (int64_t b = 0; b < x.count; ++b) {
+      const V change = Weigh(y.weight[a] * x.weight[b], g);
+      for (int lane = 0; lane < bin.lanes; ++lane) {
+        map[y.at[a][lane] + x.at[b][lane] + lane] += change[lane];
+      }
+    }
   }
 }
 
@@ -449,9 +701,25 @@ static void PoolPass(const Rule& rule, const T* inputs, const E* rois,
               Arena arena{scratch + worker * scratch_bytes};
               RoiScratch<E> s(rule, &arena);
               const Roi<E> roi = rule.Locate(rois + 5 * r);
+              const T* const image_maps = maps + image * rule.Image();
+              if (UsesLanes(rule, roi, displacements)) {
+                ForEachLaneBin<false>(
+                    rule, roi, r, displacements, all, 0, rule.Depth(),
+                    [&](const LaneBin<E>& bin, const LaneTaps<E>& y,
+                        const LaneTaps<E>& x) {
+                      PoolLanes<T>(bin, y, x, image_maps + bin.map,
+                                   output + bin.output);
+                      if (count == nullptr) return;
+                      for (int lane = 0; lane < bin.lanes; ++lane) {
+                        count[bin.output + lane] = static_cast<float>(
+                            y.samples[lane] * x.samples[lane]);
+                      }
+                    });
+                return;
+              }
               ForEachBin<false>(
                   rule, roi, r, displacements, all, &s, [&](const Bin<E>& bin) {
-                    const T* map = maps + image * rule.Image() + bin.map;
+                    const T* map = image_maps + bin.map;
                     T* to = output + bin.output;
                     ForEachVector<E>(rule.class_channels, [&](auto lanes,
                                                               int64_t i) {
@@ -516,9 +784,23 @@ static void DisplacePass(const Rule& rule, const T* inputs, const E* rois,
               Arena arena{scratch + worker * scratch_bytes};
               RoiScratch<E> s(rule, &arena);
               const Roi<E> roi = rule.Locate(rois + 5 * r);
+              const T* const image_maps = maps + image * rule.Image();
+              if (UsesLanes(rule, roi, displacements)) {
+                ForEachLaneBin<true>(
+                    rule, roi, r, displacements, all, 0, rule.Depth(),
+                    [&](const LaneBin<E>& bin, const LaneTaps<E>& y,
+                        const LaneTaps<E>& x) {
+                      DisplaceLanes<Rule, T>(
+                          rule, roi, bin, y, x, image_maps + bin.map,
+                          grad_output + bin.output, grad_displacements);
+                    });
+                return;
+              }
               ForEachBin<true>(
                   rule, roi, r, displacements, all, &s, [&](const Bin<E>& bin) {
-                    const T* map = maps + image * rule.Image() + bin.map;
+                    // Without samples no gradient, even where it is infinite.
+                    if (s.y.count == 0 || s.x.count == 0) return;
+                    const T* map = image_maps + bin.map;
                     const E* gradient = WideRow(grad_output + bin.output,
                                                 rule.class_channels, s.row);
                     E along_y = 0, along_x = 0;
@@ -596,6 +878,16 @@ static void ScatterTo(const Rule& rule, int64_t image, int64_t cell,
   for (int64_t r = 0; r < rule.num_rois; ++r) {
     if (ImageOf(rule, rois + 5 * r) != image) continue;
     const Roi<E> roi = rule.Locate(rois + 5 * r);
+    if (UsesLanes(rule, roi, displacements)) {
+      ForEachLaneBin<false>(rule, roi, r, displacements, mine, begin, end,
+                            [&](const LaneBin<E>& bin, const LaneTaps<E>& y,
+                                const LaneTaps<E>& x) {
+                              ScatterLanes<T>(bin, y, x,
+                                              grad_output + bin.output,
+                                              sums + bin.map);
+                            });
+      continue;
+    }
     ForEachBin<false>(
         rule, roi, r, displacements, mine, s, [&](const Bin<E>& bin) {
           const int64_t channel =
