@@ -104,52 +104,100 @@ def test_core_in_the_package_has_c_entry_points():
     assert core.TfDeformInstructionSet() in (b"baseline", b"avx2", b"avx512")
 
 
-def write_golden(folder: pathlib.Path) -> None:
-    """How `golden/deformable_conv2d_1` was made; never to be made anew.
-
-    All attributes of both ops differ from their defaults, and the gradient op
-    is in the graph.
-    """
-    rng = np.random.default_rng(0)
-    kernel = rng.normal(size=(3, 2, 2, 6)).astype(np.float32)
-
-    class Golden(tf.Module):
-        @tf.function(
-            input_signature=[
-                tf.TensorSpec((None, None, None, 4)),
-                tf.TensorSpec((None, None, None, 24)),
-                tf.TensorSpec((None, None, None, 12)),
-            ]
+def golden_function(name: str, rng: np.random.Generator):
+    """A function of three tensors; all its attributes differ from defaults."""
+    if name == "deformable_conv2d_1":
+        kernel = rng.normal(size=(3, 2, 2, 6)).astype(np.float32)
+        return lambda inputs, offset, mask: tf_deform.ops.deformable_conv2d(
+            inputs,
+            kernel,
+            offset,
+            mask,
+            strides=(2, 1),
+            padding=((1, 0), (2, 1)),
+            dilation_rate=(1, 2),
+            offset_groups=2,
+            boundary="clamp",
         )
-        def __call__(self, inputs, offset, mask):
-            with tf.GradientTape() as tape:
-                tape.watch([inputs, offset, mask])
-                output = tf_deform.ops.deformable_conv2d(
-                    inputs,
-                    kernel,
-                    offset,
-                    mask,
-                    strides=(2, 1),
-                    padding=((1, 0), (2, 1)),
-                    dilation_rate=(1, 2),
-                    offset_groups=2,
-                    boundary="clamp",
-                )
-            return output, *tape.gradient(output, [inputs, offset, mask])
-
-    inputs = rng.normal(size=(2, 6, 5, 4)).astype(np.float32)
-    offset = rng.normal(size=(2, 3, 6, 24)).astype(np.float32)
-    mask = rng.normal(size=(2, 3, 6, 12)).astype(np.float32)
-    golden = Golden()
-    results = golden(inputs, offset, mask)
-    tf.saved_model.save(golden, folder)
-    np.savez_compressed(
-        folder / "expected.npz",
-        *(inputs, offset, mask, *(result.numpy() for result in results)),
+    if name == "deformable_psroi_pool_1":
+        return lambda inputs, rois, trans: tf_deform.ops.deformable_psroi_pool(
+            inputs,
+            rois,
+            trans,
+            output_dim=4,
+            spatial_scale=0.3,
+            pooled_size=(3, 2),
+            group_size=(2, 1),
+            part_size=(1, 2),
+            sample_per_part=3,
+            trans_std=0.2,
+        )
+    return lambda inputs, rois, offset: tf_deform.ops.deformable_roi_align(
+        inputs,
+        rois,
+        offset,
+        pooled_size=(3, 2),
+        spatial_scale=0.3,
+        sampling_ratio=3,
+        gamma=0.2,
     )
 
 
-@pytest.mark.parametrize("name", ["deformable_conv2d_1"])
+ROIS = [[1, 2, 1, 15, 12.5], [0, -3, 4, 9, 22], [-1, 0, 0, 9, 9]]
+# Operands: signatures and shapes, or values.
+GOLDENS = {
+    "deformable_conv2d_1": [
+        ((None, None, None, 4), (2, 6, 5, 4)),
+        ((None, None, None, 24), (2, 3, 6, 24)),
+        ((None, None, None, 12), (2, 3, 6, 12)),
+    ],
+    "deformable_psroi_pool_1": [
+        ((None, None, None, 8), (2, 6, 5, 8)),
+        ((None, 5), ROIS),
+        ((None, 1, 2, 4), (3, 1, 2, 4)),
+    ],
+    "deformable_roi_align_1": [
+        ((None, None, None, 4), (2, 6, 5, 4)),
+        ((None, 5), ROIS),
+        ((None, 3, 2, 2), (3, 3, 2, 2)),
+    ],
+}
+
+
+def write_golden(name: str, folder: pathlib.Path) -> None:
+    """How a folder of `golden` was made; never to be made anew.
+
+    The gradient op is in the graph, too.
+    """
+    rng = np.random.default_rng(0)
+    function = golden_function(name, rng)
+    signatures, operands = zip(*GOLDENS[name], strict=True)
+
+    class Golden(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec(s) for s in signatures])
+        def __call__(self, *tensors):
+            with tf.GradientTape() as tape:
+                tape.watch(tensors)
+                output = function(*tensors)
+            gradients = tape.gradient(output, tensors)
+            return output, *(g for g in gradients if g is not None)
+
+    arrays = [
+        np.float32(operand)
+        if isinstance(operand, list)
+        else rng.normal(size=operand).astype(np.float32)
+        for operand in operands
+    ]
+    golden = Golden()
+    results = golden(*arrays)
+    tf.saved_model.save(golden, folder)
+    np.savez_compressed(
+        folder / "expected.npz",
+        *(*arrays, *(result.numpy() for result in results)),
+    )
+
+
+@pytest.mark.parametrize("name", GOLDENS)
 def test_golden_saved_models_load(name):
     """Written once by `write_golden`, read by every version after it."""
     with np.load(GOLDEN / name / "expected.npz") as file:
