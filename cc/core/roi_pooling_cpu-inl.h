@@ -317,7 +317,9 @@ static inline void StoreNarrow(const Vector<E, kN>& vector, T* to) {
 // -----------------------------------------------------------------------------
 // Narrow classes: where few channels share a displacement, the taps of as many
 // channels as a vector has lanes are found together, and each lane reads its
-// own pixels.
+// own pixels. For rules without classes, and those with kMeanOfAll, there is no
+// need of it. Pooling with a displacement for each of 21 channels takes 0.6
+// times as long so, its gradients half.
 
 template <typename E>
 struct LaneTaps {
@@ -410,7 +412,8 @@ struct LaneBin {
 template <typename Rule, typename E>
 static bool UsesLanes(const Rule& rule, const Roi<E>& roi,
                       const E* displacements) {
-  return displacements != nullptr && rule.class_channels < kLanes<E> / 2 &&
+  return !Rule::kMeanOfAll && displacements != nullptr && rule.classes > 1 &&
+         rule.class_channels < kLanes<E> / 2 &&
          LaneTaps<E>::Fit(roi.y, rule.height) &&
          LaneTaps<E>::Fit(roi.x, rule.width);
 }
