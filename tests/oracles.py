@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deformable convolution by ONNX Runtime and by OpenVINO.
+"""Deformable convolution and ROI pooling by ONNX Runtime and by OpenVINO.
 
-Both take NCHW and write offsets as [group][kh][kw][(dy, dx)] in the channels,
-so a transpose in and a transpose out is all that differs from our layout.
+Both take NCHW and write a convolution's offsets as [group][kh][kw][(dy, dx)]
+in the channels, so a transpose in and a transpose out is all that differs from
+our layout. What differs for ROI pooling is said there.
 """
 
 import numpy as np
@@ -119,3 +120,104 @@ def openvino(
         {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1},
     )
     return np.transpose(compiled(operands)[0], (0, 2, 3, 1))
+
+
+def openvino_psroi_pool(
+    inputs: np.ndarray,
+    rois: np.ndarray,
+    trans: np.ndarray | None = None,
+    *,
+    output_dim: int,
+    spatial_scale: float,
+    pooled_size: int,
+    part_size: int | None = None,
+    sample_per_part: int = 4,
+    trans_std: float = 0.1,
+) -> np.ndarray:
+    """OpenVINO's `DeformablePSROIPooling`: float32, square sizes.
+
+    The groups are the bins: `group_size` is `pooled_size`. A class's (dx, dy)
+    are two planes, x first. It stops at the first negative batch index.
+    """
+    import openvino as ov
+    from openvino import opset1
+
+    operands = [_to_nchw(inputs), rois]
+    if trans is not None:
+        *parts, channels = trans.shape
+        swapped = trans.reshape(*parts, channels // 2, 2)[..., ::-1]
+        operands.append(_to_nchw(swapped.reshape(trans.shape)))
+    parameters = [opset1.parameter(x.shape, np.float32) for x in operands]
+    node = opset1.deformable_psroi_pooling(
+        *parameters[:2],
+        output_dim=output_dim,
+        spatial_scale=spatial_scale,
+        group_size=pooled_size,
+        mode="bilinear_deformable",
+        spatial_bins_x=sample_per_part,
+        spatial_bins_y=sample_per_part,
+        trans_std=trans_std,
+        part_size=part_size or pooled_size,
+        offsets=parameters[2] if trans is not None else None,
+    )
+    compiled = ov.Core().compile_model(
+        ov.Model([node], parameters),
+        "CPU",
+        {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1},
+    )
+    return np.transpose(compiled(operands)[0], (0, 2, 3, 1))
+
+
+def onnx_runtime_roi_align(
+    inputs: np.ndarray,
+    rois: np.ndarray,
+    *,
+    pooled_size: int | Pair,
+    spatial_scale: float,
+    sampling_ratio: int = 0,
+) -> np.ndarray:
+    """Standard ONNX `RoiAlign`: no displacements, float32 or float64.
+
+    It has no upper limit to the adaptive number of samples, and no padding
+    ROIs.
+    """
+    import onnx
+    import onnxruntime
+
+    pooled_h, pooled_w = pair(pooled_size)
+    feeds = {
+        "X": _to_nchw(inputs),
+        "rois": np.ascontiguousarray(rois[:, 1:]).astype(inputs.dtype),
+        "batch_indices": rois[:, 0].astype(np.int64),
+    }
+    node = onnx.helper.make_node(
+        "RoiAlign",
+        list(feeds),
+        ["Y"],
+        coordinate_transformation_mode="half_pixel",
+        mode="avg",
+        output_height=pooled_h,
+        output_width=pooled_w,
+        sampling_ratio=sampling_ratio,
+        spatial_scale=spatial_scale,
+    )
+
+    def value_info(name, dtype, shape):
+        dtype = onnx.helper.np_dtype_to_tensor_dtype(dtype)
+        return onnx.helper.make_tensor_value_info(name, dtype, shape)
+
+    graph = onnx.helper.make_graph(
+        [node],
+        "roi_align",
+        [value_info(name, x.dtype, x.shape) for name, x in feeds.items()],
+        [value_info("Y", inputs.dtype, [None] * 4)],
+    )
+    model = onnx.helper.make_model(
+        graph, opset_imports=[onnx.helper.make_opsetid("", 16)], ir_version=8
+    )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, ["CPUExecutionProvider"]
+    )
+    return np.transpose(session.run(None, feeds)[0], (0, 2, 3, 1))

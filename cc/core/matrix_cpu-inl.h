@@ -132,7 +132,7 @@ static void PackPanels(const T* from, int64_t row_stride, int64_t column_stride,
         WidenRow(source, columns, to);
       } else {
         for (int64_t j = 0; j < columns; ++j)
-          to[j] = Load<1>(source + j * column_stride);
+          to[j] = Load<1>(source + j * column_stride)[0];
       }
       for (int64_t j = columns; j < width; ++j) to[j] = 0;
     }

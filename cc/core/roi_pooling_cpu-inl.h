@@ -302,16 +302,26 @@ static BinRange AllBins(const RoiGeometry& g) {
   return {0, g.pooled_h, 0, g.pooled_w, 0, g.classes};
 }
 
-// Writes a vector of sums as elements of T.
-template <int kN, typename T, typename E>
-static inline void StoreNarrow(const Vector<E, kN>& vector, T* to) {
-  if constexpr (sizeof(T) == sizeof(E)) {
-    Store(vector, to);
+// kN elements, widened, to be summed in a loop. One of them is a plain number:
+// compilers keep vectors of one lane in memory.
+template <int kN, typename T>
+static inline auto LoadSum(const T* from) {
+  if constexpr (kN == 1) {
+    return Load<1>(from)[0];
   } else {
-    E sums[kN];
-    Store(vector, sums);
-    NarrowRow(sums, kN, to);
+    return Load<kN>(from);
   }
+}
+
+template <int kN, typename T>
+using Sum = decltype(LoadSum<kN>(static_cast<const T*>(nullptr)));
+
+// Writes sums as elements of T.
+template <int kN, typename V, typename T>
+static inline void StoreSum(const V& sum, T* to) {
+  typename AccumulatorOf<T>::Type sums[kN];
+  Store(sum, sums);
+  NarrowRow(sums, kN, to);
 }
 
 // -----------------------------------------------------------------------------
@@ -469,11 +479,11 @@ static inline Vector<E, kLanes<E>> LoadLanes(const T* map, const int64_t* y,
   if (lanes == kN) {
 #pragma GCC unroll 16
     for (int lane = 0; lane < kN; ++lane) {
-      pixels[lane] = Load<1>(map + y[lane] + x[lane] + lane);
+      pixels[lane] = Load<1>(map + y[lane] + x[lane] + lane)[0];
     }
   } else {
     for (int lane = 0; lane < lanes; ++lane) {
-      pixels[lane] = Load<1>(map + y[lane] + x[lane] + lane);
+      pixels[lane] = Load<1>(map + y[lane] + x[lane] + lane)[0];
     }
   }
   return pixels;
@@ -526,7 +536,7 @@ static inline void DisplaceLanes(const Rule& rule, const Roi<E>& roi,
   for (int lane = 0; lane < bin.lanes; ++lane) {
     E* to = grad_displacements + bin.displacements +
             (bin.channel + lane) / rule.class_channels * 2;
-    const E g = Load<1>(gradient + lane);
+    const E g = Load<1>(gradient + lane)[0];
     // Without samples no gradient, even where it is infinite.
     if (y.samples[lane] * x.samples[lane] == 0) continue;
     to[0] += g * by_y[lane];
@@ -542,7 +552,7 @@ static inline void ScatterLanes(const LaneBin<E>& bin, const LaneTaps<E>& y,
   typedef Vector<E, kLanes<E>> V;
   V g = {};
   for (int lane = 0; lane < bin.lanes; ++lane) {
-    g[lane] = Load<1>(gradient + lane);
+    g[lane] = Load<1>(gradient + lane)[0];
   }
   g *= bin.share;
   for (int64_t a = 0; a < y.count; ++a) {
@@ -724,20 +734,21 @@ static void PoolPass(const Rule& rule, const T* inputs, const E* rois,
                   rule, roi, r, displacements, all, &s, [&](const Bin<E>& bin) {
                     const T* map = image_maps + bin.map;
                     T* to = output + bin.output;
-                    ForEachVector<E>(rule.class_channels, [&](auto lanes,
-                                                              int64_t i) {
-                      constexpr int kN = lanes.value;
-                      Vector<E, kN> sum = {};
-                      for (int64_t a = 0; a < s.y.count; ++a) {
-                        const T* row = map + s.y.at[a] + i;
-                        Vector<E, kN> in_row = {};
-                        for (int64_t b = 0; b < s.x.count; ++b) {
-                          in_row += s.x.weight[b] * Load<kN>(row + s.x.at[b]);
-                        }
-                        sum += s.y.weight[a] * in_row;
-                      }
-                      StoreNarrow<kN, T, E>(sum * bin.share, to + i);
-                    });
+                    ForEachVector<E>(
+                        rule.class_channels, [&](auto lanes, int64_t i) {
+                          constexpr int kN = lanes.value;
+                          Sum<kN, T> sum = {};
+                          for (int64_t a = 0; a < s.y.count; ++a) {
+                            const T* row = map + s.y.at[a] + i;
+                            Sum<kN, T> in_row = {};
+                            for (int64_t b = 0; b < s.x.count; ++b) {
+                              in_row +=
+                                  s.x.weight[b] * LoadSum<kN>(row + s.x.at[b]);
+                            }
+                            sum += s.y.weight[a] * in_row;
+                          }
+                          StoreSum<kN>(sum * bin.share, to + i);
+                        });
                     if (count == nullptr) return;
                     const float samples =
                         static_cast<float>(s.y.samples * s.x.samples);
@@ -810,12 +821,12 @@ static void DisplacePass(const Rule& rule, const T* inputs, const E* rois,
                     ForEachVector<E>(rule.class_channels, [&](auto lanes,
                                                               int64_t i) {
                       constexpr int kN = lanes.value;
-                      Vector<E, kN> by_y = {}, by_x = {};
+                      Sum<kN, T> by_y = {}, by_x = {};
                       for (int64_t a = 0; a < s.y.count; ++a) {
                         const T* row = map + s.y.at[a] + i;
-                        Vector<E, kN> value = {}, change = {};
+                        Sum<kN, T> value = {}, change = {};
                         for (int64_t b = 0; b < s.x.count; ++b) {
-                          const Vector<E, kN> pixel = Load<kN>(row + s.x.at[b]);
+                          const Sum<kN, T> pixel = LoadSum<kN>(row + s.x.at[b]);
                           value += s.x.weight[b] * pixel;
                           change += s.x.slope[b] * pixel;
                         }
@@ -823,8 +834,8 @@ static void DisplacePass(const Rule& rule, const T* inputs, const E* rois,
                         by_x += s.y.weight[a] * change;
                       }
                       const Vector<E, kN> g = Load<kN>(gradient + i);
-                      along_y += SumLanes<E, kN>(g * by_y);
-                      along_x += SumLanes<E, kN>(g * by_x);
+                      along_y += SumLanes<E, kN>(by_y * g);
+                      along_x += SumLanes<E, kN>(by_x * g);
                     });
                     E* to = grad_displacements + bin.displacement;
                     to[0] += along_y * bin.share *
@@ -938,10 +949,11 @@ static void ScatterPass(const Rule& rule, const E* rois, const E* displacements,
     }
     Zero(parallel_for, sums,
          images * image_elements * static_cast<int64_t>(sizeof(E)));
-    // Blocks of channels, where there are too few cells to keep all busy.
+    // Blocks of channels, where there are too few cells to keep all busy; not
+    // more, as each finds all taps for itself.
     const int64_t owners = images * rule.Cells();
     const int64_t depth = rule.Depth();
-    const int64_t wanted = serial ? 1 : CeilDiv(4 * workers, owners);
+    const int64_t wanted = serial ? 1 : CeilDiv(workers, owners);
     const int64_t width = RoundUp(CeilDiv(depth, wanted), kLanes<E>);
     const int64_t blocks = CeilDiv(depth, width);
     RunTasks(serial ? ParallelFor() : parallel_for, owners * blocks,

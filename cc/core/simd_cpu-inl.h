@@ -31,11 +31,6 @@ template <typename E, int kLanes>
 struct VectorOf {
   typedef E Type __attribute__((vector_size(kLanes * sizeof(E))));
 };
-// One lane is a plain number: compilers keep vectors of one in memory.
-template <typename E>
-struct VectorOf<E, 1> {
-  typedef E Type;
-};
 template <typename E, int kLanes>
 using Vector = typename VectorOf<E, kLanes>::Type;
 
@@ -60,11 +55,7 @@ static inline Vector<E, kN> LoadSame(const E* from) {
 
 template <int kN>
 static inline Vector<uint32_t, kN> LoadBits(const uint16_t* from) {
-  if constexpr (kN == 1) {
-    return *from;
-  } else {
-    return __builtin_convertvector(LoadSame<kN>(from), Vector<uint32_t, kN>);
-  }
+  return __builtin_convertvector(LoadSame<kN>(from), Vector<uint32_t, kN>);
 }
 
 // kN consecutive elements, widened. Pointers need no alignment beyond the
@@ -92,13 +83,8 @@ static inline Vector<float, kN> Load(const Float16* from) {
   // denormals on.
   const Vector<uint32_t, kN> finite = BitCast<Vector<uint32_t, kN>>(
       BitCast<Vector<float, kN>>(magnitude) * 0x1p112f);
-  Vector<uint32_t, kN> special;  // infinity and NaN
-  if constexpr (kN == 1) {
-    special = magnitude >= (0x7c00u << 13) ? 0x7f800000u : 0;
-  } else {
-    special = BitCast<Vector<uint32_t, kN>>(magnitude >= (0x7c00u << 13)) &
-              0x7f800000u;
-  }
+  const Vector<uint32_t, kN> special =
+      BitCast<Vector<uint32_t, kN>>(magnitude >= (0x7c00u << 13)) & 0x7f800000u;
   return BitCast<Vector<float, kN>>(finite | special |
                                     ((bits & 0x8000u) << 16));
 }
@@ -140,7 +126,7 @@ static inline void Narrow(double value, double* to) { *to = value; }
 template <typename E, int kN>
 static inline E SumLanes(const Vector<E, kN>& vector) {
   if constexpr (kN == 1) {
-    return vector;
+    return vector[0];
   } else {
     Vector<E, kN / 2> halves[2];
     __builtin_memcpy(halves, &vector, sizeof(vector));

@@ -279,3 +279,241 @@ def backward(
         name: from_bfloat16(array) if dtypes[name] == "bfloat16" else array
         for name, array in results.items()
     }
+
+
+# ROI pooling. `op` is "DeformablePSROIPool" or "DeformableROIAlign"; both take
+# inputs, rois and, if there are any, displacements (`trans` or `offset`).
+
+
+class PSROIPoolParams(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_double) for name in ("spatial_scale", "trans_std")),
+        ("output_dim", INT64),
+        *((name, INT64) for name in ("pooled_h", "pooled_w")),
+        *((name, INT64) for name in ("group_h", "group_w")),
+        *((name, INT64) for name in ("part_h", "part_w")),
+        ("sample_per_part", INT64),
+        *((name, INT64) for name in ("batch", "height", "width", "channels")),
+        *((name, INT64) for name in ("num_rois", "num_classes")),
+    ]
+
+
+class ROIAlignParams(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_double) for name in ("spatial_scale", "gamma")),
+        *((name, INT64) for name in ("pooled_h", "pooled_w")),
+        ("sampling_ratio", INT64),
+        *((name, INT64) for name in ("batch", "height", "width", "channels")),
+        ("num_rois", INT64),
+    ]
+
+
+class ROIOperands(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_void_p) for name in ("inputs", "rois", "displacement")
+    ]
+
+
+class ROIGradients(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("inputs", "displacement")]
+
+
+@functools.cache
+def _roi_function(op: str, name: str):
+    function = getattr(library(), f"TfDeform{op}{name}")
+    if name.endswith("WorkspaceBytes"):
+        function.restype = INT64
+    return function
+
+
+def rounded(operands, dtype):
+    """inputs, rois, displacements and gradient as the core reads them."""
+    inputs, rois, displacement, output_grad = operands
+    narrow = {
+        "bfloat16": lambda a: from_bfloat16(to_bfloat16(a)),
+        "float16": np.float16,
+        "float32": np.float32,
+        "float64": np.float64,
+    }[dtype]
+    wide = np.float64 if dtype == "float64" else np.float32
+    return (
+        narrow(inputs),
+        wide(rois),
+        None if displacement is None else wide(displacement),
+        narrow(output_grad),
+    )
+
+
+def _psroi_params(
+    *,
+    output_dim,
+    spatial_scale,
+    pooled_size,
+    group_size=None,
+    part_size=None,
+    sample_per_part=4,
+    trans_std=0.1,
+):
+    params = PSROIPoolParams(spatial_scale, trans_std, output_dim)
+    params.pooled_h, params.pooled_w = _pair(pooled_size)
+    params.group_h, params.group_w = _pair(
+        pooled_size if group_size is None else group_size
+    )
+    params.part_h, params.part_w = _pair(
+        pooled_size if part_size is None else part_size
+    )
+    params.sample_per_part = sample_per_part
+    return params
+
+
+def _roi_align_params(
+    *, pooled_size, spatial_scale, sampling_ratio=0, gamma=0.1
+):
+    params = ROIAlignParams(spatial_scale, gamma)
+    params.pooled_h, params.pooled_w = _pair(pooled_size)
+    params.sampling_ratio = sampling_ratio
+    return params
+
+
+def validate_roi(
+    op, inputs, rois, displacement=None, grad_output=None, **attributes
+):
+    """Judges shapes (tuples, None where unknown) and attributes."""
+    params = {
+        "DeformablePSROIPool": _psroi_params,
+        "DeformableROIAlign": _roi_align_params,
+    }[op](**attributes)
+    message = ctypes.create_string_buffer(512)
+    optional = [
+        None if shape is None else ctypes.byref(Shape.of(shape))
+        for shape in (displacement, grad_output)
+    ]
+    code = _roi_function(op, "Validate")(
+        ctypes.byref(params),
+        ctypes.byref(Shape.of(inputs)),
+        ctypes.byref(Shape.of(rois)),
+        *optional,
+        message,
+        INT64(len(message)),
+    )
+    _check(code, message)
+    return params
+
+
+def _prepare_roi(
+    op, inputs, rois, displacement, dtype, grad_output, attributes
+):
+    coordinates = "float64" if dtype == "float64" else "float32"
+    operands = [
+        _stored(inputs, dtype),
+        _stored(rois, coordinates),
+        _stored(displacement, coordinates),
+    ]
+    shapes = [None if array is None else array.shape for array in operands]
+    gradient = None if grad_output is None else grad_output.shape
+    params = validate_roi(op, *shapes, gradient, **attributes)
+    pointers = ROIOperands(
+        *(None if a is None else a.ctypes.data for a in operands)
+    )
+    return operands, pointers, params, coordinates
+
+
+def forward_roi(
+    op,
+    inputs,
+    rois,
+    displacement=None,
+    *,
+    dtype="float32",
+    threads=1,
+    return_count=False,
+    **attributes,
+):
+    """The output, or (output, count)."""
+    operands, pointers, params, _ = _prepare_roi(
+        op, inputs, rois, displacement, dtype, None, attributes
+    )
+    psroi = op == "DeformablePSROIPool"
+    channels = params.output_dim if psroi else params.channels
+    shape = (params.num_rois, params.pooled_h, params.pooled_w, channels)
+    output = _poisoned(shape, dtype)
+    count = _poisoned(shape, "float32") if return_count else None
+    num_bytes = _roi_function(op, "CpuWorkspaceBytes")(
+        ctypes.byref(params), DTYPES[dtype], threads
+    )
+    memory, address = _workspace(num_bytes)
+    message = ctypes.create_string_buffer(512)
+    results = [ctypes.c_void_p(output.ctypes.data)]
+    if psroi:
+        results.append(
+            ctypes.c_void_p(count.ctypes.data if return_count else None)
+        )
+    code = _roi_function(op, "CpuForward")(
+        ctypes.byref(params),
+        DTYPES[dtype],
+        ctypes.byref(pointers),
+        ctypes.c_void_p(address),
+        *results,
+        threads,
+        message,
+        INT64(len(message)),
+    )
+    _check(code, message)
+    _check_guard(memory, num_bytes)
+    del operands  # kept alive until here
+    output = from_bfloat16(output) if dtype == "bfloat16" else output
+    return (output, count) if return_count else output
+
+
+def backward_roi(
+    op,
+    inputs,
+    rois,
+    displacement,
+    grad_output,
+    *,
+    dtype="float32",
+    threads=1,
+    wanted=("inputs", "displacement"),
+    **attributes,
+) -> dict[str, np.ndarray]:
+    """The wanted gradients by name; missing displacements have none."""
+    operands, pointers, params, coordinates = _prepare_roi(
+        op, inputs, rois, displacement, dtype, grad_output, attributes
+    )
+    gradient = _stored(grad_output, dtype)
+    dtypes = dict(inputs=dtype, displacement=coordinates)
+    results = {
+        name: _poisoned(array.shape, dtypes[name])
+        for name, array in (
+            ("inputs", operands[0]),
+            ("displacement", operands[2]),
+        )
+        if name in wanted and array is not None
+    }
+    gradients = ROIGradients(
+        **{name: array.ctypes.data for name, array in results.items()}
+    )
+    num_bytes = _roi_function(op, "CpuBackwardWorkspaceBytes")(
+        ctypes.byref(params), DTYPES[dtype], ctypes.byref(gradients), threads
+    )
+    memory, address = _workspace(num_bytes)
+    message = ctypes.create_string_buffer(512)
+    code = _roi_function(op, "CpuBackward")(
+        ctypes.byref(params),
+        DTYPES[dtype],
+        ctypes.byref(pointers),
+        ctypes.c_void_p(gradient.ctypes.data),
+        ctypes.c_void_p(address),
+        ctypes.byref(gradients),
+        threads,
+        message,
+        INT64(len(message)),
+    )
+    _check(code, message)
+    _check_guard(memory, num_bytes)
+    del operands  # kept alive until here
+    return {
+        name: from_bfloat16(array) if dtypes[name] == "bfloat16" else array
+        for name, array in results.items()
+    }

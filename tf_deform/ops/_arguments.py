@@ -53,11 +53,14 @@ def number(value: Any, name: str) -> list[float]:
             f"Expected `{name}` to be a number. Received: {value!r} of type "
             f"{type(value).__name__}"
         ) from None
+    except OverflowError:
+        raise ValueError(
+            f"Expected `{name}` to fit in 64 bits. Received: an integer of "
+            f"{value.bit_length()} bits"
+        ) from None
     with np.errstate(over="ignore"):
         high = float(np.float32(value))
-    if not np.isfinite(high):
-        return [high]
-    return [high, value - high]
+    return [high, value - high] if np.isfinite(high) else [high]
 
 
 def coordinate_type(dtype: tf.DType) -> tf.DType:

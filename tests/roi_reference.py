@@ -1,0 +1,603 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Deformable ROI pooling in NumPy float64: slow, and easy to check by eye.
+
+The tests compare the ops with this file, so nothing here is shared with them:
+plain loops over ROIs, bins, classes and samples, one line of arithmetic for
+each line of the definition.
+
+Everything is computed in float64 except one thing: where a sample falls is
+computed in the coordinate type (float64 for float64 inputs, otherwise
+float32), in the order in which the definition writes it, because it decides
+which pixels are read and whether the sample counts.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from reference import Pair, pair
+
+
+class Gradients(NamedTuple):
+    """Gradients of `sum(output * output_grad)`, shaped like the operands.
+
+    `displacement` is that of `trans` or `offset`; None where there is none.
+    """
+
+    inputs: np.ndarray
+    displacement: np.ndarray | None
+
+
+class Bin(NamedTuple):
+    """A bin of a ROI, for the output channels that move together."""
+
+    roi: int
+    row: int
+    col: int
+    image: int
+    channels: np.ndarray  # Input channels, one for each of
+    outputs: np.ndarray  # these output channels.
+    ys: list[float]  # Samples are at all pairs of these,
+    xs: list[float]  # whether they count or not.
+    place: tuple[int, ...]  # Of its (dy, dx) among the displacements.
+    reach: tuple[float, float]  # Pixels that a displacement of 1 is.
+
+
+class _Limits(NamedTuple):
+    """Which samples are read, as far outside of the map as `margin`.
+
+    The others are 0, and count in the mean only if `all_count`.
+    """
+
+    margin: float
+    all_count: bool
+
+
+# A sample is read where -margin <= y <= height - 1 + margin.
+_PSROI_POOL = _Limits(margin=0.5, all_count=False)
+_ROI_ALIGN = _Limits(margin=1.0, all_count=True)
+
+
+def coordinate_type(inputs: np.ndarray) -> type:
+    """The type in which ROIs, displacements and places of samples are."""
+    return np.float64 if inputs.dtype == np.float64 else np.float32
+
+
+def half_away(value):
+    """Rounds to the nearest integer, halves away from zero."""
+    whole = np.trunc(value)
+    if abs(value - whole) >= 0.5:  # The difference is exact.
+        whole += np.copysign(type(value)(1), value)
+    return whole
+
+
+def psroi_bins(
+    inputs: np.ndarray,
+    rois: np.ndarray,
+    trans: np.ndarray | None,
+    *,
+    output_dim: int,
+    spatial_scale: float,
+    pooled_size: int | Pair,
+    group_size: int | Pair | None = None,
+    part_size: int | Pair | None = None,
+    sample_per_part: int = 4,
+    trans_std: float = 0.1,
+) -> Iterator[Bin]:
+    """Yields the bins of deformable PS-ROI pooling."""
+    real = coordinate_type(inputs)
+    rois = np.asarray(rois).astype(real)
+    pooled_size = pair(pooled_size)
+    group_size = pooled_size if group_size is None else pair(group_size)
+    part_size = pooled_size if part_size is None else pair(part_size)
+    if trans is not None:
+        trans = np.asarray(trans).astype(real)
+        assert trans.shape[:3] == (len(rois), *part_size)
+    classes = 1 if trans is None else trans.shape[3] // 2
+    scale, samples = real(spatial_scale), real(sample_per_part)
+    half, smallest, one = real(0.5), real(0.1), real(1)
+
+    for roi, row, col, kind in np.ndindex(len(rois), *pooled_size, classes):
+        index, x1, y1, x2, y2 = rois[roi]
+        if index < 0 or not np.isfinite([x1, y1, x2, y2]).all():
+            continue
+        place = (roi, *_scaled((row, col), part_size, pooled_size), kind)
+        gh, gw = _scaled((row, col), group_size, pooled_size)
+        outputs = np.arange(output_dim)
+        outputs = outputs[outputs // (output_dim // classes) == kind]
+        places, reach = [], []
+        # Axis 0 is y, axis 1 is x; a displacement is (dy, dx).
+        for axis, (first, last) in enumerate([(y1, y2), (x1, x2)]):
+            roi_start = half_away(first) * scale - half
+            roi_end = (half_away(last) + one) * scale - half
+            size = np.maximum(roi_end - roi_start, smallest)
+            bin_size = size / real(pooled_size[axis])
+            step = bin_size / samples
+            start = real((row, col)[axis]) * bin_size + roi_start
+            if trans is not None:
+                d = trans[place[:3]][2 * kind + axis]
+                start = start + d * real(trans_std) * size
+            places.append(
+                [float(start + real(i) * step) for i in range(sample_per_part)]
+            )
+            reach.append(float(real(trans_std)) * float(size))
+        yield Bin(
+            roi,
+            row,
+            col,
+            int(index),
+            (outputs * group_size[0] + gh) * group_size[1] + gw,
+            outputs,
+            *places,
+            place,
+            tuple(reach),
+        )
+
+
+def _scaled(index: Pair, to: Pair, of: Pair) -> Pair:
+    """The cell of a grid of size `to` for a cell of a grid of size `of`."""
+    return tuple(i * t // o for i, t, o in zip(index, to, of, strict=True))
+
+
+def roi_align_bins(
+    inputs: np.ndarray,
+    rois: np.ndarray,
+    offset: np.ndarray | None,
+    *,
+    pooled_size: int | Pair,
+    spatial_scale: float,
+    sampling_ratio: int = 0,
+    gamma: float = 0.1,
+) -> Iterator[Bin]:
+    """Yields the bins of deformable ROIAlign."""
+    real = coordinate_type(inputs)
+    rois = np.asarray(rois).astype(real)
+    pooled_size = pair(pooled_size)
+    if offset is not None:
+        offset = np.asarray(offset).astype(real)
+        assert offset.shape == (len(rois), *pooled_size, 2)
+    scale, half = real(spatial_scale), real(0.5)
+
+    for roi, row, col in np.ndindex(len(rois), *pooled_size):
+        index, x1, y1, x2, y2 = rois[roi]
+        if index < 0 or not np.isfinite([x1, y1, x2, y2]).all():
+            continue
+        places, reach = [], []
+        for axis, (first, last) in enumerate([(y1, y2), (x1, x2)]):
+            pooled = pooled_size[axis]
+            roi_start = first * scale - half
+            size = (last - first) * scale
+            bin_size = size / real(pooled)
+            samples = sampling_ratio
+            if sampling_ratio <= 0:
+                most = math.ceil(2 * inputs.shape[1 + axis] / pooled)
+                # Not a number: no sample of it would be read anyway.
+                wanted = np.nan_to_num(np.ceil(bin_size), nan=0.0)
+                samples = int(min(max(wanted, 0), most))
+            start = real((row, col)[axis]) * bin_size + roi_start
+            if offset is not None:
+                d = offset[roi, row, col, axis]
+                start = start + real(gamma) * size * d
+            step = bin_size / real(max(samples, 1))
+            places.append(
+                [float(start + real(i + 0.5) * step) for i in range(samples)]
+            )
+            reach.append(float(real(gamma)) * float(size))
+        channels = np.arange(inputs.shape[3])
+        yield Bin(
+            roi,
+            row,
+            col,
+            int(index),
+            channels,
+            channels,
+            *places,
+            (roi, row, col, 0),
+            tuple(reach),
+        )
+
+
+def _along_axis(
+    t: float, size: int, limits: _Limits
+) -> list[tuple[int, float, float]]:
+    """Linear interpolation on one axis: `(index, weight, d weight / dt)`.
+
+    Nothing where the sample is not read. The two pixels are those of the
+    cell `[floor(t), floor(t) + 1]`, so the derivative at an integer is the
+    one to the right.
+    """
+    if not -limits.margin <= t <= size - 1 + limits.margin or size == 0:
+        return []  # NaN and infinity end here too.
+    if t < 0:
+        return [(0, 1.0, 0.0)]
+    if t >= size - 1:
+        return [(size - 1, 1.0, 0.0)]
+    low = math.floor(t)
+    fraction = t - low
+    return [(low, 1.0 - fraction, -1.0), (low + 1, fraction, 1.0)]
+
+
+def _samples_read(b: Bin, inputs: np.ndarray, limits: _Limits) -> list:
+    """The samples of a bin that are read: what each reads on both axes."""
+    height, width = inputs.shape[1:3]
+    both = [
+        (_along_axis(y, height, limits), _along_axis(x, width, limits))
+        for y in b.ys
+        for x in b.xs
+    ]
+    return [(rows, cols) for rows, cols in both if rows and cols]
+
+
+def _pool(
+    inputs: np.ndarray,
+    bins: Iterator[Bin],
+    shape: tuple[int, ...],
+    limits: _Limits,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the means over the samples of each bin, and their counts."""
+    inputs = np.asarray(inputs).astype(np.float64)
+    output, counts = np.zeros(shape), np.zeros(shape)
+    for b in bins:
+        samples = _samples_read(b, inputs, limits)
+        count = len(b.ys) * len(b.xs) if limits.all_count else len(samples)
+        total = np.zeros(len(b.channels))
+        for rows, cols in samples:
+            for row, wy, _ in rows:
+                for col, wx, _ in cols:
+                    total += wy * wx * inputs[b.image, row, col, b.channels]
+        counts[b.roi, b.row, b.col, b.outputs] = count
+        if count > 0:
+            output[b.roi, b.row, b.col, b.outputs] = total / count
+    return output, counts
+
+
+def _pool_grad(
+    inputs: np.ndarray,
+    bins: Iterator[Bin],
+    displacement_shape: tuple[int, ...] | None,
+    output_grad: np.ndarray,
+    limits: _Limits,
+) -> Gradients:
+    """The gradients of `sum(output * output_grad)`.
+
+    `displacement_shape` ends in (classes, 2).
+    """
+    inputs = np.asarray(inputs).astype(np.float64)
+    output_grad = np.asarray(output_grad).astype(np.float64)
+    inputs_grad = np.zeros_like(inputs)
+    displacement_grad = (
+        None if displacement_shape is None else np.zeros(displacement_shape)
+    )
+    for b in bins:
+        samples = _samples_read(b, inputs, limits)
+        count = len(b.ys) * len(b.xs) if limits.all_count else len(samples)
+        grad = output_grad[b.roi, b.row, b.col, b.outputs]
+        slope = np.zeros(2)
+        for rows, cols in samples:
+            for row, wy, wy_dy in rows:
+                for col, wx, wx_dx in cols:
+                    at = b.image, row, col, b.channels
+                    inputs_grad[at] += wy * wx * grad / count
+                    common = inputs[at] @ grad / count
+                    slope += [wy_dy * wx * common, wy * wx_dx * common]
+        if displacement_grad is not None and samples:
+            displacement_grad[b.place] += slope * b.reach
+    return Gradients(inputs_grad, displacement_grad)
+
+
+def deformable_psroi_pool(
+    inputs: np.ndarray,
+    rois: np.ndarray,
+    trans: np.ndarray | None = None,
+    *,
+    return_count: bool = False,
+    **attributes: object,
+):
+    """Returns what `tf_deform.ops.deformable_psroi_pool` should."""
+    with np.errstate(all="ignore"):
+        shape = (
+            len(rois),
+            *pair(attributes["pooled_size"]),
+            attributes["output_dim"],
+        )
+        bins = psroi_bins(inputs, rois, trans, **attributes)
+        output, counts = _pool(inputs, bins, shape, _PSROI_POOL)
+    return (output, counts) if return_count else output
+
+
+def deformable_psroi_pool_grad(
+    inputs: np.ndarray,
+    rois: np.ndarray,
+    trans: np.ndarray | None,
+    output_grad: np.ndarray,
+    **attributes: object,
+) -> Gradients:
+    """Returns the gradients of `sum(output * output_grad)`, in float64."""
+    shape = None if trans is None else np.shape(trans)
+    with np.errstate(all="ignore"):
+        gradients = _pool_grad(
+            inputs,
+            psroi_bins(inputs, rois, trans, **attributes),
+            None if shape is None else (*shape[:3], shape[3] // 2, 2),
+            output_grad,
+            _PSROI_POOL,
+        )
+    if shape is None:
+        return gradients
+    return gradients._replace(
+        displacement=gradients.displacement.reshape(shape)
+    )
+
+
+def deformable_roi_align(
+    inputs: np.ndarray,
+    rois: np.ndarray,
+    offset: np.ndarray | None = None,
+    **attributes: object,
+) -> np.ndarray:
+    """Returns what `tf_deform.ops.deformable_roi_align` should."""
+    with np.errstate(all="ignore"):
+        shape = (
+            len(rois),
+            *pair(attributes["pooled_size"]),
+            inputs.shape[3],
+        )
+        bins = roi_align_bins(inputs, rois, offset, **attributes)
+        return _pool(inputs, bins, shape, _ROI_ALIGN)[0]
+
+
+def deformable_roi_align_grad(
+    inputs: np.ndarray,
+    rois: np.ndarray,
+    offset: np.ndarray | None,
+    output_grad: np.ndarray,
+    **attributes: object,
+) -> Gradients:
+    """Returns the gradients of `sum(output * output_grad)`, in float64."""
+    shape = None if offset is None else np.shape(offset)
+    with np.errstate(all="ignore"):
+        gradients = _pool_grad(
+            inputs,
+            roi_align_bins(inputs, rois, offset, **attributes),
+            None if shape is None else (*shape[:3], 1, 2),
+            output_grad,
+            _ROI_ALIGN,
+        )
+    if shape is None:
+        return gradients
+    return gradients._replace(
+        displacement=gradients.displacement.reshape(shape)
+    )
+
+
+# What the tests of both ops draw their operands and compare results with.
+
+# Largest error as a share of the largest value (or of 1), against float64.
+TOLERANCES = {"float64": 1e-9, "float32": 1e-5}
+# The 16-bit types are summed in float32 and rounded once: half a unit of the
+# last place, as a share of each value, besides what float32 may be off.
+HALF_UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
+
+
+def assert_close(
+    received: np.ndarray, expected: np.ndarray, dtype: str, what: str
+) -> None:
+    """Compares results of `dtype` with the reference; all are finite."""
+    assert received.shape == expected.shape, what
+    if expected.size == 0:
+        return
+    received = np.asarray(received).astype(np.float64)
+    assert np.isfinite(received).all(), what
+    error = np.abs(received - expected)
+    scale = max(1, np.abs(expected).max())
+    allowed = TOLERANCES.get(dtype, TOLERANCES["float32"]) * scale
+    if dtype in HALF_UNIT:
+        allowed = allowed + 1.01 * HALF_UNIT[dtype] * np.abs(expected)
+    assert (error <= allowed).all(), (what, error.max())
+
+
+def assert_finite_differences(
+    rng: np.random.Generator,
+    loss: Callable[[], float],
+    operand: np.ndarray,
+    gradient: np.ndarray,
+    how_many: int = 60,
+    step: float = 1e-4,
+) -> None:
+    """Compares some slopes of `loss` with `gradient`.
+
+    The loss is linear in every number of an operand alone, up to the next
+    place where its slope jumps.
+    """
+    assert gradient.shape == operand.shape
+    flat = operand.reshape(-1)
+    for index in rng.permutation(flat.size)[:how_many]:
+        value = flat[index]
+        flat[index] = value + step
+        above = loss()
+        flat[index] = value - step
+        below = loss()
+        flat[index] = value
+        slope = (above - below) / (2 * step)
+        assert abs(slope - gradient.reshape(-1)[index]) < 1e-9
+
+
+def reach_of_displacements(
+    bins: Iterator[Bin], shape: tuple[int, ...]
+) -> np.ndarray:
+    """Pixels that each displacement of 1 is; 1 where none is, or no end.
+
+    The gradients of displacements are slopes times this.
+    """
+    *cells, channels = shape
+    reach = np.ones((*cells, channels // 2, 2))
+    for b in bins:
+        reach[b.place] = np.where(np.isfinite(b.reach), b.reach, 1)
+    return np.where(reach == 0, 1, np.abs(reach)).reshape(shape)
+
+
+ROI_KINDS = (
+    "inside",
+    "across the edge",
+    "outside",
+    "reversed",
+    "many maps wide",
+    "halves",
+    "padding",
+    "not finite",
+)
+
+
+def draw_rois(
+    rng: np.random.Generator,
+    batch: int,
+    size: Pair,
+    spatial_scale: float,
+    count: int,
+    kinds: tuple[str, ...] = ROI_KINDS,
+) -> np.ndarray:
+    """`count` ROIs of all kinds in turn, as (count, 5) in float64.
+
+    Corners are exact in float32, so that they mean the same in every type.
+    """
+    rois = np.zeros((count, 5))
+    shift = rng.integers(len(kinds))
+    for index, roi in enumerate(rois):
+        kind = kinds[(index + shift) % len(kinds)]
+        low, high = np.sort(rng.uniform(size=(2, 2)), axis=0)
+        if kind == "across the edge":
+            low, high = low - 0.4, high + 0.3
+            if rng.integers(2):
+                low, high = low + 0.6, high + 0.6
+        elif kind == "outside":
+            side = rng.choice([-1.5, 1.5], 2) * rng.permutation([1, 0])
+            low, high = low + side, high + side
+        elif kind == "reversed":
+            low, high = high, low
+        elif kind == "many maps wide":
+            low, high = low - 3, high + 4
+        elif kind == "halves" and rng.integers(2):
+            low, high = low - 0.7, high - 0.7
+        roi[1:3], roi[3:] = (
+            corner * size[::-1] / spatial_scale for corner in (low, high)
+        )
+        if kind == "halves":
+            roi[1:] = np.round(2 * roi[1:]) / 2
+        roi[0] = rng.integers(batch) if batch else -1
+        if kind == "padding":
+            roi[0] = rng.choice([-1, -7, -np.inf])
+        if kind == "not finite":
+            bad = rng.choice([np.nan, np.inf, -np.inf])
+            roi[rng.integers(1, 5)] = bad
+    return rois.astype(np.float32).astype(np.float64)
+
+
+def _draw_pair(rng: np.random.Generator, low: int, high: int) -> Pair:
+    return tuple(int(n) for n in rng.integers(low, high, 2))
+
+
+def _draw_map_size(rng: np.random.Generator, seed: int) -> Pair:
+    """Every sixth map is a row or a column, every 23rd is empty."""
+    size = _draw_pair(rng, 1, 12)
+    if seed % 6 == 0:
+        size = tuple(rng.permutation([1, size[0]]).tolist())
+    return (0, 4) if seed % 23 == 0 else size
+
+
+def _draw_displacements(
+    rng: np.random.Generator, shape: tuple[int, ...]
+) -> np.ndarray | None:
+    """Now and then None; some are not finite. Exact in float32."""
+    if rng.random() < 0.2:
+        return None
+    displacements = np.float32(rng.normal(size=shape))
+    if displacements.size > 20:
+        spots = rng.integers(0, displacements.size, 5)
+        displacements.flat[spots] = [np.nan, np.inf, -np.inf, 1e30, -1e30]
+    return displacements.astype(np.float64)
+
+
+def draw_psroi_pool_call(seed: int) -> tuple[tuple, dict]:
+    """Returns `(inputs, rois, trans, output_grad)` and the attributes."""
+    rng = np.random.default_rng(seed)
+    size = _draw_map_size(rng, seed)
+    batch, classes = int(rng.integers(1, 4)), int(rng.integers(1, 4))
+    pooled, samples = _draw_pair(rng, 1, 6), int(rng.integers(1, 6))
+    num_rois = int(rng.choice([0, 1, 4, 9]))
+    if seed % 11 == 0:
+        pooled, samples, num_rois = (2, 1), 16, 3
+    elif pooled[0] * pooled[1] * samples**2 > 100:
+        num_rois = min(num_rois, 4)  # The reference is slow.
+    group = [None, 1, _draw_pair(rng, 1, 5)][rng.integers(3)]
+    part = [None, 1, _draw_pair(rng, 1, 8)][rng.integers(3)]
+    attributes = dict(
+        output_dim=classes * int(rng.integers(1, 8)),
+        spatial_scale=float(rng.choice([1 / 16, 0.3, 1.0, 2.5])),
+        pooled_size=pooled,
+        group_size=group,
+        part_size=part,
+        sample_per_part=samples,
+        trans_std=float(rng.choice([0.0, 0.1, 0.3])),
+    )
+    groups, parts = pair(group or pooled), pair(part or pooled)
+    channels = attributes["output_dim"] * groups[0] * groups[1]
+    operands = (
+        rng.normal(size=(batch, *size, channels)),
+        draw_rois(rng, batch, size, attributes["spatial_scale"], num_rois),
+        _draw_displacements(rng, (num_rois, *parts, 2 * classes)),
+        rng.normal(size=(num_rois, *pooled, attributes["output_dim"])),
+    )
+    return operands, attributes
+
+
+def draw_roi_align_call(seed: int) -> tuple[tuple, dict]:
+    """Returns `(inputs, rois, offset, output_grad)` and the attributes."""
+    rng = np.random.default_rng(1000 + seed)
+    size = _draw_map_size(rng, seed)
+    batch, channels = int(rng.integers(1, 4)), int(rng.integers(1, 24))
+    pooled = _draw_pair(rng, 1, 6)
+    ratio = int(rng.choice([0, -3, 0, 1, 2, 3, 5]))
+    num_rois = int(rng.choice([0, 1, 4, 8]))
+    if seed % 11 == 0:
+        pooled, ratio, num_rois = (2, 1), 16, 3
+    attributes = dict(
+        pooled_size=pooled,
+        spatial_scale=float(rng.choice([1 / 16, 0.3, 1.0, 2.5])),
+        sampling_ratio=ratio,
+        gamma=float(rng.choice([0.0, 0.1, 0.3])),
+    )
+    operands = (
+        rng.normal(size=(batch, *size, channels)),
+        draw_rois(rng, batch, size, attributes["spatial_scale"], num_rois),
+        _draw_displacements(rng, (num_rois, *pooled, 2)),
+        rng.normal(size=(num_rois, *pooled, channels)),
+    )
+    return operands, attributes
+
+
+def move_off_kinks(
+    rng: np.random.Generator,
+    make_bins: Callable[[], Iterator[Bin]],
+    displacement: np.ndarray,
+    margin: float = 0.02,
+) -> None:
+    """Draws anew what brings a sample near a place where the slope jumps.
+
+    Those are integers, and half a pixel outside of the map. `displacement`
+    is changed in place until `make_bins` yields no such sample.
+    """
+    *cells, channels = displacement.shape
+    pairs = displacement.reshape(*cells, channels // 2, 2)
+    for _ in range(1000):
+        bad = set()
+        for b in make_bins():
+            for axis, places in enumerate((b.ys, b.xs)):
+                twice = 2 * np.array(places)
+                if (np.abs(twice - np.round(twice)) < 2 * margin).any():
+                    bad.add((*b.place, axis))
+        if not bad:
+            return
+        for place in sorted(bad):
+            pairs[place] = rng.uniform(-2.5, 2.5)
+    raise AssertionError("these ROIs stay at the places of a jump")
