@@ -9,6 +9,8 @@ import tensorflow as tf
 
 from tf_deform.layers._roi_layer import (
     DisplacedROILayer,
+    branch_value,
+    channels_of,
     check_factor,
     positive,
     positive_pair,
@@ -133,12 +135,7 @@ class DeformablePSROIPooling(keras.layers.Layer):
     ) -> None:
         if trans_inputs_shape is None:
             return
-        channels = trans_inputs_shape[-1]
-        if channels is None:
-            raise ValueError(
-                "Expected the channels of `trans_inputs` to be known. "
-                f"Received: trans_inputs.shape={tuple(trans_inputs_shape)}"
-            )
+        channels = channels_of(trans_inputs_shape, "trans_inputs")
         fields = 2 * self.num_classes * self.part_size[0] * self.part_size[1]
         self.offset_kernel = self.add_weight(
             name="offset_kernel",
@@ -168,14 +165,11 @@ class DeformablePSROIPooling(keras.layers.Layer):
     def _run_branch(
         self, trans_inputs: tf.Tensor, rois: tf.Tensor
     ) -> tf.Tensor:
-        maps = tf.tensordot(
-            trans_inputs,
-            tf.cast(self.offset_kernel[0, 0], self.compute_dtype),
-            1,
+        kernel, bias = (
+            branch_value(weight, self.compute_dtype)
+            for weight in (self.offset_kernel, self.offset_bias)
         )
-        maps = tf.nn.bias_add(
-            maps, tf.cast(self.offset_bias, self.compute_dtype)
-        )
+        maps = tf.nn.bias_add(tf.tensordot(trans_inputs, kernel[0, 0], 1), bias)
         return deformable_psroi_pool(
             maps,
             rois,
@@ -185,12 +179,31 @@ class DeformablePSROIPooling(keras.layers.Layer):
             sample_per_part=self.sample_per_part,
         )
 
-    @staticmethod
-    def _check_one(trans: Any, trans_inputs: Any) -> None:
-        if trans is not None and trans_inputs is not None:
+    def _check_trans_inputs(
+        self,
+        trans_inputs: Sequence[int | None],
+        inputs: Sequence[int | None],
+        has_trans: bool,
+    ) -> None:
+        """Judges what the op does not see; shapes of unknown rank are ()."""
+        if has_trans:
             raise ValueError(
                 "Expected displacements (`trans`) or what the layer makes "
                 "them from (`trans_inputs`). Received: both"
+            )
+        if self.built and self.offset_kernel is None:
+            raise ValueError(
+                "Expected no `trans_inputs`, without which layer "
+                f"{self.name!r} was built: it has no branch of its own. "
+                f"Received: trans_inputs.shape={tuple(trans_inputs)}"
+            )
+        shapes = (inputs, trans_inputs)
+        batches = {shape[0] for shape in shapes if len(shape) == 4} - {None}
+        if len(batches) > 1:
+            raise ValueError(
+                "Expected `trans_inputs` to have the batch size of `inputs`. "
+                f"Received: inputs.shape={tuple(inputs)}, trans_inputs.shape="
+                f"{tuple(trans_inputs)}"
             )
 
     def compute_output_shape(
@@ -200,12 +213,10 @@ class DeformablePSROIPooling(keras.layers.Layer):
         trans_shape: Sequence[int | None] | None = None,
         trans_inputs_shape: Sequence[int | None] | None = None,
     ) -> tuple[int | None, ...]:
-        self._check_one(trans_shape, trans_inputs_shape)
-        if trans_inputs_shape is not None and len(trans_inputs_shape) != 4:
-            raise ValueError(
-                "Expected `trans_inputs` to have rank 4 (batch, height, width, "
-                "trans_channels). Received: trans_inputs.shape="
-                f"{tuple(trans_inputs_shape)}"
+        if trans_inputs_shape is not None:
+            channels_of(trans_inputs_shape, "trans_inputs")
+            self._check_trans_inputs(
+                trans_inputs_shape, inputs_shape, trans_shape is not None
             )
         return infer_shape(self._pool, inputs_shape, rois_shape, trans_shape)
 
@@ -216,18 +227,17 @@ class DeformablePSROIPooling(keras.layers.Layer):
         trans: Any = None,
         trans_inputs: Any = None,
     ) -> tf.Tensor:
-        self._check_one(trans, trans_inputs)
         inputs = tf.cast(inputs, self.compute_dtype)
         if trans_inputs is not None:
-            if self.offset_kernel is None:
-                raise ValueError(
-                    f"Expected no `trans_inputs`, without which layer "
-                    f"{self.name!r} was built: it has no branch of its own. "
-                    f"Received: trans_inputs.shape={tuple(trans_inputs.shape)}"
-                )
-            trans = self._run_branch(
-                tf.cast(trans_inputs, self.compute_dtype), rois
+            trans_inputs = tf.cast(trans_inputs, self.compute_dtype)
+            self._check_trans_inputs(
+                *(
+                    () if x.shape.rank is None else tuple(x.shape)
+                    for x in (trans_inputs, inputs)
+                ),
+                trans is not None,
             )
+            trans = self._run_branch(trans_inputs, rois)
         return self._pool(inputs, rois, trans)
 
     def get_config(self) -> dict[str, Any]:
@@ -312,16 +322,11 @@ class DeformableROIPooling(DisplacedROILayer):
     def _pool(
         self, inputs: tf.Tensor, rois: tf.Tensor, offset: tf.Tensor | None
     ) -> tf.Tensor:
-        if inputs.shape[-1] is None:
-            raise ValueError(
-                "Expected the channels of `inputs` to be known. Received: "
-                f"inputs.shape={inputs.shape}"
-            )
         return deformable_psroi_pool(
             inputs,
             rois,
             offset,
-            output_dim=inputs.shape[-1],
+            output_dim=channels_of(inputs.shape, "inputs"),
             spatial_scale=self.spatial_scale,
             pooled_size=self.pooled_size,
             group_size=1,
