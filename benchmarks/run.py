@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deformable convolution next to its peers: one table, one JSON file.
+"""The operators next to their peers: tables, one JSON file.
 
     python benchmarks/run.py --json results.json
 
@@ -22,19 +22,8 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from contenders import CONTENDERS, Case
-from worker import KINDS, PROGRESS, RATIO_TO, TOLERANCES
+from worker import KINDS, PROGRESS, SUITES, TIMED_KINDS, TOLERANCES
 
-SHAPES = (
-    "1x56x56x256->256",
-    "1x100x100x128->128",
-    "1x28x28x512->512",
-    "2x50x64x256->256",
-    "8x14x14x512->512",
-    "1x160x160x64->64",
-)
-# Small, and between them every suffix that all contenders know.
-QUICK_SHAPES = ("1x28x28x64->64", "2x17x19x32->48,k5,s2,d2,og4")
 PACKAGES = (
     "tf-deform",
     "tensorflow",
@@ -46,41 +35,81 @@ PACKAGES = (
 INSTRUCTION_SETS = re.compile(
     r"sse4_2|avx.*|fma|f16c|amx.*|asimd.*|sve.*|bf16|i8mm"
 )
-# What the project aims at, as ratios to the plain convolution. Reported, and
-# never a reason to fail: a time is no test.
-GOALS = {"forward": 1.5, "both": 2.2}
+CONTENDERS = list(
+    dict.fromkeys(
+        name for suite in SUITES.values() for name in suite.contenders
+    )
+)
+# Who could be what all others must reproduce: takes part everywhere, trains.
+BASELINES = [
+    name
+    for name in CONTENDERS
+    if all(
+        name in suite.contenders
+        and suite.contenders[name][0].deformable
+        and suite.contenders[name][0].trains()
+        for suite in SUITES.values()
+    )
+]
+# What the project aims at: at most so many times what the ratios of the table
+# are to. Reported, and never a reason to fail: a time is no test.
+GOALS = {
+    ("conv", "forward"): 1.5,
+    ("conv", "both"): 2.2,
+    ("roi", "backward"): 3,
+}
+# And how many times as fast as a peer, by operator.
+GAIN_GOALS = {
+    ("gather", "", "forward"): "above 1",
+    ("gather", "", "both"): "above 1",
+    ("openvino", "psroi", "forward"): "at least 10 with two threads",
+}
 NOISE = 0.15  # quartiles this far apart, as a part of the median, are reported
-TITLES = {"forward": "forward", "both": "forward + backward"}
+TITLES = {
+    "forward": "forward",
+    "both": "forward + backward",
+    "backward": "backward alone",
+}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line and checks what can be checked before a run."""
     parser = argparse.ArgumentParser(
-        description="Times deformable convolution next to its peers."
+        description="Times deformable operators next to their peers."
     )
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--ops",
+        nargs="+",
+        choices=SUITES,
+        default=list(SUITES),
+        metavar="OP",
+        help="whose shapes to run: conv (deformable convolution), roi "
+        "(deformable ROI pooling and ROIAlign) (default: both)",
+    )
+    which.add_argument(
         "--shapes",
         nargs="+",
         metavar="SHAPE",
-        help="shapes such as '1x56x56x256->256' (batch, height, width, "
-        "channels, filters), with suffixes for another kernel size, strides, "
-        "dilation, groups, offset groups: '1x56x56x64->64,k5,s2,d2,g4,og4'",
+        help="shapes of a convolution such as '1x56x56x256->256' (batch, "
+        "height, width, channels, filters), with suffixes for another kernel "
+        "size, strides, dilation, groups, offset groups: "
+        "'1x56x56x64->64,k5,s2,d2,g4,og4'; of ROI pooling such as "
+        "'psroi:1x38x63x1029->300x7x7x21,c1' or "
+        "'align:1x50x64x256->512x7x7x256' (map, ROIs, bins, channels), with "
+        "suffixes for displacement classes and samples: ',c21,s4'",
     )
     parser.add_argument(
         "--contenders",
         nargs="+",
         choices=CONTENDERS,
-        default=list(CONTENDERS),
+        default=CONTENDERS,
         metavar="NAME",
         help=f"which to compare, of {', '.join(CONTENDERS)} (default: all)",
     )
     parser.add_argument(
         "--baseline",
-        choices=[
-            name
-            for name, (contender, _) in CONTENDERS.items()
-            if contender.deformable and contender.trains()
-        ],
+        choices=BASELINES,
         default="tf_deform",
         help="whose results all others must reproduce (default: %(default)s)",
     )
@@ -88,7 +117,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--repeats",
         type=int,
-        help="timed calls of each contender (default: 21, with --quick 3)",
+        help="timed calls of each contender (default: "
+        f"{_defaults('repeats')}; with --quick 3)",
     )
     parser.add_argument("--dtype", choices=TOLERANCES, default="float32")
     parser.add_argument(
@@ -98,12 +128,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--memory-repeats",
         type=int,
         help="processes that measure each contender's peak memory; 0 leaves "
-        "it out (default: 3, with --quick 1)",
+        f"it out (default: {_defaults('memory_repeats')}; with --quick 1)",
     )
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="two small shapes and few repeats: tries the harness, and says "
+        help="small shapes and few repeats: tries the harness, and says "
         "nothing about speed",
     )
     parser.add_argument("--json", metavar="PATH", help="write all results here")
@@ -112,16 +142,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     options.contenders = [
         name for name in CONTENDERS if name in options.contenders
     ]
-    options.shapes = options.shapes or list(
-        QUICK_SHAPES if options.quick else SHAPES
-    )
-    if options.repeats is None:
-        options.repeats = 3 if options.quick else 21
-    if options.memory_repeats is None:
-        options.memory_repeats = 1 if options.quick else 3
-    if options.repeats < 1:
+    if options.quick and options.repeats is None:
+        options.repeats = 3
+    if options.quick and options.memory_repeats is None:
+        options.memory_repeats = 1
+    if options.repeats is not None and options.repeats < 1:
         parser.error(f"--repeats must be at least 1, not {options.repeats}")
-    if options.memory_repeats < 0:
+    if options.memory_repeats is not None and options.memory_repeats < 0:
         parser.error("--memory-repeats must be at least 0")
     available = len(_processors())
     for threads in options.threads:
@@ -130,17 +157,34 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
                 f"--threads {threads}: this process may use {available} "
                 "processors"
             )
-    try:
-        # One spelling for each shape, and an error before anything runs.
-        options.shapes = list(
-            dict.fromkeys(
-                str(Case.parse(shape, options.dtype, True))
-                for shape in options.shapes
+    if options.shapes:
+        shapes = options.shapes
+    else:
+        shapes = [
+            shape
+            for op in options.ops
+            for shape in (
+                SUITES[op].quick_shapes if options.quick else SUITES[op].shapes
             )
-        )
-    except ValueError as error:
-        parser.error(str(error))
+        ]
+    # By operator; one spelling for each shape, and an error before any runs.
+    options.shapes = {op: [] for op in SUITES}
+    for shape in shapes:
+        # ROI pooling is of several kinds; a shape begins with their name.
+        op = "roi" if shape.strip()[:1].isalpha() else "conv"
+        try:
+            shape = str(SUITES[op].case.parse(shape, options.dtype, True))
+        except ValueError as error:
+            parser.error(str(error))
+        if shape not in options.shapes[op]:
+            options.shapes[op].append(shape)
     return options
+
+
+def _defaults(setting: str) -> str:
+    return ", ".join(
+        f"{op} {getattr(suite, setting)}" for op, suite in SUITES.items()
+    )
 
 
 def _processors() -> set[int]:
@@ -196,24 +240,39 @@ def _progress(text: str) -> None:
 
 def run_all(options: argparse.Namespace, report: dict[str, Any]) -> None:
     """Fills `report`, saving it after every stage."""
-    job = {
-        "contenders": options.contenders,
-        "baseline": options.baseline,
-        "shapes": options.shapes,
-        "repeats": options.repeats,
-        "dtype": options.dtype,
-        "mask": not options.no_mask,
+    jobs = {
+        op: {
+            "op": op,
+            "contenders": [
+                name
+                for name in options.contenders
+                if name in SUITES[op].contenders
+            ],
+            "baseline": options.baseline,
+            "shapes": shapes,
+            "repeats": report["settings"]["repeats"][op],
+            "dtype": options.dtype,
+            "mask": not options.no_mask,
+        }
+        for op, shapes in options.shapes.items()
+        if shapes
     }
-    for threads in options.threads:
-        _progress(f"threads {threads}: comparing and timing")
-        _time(job | {"mode": "time", "threads": threads}, report)
-        save(report, options.json)
+    for op, job in jobs.items():
+        for threads in options.threads:
+            _progress(f"{op}, threads {threads}: comparing and timing")
+            _time(job | {"mode": "time", "threads": threads}, report)
+            save(report, options.json)
     for row in report["rows"]:
-        name = row["contender"]
-        if row["errors"] or "unsupported" in row or not options.memory_repeats:
+        op, name = row["op"], row["contender"]
+        memory_repeats = report["settings"]["memory_repeats"][op]
+        if row["errors"] or "unsupported" in row or not memory_repeats:
+            continue
+        everywhere = SUITES[op].memory_at_all_threads
+        if not everywhere and row["threads"] < max(options.threads):
+            row["extra_mib"] = None
             continue
         _progress(f"threads {row['threads']}: memory of {name}, {row['shape']}")
-        memory_job = job | {
+        memory_job = jobs[op] | {
             "mode": "memory",
             "threads": row["threads"],
             "contenders": [name],
@@ -221,7 +280,7 @@ def run_all(options: argparse.Namespace, report: dict[str, Any]) -> None:
         }
         # One process is not enough: what a pooling allocator wastes depends
         # on the order in which threads happen to come by.
-        for _ in range(options.memory_repeats):
+        for _ in range(memory_repeats):
             for line in run_worker(memory_job):
                 for kind, mib in line.get("memory", {}).items():
                     row["extra_mib"].setdefault(kind, []).append(mib)
@@ -237,7 +296,11 @@ def _time(job: dict[str, Any], report: dict[str, Any]) -> None:
             done.add(line["shape"])
             for row in line["rows"]:
                 report["rows"].append(
-                    {"shape": line["shape"], "threads": job["threads"]}
+                    {
+                        "op": job["op"],
+                        "shape": line["shape"],
+                        "threads": job["threads"],
+                    }
                     | row
                     | {"extra_mib": {}}
                 )
@@ -316,27 +379,44 @@ def save(report: dict[str, Any], path: str | None) -> None:
             raise
 
 
-def table(report: dict[str, Any]) -> str:
-    """The rows as Markdown."""
-    lines = [
-        "| shape | threads | contender "
-        "| forward ms (25-75 %) | ratio "
-        "| fwd+bwd ms (25-75 %) | ratio "
-        "| extra MiB forward | extra MiB fwd+bwd |",
-        "|---|---|---|---|---|---|---|---|---|",
+def table(report: dict[str, Any], op: str) -> str:
+    """The rows of an operator as Markdown, without what is not supported."""
+    header = [
+        "shape",
+        "threads",
+        "contender",
+        "forward ms (25-75 %)",
+        "ratio",
+        "fwd+bwd ms (25-75 %)",
+        "ratio",
+        "extra MiB forward",
+        "extra MiB fwd+bwd",
     ]
-    for row in report["rows"]:
+    rows = _rows(report, op)
+    kinds = KINDS
+    if any("backward" in row for row in rows):
+        kinds = TIMED_KINDS
+        header[-2:-2] = ["backward ms (25-75 %)", "to forward"]
+    lines = [
+        f"| {' | '.join(header)} |",
+        "|" + "---|" * len(header),
+    ]
+    for row in rows:
+        if "unsupported" in row:
+            continue
         cells = [row["shape"], str(row["threads"]), row["contender"]]
-        for kind in KINDS:
+        for kind in kinds:
             cells += _time_cells(row, kind)
         cells += [_memory_cell(row, kind) for kind in KINDS]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def _rows(report: dict[str, Any], op: str) -> list[dict[str, Any]]:
+    return [row for row in report["rows"] if row["op"] == op]
+
+
 def _time_cells(row: dict[str, Any], kind: str) -> list[str]:
-    if "unsupported" in row:
-        return ["not supported", ""]
     if kind in row["errors"]:
         return ["error", ""]
     if kind not in row:
@@ -349,7 +429,8 @@ def _time_cells(row: dict[str, Any], kind: str) -> list[str]:
 
 
 def _memory_cell(row: dict[str, Any], kind: str) -> str:
-    if kind not in row:  # nothing that was compared and timed
+    # Nothing that was compared and timed, or measured elsewhere.
+    if kind not in row or row["extra_mib"] is None:
         return ""
     # A reading below zero is noise about nothing.
     readings = [round(max(m, 0)) for m in row["extra_mib"].get(kind, [])]
@@ -375,22 +456,20 @@ def errors(report: dict[str, Any]) -> list[str]:
     return found
 
 
-def notes(report: dict[str, Any]) -> list[str]:
-    """What to know besides the table: agreement, goals, who is missing."""
+def notes(report: dict[str, Any], op: str) -> list[str]:
+    """What to know besides the table: agreement, goals, noise."""
     settings = report["settings"]
-    lines = [
-        f"{name}: {text}" for name, text in report["missing"].items()
-    ]  # fmt: skip
-    lines += sorted(
+    rows = _rows(report, op)
+    lines = sorted(
         {
-            f"{row['contender']}: {row['unsupported']}"
-            for row in report["rows"]
+            f"Not supported by {row['contender']}: {row['unsupported']}."
+            for row in rows
             if "unsupported" in row
         }
     )
     differences = [
         value
-        for row in report["rows"]
+        for row in rows
         if row["contender"] != settings["baseline"]
         for value in row["disagreement"].values()
     ]
@@ -400,12 +479,12 @@ def notes(report: dict[str, Any]) -> list[str]:
             f"{max(differences):.1e} of the root mean square (allowed: "
             f"{settings['tolerance']:.0e})."
         )
-    for kind in KINDS:
-        lines += _verdict(report, kind)
+    for kind in TIMED_KINDS:
+        lines += _verdict(rows, op, kind)
     noisy = [
         f"{row['shape']} at threads {row['threads']}"
-        for row in report["rows"]
-        for kind in KINDS
+        for row in rows
+        for kind in TIMED_KINDS
         if kind in row and _is_noisy(row[kind])
     ]
     if noisy:
@@ -421,31 +500,42 @@ def _is_noisy(time: dict[str, Any]) -> bool:
     return time["q75_ms"] - time["q25_ms"] > NOISE * time["median_ms"]
 
 
-def _verdict(report: dict[str, Any], kind: str) -> list[str]:
-    rows = {
+def _verdict(rows: list[dict[str, Any]], op: str, kind: str) -> list[str]:
+    """How `tf_deform` compares: what is a cost first, then what is a gain."""
+    timed = {
         (row["contender"], row["shape"], row["threads"]): row[kind]
-        for row in report["rows"]
+        for row in rows
         if kind in row
     }
-    ours = {key: row for key, row in rows.items() if key[0] == "tf_deform"}
+    ours = {key: row for key, row in timed.items() if key[0] == "tf_deform"}
     lines = []
+    reference = "its forward" if kind == "backward" else SUITES[op].ratio_to
     ratios = {key: row["ratio"] for key, row in ours.items() if "ratio" in row}
-    if ratios:
+    if ratios and reference != "tf_deform":
         worst = max(ratios, key=ratios.get)
         lines.append(
             f"tf_deform, {TITLES[kind]}: {min(ratios.values()):.2f} to "
-            f"{ratios[worst]:.2f} times {RATIO_TO} (goal: at most "
-            f"{GOALS[kind]}); most at {worst[1]}, threads {worst[2]}."
+            f"{ratios[worst]:.2f} times {reference} (goal: at most "
+            f"{GOALS[op, kind]}); most at {worst[1]}, threads {worst[2]}."
         )
-    gains = [
-        rows[("gather", *key[1:])]["median_ms"] / row["median_ms"]
-        for key, row in ours.items()
-        if ("gather", *key[1:]) in rows
-    ]
-    if gains:
+    # By peer and, where shapes begin with an operator's name, by operator.
+    gains: dict[tuple[str, str], dict[tuple[str, int], float]] = {}
+    for (name, shape, threads), row in timed.items():
+        our_row = ours.get(("tf_deform", shape, threads))
+        if our_row and name in SUITES[op].peers:
+            operator = shape.rpartition(":")[0]
+            gains.setdefault((name, operator), {})[shape, threads] = (
+                row["median_ms"] / our_row["median_ms"]
+            )
+    for (name, operator), by_shape in gains.items():
+        goal = GAIN_GOALS.get((name, operator, kind))
+        least = min(by_shape, key=by_shape.get)
         lines.append(
-            f"tf_deform, {TITLES[kind]}: {min(gains):.2f} to "
-            f"{max(gains):.2f} times as fast as gather (goal: above 1)."
+            f"tf_deform, {TITLES[kind]}: {by_shape[least]:.2f} to "
+            f"{max(by_shape.values()):.2f} times as fast as {name}"
+            + (f", {operator}" if operator else "")
+            + (f" (goal: {goal})" if goal else "")
+            + f"; least at {least[0]}, threads {least[1]}."
         )
     return lines
 
@@ -462,10 +552,12 @@ def main() -> int:
         "settings": {
             "dtype": options.dtype,
             "mask": not options.no_mask,
-            "repeats": options.repeats,
-            "memory_repeats": options.memory_repeats,
+            "repeats": _settings(options.repeats, "repeats"),
+            "memory_repeats": _settings(
+                options.memory_repeats, "memory_repeats"
+            ),
             "baseline": options.baseline,
-            "ratio_to": RATIO_TO,
+            "ratio_to": _settings(None, "ratio_to"),
             "tolerance": TOLERANCES[options.dtype],
         },
         "load_average": {"before": _load()},
@@ -488,13 +580,27 @@ def main() -> int:
             if version
         )
     )
-    print(f"\n{table(report)}\n")
-    for line in notes(report):
-        print(f"- {line}")
+    for op, suite in SUITES.items():
+        if _rows(report, op):
+            print(f"\n### {suite.title}\n\n{table(report, op)}\n")
+            for line in notes(report, op):
+                print(f"- {line}")
     failures = errors(report)
-    for line in failures:
-        print(f"- ERROR {line}")
+    remarks = [f"{name}: {text}" for name, text in report["missing"].items()]
+    remarks += [f"ERROR {line}" for line in failures]
+    if remarks:
+        print()
+    for line in remarks:
+        print(f"- {line}")
     return 1 if failures else 0
+
+
+def _settings(chosen: int | None, name: str) -> dict[str, Any]:
+    """By operator: what the user chose, or else the suite's own."""
+    return {
+        op: getattr(suite, name) if chosen is None else chosen
+        for op, suite in SUITES.items()
+    }
 
 
 if __name__ == "__main__":

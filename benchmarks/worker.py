@@ -16,15 +16,21 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import convolution
 import numpy as np
-from contenders import CONTENDERS, Case, Contender, Operands, Unsupported
+import roi_pooling
+from contenders import Contender, Suite, Unsupported
 
-RATIO_TO = "tf.nn.conv2d"
+SUITES = {"conv": convolution.SUITE, "roi": roi_pooling.SUITE}
 KINDS = ("forward", "both")
+TIMED_KINDS = (*KINDS, "backward")  # the last alone, of whoever can
 PROGRESS = "progress: "  # tells our lines from those that libraries print
 
+# A call that takes longer than this needs no untimed one before it.
+LONG_CALL_S = 0.5
+
 # Largest difference allowed anywhere, in units of the baseline's root mean
-# square. One sample read from a wrong pixel is worth about 0.005 or more in
+# square. One sample read from a wrong pixel is worth about 0.002 or more in
 # the shapes here, so float32's bound finds that with room on both sides.
 TOLERANCES = {
     "float64": 1e-9,
@@ -57,11 +63,13 @@ def pin(threads: int) -> None:
     os.sched_setaffinity(0, [cpu for _, cpu in sorted(ranked)[:threads]])
 
 
-def start_frameworks(names: list[str], threads: int) -> dict[str, str]:
+def start_frameworks(
+    suite: Suite, names: list[str], threads: int
+) -> dict[str, str]:
     """Imports what the contenders need; returns why some cannot run."""
     missing = {}
     for name in names:
-        for package in CONTENDERS[name][1]:
+        for package in suite.contenders[name][1]:
             try:
                 module = importlib.import_module(package)
             except ModuleNotFoundError as error:
@@ -115,9 +123,7 @@ def disagreement(result: np.ndarray, baseline: np.ndarray) -> float:
 class Oracle:
     """The baseline's results: what every other contender must reproduce."""
 
-    def __init__(
-        self, build: Callable[[Operands], Contender], operands: Operands
-    ):
+    def __init__(self, build: Callable[[Any], Contender], operands: Any):
         self._build = build
         self._operands = operands
         self._results: dict[tuple[bool, str], dict[str, np.ndarray]] = {}
@@ -137,14 +143,17 @@ def results_of(contender: Contender, kind: str) -> dict[str, np.ndarray]:
     """The output, or the gradients by operand."""
     if kind == "forward":
         return {"output": contender.outputs()}
-    return contender.gradients()
+    return contender.gradients(kind)
 
 
 def check(
     contender: Contender, oracle: Oracle, kind: str, tolerance: float
 ) -> tuple[dict[str, float], str | None]:
     """Compares with the oracle: (disagreements by result, error or None)."""
-    expected = oracle.results(contender.deformable, kind)
+    # Not everybody has a backward pass alone; the gradients are the same.
+    expected = oracle.results(
+        contender.deformable, "both" if kind == "backward" else kind
+    )
     differences = {
         name: disagreement(result, expected[name])
         for name, result in results_of(contender, kind).items()
@@ -161,16 +170,17 @@ def check(
 
 
 def time_case(
-    job: dict[str, Any], case: Case, names: list[str]
+    job: dict[str, Any], case: Any, names: list[str]
 ) -> list[dict[str, Any]]:
     """Checks all contenders, then times them in turn; one row for each."""
+    suite = SUITES[job["op"]]
     tolerance = TOLERANCES[case.dtype]
     threads = job["threads"]
-    operands = Operands.random(case)
+    operands = suite.operands.random(case)
     baseline = job["baseline"]
 
-    def build(name: str, operands: Operands) -> Contender:
-        make = CONTENDERS[name][0]
+    def build(name: str, operands: Any) -> Contender:
+        make = suite.contenders[name][0]
         return make(case, make.prepare(case, operands), threads)
 
     oracle = Oracle(lambda operands: build(baseline, operands), operands)
@@ -188,7 +198,7 @@ def time_case(
         except Exception as error:
             row["errors"]["forward"] = _first_line(error)
             continue
-        for kind in KINDS:
+        for kind in TIMED_KINDS:
             call = getattr(contender, kind)
             if call is None:
                 continue
@@ -196,7 +206,10 @@ def time_case(
                 differences, error = check(contender, oracle, kind, tolerance)
             except Exception as failure:
                 differences, error = {}, _first_line(failure)
-            row["disagreement"] |= differences
+            for result, difference in differences.items():
+                row["disagreement"][result] = max(
+                    difference, row["disagreement"].get(result, 0.0)
+                )
             if error:
                 row["errors"][kind] = error
             else:
@@ -205,8 +218,10 @@ def time_case(
 
     samples = take_turns(entrants, job["repeats"])
     for (name, kind), times in samples.items():
-        plain = samples.get((RATIO_TO, kind))
-        rows[name][kind] = summary(times, plain)
+        # Backward alone is compared with the same contender's forward.
+        alone = kind == "backward"
+        reference = (name, "forward") if alone else (suite.ratio_to, kind)
+        rows[name][kind] = summary(times, samples.get(reference))
     return list(rows.values())
 
 
@@ -217,7 +232,8 @@ def take_turns(
 
     A disturbance of the machine then falls on neighbours alike, and nobody
     always runs in the wake of the same other. The untimed call before each
-    timed one brings an entrant's own threads and data back.
+    timed one brings an entrant's own threads and data back; a call known to
+    be long does so by itself.
     """
     samples: dict[Any, list[float]] = {key: [] for key in entrants}
     order = list(entrants)
@@ -228,7 +244,8 @@ def take_turns(
             shift = turn % len(order) if order else 0
             for key in order[shift:] + order[:shift]:
                 call = entrants[key]
-                call()
+                if not samples[key] or samples[key][-1] < LONG_CALL_S:
+                    call()
                 start = time.perf_counter()
                 call()
                 samples[key].append(time.perf_counter() - start)
@@ -237,18 +254,20 @@ def take_turns(
     return samples
 
 
-def summary(times: list[float], plain: list[float] | None) -> dict[str, Any]:
-    """Milliseconds and, if the plain convolution ran, ratios to it."""
+def summary(
+    times: list[float], reference: list[float] | None
+) -> dict[str, Any]:
+    """Milliseconds and, if the reference ran, ratios to it."""
     milliseconds = 1e3 * np.asarray(times)
     result = _quartiles(milliseconds, "_ms") | {
         "min_ms": float(milliseconds.min()),
         "max_ms": float(milliseconds.max()),
         "samples_ms": [round(float(ms), 4) for ms in milliseconds],
     }
-    if plain:
-        result["ratio"] = float(np.median(times) / np.median(plain))
+    if reference:
+        result["ratio"] = float(np.median(times) / np.median(reference))
         # Round by round: what noise slower than a round leaves untouched.
-        rounds = np.asarray(times) / np.asarray(plain)
+        rounds = np.asarray(times) / np.asarray(reference)
         result["ratio_by_round"] = _quartiles(rounds, "")
     return result
 
@@ -279,20 +298,22 @@ def _quartiles(values: np.ndarray, unit: str) -> dict[str, float]:
 # Both counters count touched pages only, in the kernel's own rough steps, and
 # a framework's housekeeping comes and goes: one or two MiB mean nothing.
 def peak_extra_memory(
-    job: dict[str, Any], case: Case, name: str
+    job: dict[str, Any], case: Any, name: str
 ) -> dict[str, float]:
     """MiB by kind; without what the system does not tell, or what fails."""
+    suite = SUITES[job["op"]]
     threads = job["threads"]
-    make = CONTENDERS[name][0]
+    make = suite.contenders[name][0]
     result: dict[str, float] = {}
     try:
         tiny = case.tiny()
-        warm_up = make(tiny, make.prepare(tiny, Operands.random(tiny)), threads)
+        operands = suite.operands.random(tiny)
+        warm_up = make(tiny, make.prepare(tiny, operands), threads)
         kinds = [kind for kind in KINDS if getattr(warm_up, kind)]
         for kind in kinds:
             getattr(warm_up, kind)()
-        del warm_up
-        arrays = make.prepare(case, Operands.random(case))
+        del warm_up, operands
+        arrays = make.prepare(case, suite.operands.random(case))
         _return_free_memory()
         before = _status("VmRSS")
         contender = make(case, arrays, threads)
@@ -336,6 +357,7 @@ def _return_free_memory() -> None:
 def main() -> None:
     """Does the job that `run.py` describes in the first argument."""
     job = json.loads(sys.argv[1])
+    suite = SUITES[job["op"]]
     pin(job["threads"])
     with open(job["results"], "a", encoding="utf-8") as file:
 
@@ -346,18 +368,20 @@ def main() -> None:
         names = job["contenders"]
         if job["mode"] == "memory":
             (name,) = names
-            if not start_frameworks(names, job["threads"]):
-                case = Case.parse(job["shapes"][0], job["dtype"], job["mask"])
+            if not start_frameworks(suite, names, job["threads"]):
+                case = suite.case.parse(
+                    job["shapes"][0], job["dtype"], job["mask"]
+                )
                 report(memory=peak_extra_memory(job, case, name))
             return
         needed = list(dict.fromkeys([*names, job["baseline"]]))
-        missing = start_frameworks(needed, job["threads"])
+        missing = start_frameworks(suite, needed, job["threads"])
         report(missing=missing)
         if job["baseline"] in missing:
             return
         for shape in job["shapes"]:
             print(f"{PROGRESS}{shape}", flush=True)
-            case = Case.parse(shape, job["dtype"], job["mask"])
+            case = suite.case.parse(shape, job["dtype"], job["mask"])
             present = [name for name in names if name not in missing]
             report(shape=shape, rows=time_case(job, case, present))
 
