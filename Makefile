@@ -10,10 +10,11 @@ INSTALLED := $(VENV)/.installed
 .PHONY: help install demo demo-full test benchmark lint format bazel clean
 
 help:
-	@echo "make demo       train a segmentation model, plain and deformable"
+	@echo "make demo       train a segmentation model and a detector, plain and"
+	@echo "                deformable"
 	@echo "make demo-full  the same with more models and three seeds"
 	@echo "make test       run all tests"
-	@echo "make benchmark  time the convolution beside its peers"
+	@echo "make benchmark  time the ops beside their peers"
 	@echo "make lint       check style;  make format  mend it"
 	@echo "make bazel      build and test the core with Bazel"
 	@echo "make clean      remove what was built (not results in runs/)"
@@ -31,10 +32,16 @@ $(INSTALLED): setup.py pyproject.toml $(wildcard cc/*/*)
 install: $(INSTALLED)
 
 demo: $(INSTALLED)
-	$(RUN) examples/segmentation.py --out runs/demo
+	$(RUN) examples/segmentation.py --out runs/demo/segmentation \
+		--data runs/demo/scenes
+	$(RUN) examples/detection/train.py --out runs/demo/detection \
+		--data runs/demo/scenes
 
 demo-full: $(INSTALLED)
-	$(RUN) examples/segmentation.py --out runs/demo --full
+	$(RUN) examples/segmentation.py --out runs/demo/segmentation \
+		--data runs/demo/scenes --full
+	$(RUN) examples/detection/train.py --out runs/demo/detection \
+		--data runs/demo/scenes --full
 
 test: $(INSTALLED)
 	$(RUN) -m pytest

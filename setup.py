@@ -143,6 +143,8 @@ setup(
             "matplotlib>=3.9,<4",
             "pillow>=11,<13",
             "scipy>=1.13,<2",
+            "faster-coco-eval>=1.7,<2",
+            "h5py>=3.11,<4",
         ],
         "benchmark": [
             "onnx>=1.19,<2",

@@ -24,7 +24,8 @@ from matplotlib.patches import Patch, Rectangle
 _COLORS = ListedColormap(["black", *plt.get_cmap("tab10").colors])
 
 
-def _show(axes, image: np.ndarray, title: str = "") -> None:
+def show(axes, image: np.ndarray, title: str = "") -> None:
+    """Draws a `(height, width)` image, gray values 0 to 255."""
     axes.imshow(image, cmap="gray", vmin=0, vmax=255)
     axes.set_title(title, fontsize=9)
     axes.set_axis_off()
@@ -51,7 +52,7 @@ def draw_predictions(
         *shape, figsize=(1.7 * shape[1], 1.9 * shape[0]), squeeze=False
     )
     for ax, image in zip(grid[0], images, strict=True):
-        _show(ax, image[..., 0], "image" if ax is grid[0, 0] else "")
+        show(ax, image[..., 0], "image" if ax is grid[0, 0] else "")
     for axes, (name, classes) in zip(grid[1:], rows.items(), strict=True):
         for ax, scene in zip(axes, classes, strict=True):
             ax.imshow(
@@ -164,7 +165,7 @@ def draw_sampling(
             cell = np.rint((center - 3) / 4).astype(int)
             cell = np.clip(cell, 0, np.array(image.shape[:2]) // 4 - 1)
             points = 4 * sampling_locations(model, image, cell, layer_names) + 3
-            _show(ax, image[..., 0], name if ax is axes[0] else "")
+            show(ax, image[..., 0], name if ax is axes[0] else "")
             ax.add_patch(
                 Rectangle(
                     (x - 0.5, y - 0.5),

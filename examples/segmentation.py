@@ -25,7 +25,6 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-import time
 
 # TensorFlow's start-up notes would bury the table.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -34,7 +33,7 @@ import digit_scenes
 import keras
 import numpy as np
 import pictures
-import scipy.stats
+import runs
 import tensorflow as tf
 
 import tf_deform
@@ -48,15 +47,9 @@ ARMS = (
     "dcn-v2",
 )
 
-BATCH_SIZE = 32
 LEARNING_RATE = 0.016
-# Offsets move every sample of a kernel at once: they learn more slowly.
-OFFSET_LEARNING_RATE = 0.2 * LEARNING_RATE
-WARMUP_STEPS = 50
 # Nine pixels in ten are background: at full weight it would drown the digits.
 BACKGROUND_WEIGHT = 0.5
-# Steps that one progress bar counts, and at most lost by an interruption.
-EPOCH_STEPS = 100
 
 
 def build_model(arm: str) -> keras.Model:
@@ -112,24 +105,6 @@ def build_model(arm: str) -> keras.Model:
     return keras.Model(inputs, x, name=arm.replace("-", "_"))
 
 
-def make_optimizer(steps: int) -> keras.optimizers.Optimizer:
-    """Returns Adam with a slower one for the variables of offset branches."""
-
-    def adam(rate):
-        warmup = min(WARMUP_STEPS, steps // 4)
-        schedule = keras.optimizers.schedules.CosineDecay(
-            0.0, steps - warmup, warmup_target=rate, warmup_steps=warmup
-        )
-        return keras.optimizers.Adam(schedule, beta_2=0.99, global_clipnorm=5.0)
-
-    return keras.optimizers.MultiOptimizer(
-        keras.optimizers.OptimizerMap(
-            adam(LEARNING_RATE),
-            {r".*/offset_(kernel|bias)": adam(OFFSET_LEARNING_RATE)},
-        )
-    )
-
-
 def read_scenes(folder: pathlib.Path) -> tf.data.Dataset:
     """Returns the scenes of one part, decoded once and then kept in memory.
 
@@ -142,16 +117,10 @@ def read_scenes(folder: pathlib.Path) -> tf.data.Dataset:
     """
     images = sorted(str(path) for path in (folder / "images").glob("*.png"))
     masks = sorted(str(path) for path in (folder / "masks").glob("*.png"))
-    size = digit_scenes.IMAGE_SIZE
-
-    def decode(path):
-        pixels = tf.io.decode_png(tf.io.read_file(path), channels=1)
-        return tf.ensure_shape(pixels, (size, size, 1))
-
     return (
         tf.data.Dataset.from_tensor_slices((images, masks))
         .map(
-            lambda image, mask: (decode(image), decode(mask)),
+            lambda image, mask: (runs.decode_png(image), runs.decode_png(mask)),
             num_parallel_calls=tf.data.AUTOTUNE,
         )
         .cache()
@@ -174,213 +143,17 @@ def mean_iou(model: keras.Model, scenes: tf.data.Dataset) -> float:
     return float(metric.result())
 
 
-def write_json(path: pathlib.Path, value: object) -> None:
-    """Writes a JSON file that is either complete or not there."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    partial.replace(path)
-
-
-class EpochTimer(keras.callbacks.Callback):
-    """Adds the seconds that an epoch took to its logs."""
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self._start = time.perf_counter()
-
-    def on_epoch_end(self, epoch, logs=None):
-        logs["seconds"] = time.perf_counter() - self._start
-
-
-class SaveState(keras.callbacks.Callback):
-    """Saves the model's and the optimizer's variables after each epoch.
-
-    In the one file is all that resuming needs: `optimizer.iterations` says how
-    far it went. `keras.callbacks.BackupAndRestore` keeps the epoch in a second
-    file, and a stop between the two would leave a state that never was.
-    """
-
-    def __init__(self, path: pathlib.Path):
-        super().__init__()
-        self._path = path
-
-    def on_epoch_end(self, epoch, logs=None):
-        partial = self._path.with_name("partial.weights.h5")
-        self.model.save_weights(partial)
-        partial.replace(self._path)
-
-
-def claim(folder: pathlib.Path, settings: dict) -> None:
-    """Takes a folder for a run, so that no other run's state is resumed.
-
-    Args:
-        folder: folder of the run, made where missing.
-        settings: everything that the result depends on, as JSON holds it.
-
-    Raises:
-        ValueError: if the folder belongs to a run with other settings.
-    """
-    record = folder / "settings.json"
-    if not record.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(record, settings)
-    found = json.loads(record.read_text())
-    if found != settings:
-        raise ValueError(
-            f"Expected {folder} to hold a run with {settings}. Received: "
-            f"{found}. Remove the folder or choose another --out."
-        )
-
-
-def train(
-    arm: str,
-    seed: int,
-    steps: int,
-    training: tf.data.Dataset,
-    held_out: tf.data.Dataset,
-    folder: pathlib.Path,
-) -> dict:
-    """Trains one arm, or goes on with it, or finds that it is done.
-
-    Args:
-        arm: one of `ARMS`.
-        seed: seed of the initial weights and of the order of the scenes.
-        steps: number of training steps.
-        training: scenes to learn from, as `read_scenes` returns them.
-        held_out: scenes to evaluate.
-        folder: folder of this run, see `claim`; afterwards it holds
-            `model.keras` and `result.json`.
-
-    Returns:
-        The content of `result.json`.
-    """
-    result = folder / "result.json"
-    state, log = folder / "state.weights.h5", folder / "log.csv"
-    print(f"\n{arm}, seed {seed}: ", end="")
-    if result.exists():
-        print("done before", flush=True)
-        return json.loads(result.read_text())
-
-    keras.utils.set_random_seed(seed)
-    model = build_model(arm)
-    optimizer = make_optimizer(steps)
-    model.compile(
-        optimizer=optimizer,
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        jit_compile=False,
-    )
-    optimizer.build(model.trainable_variables)
-    if state.exists():
-        model.load_weights(state)
-    start = int(optimizer.iterations)
-    print(f"from step {start} to {steps}", flush=True)
-    # One stream of batches for the whole run, the same for every arm; a resumed
-    # run skips those that it has seen.
-    count = int(training.cardinality())
-    batches = (
-        training.shuffle(count, seed=seed)
-        .repeat()
-        .batch(BATCH_SIZE, drop_remainder=True)
-        .skip(start)
-        .map(weigh, num_parallel_calls=tf.data.AUTOTUNE)
-        .prefetch(tf.data.AUTOTUNE)
-    )
-    epoch_steps = min(EPOCH_STEPS, steps)
-    model.fit(
-        batches,
-        initial_epoch=start // epoch_steps,
-        epochs=steps // epoch_steps,
-        steps_per_epoch=epoch_steps,
-        shuffle=False,  # The batches are.
-        callbacks=[
-            EpochTimer(),
-            keras.callbacks.CSVLogger(log, append=start > 0),
-            SaveState(state),
-        ],
-        # A bar redraws itself on a terminal; a file gets one line per epoch.
-        verbose=1 if sys.stdout.isatty() else 2,
-    )
-    seconds = np.genfromtxt(log, delimiter=",", names=True)["seconds"]
-    measured = {
-        "arm": arm,
-        "seed": seed,
-        "steps": steps,
-        "parameters": sum(
-            int(np.prod(variable.shape))
-            for variable in model.trainable_variables
-        ),
-        "miou": mean_iou(model, held_out),
-        # The median leaves out the first epoch, in which graphs are traced.
-        "ms_per_step": 1000 * float(np.median(seconds)) / epoch_steps,
-    }
-    model.save(folder / "model.keras")
-    write_json(result, measured)
-    state.unlink(missing_ok=True)
-    return measured
-
-
 def is_deformable(arm: str) -> bool:
     return arm.startswith("dcn")
 
 
-def differences(results: list[dict]) -> list[dict]:
-    """Compares every deformable arm with every other one, seed by seed.
-
-    Args:
-        results: what `train` returned.
-
-    Returns:
-        For each pair the differences in mIoU per seed, their mean and, from
-        two seeds on, the two ends of their 95 % confidence interval (Student's
-        t).
-    """
-    scores = {}
-    for result in results:
-        scores.setdefault(result["arm"], []).append(result["miou"])
-    pairs = []
-    for arm, base in itertools.product(scores, scores):
-        if not is_deformable(arm) or is_deformable(base):
-            continue
-        delta = np.subtract(scores[arm], scores[base])
-        pair = {
-            "arm": arm,
-            "base": base,
-            "per_seed": delta.tolist(),
-            "mean": float(delta.mean()),
-        }
-        if len(delta) > 1:
-            interval = scipy.stats.ttest_1samp(delta, 0).confidence_interval()
-            pair["interval"] = [float(interval.low), float(interval.high)]
-        pairs.append(pair)
-    return pairs
-
-
-def report(results: list[dict], pairs: list[dict], part: str) -> str:
-    """Returns the table of results and a line for each comparison."""
-    lines = [
-        f"| model | parameters | mIoU, {part} | ms per step |",
-        "|---|---:|---:|---:|",
+def pairs(arms: list[str]) -> list[tuple[str, str]]:
+    """Returns every deformable arm with every other one."""
+    return [
+        (arm, base)
+        for arm, base in itertools.product(arms, arms)
+        if is_deformable(arm) and not is_deformable(base)
     ]
-    for arm, group in itertools.groupby(results, lambda r: r["arm"]):
-        group = list(group)
-        scores = [result["miou"] for result in group]
-        score = f"{np.mean(scores):.3f}"
-        if len(scores) > 1:
-            score += f" ± {np.std(scores, ddof=1):.3f}"
-        step = np.median([result["ms_per_step"] for result in group])
-        lines.append(
-            f"| {arm} | {group[0]['parameters']:,} | {score} | {step:.0f} |"
-        )
-    lines.append("")
-    for pair in pairs:
-        line = (
-            f"{pair['arm']} against {pair['base']}: "
-            f"{100 * pair['mean']:+.1f} points"
-        )
-        if "interval" in pair:
-            low, high = (100 * end for end in pair["interval"])
-            line += f", 95 % interval {low:+.1f} to {high:+.1f}"
-        lines.append(line)
-    return "\n".join(lines)
 
 
 def export(
@@ -455,79 +228,6 @@ def draw(
     )
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Compare a plain segmentation model with its deformable "
-        "twin.",
-    )
-    parser.add_argument(
-        "--full",
-        action="store_true",
-        help="all arms and three seeds, unless --arms or --seeds say otherwise",
-    )
-    parser.add_argument(
-        "--out",
-        type=pathlib.Path,
-        default=pathlib.Path("runs/demo"),
-        help="folder for results (default: runs/demo)",
-    )
-    parser.add_argument(
-        "--data",
-        type=pathlib.Path,
-        help="folder of the scenes, composed where missing (default: scenes "
-        "inside --out)",
-    )
-    parser.add_argument(
-        "--part",
-        choices=("val", "test"),
-        default="test",
-        help="scenes to evaluate; choose settings on val (default: test)",
-    )
-    parser.add_argument(
-        "--steps", type=int, default=800, help="training steps (default: 800)"
-    )
-    parser.add_argument("--seeds", type=int, nargs="+")
-    parser.add_argument("--arms", nargs="+", choices=ARMS)
-    for part, count in digit_scenes.DEFAULT_COUNTS.items():
-        parser.add_argument(
-            f"--{part}",
-            type=int,
-            default=count,
-            metavar="N",
-            help=f"number of {part} scenes (default: {count})",
-        )
-    args = parser.parse_args()
-    args.arms = args.arms or (ARMS if args.full else ("plain", "dcn-v2"))
-    args.arms = list(dict.fromkeys(args.arms))  # Each once, in this order.
-    args.seeds = sorted(set(args.seeds or ((0, 1, 2) if args.full else (0,))))
-    args.data = args.data or args.out / "scenes"
-    if args.steps < 1 or args.steps % min(EPOCH_STEPS, args.steps):
-        parser.error(
-            f"Expected --steps to be below {EPOCH_STEPS} or a multiple of it. "
-            f"Received: {args.steps}"
-        )
-    return args
-
-
-def prepare(args: argparse.Namespace) -> dict[tuple[str, int], pathlib.Path]:
-    """Composes the scenes and claims a folder for each arm and seed."""
-    digit_scenes.write(
-        args.data, train=args.train, val=args.val, test=args.test
-    )
-    folders = {}
-    for arm, seed in itertools.product(args.arms, args.seeds):
-        folders[arm, seed] = args.out / "runs" / f"{arm}-seed{seed}"
-        settings = {
-            "arm": arm,
-            "seed": seed,
-            "steps": args.steps,
-            "part": args.part,
-            "scenes": json.loads((args.data / "scenes.json").read_text()),
-        }
-        claim(folders[arm, seed], settings)
-    return folders
-
-
 def run(
     args: argparse.Namespace, folders: dict[tuple[str, int], pathlib.Path]
 ) -> None:
@@ -535,11 +235,25 @@ def run(
     training = read_scenes(args.data / "train")
     held_out = read_scenes(args.data / args.part)
     results = [
-        train(arm, seed, args.steps, training, held_out, folder)
+        runs.train(
+            arm,
+            seed,
+            args.steps,
+            args.epoch_steps,
+            folder,
+            build_model,
+            LEARNING_RATE,
+            lambda start, seed=seed: runs.stream(training, seed, start).map(
+                weigh, num_parallel_calls=tf.data.AUTOTUNE
+            ),
+            lambda model: {"miou": mean_iou(model, held_out)},
+            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        )
         for (arm, seed), folder in folders.items()
     ]
-    pairs = differences(results)
-    print("\n" + report(results, pairs, args.part), flush=True)
+    compared = runs.differences(results, "miou", pairs(args.arms))
+    table = runs.report(results, {"miou": "mIoU"}, compared, args.part)
+    print("\n" + table, flush=True)
 
     # One plain model, or whatever came first, beside the most deformable one.
     models = {
@@ -562,19 +276,7 @@ def run(
         f"{100 * exported['same_class']:.2f} % of the pixels get the same "
         "class"
     )
-    write_json(
-        args.out / "metrics.json",
-        {
-            "scenes": json.loads((args.data / "scenes.json").read_text()),
-            "part": args.part,
-            "results": results,
-            "differences": pairs,
-            "saved_model": exported,
-            "tensorflow": tf.__version__,
-            "keras": keras.__version__,
-            "cpus": len(os.sched_getaffinity(0)),
-        },
-    )
+    runs.write_metrics(args, results, compared, saved_model=exported)
     print(
         f"\nWritten to {args.out}: metrics.json, predictions.png, "
         "sampling.png, saved_model"
@@ -582,15 +284,14 @@ def run(
 
 
 def main() -> None:
-    args = parse_arguments()
-    try:
-        try:
-            folders = prepare(args)
-        except ValueError as error:
-            sys.exit(f"error: {error}")
-        run(args, folders)
-    except KeyboardInterrupt:
-        sys.exit("\nInterrupted; the same command resumes.")
+    args = runs.parse_arguments(
+        "Compare a plain segmentation model with its deformable twin.",
+        ARMS,
+        ("plain", "dcn-v2"),
+        steps=800,
+        out="runs/demo",
+    )
+    runs.main(args, run)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,468 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small Deformable R-FCN: network, losses, detections.
+
+Source: Dai et al. 2016, "R-FCN", arXiv:1605.06409; Dai et al. 2017,
+"Deformable Convolutional Networks", arXiv:1703.06211.
+
+Every shape inside is static but for the batch, so that one graph trains,
+evaluates and exports: an image has as many proposals as any other, and those
+that are missing are padding. Boxes are `(x1, y1, x2, y2)` in pixels, x2 and y2
+beyond the last pixel; a padding box is -1 throughout, as Keras pads boxes.
+"""
+
+import functools
+
+import keras
+import tensorflow as tf
+from keras.utils import bounding_boxes
+
+import tf_deform
+
+ARMS = ("plain", "dcn", "dpool", "both")
+
+STRIDE = 4  # Pixels per cell of the feature map, down and across.
+# Anchors as (width, height) in pixels. The digits' boxes are 8 to 30 pixels
+# wide (5 % to 95 %) and mostly higher than wide.
+ANCHORS = ((9, 11), (14, 18), (22, 28))
+BINS = 3  # Bins of a region, down and across.
+
+# Proposals: the best by score, less those that overlap a better one.
+CANDIDATES = 128
+PROPOSALS = 32
+PROPOSAL_OVERLAP = 0.7
+# Of the proposals of an image, those with the largest loss are learned from.
+HARD_EXAMPLES = 16
+# An anchor is an object's from the first overlap on, background below the
+# second; a proposal is an object's from the third on.
+ANCHOR_OBJECT, ANCHOR_BACKGROUND, PROPOSAL_OBJECT = 0.5, 0.4, 0.5
+# What boxes are learned in: shifts in tenths of the size, logarithms of the
+# size in fifths.
+VARIANCE = (0.1, 0.1, 0.2, 0.2)
+MAX_DELTA = 10.0  # In these units: exp(2) times the size.
+
+MAX_DETECTIONS = 20
+DETECTION_OVERLAP = 0.5
+MIN_SCORE = 0.01
+
+
+def make_anchors(image_size: int) -> tf.Tensor:
+    """Returns `(cells * cells * anchors, 4)` float32 boxes around all cells."""
+    middles = STRIDE * (tf.range(image_size // STRIDE, dtype="float32") + 0.5)
+    y, x = tf.meshgrid(middles, middles, indexing="ij")
+    centers = tf.stack((x, y), axis=-1)[:, :, None]
+    sizes = tf.broadcast_to(
+        tf.constant(ANCHORS, "float32"), (*y.shape, len(ANCHORS), 2)
+    )
+    centers = tf.broadcast_to(centers, sizes.shape)
+    boxes = tf.concat((centers - sizes / 2, centers + sizes / 2), axis=-1)
+    return tf.reshape(boxes, (-1, 4))
+
+
+def decode(anchors: tf.Tensor, deltas: tf.Tensor, image_size: int) -> tf.Tensor:
+    """Returns the boxes that deltas make of anchors, cut at the image's edge.
+
+    Args:
+        anchors: `(n, 4)` or `(batch, n, 4)` boxes.
+        deltas: `(batch, n, 4)`.
+        image_size: height and width of the image in pixels.
+
+    Returns:
+        `(batch, n, 4)` finite boxes for any finite deltas.
+    """
+    boxes = bounding_boxes.decode_deltas_to_boxes(
+        anchors,
+        tf.clip_by_value(deltas, -MAX_DELTA, MAX_DELTA),
+        anchor_format="xyxy",
+        box_format="xyxy",
+        variance=VARIANCE,
+    )
+    return tf.clip_by_value(boxes, 0, image_size)
+
+
+def encode(anchors: tf.Tensor, boxes: tf.Tensor) -> tf.Tensor:
+    """Returns the deltas, `(batch, n, 4)`, that make boxes of anchors."""
+    return bounding_boxes.encode_box_to_deltas(
+        anchors,
+        boxes,
+        anchor_format="xyxy",
+        box_format="xyxy",
+        variance=VARIANCE,
+    )
+
+
+def match(
+    boxes: tf.Tensor, truth: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Finds for each box the object that it overlaps most.
+
+    Args:
+        boxes: `(batch, n, 4)` boxes.
+        truth: `(batch, m, 4)` boxes of the objects.
+
+    Returns:
+        `(batch, n, m)` intersection over union, 0 where either is padding;
+        `(batch, n)` the largest of each row and, int64, the object's index.
+    """
+    overlaps = bounding_boxes.compute_iou(boxes, truth, "xyxy")
+    return (
+        overlaps,
+        tf.reduce_max(overlaps, axis=-1),
+        tf.argmax(overlaps, axis=-1),
+    )
+
+
+@keras.saving.register_keras_serializable(package="tf_deform_examples")
+class Proposals(keras.layers.Layer):
+    """Boxes where objects may be: the best anchors, moved and thinned out."""
+
+    def __init__(self, image_size: int, **kwargs):
+        super().__init__(**kwargs)
+        self.image_size = image_size
+
+    def compute_output_shape(self, objectness_shape, deltas_shape):
+        return (objectness_shape[0], PROPOSALS, 4)
+
+    def call(self, objectness: tf.Tensor, deltas: tf.Tensor) -> tf.Tensor:
+        """Chooses proposals, which do not pass gradients on.
+
+        Args:
+            objectness: `(batch, n)` logits of the anchors.
+            deltas: `(batch, n, 4)`.
+
+        Returns:
+            `(batch, PROPOSALS, 4)` boxes, the best first, then padding.
+        """
+        scores, best = tf.math.top_k(
+            tf.stop_gradient(objectness), min(CANDIDATES, objectness.shape[1])
+        )
+        anchors = tf.gather(make_anchors(self.image_size), best)
+        deltas = tf.gather(tf.stop_gradient(deltas), best, batch_dims=1)
+        boxes = decode(anchors, deltas, self.image_size)
+        found = tf.image.combined_non_max_suppression(
+            boxes[:, :, None],
+            tf.sigmoid(scores)[..., None],
+            max_output_size_per_class=PROPOSALS,
+            max_total_size=PROPOSALS,
+            iou_threshold=PROPOSAL_OVERLAP,
+            clip_boxes=False,
+        )
+        real = tf.sequence_mask(found.valid_detections, PROPOSALS)
+        return tf.where(real[..., None], found.nmsed_boxes, -1.0)
+
+
+@keras.saving.register_keras_serializable(package="tf_deform_examples")
+class RegionHead(keras.layers.Layer):
+    """Position-sensitive pooling of regions, and the mean of their bins.
+
+    Args:
+        num_classes: number of classes, background included.
+        deformable: whether the bins move.
+    """
+
+    def __init__(self, num_classes: int, deformable: bool, **kwargs):
+        super().__init__(**kwargs)
+        self.num_classes = num_classes
+        self.deformable = deformable
+        pooling = functools.partial(
+            tf_deform.layers.DeformablePSROIPooling,
+            pooled_size=BINS,
+            spatial_scale=1 / STRIDE,
+        )
+        self.score_pooling = pooling(num_classes, name="score_pooling")
+        self.box_pooling = pooling(4, name="box_pooling")
+
+    def compute_output_shape(
+        self, score_maps_shape, box_maps_shape, features_shape, boxes_shape
+    ):
+        regions = tuple(boxes_shape[:2])
+        return (*regions, self.num_classes), (*regions, 4)
+
+    def call(
+        self,
+        score_maps: tf.Tensor,
+        box_maps: tf.Tensor,
+        features: tf.Tensor,
+        boxes: tf.Tensor,
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Judges regions.
+
+        Args:
+            score_maps: `(batch, cells, cells, num_classes * BINS**2)`.
+            box_maps: `(batch, cells, cells, 4 * BINS**2)`.
+            features: `(batch, cells, cells, channels)`, from which the
+                displacements of bins are made.
+            boxes: `(batch, n, 4)` regions.
+
+        Returns:
+            `(batch, n, num_classes)` logits and `(batch, n, 4)` deltas, all 0
+            for padding.
+        """
+        rois = to_rois(boxes)
+        features = features if self.deformable else None
+        outputs = []
+        for pooling, maps in (
+            (self.score_pooling, score_maps),
+            (self.box_pooling, box_maps),
+        ):
+            bins = pooling(maps, rois, trans_inputs=features)
+            votes = tf.reduce_mean(bins, axis=(1, 2))
+            outputs.append(
+                tf.reshape(votes, (-1, boxes.shape[1], votes.shape[-1]))
+            )
+        return tuple(outputs)
+
+
+def to_rois(boxes: tf.Tensor) -> tf.Tensor:
+    """Returns boxes as the pooling takes them, with its padding.
+
+    Args:
+        boxes: `(batch, n, 4)`.
+
+    Returns:
+        `(batch * n, 5)`: index of the image, or -1, and the first and the last
+        pixel, x before y.
+    """
+    padding = boxes[..., 2:3] < 0
+    images = tf.range(tf.shape(boxes)[0], dtype=boxes.dtype)[:, None, None]
+    images = tf.where(padding, -1.0, images)
+    rois = tf.concat((images, boxes - (0.0, 0.0, 1.0, 1.0)), axis=-1)
+    return tf.reshape(rois, (-1, 5))
+
+
+@keras.saving.register_keras_serializable(package="tf_deform_examples")
+class Detector(keras.Model):
+    """A Deformable R-FCN for small square images.
+
+    The backbone is two convolutions of stride 2 and three more; in the arms
+    "dcn" and "both" the last two of them are deformable. In the arms "dpool"
+    and "both" the bins of a region move. All else is the same.
+
+    Called with `(batch, image_size, image_size, 1)` uint8 gray values, it
+    returns what the losses need; see `detect` for detections.
+
+    Args:
+        arm: one of `ARMS`.
+        num_classes: number of classes, background included.
+        image_size: height and width of the images in pixels, a multiple of
+            `STRIDE`.
+    """
+
+    def __init__(
+        self, arm: str, num_classes: int = 11, image_size: int = 64, **kwargs
+    ):
+        if arm not in ARMS:
+            raise ValueError(
+                f"Expected `arm` to be one of {ARMS}. Received: {arm!r}"
+            )
+        if image_size < STRIDE or image_size % STRIDE:
+            raise ValueError(
+                f"Expected `image_size` to be a multiple of {STRIDE}. "
+                f"Received: {image_size}"
+            )
+        convolution = keras.layers.Conv2D
+        if arm in ("dcn", "both"):
+            convolution = functools.partial(
+                tf_deform.layers.DeformableConv2D, modulation="2sigmoid"
+            )
+
+        def block(x, layer, filters, name, strides=1):
+            x = layer(
+                filters,
+                3,
+                strides=strides,
+                padding="same",
+                use_bias=False,
+                name=name,
+            )(x)
+            return keras.layers.ReLU()(
+                keras.layers.BatchNormalization(momentum=0.9)(x)
+            )
+
+        def score(x, filters, name, **kwargs):
+            return keras.layers.Conv2D(filters, 1, name=name, **kwargs)(x)
+
+        image = keras.Input(
+            (image_size, image_size, 1), dtype="uint8", name="image"
+        )
+        x = keras.layers.Rescaling(1 / 255)(image)
+        x = block(x, keras.layers.Conv2D, 24, "conv1", strides=2)
+        x = block(x, keras.layers.Conv2D, 48, "conv2", strides=2)
+        x = block(x, keras.layers.Conv2D, 48, "conv3")
+        x = block(x, convolution, 48, "conv4")
+        features = block(x, convolution, 48, "conv5")
+
+        x = block(features, keras.layers.Conv2D, 48, "rpn")
+        # Few anchors are an object's: start from there.
+        rarely = keras.initializers.Constant(-4.0)
+        objectness = score(
+            x, len(ANCHORS), "objectness", bias_initializer=rarely
+        )
+        deltas = score(x, 4 * len(ANCHORS), "anchor_deltas")
+        objectness = keras.layers.Reshape((-1,))(objectness)
+        deltas = keras.layers.Reshape((-1, 4))(deltas)
+        proposals = Proposals(image_size, name="proposals")(objectness, deltas)
+
+        score_maps = score(features, num_classes * BINS**2, "score_maps")
+        box_maps = score(features, 4 * BINS**2, "box_maps")
+        head = RegionHead(num_classes, arm in ("dpool", "both"), name="head")
+        logits, box_deltas = head(score_maps, box_maps, features, proposals)
+        super().__init__(
+            image,
+            {
+                "objectness": objectness,
+                "anchor_deltas": deltas,
+                "proposals": proposals,
+                "logits": logits,
+                "box_deltas": box_deltas,
+                "maps": (score_maps, box_maps, features),
+            },
+            **kwargs,
+        )
+        self.arm = arm
+        self.num_classes = num_classes
+        self.image_size = image_size
+        # `_detect`, which see, as one graph for any number of images.
+        self.detect = tf.function(
+            self._detect,
+            [tf.TensorSpec((None, image_size, image_size, 1), "uint8")],
+        )
+        self.trackers = {
+            name: keras.metrics.Mean(name)
+            for name in ("rpn_class", "rpn_box", "class", "box")
+        }
+
+    def get_config(self) -> dict:
+        return {
+            "arm": self.arm,
+            "num_classes": self.num_classes,
+            "image_size": self.image_size,
+            "name": self.name,
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        return cls(**config)
+
+    def compute_loss(
+        self, x=None, y=None, y_pred=None, sample_weight=None, training=True
+    ) -> tf.Tensor:
+        """Returns the sum of the losses of anchors and of proposals.
+
+        Args:
+            x: not used.
+            y: `{"boxes": (batch, m, 4), "labels": (batch, m)}`, the objects:
+                boxes and classes from 1 on, padded with -1.
+            y_pred: what the model returned.
+            sample_weight: not used.
+            training: not used.
+        """
+        # What lies outside of the image altogether becomes padding.
+        objects = bounding_boxes.clip_to_image_size(
+            y, self.image_size, self.image_size
+        )
+        labels = objects["labels"]
+        truth = tf.where(labels[..., None] > 0, objects["boxes"], -1.0)
+        losses = {
+            **self._anchor_losses(truth, y_pred),
+            **self._proposal_losses(truth, labels, y_pred),
+        }
+        for name, loss in losses.items():
+            self.trackers[name].update_state(loss)
+        return tf.add_n(list(losses.values()))
+
+    def _anchor_losses(self, truth: tf.Tensor, y_pred: dict) -> dict:
+        """Focal loss of all anchors, box loss of those that are an object's.
+
+        Both are sums, divided by the number of anchors that are an object's.
+        """
+        anchors = make_anchors(self.image_size)
+        overlaps, overlap, index = match(
+            tf.repeat(anchors[None], tf.shape(truth)[0], axis=0), truth
+        )
+        # An object that no anchor overlaps enough has those that come nearest.
+        nearest = tf.reduce_max(overlaps, axis=1, keepdims=True)
+        nearest = (overlaps == nearest) & (overlaps > 0)
+        positive = (overlap >= ANCHOR_OBJECT) | tf.reduce_any(nearest, axis=-1)
+        judged = positive | (overlap < ANCHOR_BACKGROUND)
+        positive = tf.cast(positive, "float32")
+        scale = 1 / tf.maximum(tf.reduce_sum(positive), 1.0)
+        focal = keras.losses.BinaryFocalCrossentropy(
+            from_logits=True, apply_class_balancing=True, reduction="sum"
+        )
+        huber = keras.losses.Huber(reduction="sum")
+        targets = encode(anchors, tf.gather(truth, index, batch_dims=1))
+        return {
+            "rpn_class": scale
+            * focal(
+                positive[..., None],
+                y_pred["objectness"][..., None],
+                tf.cast(judged, "float32"),
+            ),
+            "rpn_box": scale
+            * huber(targets, y_pred["anchor_deltas"], positive),
+        }
+
+    def _proposal_losses(
+        self, truth: tf.Tensor, labels: tf.Tensor, y_pred: dict
+    ) -> dict:
+        """Losses of the proposals on which the sum of both is largest."""
+        proposals = y_pred["proposals"]
+        logits, deltas = y_pred["logits"], y_pred["box_deltas"]
+        _, overlap, index = match(proposals, truth)
+        real = tf.cast(proposals[..., 2] >= 0, "float32")
+        positive = tf.cast(overlap >= PROPOSAL_OBJECT, "float32")
+        labels = tf.gather(labels, index, batch_dims=1)
+        labels = tf.where(positive > 0, labels, tf.zeros_like(labels))
+        targets = encode(proposals, tf.gather(truth, index, batch_dims=1))
+        class_loss = real * keras.losses.sparse_categorical_crossentropy(
+            labels, logits, from_logits=True
+        )
+        box_loss = real * positive * 4 * keras.losses.huber(targets, deltas)
+        _, hard = tf.math.top_k(
+            tf.stop_gradient(class_loss + box_loss), HARD_EXAMPLES
+        )
+        hardest = functools.partial(tf.gather, indices=hard, batch_dims=1)
+        return {
+            "class": tf.reduce_mean(hardest(class_loss)),
+            "box": tf.reduce_mean(hardest(box_loss)),
+        }
+
+    def _detect(self, images: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Detects objects.
+
+        Args:
+            images: `(batch, image_size, image_size, 1)` uint8 gray values.
+
+        Returns:
+            "boxes" `(batch, MAX_DETECTIONS, 4)` in pixels, "scores" and int32
+            "labels" `(batch, MAX_DETECTIONS)`, the best first, and int32
+            "valid" `(batch,)`: how many of them are detections, the rest is 0.
+        """
+        # Without an image TensorFlow's convolutions give the wrong shape: with
+        # none, detect in a blank one.
+        count = tf.shape(images)[0]
+        blank = tf.cast(count == 0, "int32")
+        images = tf.pad(images, [[0, blank], [0, 0], [0, 0], [0, 0]])
+        outputs = self(images, training=False)
+        proposals = outputs["proposals"]
+        boxes = decode(proposals, outputs["box_deltas"], self.image_size)
+        scores = tf.nn.softmax(outputs["logits"])[..., 1:]
+        scores = tf.where(proposals[..., 2:3] < 0, 0.0, scores)
+        found = tf.image.combined_non_max_suppression(
+            boxes[:, :, None],
+            scores,
+            max_output_size_per_class=MAX_DETECTIONS,
+            max_total_size=MAX_DETECTIONS,
+            iou_threshold=DETECTION_OVERLAP,
+            score_threshold=MIN_SCORE,
+            clip_boxes=False,
+        )
+        valid = found.valid_detections
+        labels = tf.cast(found.nmsed_classes, "int32") + 1
+        real = tf.sequence_mask(valid, MAX_DETECTIONS)
+        return {
+            "boxes": found.nmsed_boxes[:count],
+            "scores": found.nmsed_scores[:count],
+            "labels": tf.where(real, labels, 0)[:count],
+            "valid": valid[:count],
+        }

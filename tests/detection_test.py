@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The detection example: finite losses, serving, and runs from end to end."""
+
+import csv
+import io
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import digit_scenes
+import keras
+import numpy as np
+import PIL.Image
+import pytest
+import tensorflow as tf
+from detection import detector, export, train
+
+FOLDER = pathlib.Path(train.__file__).parent
+SMALL = ["--train", "64", "--val", "4", "--test", "8"]
+SHORT = ["--steps", "20", "--epoch-steps", "2"]
+CATEGORIES = [{"id": 7, "name": "seven"}, {"id": 3, "name": "three"}]
+
+
+def command(out: pathlib.Path, *arguments: str) -> list[str]:
+    script = str(FOLDER / "train.py")
+    return [sys.executable, script, "--out", str(out), *SMALL, *arguments]
+
+
+def run(out: pathlib.Path, *arguments: str) -> str:
+    return subprocess.run(
+        command(out, *arguments), check=True, capture_output=True, text=True
+    ).stdout
+
+
+def encode(pixels: np.ndarray, kind: str, mode: str | None = None) -> bytes:
+    file = io.BytesIO()
+    image = PIL.Image.fromarray(pixels)
+    (image.convert(mode) if mode else image).save(file, kind)
+    return file.getvalue()
+
+
+def random_images(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[pathlib.Path, str]:
+    """A run of both default arms, and what it printed."""
+    out = tmp_path_factory.mktemp("detection") / "run"
+    return out, run(out, *SHORT)
+
+
+def test_all_arms_start_as_the_same_network():
+    images = random_images(2, 64, 64, 1)
+    outputs = {}
+    for arm in detector.ARMS:
+        keras.utils.set_random_seed(1)
+        outputs[arm] = detector.Detector(arm)(images, training=False)
+    for arm in detector.ARMS:
+        for name in ("objectness", "proposals", "logits", "box_deltas"):
+            np.testing.assert_allclose(
+                outputs[arm][name], outputs["plain"][name], atol=1e-4
+            )
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        [],
+        [(10, 20, 11, 21)],
+        [(63, 63, 64, 64), (0, 0, 1, 1)],
+        [(-20, -30, 30, 90)],
+        [(70, 70, 90, 90)],
+        [(30, 30, 30, 30)],
+        [(0, 0, 64, 64), (1e6, -1e6, 2e6, 3e6), (5, 6, 25, 36)],
+    ],
+    ids=[
+        "none",
+        "one-pixel",
+        "corners",
+        "leaving",
+        "outside",
+        "empty",
+        "far-away",
+    ],
+)
+def test_loss_and_gradients_are_finite(boxes):
+    model = detector.Detector("both")
+    for variable in model.trainable_variables:
+        if "offset" in variable.path:
+            variable.assign(tf.random.normal(variable.shape, stddev=0.1))
+    truth = np.full((2, 3, 4), -1, "float32")
+    labels = np.full((2, 3), -1, "int32")
+    for i, box in enumerate(boxes):
+        truth[0, i], labels[0, i] = box, 1 + i
+    y = {"boxes": tf.constant(truth), "labels": tf.constant(labels)}
+    with tf.GradientTape() as tape:
+        outputs = model(random_images(2, 64, 64, 1), training=True)
+        loss = model.compute_loss(y=y, y_pred=outputs)
+    gradients = tape.gradient(loss, model.trainable_variables)
+    assert np.isfinite(loss)
+    for variable, gradient in zip(
+        model.trainable_variables, gradients, strict=True
+    ):
+        assert gradient is not None, variable.path
+        assert np.all(np.isfinite(gradient)), variable.path
+
+
+def test_a_detector_survives_saving(tmp_path):
+    model = detector.Detector("both")
+    images = random_images(3, 64, 64, 1)
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    for name, value in model.detect(images).items():
+        np.testing.assert_array_equal(again.detect(images)[name], value)
+    with pytest.raises(ValueError, match="Expected `arm`.*Received: 'other'"):
+        detector.Detector("other")
+    with pytest.raises(ValueError, match="multiple of 4. Received: 30"):
+        detector.Detector("plain", image_size=30)
+
+
+def test_average_precision_of_right_and_of_no_detections(tmp_path, capsys):
+    digit_scenes.write(tmp_path / "scenes", train=0, val=5, test=0)
+    scenes, coco = train.read_scenes(tmp_path / "scenes" / "val")
+    _, truth = scenes.batch(5).get_single_element()
+    valid = np.sum(truth["labels"] > 0, axis=1)
+
+    def model(valid):
+        found = {
+            "boxes": truth["boxes"],
+            "labels": truth["labels"],
+            "scores": tf.ones(truth["labels"].shape),
+            "valid": tf.constant(valid),
+        }
+        return types.SimpleNamespace(detect=lambda images: found)
+
+    assert set(train.evaluate(model(valid), scenes, coco).values()) == {1.0}
+    assert set(train.evaluate(model(0 * valid), scenes, coco).values()) == {0.0}
+
+
+def test_boxes_come_back_in_the_pixels_of_each_image():
+    def detect(images):
+        assert images.shape[1:] == (64, 64, 1)
+        count = tf.shape(images)[0]
+        boxes = tf.constant(
+            [[[0, 0, 64, 16], [8, 4, 16, 12], [0] * 4]], "float32"
+        )
+        return {
+            "boxes": tf.repeat(boxes, count, axis=0),
+            "scores": tf.repeat([[0.9, 0.8, 0.0]], count, axis=0),
+            "labels": tf.repeat([[2, 1, 0]], count, axis=0),
+            "valid": tf.fill((count,), 2),
+        }
+
+    model = types.SimpleNamespace(detect=detect, image_size=64)
+    server = export.make_server(model, CATEGORIES)
+    wide, high = random_images(30, 120), random_images(128, 32, 3)
+    found = server(tf.constant([encode(wide, "PNG"), encode(high, "JPEG")]))
+    # The wide one is 16 x 64 in the square, the high one 64 x 16: what lies
+    # beyond it is cut off.
+    np.testing.assert_allclose(
+        found["boxes"][0, :2], [(0, 0, 120, 30), (15, 7.5, 30, 22.5)]
+    )
+    np.testing.assert_allclose(
+        found["boxes"][1, :2], [(0, 0, 32, 32), (16, 8, 32, 24)]
+    )
+    assert found["class_ids"][0].numpy().tolist() == [7, 3, 0]
+    assert found["labels"][0].numpy().tolist() == [b"seven", b"three", b""]
+
+
+def test_writes_everything_that_it_promises(finished):
+    out, printed = finished
+    for name in ("metrics.json", "detections.png", "parts.png"):
+        assert (out / name).stat().st_size > 0
+    metrics = json.loads((out / "metrics.json").read_text())
+    arms = {result["arm"]: result for result in metrics["results"]}
+    assert set(arms) == {"plain", "both"}
+    for result in arms.values():
+        assert 0 <= result["ap75"] <= result["ap50"] <= 1
+        assert result["ms_per_step"] > 0
+        assert len(list((out / "runs").glob("*/*.weights.h5"))) == 0
+    assert arms["both"]["parameters"] > arms["plain"]["parameters"]
+    assert "| both |" in printed
+    # Twenty steps teach nothing, and it says so.
+    assert metrics["comparable"] is False
+    assert "Too poor to be compared" in printed
+    saved = metrics["saved_model"]
+    assert saved["detections"] > 0
+    assert saved["max_box_difference"] <= 1e-3
+    assert saved["max_score_difference"] <= 1e-5
+
+
+def test_serves_images_of_any_size_and_kind(finished):
+    out, _ = finished
+    served = tf.saved_model.load(out / "saved_model")
+    serve = served.serve
+    scene = random_images(64, 64)
+    model = keras.saving.load_model(
+        out / "runs" / "both-seed0" / "model.keras", compile=False
+    )
+    here = model.detect(scene[None, ..., None])
+    there = serve(tf.constant([encode(scene, "PNG")]))
+    np.testing.assert_array_equal(there["valid"], here["valid"])
+    np.testing.assert_allclose(there["boxes"], here["boxes"], atol=1e-3)
+
+    sizes = [(64, 64), (1, 1), (7, 300), (301, 33), (65, 63), (200, 150)]
+    colour = [random_images(*size, 3) for size in sizes]
+    files = [
+        encode(pixels, kind, mode)
+        for pixels in colour
+        for kind, mode in (
+            ("JPEG", None),
+            ("JPEG", "L"),
+            ("PNG", None),
+            ("PNG", "L"),
+            ("PNG", "RGBA"),
+            ("PNG", "LA"),
+            ("PNG", "P"),
+        )
+    ]
+    files.append(encode(random_images(20, 30).astype("uint16") * 257, "PNG"))
+    found = {
+        name: value.numpy() for name, value in serve(tf.constant(files)).items()
+    }
+    limits = np.repeat([size[::-1] for size in sizes], 7, axis=0)
+    limits = np.concatenate((limits, [(30, 20)]))
+    assert found["boxes"].shape == (len(files), detector.MAX_DETECTIONS, 4)
+    assert np.all(found["boxes"] >= 0)
+    assert np.all(found["boxes"] <= np.tile(limits, 2)[:, None])
+    for i, count in enumerate(found["valid"]):
+        assert set(found["labels"][i, :count]) <= {b"%d" % i for i in range(10)}
+        assert np.all(np.diff(found["scores"][i, :count]) <= 0)
+    # A file's answer does not depend on its neighbours.
+    alone = serve(tf.constant(files[20:21]))
+    np.testing.assert_allclose(alone["boxes"][0], found["boxes"][20], atol=1e-3)
+
+    empty = serve(tf.zeros((0,), "string"))
+    assert empty["boxes"].shape == (0, detector.MAX_DETECTIONS, 4)
+    assert empty["valid"].shape == (0,)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="PNG"):
+        serve(tf.constant([files[0], b"no image"]))
+
+
+def test_serve_names_the_file_that_is_no_image(finished, tmp_path):
+    out, _ = finished
+    (tmp_path / "good.jpg").write_bytes(encode(random_images(50, 40), "JPEG"))
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    result = subprocess.run(
+        [
+            sys.executable,
+            str(FOLDER / "serve.py"),
+            str(out / "saved_model"),
+            str(tmp_path / "good.jpg"),
+            str(tmp_path / "bad.png"),
+            "--out",
+            str(tmp_path / "boxes.json"),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode != 0
+    assert "Expected a JPEG or PNG" in result.stderr
+    assert "bad.png" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.glob("boxes.json*"))
+
+
+def test_a_killed_run_resumes_to_the_same_bits(finished, tmp_path):
+    whole, _ = finished
+    killed = tmp_path / "killed"
+    folder = pathlib.Path("runs") / "both-seed0"
+    process = subprocess.Popen(
+        command(killed, "--arms", "both", *SHORT),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 240
+    state = killed / folder / "state.weights.h5"
+    while not state.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert state.exists()
+    assert not (killed / folder / "result.json").exists()
+    printed = run(killed, "--arms", "both", *SHORT)
+    assert "from step 0 to 20" not in printed
+
+    logs, results, weights = [], [], []
+    for out in (whole, killed):
+        with open(out / folder / "log.csv") as file:
+            logs.append(list(csv.DictReader(file)))
+        results.append(json.loads((out / folder / "result.json").read_text()))
+        model = keras.saving.load_model(
+            out / folder / "model.keras", compile=False
+        )
+        weights.append([item.value.numpy() for item in model.variables])
+    assert [row["epoch"] for row in logs[1]] == [str(i) for i in range(10)]
+    for row in [*logs[0], *logs[1]]:
+        del row["seconds"]
+    for result in results:
+        del result["ms_per_step"]
+    assert logs[0] == logs[1]
+    assert results[0] == results[1]
+    for one, other in zip(*weights, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--steps", "7", "--epoch-steps", "2"), ("--train", "63", *SHORT)],
+    ids=["steps", "scenes"],
+)
+def test_bad_command_lines_get_one_clear_line(finished, arguments):
+    out, _ = finished
+    result = subprocess.run(
+        command(out, *arguments), capture_output=True, text=True
+    )
+    assert result.returncode != 0
+    assert "Expected" in result.stderr and "Received" in result.stderr
+    assert "Traceback" not in result.stderr
