@@ -147,9 +147,9 @@ struct Taps {
     };
     const auto held = [=](E place) { return place < 0 || place >= last; };
 
-    // Samples less than a pixel apart that fit into a window touch each of its
-    // pixels: the weights are sums of hat functions.
-    if (axis.step >= 0 && axis.step <= 1 && axis.samples > 0) {
+    // Samples less than two pixels apart that fit into a window touch each of
+    // its pixels: the weights are sums of hat functions.
+    if (axis.step >= 0 && axis.step <= E(1.9) && axis.samples > 0) {
       int64_t begin = 0, end = axis.samples;
       while (begin < end && !counts(place_of(begin))) ++begin;
       while (begin < end && !counts(place_of(end - 1))) --end;
@@ -387,7 +387,7 @@ struct LaneTaps {
         slope[a] += ((from >= -1) & (from < 0)) ? V{} + 1 : V{};
       }
     };
-    if (axis.step > 1) {  // no two samples share a pixel, or only one
+    if (axis.step > E(1.5)) {  // hardly a pixel is shared
       count = 2 * axis.samples;
       for (int64_t a = 0; a < count; ++a) {
         const V& sample = place[a / 2];
@@ -568,45 +568,59 @@ static inline void ScatterLanes(const LaneBin<E>& bin, const LaneTaps<E>& y,
 // -----------------------------------------------------------------------------
 // Repacking. `packed` is [image][cell][pixel][output channel].
 
-// Pixels in a task.
+// Pixels whose channels are in the cache while cell after cell is packed.
 constexpr int64_t kPackPixels = 8;
+
+// Calls body(image, first pixel, pixels), at most kPackPixels at a time. Tasks
+// are long runs of pixels: neighbours write to the same lines of the cache.
+template <typename Body>
+static void ForEachPackTile(const RoiGeometry& g, int64_t images,
+                            const ParallelFor& parallel_for, const Body& body) {
+  const int64_t pixels = g.Pixels();
+  const int64_t parts =
+      Min(CeilDiv(4 * parallel_for.num_workers, Max(images, 1)),
+          CeilDiv(pixels, kPackPixels));
+  RunTasks(parallel_for, images * parts, [&](int64_t task, int) {
+    const int64_t part = task % parts;
+    const int64_t end = (part + 1) * pixels / parts;
+    for (int64_t first = part * pixels / parts; first < end;
+         first += kPackPixels) {
+      body(task / parts, first, Min(kPackPixels, end - first));
+    }
+  });
+}
 
 template <typename T>
 static void PackImages(const RoiGeometry& g, const T* from, int64_t images,
                        T* packed, const ParallelFor& parallel_for) {
   const int64_t depth = g.Depth(), cells = g.Cells(), pixels = g.Pixels();
-  const int64_t tiles = CeilDiv(pixels, kPackPixels);
-  RunTasks(parallel_for, images * tiles, [=](int64_t task, int) {
-    const int64_t first = task % tiles * kPackPixels;
-    const int64_t count = Min(kPackPixels, pixels - first);
-    const int64_t image = task / tiles * pixels * cells * depth;
-    const T* source = from + image + first * cells * depth;
-    for (int64_t cell = 0; cell < cells; ++cell) {
-      T* to = packed + image + (cell * pixels + first) * depth;
-      for (int64_t i = 0; i < count * depth; ++i) {
-        to[i] = source[i * cells + cell];
-      }
-    }
-  });
+  ForEachPackTile(
+      g, images, parallel_for, [=](int64_t image, int64_t first, int64_t n) {
+        const T* source = from + (image * pixels + first) * cells * depth;
+        for (int64_t cell = 0; cell < cells; ++cell) {
+          T* to = packed + ((image * cells + cell) * pixels + first) * depth;
+          for (int64_t i = 0; i < n * depth; ++i) {
+            to[i] = source[i * cells + cell];
+          }
+        }
+      });
 }
 
 template <typename T, typename E>
 static void UnpackImages(const RoiGeometry& g, const E* packed, int64_t images,
                          T* to, const ParallelFor& parallel_for) {
   const int64_t depth = g.Depth(), cells = g.Cells(), pixels = g.Pixels();
-  const int64_t tiles = CeilDiv(pixels, kPackPixels);
-  RunTasks(parallel_for, images * tiles, [=](int64_t task, int) {
-    const int64_t first = task % tiles * kPackPixels;
-    const int64_t count = Min(kPackPixels, pixels - first);
-    const int64_t image = task / tiles * pixels * cells * depth;
-    T* target = to + image + first * cells * depth;
-    for (int64_t cell = 0; cell < cells; ++cell) {
-      const E* from = packed + image + (cell * pixels + first) * depth;
-      for (int64_t i = 0; i < count * depth; ++i) {
-        Narrow(from[i], target + i * cells + cell);
-      }
-    }
-  });
+  ForEachPackTile(
+      g, images, parallel_for, [=](int64_t image, int64_t first, int64_t n) {
+        T* target = to + (image * pixels + first) * cells * depth;
+        for (int64_t cell = 0; cell < cells; ++cell) {
+          const E* from =
+              packed + ((image * cells + cell) * pixels + first) * depth;
+          for (int64_t i = 0; i < n * depth; ++i) {
+            Narrow(from[i], target + i * cells + cell);
+          }
+        }
+      });
 }
 
 // Images that are repacked at a time: as many as kScratchBytes a worker hold,
