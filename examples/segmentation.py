@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains a small segmentation model, plain and deformable, and compares them.
 
-    python examples/segmentation.py --out runs/demo
+    python examples/segmentation.py --out runs/segmentation
 
 composes scenes of handwritten digits (see `digit_scenes.py`), trains each arm
 for the same number of steps on the same batches, and leaves in the folder:
@@ -289,7 +289,7 @@ def main() -> None:
         ARMS,
         ("plain", "dcn-v2"),
         steps=800,
-        out="runs/demo",
+        out="runs/segmentation",
     )
     runs.main(args, run)
 

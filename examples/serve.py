@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs an exported model in a process that knows nothing else of it.
 
-python examples/serve.py runs/demo/saved_model images.npy logits.npy
+python examples/serve.py runs/segmentation/saved_model images.npy logits.npy
 """
 
 import argparse

@@ -316,12 +316,16 @@ static inline auto LoadSum(const T* from) {
 template <int kN, typename T>
 using Sum = decltype(LoadSum<kN>(static_cast<const T*>(nullptr)));
 
-// Writes sums as elements of T.
+// Writes the first of kN sums, `count` if that is less, as elements of T.
 template <int kN, typename V, typename T>
-static inline void StoreSum(const V& sum, T* to) {
+static inline void StoreSum(const V& sum, int64_t count, T* to) {
   typename AccumulatorOf<T>::Type sums[kN];
   Store(sum, sums);
-  NarrowRow(sums, kN, to);
+  if (count >= kN) {
+    NarrowRow(sums, kN, to);
+  } else {
+    NarrowRow(sums, count, to);
+  }
 }
 
 // -----------------------------------------------------------------------------
@@ -623,6 +627,10 @@ static void UnpackImages(const RoiGeometry& g, const E* packed, int64_t images,
       });
 }
 
+// Elements behind repacked images that may be read: what is left over of a
+// bin's channels, few as they are there, is read as half a vector.
+constexpr int64_t kOverread = 32;
+
 // Images that are repacked at a time: as many as kScratchBytes a worker hold,
 // but at least one.
 static int64_t ImagesAtOnce(const RoiGeometry& g, int64_t element_bytes,
@@ -685,9 +693,9 @@ static void ForEachRoi(const RoiGeometry& g, const E* rois, int64_t first_image,
 template <typename T>
 static int64_t PackedBytes(const RoiGeometry& g, int num_workers) {
   if (g.Cells() == 1) return 0;
-  return RoundUp(ImagesAtOnce(g, sizeof(T), num_workers) * g.Image() *
-                     static_cast<int64_t>(sizeof(T)),
-                 64);
+  const int64_t elements =
+      ImagesAtOnce(g, sizeof(T), num_workers) * g.Image() + kOverread;
+  return RoundUp(elements * static_cast<int64_t>(sizeof(T)), 64);
 }
 
 // Bytes for PoolPass and DisplacePass.
@@ -710,6 +718,9 @@ static void PoolPass(const Rule& rule, const T* inputs, const E* rois,
   const int64_t roi_outputs = rule.Bins() * rule.Depth();
   const BinRange all = AllBins(rule);
   if (rule.num_rois == 0) return;
+  const int64_t channels = rule.Cells() == 1
+                               ? rule.class_channels
+                               : RoundUp(rule.class_channels, kLanes<E> / 2);
   ForEachPackedChunk(
       rule, inputs, workspace, parallel_for,
       [&](int64_t first_image, int64_t images, const T* maps) {
@@ -748,21 +759,21 @@ static void PoolPass(const Rule& rule, const T* inputs, const E* rois,
                   rule, roi, r, displacements, all, &s, [&](const Bin<E>& bin) {
                     const T* map = image_maps + bin.map;
                     T* to = output + bin.output;
-                    ForEachVector<E>(
-                        rule.class_channels, [&](auto lanes, int64_t i) {
-                          constexpr int kN = lanes.value;
-                          Sum<kN, T> sum = {};
-                          for (int64_t a = 0; a < s.y.count; ++a) {
-                            const T* row = map + s.y.at[a] + i;
-                            Sum<kN, T> in_row = {};
-                            for (int64_t b = 0; b < s.x.count; ++b) {
-                              in_row +=
-                                  s.x.weight[b] * LoadSum<kN>(row + s.x.at[b]);
-                            }
-                            sum += s.y.weight[a] * in_row;
-                          }
-                          StoreSum<kN>(sum * bin.share, to + i);
-                        });
+                    ForEachVector<E>(channels, [&](auto lanes, int64_t i) {
+                      constexpr int kN = lanes.value;
+                      Sum<kN, T> sum = {};
+                      for (int64_t a = 0; a < s.y.count; ++a) {
+                        const T* row = map + s.y.at[a] + i;
+                        Sum<kN, T> in_row = {};
+                        for (int64_t b = 0; b < s.x.count; ++b) {
+                          in_row +=
+                              s.x.weight[b] * LoadSum<kN>(row + s.x.at[b]);
+                        }
+                        sum += s.y.weight[a] * in_row;
+                      }
+                      StoreSum<kN>(sum * bin.share, rule.class_channels - i,
+                                   to + i);
+                    });
                     if (count == nullptr) return;
                     const float samples =
                         static_cast<float>(s.y.samples * s.x.samples);
