@@ -3,13 +3,16 @@
 //
 // No include guard: see simd_cpu-inl.h.
 //
-// Indices: n image, q pixel of an image's output (row major), r row of one
-// group's kernel = tap * group_channels + channel within the group. "Group"
+// Indices: n image, q pixel of an image's output (row major), r row of a
+// bundle's columns = tap * bundle.channels + channel within the bundle. "Group"
 // alone is a group of the convolution, not an offset group.
 
 namespace tf_deform {
 namespace cpu {
 namespace TF_DEFORM_ISA {
+
+// Filters whose sums are made together, at most.
+constexpr int64_t kFilterBlock = 1024;
 
 // Sizes derived from the parameters, in elements.
 struct Geometry : DeformableConv2DParams {
@@ -17,10 +20,12 @@ struct Geometry : DeformableConv2DParams {
   int64_t group_channels;   // of one group
   int64_t group_filters;    // of one group
   int64_t offset_channels;  // of one offset group
-  int64_t rows;             // of one group's kernel
+  int64_t fields;           // offset pairs (or masks) of one output pixel
+  int64_t rows;             // of the columns of all channels
   int64_t image;            // elements of one input image
   int64_t pixels;           // of one image's output
   int64_t total_pixels;     // of the batch's output
+  bool depthwise;           // a group is one channel
 
   explicit Geometry(const DeformableConv2DParams& params)
       : DeformableConv2DParams(params),
@@ -28,38 +33,116 @@ struct Geometry : DeformableConv2DParams {
         group_channels(channels / groups),
         group_filters(filters / groups),
         offset_channels(channels / offset_groups),
-        rows(taps * group_channels),
+        fields(offset_groups * taps),
+        rows(taps * channels),
         image(height * width * channels),
         pixels(out_h * out_w),
-        total_pixels(batch * pixels) {}
+        total_pixels(batch * pixels),
+        depthwise(groups > 1 && group_channels == 1) {}
+
+  // Groups are bundled, so that their channels are sampled in one go.
+  int64_t BundleGroups() const {
+    return Max(1, Min(groups, kFilterBlock / group_filters));
+  }
+  int64_t Bundles() const { return CeilDiv(groups, BundleGroups()); }
 };
 
-// Rows of a group's kernel that share a tap and an offset group, and so their
-// samples' places.
+// Consecutive groups: their channels, filters, and rows of columns.
+struct Bundle {
+  int64_t group, channel, channels, filter, filters, rows;
+
+  Bundle(const Geometry& g, int64_t index) : group(index * g.BundleGroups()) {
+    const int64_t groups = Min(g.BundleGroups(), g.groups - group);
+    channel = group * g.group_channels;
+    channels = groups * g.group_channels;
+    filter = group * g.group_filters;
+    filters = groups * g.group_filters;
+    rows = g.taps * channels;
+  }
+};
+
+// Rows of a bundle are worked on in blocks. Blocks of at most `limit` rows, of
+// nearly equal length; where there are groups a block holds whole groups or
+// part of one.
+struct Blocks {
+  int64_t limit;
+
+  // `multiple` divides `most`.
+  Blocks(const Geometry& g, int64_t most, int64_t multiple) : limit(most) {
+    const int64_t rows = g.groups == 1 ? g.rows : g.group_channels;
+    if (g.groups > 1 && rows <= most) {
+      limit = most / rows * rows;
+    } else {
+      limit = RoundUp(CeilDiv(rows, CeilDiv(rows, most)), multiple);
+    }
+  }
+
+  // Where the block that starts at `begin` ends.
+  int64_t End(const Geometry& g, const Bundle& bundle, int64_t begin) const {
+    int64_t end = Min(begin + limit, bundle.rows);
+    if (g.groups > 1 && g.group_channels > limit) {
+      end = Min(end, (begin / g.group_channels + 1) * g.group_channels);
+    }
+    return end;
+  }
+};
+
+// Rows of a block that are multiplied by the same part of the kernel: all of
+// them, or the channels of one group at one tap.
+struct Piece {
+  int64_t row, count;  // rows [row, row + count) of the bundle
+  int64_t group;
+  int64_t kernel_row;   // of the first of them: tap, channel within the group
+  int64_t kernel_part;  // tap * groups + group, or 0
+  int64_t part_row;     // within that part
+};
+
+template <typename Step>
+static inline __attribute__((always_inline)) void ForEachPiece(
+    const Geometry& g, const Bundle& bundle, int64_t begin, int64_t end,
+    const Step& step) {
+  if (g.groups == 1) {
+    step(Piece{begin, end - begin, 0, begin, 0, begin});
+    return;
+  }
+  for (int64_t row = begin, count; row < end; row += count) {
+    const int64_t tap = row / bundle.channels;
+    const int64_t channel = bundle.channel + row % bundle.channels;
+    const int64_t group = channel / g.group_channels;
+    const int64_t in_group = channel % g.group_channels;
+    count = Min(end - row, g.group_channels - in_group);
+    step(Piece{row, count, group, tap * g.group_channels + in_group,
+               tap * g.groups + group, in_group});
+  }
+}
+
+// Rows of a bundle that share a tap and an offset group, and so their samples'
+// places.
 struct Run {
-  int64_t row, count;    // rows [row, row + count) of the group's kernel
-  int64_t channel;       // of the first of them, in the image
+  int64_t row, count;  // rows [row, row + count) of the bundle
+  int64_t channel;     // of the first of them, in the image
+  int64_t tap;
   int64_t field;         // offset_group * taps + tap
   int64_t tap_y, tap_x;  // distance from tap (0, 0), input pixels
 };
 
-// Writes the runs of rows [begin, end) of `group`, in order, and returns their
-// number; with null only counts.
-static int64_t FindRuns(const Geometry& g, int64_t group, int64_t begin,
+// Writes the runs of rows [begin, end) of `bundle`, in order, and returns their
+// number.
+static int64_t FindRuns(const Geometry& g, const Bundle& bundle, int64_t begin,
                         int64_t end, Run* to) {
   int64_t runs = 0;
   for (int64_t row = begin, count; row < end; row += count, ++runs) {
-    const int64_t tap = row / g.group_channels;
-    const int64_t in_group = row % g.group_channels;
-    const int64_t channel = group * g.group_channels + in_group;
+    const int64_t tap = row / bundle.channels;
+    const int64_t in_bundle = row % bundle.channels;
+    const int64_t channel = bundle.channel + in_bundle;
     const int64_t offset_group = channel / g.offset_channels;
     count =
-        Min(end - row, Min(g.group_channels - in_group,
+        Min(end - row, Min(bundle.channels - in_bundle,
                            g.offset_channels - channel % g.offset_channels));
-    if (to == nullptr) continue;
     to[runs] = {row,
                 count,
                 channel,
+                tap,
                 offset_group * g.taps + tap,
                 tap / g.kernel_w * g.dilation_h,
                 tap % g.kernel_w * g.dilation_w};
@@ -67,58 +150,53 @@ static int64_t FindRuns(const Geometry& g, int64_t group, int64_t begin,
   return runs;
 }
 
-// The output pixel that a row of a tile stands for.
-struct Pixel {
-  int64_t n;
-  int64_t fields;  // index of its first offset pair (or mask) in the batch
-  int64_t y, x;    // input coordinates of tap (0, 0) at zero offset
-};
-
-// Writes `count` pixels of the batch's output, from `first` on.
-static void LocatePixels(const Geometry& g, int64_t first, int64_t count,
-                         Pixel* to) {
-  int64_t n = first / g.pixels, q = first % g.pixels;
-  for (int64_t row = 0; row < count; ++row) {
-    to[row] = {n, (first + row) * g.offset_groups * g.taps,
-               q / g.out_w * g.stride_h - g.pad_top,
-               q % g.out_w * g.stride_w - g.pad_left};
-    if (++q == g.pixels) ++n, q = 0;
-  }
-}
-
-// Where one tap of one output pixel reads, for all channels of an offset group.
+// The output pixels that the rows of a tile stand for. Arrays have room for a
+// multiple of kLanes<E>.
 template <typename E>
-struct Sample {
-  // Corners inside the image, and axes along which the edge is held (no
-  // derivative there). No flag at all: the sample lies outside and counts 0.
-  enum : uint32_t {
-    kTopLeft = 1,
-    kTopRight = 2,
-    kBottomLeft = 4,
-    kBottomRight = 8,
-    kInside = 15,  // all four
-    kHeldY = 16,
-    kHeldX = 32
-  };
+struct Pixels {
+  int64_t first;   // of the batch's output
+  int64_t count;   // in the tile
+  E *y, *x;        // input coordinates of tap (0, 0) at zero offset
+  int64_t* image;  // element of `inputs` where the pixel's image begins
 
-  int64_t corner;  // element of the top left corner, channel 0, in its image
-  int32_t top;     // its row
-  uint32_t flags;
-  E ly, lx;  // distance from the top left corner, in [0, 1)
-  E mask;
+  Pixels(int64_t most, Arena* arena)
+      : first(0),
+        count(0),
+        y(arena->Take<E>(RoundUp(most, kLanes<E>))),
+        x(arena->Take<E>(RoundUp(most, kLanes<E>))),
+        image(arena->Take<int64_t>(most)) {}
+
+  // The `count` pixels from `first` on.
+  void Locate(const Geometry& g, int64_t first, int64_t count) {
+    this->first = first;
+    this->count = count;
+    int64_t n = first / g.pixels, row = first % g.pixels / g.out_w,
+            column = first % g.pixels % g.out_w;
+    for (int64_t p = 0; p < count; ++p) {
+      y[p] = static_cast<E>(row * g.stride_h - g.pad_top);
+      x[p] = static_cast<E>(column * g.stride_w - g.pad_left);
+      image[p] = n * g.image;
+      if (++column < g.out_w) continue;
+      column = 0;
+      if (++row < g.out_h) continue;
+      row = 0;
+      ++n;
+    }
+    for (int64_t p = count; p % kLanes<E> != 0; ++p) y[p] = x[p] = 0;
+  }
 };
 
 // Where along one axis samples count, in the coordinate type.
 template <typename E>
 struct AxisRange {
   E above, below;  // positions between the two, both excluded
-  int64_t last;    // the last pixel
+  int32_t last;    // the last pixel
   bool clamp;
 
   AxisRange(Boundary boundary, int64_t size)
       : above(E(-1)),
         below(static_cast<E>(size)),
-        last(size - 1),
+        last(static_cast<int32_t>(size - 1)),
         clamp(boundary == Boundary::kClamp) {
     // From 0 on, 0 included: above the largest number below it.
     if (clamp) above = -LeastPositive(E());
@@ -134,6 +212,7 @@ template <typename E>
 struct Sampling {
   AxisRange<E> y, x;
   int64_t row, pixel;  // elements from one row, one pixel to the next
+  int64_t fields;      // of one output pixel
   const E* offset;
   const E* mask;
 
@@ -142,98 +221,141 @@ struct Sampling {
         x(g.boundary, g.width),
         row(g.width * g.channels),
         pixel(g.channels),
+        fields(g.fields),
         offset(offset),
         mask(mask) {}
 };
 
-template <typename E>
-static inline Sample<E> Locate(const Sampling<E>& in, const Pixel& pixel,
-                               const Run& run) {
-  using S = Sample<E>;
-  const int64_t field = pixel.fields + run.field;
-  const E y = static_cast<E>(pixel.y + run.tap_y) + in.offset[2 * field];
-  const E x = static_cast<E>(pixel.x + run.tap_x) + in.offset[2 * field + 1];
-  S sample;
-  sample.flags = 0;
-  // Written so that NaN lies outside.
-  if (!(y > in.y.above && y < in.y.below && x > in.x.above && x < in.x.below)) {
-    return sample;
-  }
-  // Sizes are below 2^31, so positions inside fit in an int.
-  int64_t top = static_cast<int>(y), left = static_cast<int>(x);
-  top -= y < static_cast<E>(static_cast<int>(y));
-  left -= x < static_cast<E>(static_cast<int>(x));
-  sample.ly = y - static_cast<E>(static_cast<int>(top));
-  sample.lx = x - static_cast<E>(static_cast<int>(left));
-  sample.mask = in.mask == nullptr ? E(1) : in.mask[field];
-  if (top >= 0 && top < in.y.last && left >= 0 && left < in.x.last) {
-    sample.flags = S::kInside;
-  } else {
-    if (in.y.clamp && top >= in.y.last) {
-      top = in.y.last;
-      sample.ly = 0;
-      sample.flags |= S::kHeldY;
-    }
-    if (in.x.clamp && left >= in.x.last) {
-      left = in.x.last;
-      sample.lx = 0;
-      sample.flags |= S::kHeldX;
-    }
-    const bool has_top = top >= 0 && top <= in.y.last;
-    const bool has_left = left >= 0 && left <= in.x.last;
-    const bool has_bottom = top < in.y.last, has_right = left < in.x.last;
-    if (has_top && has_left) sample.flags |= S::kTopLeft;
-    if (has_top && has_right) sample.flags |= S::kTopRight;
-    if (has_bottom && has_left) sample.flags |= S::kBottomLeft;
-    if (has_bottom && has_right) sample.flags |= S::kBottomRight;
-    // An image without pixels has no corner to hold.
-    if (!(sample.flags & S::kInside)) sample.flags = 0;
-  }
-  sample.corner = top * in.row + left * in.pixel;
-  sample.top = static_cast<int32_t>(top);
-  return sample;
-}
-
-// The corners of a sample from `channel` on; a corner outside the image reads
-// zeros.
-template <typename T>
-struct Corners {
-  const T *top_left, *top_right, *bottom_left, *bottom_right;
-
-  template <typename E>
-  Corners(const Sampling<E>& in, const Sample<E>& sample, const T* image,
-          int64_t channel, const T* zeros) {
-    using S = Sample<E>;
-    top_left = image + sample.corner + channel;
-    top_right = top_left + in.pixel;
-    bottom_left = top_left + in.row;
-    bottom_right = bottom_left + in.pixel;
-    if ((sample.flags & S::kInside) == S::kInside) return;
-    if (!(sample.flags & S::kTopLeft)) top_left = zeros;
-    if (!(sample.flags & S::kTopRight)) top_right = zeros;
-    if (!(sample.flags & S::kBottomLeft)) bottom_left = zeros;
-    if (!(sample.flags & S::kBottomRight)) bottom_right = zeros;
-  }
-};
+// Corners of a sample that lie inside the image, and axes along which the edge
+// is held (no derivative there). No flag at all: the sample lies outside and
+// counts 0.
+constexpr int32_t kTopLeft = 1;
+constexpr int32_t kTopRight = 2;
+constexpr int32_t kBottomLeft = 4;
+constexpr int32_t kBottomRight = 8;
+constexpr int32_t kInside = 15;  // all four
+constexpr int32_t kHeldY = 16;
+constexpr int32_t kHeldX = 32;
 
 // Bilinear weights of the four corners of a sample.
 template <typename E>
 struct Weights {
   E top_left, top_right, bottom_left, bottom_right;
+};
 
-  explicit Weights(const Sample<E>& s)
-      : top_left((1 - s.ly) * (1 - s.lx)),
-        top_right((1 - s.ly) * s.lx),
-        bottom_left(s.ly * (1 - s.lx)),
-        bottom_right(s.ly * s.lx) {}
+// Where one run reads, at kLanes pixels of a tile: the plan that all channels
+// of the run share. Vectors hold a pixel in each lane.
+template <typename E>
+struct Samples {
+  static constexpr int kN = kLanes<E>;
 
-  // The sample of kN channels from i on.
-  template <int kN, typename T>
-  Vector<E, kN> Mix(const Corners<T>& from, int64_t i) const {
-    return top_left * Load<kN>(from.top_left + i) +
-           top_right * Load<kN>(from.top_right + i) +
-           bottom_left * Load<kN>(from.bottom_left + i) +
-           bottom_right * Load<kN>(from.bottom_right + i);
+  int32_t flags[kN];
+  int32_t top[kN], left[kN];  // pixel of the top left corner
+  E ly[kN], lx[kN];           // distance from it, in [0, 1)
+  E mask[kN];
+  E top_left[kN], top_right[kN], bottom_left[kN], bottom_right[kN];  // weights
+
+  // At pixels [p, p + kN) of the tile, as far as there are.
+  Samples(const Sampling<E>& in, const Pixels<E>& pixels, int64_t p,
+          const Run& run) {
+    using V = Vector<E, kN>;
+    using I = Vector<int32_t, kN>;
+    const int64_t count = Min(kN, pixels.count - p);
+    const int64_t field = (pixels.first + p) * in.fields + run.field;
+    E dy[kN] = {}, dx[kN] = {};
+    for (int64_t l = 0; l < count; ++l) {
+      dy[l] = in.offset[2 * (field + l * in.fields)];
+      dx[l] = in.offset[2 * (field + l * in.fields) + 1];
+    }
+    for (int64_t l = 0; l < count; ++l) {
+      mask[l] = in.mask == nullptr ? E(1) : in.mask[field + l * in.fields];
+    }
+    V y = (Load<kN>(pixels.y + p) + static_cast<E>(run.tap_y)) + Load<kN>(dy);
+    V x = (Load<kN>(pixels.x + p) + static_cast<E>(run.tap_x)) + Load<kN>(dx);
+    // Written so that NaN lies outside. What is outside goes to pixel (0, 0),
+    // where converting is defined.
+    using M = decltype(V() > V());
+    const M counts = (y > in.y.above) & (y < in.y.below) &
+                        (x > in.x.above) & (x < in.x.below);
+    y = BitCast<V>(BitCast<M>(y) & counts);
+    x = BitCast<V>(BitCast<M>(x) & counts);
+    const I inside = __builtin_convertvector(counts, I);
+    I held_y = {}, held_x = {};
+    const I i = Split(in.y, y, &held_y), j = Split(in.x, x, &held_x);
+    const V hy = 1 - y, hx = 1 - x;
+    Store(i, top);
+    Store(j, left);
+    Store(y, ly);
+    Store(x, lx);
+    Store(hy * hx, top_left);
+    Store(hy * x, top_right);
+    Store(y * hx, bottom_left);
+    Store(y * x, bottom_right);
+    // Inside, the corner is at most the last pixel and its neighbour at least
+    // the first.
+    const I has_top = i >= 0, has_bottom = i < in.y.last;
+    const I has_left = j >= 0, has_right = j < in.x.last;
+    I found = (has_top & has_left & kTopLeft) |
+              (has_top & has_right & kTopRight) |
+              (has_bottom & has_left & kBottomLeft) |
+              (has_bottom & has_right & kBottomRight);
+    // An image without pixels has no corner to hold.
+    const I some = inside & (found != 0);
+    Store(some & (found | (held_y & kHeldY) | (held_x & kHeldX)), flags);
+  }
+
+  Weights<E> WeightsAt(int64_t lane) const {
+    return {top_left[lane], top_right[lane], bottom_left[lane],
+            bottom_right[lane]};
+  }
+
+  // Element of the top left corner, channel 0, in its image.
+  int64_t Corner(const Sampling<E>& in, int64_t lane) const {
+    return top[lane] * in.row + left[lane] * in.pixel;
+  }
+
+ private:
+  // Returns the pixel at or before each position, and leaves the distance.
+  static Vector<int32_t, kN> Split(const AxisRange<E>& axis,
+                                   Vector<E, kN>& position,
+                                   Vector<int32_t, kN>* held) {
+    using V = Vector<E, kN>;
+    using I = Vector<int32_t, kN>;
+    // Sizes are below 2^31, so positions inside fit.
+    I pixel = __builtin_convertvector(position, I);
+    pixel += __builtin_convertvector(
+        position < __builtin_convertvector(pixel, V), I);
+    position -= __builtin_convertvector(pixel, V);
+    if (axis.clamp) {
+      const auto at_edge = pixel >= axis.last;
+      *held = at_edge;
+      using M = decltype(V() > V());
+      const M wide = __builtin_convertvector(at_edge, M);
+      position = BitCast<V>(BitCast<M>(position) & ~wide);
+    }
+    return pixel;
+  }
+};
+
+// The corners of a sample from one channel on; a corner outside the image reads
+// zeros.
+template <typename T>
+struct Corners {
+  const T *top_left, *top_right, *bottom_left, *bottom_right;
+
+  // `corner` is the top left one.
+  template <typename E>
+  Corners(const Sampling<E>& in, const T* corner, int32_t flags,
+          const T* zeros) {
+    top_left = corner;
+    top_right = top_left + in.pixel;
+    bottom_left = top_left + in.row;
+    bottom_right = bottom_left + in.pixel;
+    if ((flags & kInside) == kInside) return;
+    if (!(flags & kTopLeft)) top_left = zeros;
+    if (!(flags & kTopRight)) top_right = zeros;
+    if (!(flags & kBottomLeft)) bottom_left = zeros;
+    if (!(flags & kBottomRight)) bottom_right = zeros;
   }
 };
 

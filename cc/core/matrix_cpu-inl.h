@@ -68,16 +68,10 @@ static void MicroKernel(int64_t k, const E* a, const E* b, E* c,
   for (int i = 0; i < kRows; ++i) {
     const E* from = done + i * kVectors * kN;
     E* to = c + i * c_stride;
-    if (columns == kVectors * kN) {
-      for (int v = 0; v < kVectors; ++v) {
-        const V sum = Load<kN>(from + v * kN);
-        Store(accumulate ? Load<kN>(to + v * kN) + sum : sum, to + v * kN);
-      }
-    } else {
-      for (int64_t j = 0; j < columns; ++j) {
-        to[j] = accumulate ? to[j] + from[j] : from[j];
-      }
-    }
+    ForEachVector<E>(columns, [&](auto lanes, int64_t j) {
+      const Vector<E, lanes.value> sum = Load<lanes.value>(from + j);
+      Store(accumulate ? Load<lanes.value>(to + j) + sum : sum, to + j);
+    });
   }
 }
 

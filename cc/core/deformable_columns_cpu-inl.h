@@ -1,0 +1,120 @@
+// Tiles of columns of a deformable convolution, for one instruction set.
+// SPDX-License-Identifier: Apache-2.0
+//
+// No include guard: see simd_cpu-inl.h.
+
+namespace tf_deform {
+namespace cpu {
+namespace TF_DEFORM_ISA {
+
+// Multiplications below which one worker does it all.
+constexpr double kSerialWork = 1 << 17;
+
+static bool IsSerial(const Geometry& g) {
+  return static_cast<double>(g.total_pixels) * static_cast<double>(g.rows) *
+             static_cast<double>(g.group_filters) <
+         kSerialWork;
+}
+
+// Operands and their types: what the three passes have in common.
+template <typename T>
+struct Operands {
+  using E = typename AccumulatorOf<T>::Type;
+
+  // Sums of 16-bit types need a place of their own.
+  static constexpr bool kNarrow = sizeof(T) < sizeof(E);
+
+  const T* inputs;
+  const T* kernel;
+  const E* offset;
+  const E* mask;
+  const T* grad_output;
+
+  Operands(const DeformableConv2DInputs& from, const void* grad_output)
+      : inputs(static_cast<const T*>(from.inputs)),
+        kernel(static_cast<const T*>(from.kernel)),
+        offset(static_cast<const E*>(from.offset)),
+        mask(static_cast<const E*>(from.mask)),
+        grad_output(static_cast<const T*>(grad_output)) {}
+};
+
+// A depthwise kernel in the order (multiplier, tap, channel).
+template <typename T, typename E>
+static void PackDepthwise(const Geometry& g, const T* kernel, E* packed,
+                          const ParallelFor& parallel_for) {
+  RunTasks(parallel_for, g.taps, [&](int64_t tap, int) {
+    for (int64_t j = 0; j < g.group_filters; ++j) {
+      E* to = packed + (j * g.taps + tap) * g.channels;
+      const T* from = kernel + tap * g.filters + j;
+      for (int64_t c = 0; c < g.channels; ++c) {
+        to[c] = Load<1>(from + c * g.group_filters)[0];
+      }
+    }
+  });
+}
+
+// What it takes to sample a tile of columns.
+template <typename T>
+struct ColumnScratch {
+  using E = typename AccumulatorOf<T>::Type;
+
+  E* columns;        // [pixels of the tile][kTileStride]
+  Pixels<E> pixels;  // of the tile
+  Run* runs;         // [kInner]
+  T* zeros;          // [kInner]
+
+  ColumnScratch(int64_t num_pixels, Arena* arena)
+      : columns(arena->Take<E>(num_pixels * kTileStride)),
+        pixels(num_pixels, arena),
+        runs(arena->Take<Run>(kInner)),
+        zeros(arena->Take<T>(kInner)) {}
+
+  void Clear() const {
+    __builtin_memset(static_cast<void*>(zeros), 0, kInner * sizeof(T));
+  }
+};
+
+// Samples rows [begin, end) of `bundle`, at most kInner, for the pixels of the
+// tile: s.columns[pixel][row - begin]. Returns the number of s.runs.
+template <typename T>
+static int64_t SampleColumns(const Geometry& g, const Operands<T>& operands,
+                             const Bundle& bundle, int64_t begin, int64_t end,
+                             const ColumnScratch<T>& s) {
+  using E = typename AccumulatorOf<T>::Type;
+  const Sampling<E> in(g, operands.offset, operands.mask);
+  const int64_t num_runs = FindRuns(g, bundle, begin, end, s.runs);
+  for (int64_t p = 0; p < s.pixels.count; p += kLanes<E>) {
+    const int64_t lanes_used = Min(kLanes<E>, s.pixels.count - p);
+    for (const Run* run = s.runs; run != s.runs + num_runs; ++run) {
+      const Samples<E> samples(in, s.pixels, p, *run);
+      E* to = s.columns + p * kTileStride + (run->row - begin);
+      for (int64_t l = 0; l < lanes_used; ++l, to += kTileStride) {
+        const int32_t flags = samples.flags[l];
+        if (flags == 0) {
+          for (int64_t i = 0; i < run->count; ++i) to[i] = 0;
+          continue;
+        }
+        const Corners<T> from(in,
+                              operands.inputs + s.pixels.image[p + l] +
+                                  samples.Corner(in, l) + run->channel,
+                              flags, s.zeros);
+        const Weights<E> weights = samples.WeightsAt(l);
+        const E mask = samples.mask[l];
+        ForEachVector<E>(run->count, [&](auto lanes, int64_t i) {
+          constexpr int kN = lanes.value;
+          const Vector<E, kN> value =
+              weights.top_left * Load<kN>(from.top_left + i) +
+              weights.top_right * Load<kN>(from.top_right + i) +
+              weights.bottom_left * Load<kN>(from.bottom_left + i) +
+              weights.bottom_right * Load<kN>(from.bottom_right + i);
+          Store(value * mask, to + i);
+        });
+      }
+    }
+  }
+  return num_runs;
+}
+
+}  // namespace TF_DEFORM_ISA
+}  // namespace cpu
+}  // namespace tf_deform

@@ -1,0 +1,164 @@
+// Deformable convolution on the CPU: gradient of the kernel.
+// SPDX-License-Identifier: Apache-2.0
+//
+// No include guard: see simd_cpu-inl.h.
+
+namespace tf_deform {
+namespace cpu {
+namespace TF_DEFORM_ISA {
+
+// Pixels in a tile: the inner dimension of the products here.
+constexpr int64_t kKernelPixels = 128;
+
+// Sums of a part of the kernel, which stay in the second-level cache.
+constexpr int64_t kPartBytes = 1 << 20;
+
+template <typename T>
+struct KernelScratch : ColumnScratch<T> {
+  using E = typename AccumulatorOf<T>::Type;
+
+  E* grad_packed;  // a tile of grad_output as a packed B
+
+  explicit KernelScratch(Arena* arena)
+      : ColumnScratch<T>(kKernelPixels, arena),
+        grad_packed(arena->Take<E>(kKernelPixels * kFilterBlock)) {}
+
+  static int64_t Bytes() {
+    Arena arena{nullptr};
+    KernelScratch{&arena};
+    return arena.used;
+  }
+};
+
+template <typename T>
+static int64_t KernelWorkspace(const DeformableConv2DParams& params,
+                               int num_workers) {
+  using E = typename AccumulatorOf<T>::Type;
+  const Geometry g(params);
+  Arena arena{nullptr};
+  arena.Take<E>(Operands<T>::kNarrow ? g.rows * g.group_filters : 0);
+  return arena.used + num_workers * KernelScratch<T>::Bytes();
+}
+
+// Adds a tile's share to the gradient of a depthwise kernel.
+template <typename T>
+static void DepthwiseGradient(const Geometry& g, const Operands<T>& operands,
+                              int64_t begin, int64_t num_runs,
+                              const KernelScratch<T>& s,
+                              typename AccumulatorOf<T>::Type* sums) {
+  using E = typename AccumulatorOf<T>::Type;
+  for (const Run* run = s.runs; run != s.runs + num_runs; ++run) {
+    const int64_t filter = run->channel * g.group_filters;
+    const E* columns = s.columns + (run->row - begin);
+    const T* gradient =
+        operands.grad_output + s.pixels.first * g.filters + filter;
+    E* to = sums + run->tap * g.filters + filter;
+    if (g.group_filters == 1) {
+      ForEachVector<E>(run->count, [&](auto lanes, int64_t i) {
+        constexpr int kN = lanes.value;
+        Vector<E, kN> sum = Load<kN>(to + i);
+        for (int64_t p = 0; p < s.pixels.count; ++p) {
+          sum += Load<kN>(columns + p * kTileStride + i) *
+                 Load<kN>(gradient + p * g.filters + i);
+        }
+        Store(sum, to + i);
+      });
+      continue;
+    }
+    for (int64_t p = 0; p < s.pixels.count; ++p) {
+      for (int64_t i = 0; i < run->count; ++i) {
+        const E column = columns[p * kTileStride + i];
+        ForEachVector<E>(g.group_filters, [&](auto lanes, int64_t j) {
+          constexpr int kN = lanes.value;
+          const int64_t f = i * g.group_filters + j;
+          Store(Load<kN>(to + f) +
+                    column * Load<kN>(gradient + p * g.filters + f),
+                to + f);
+        });
+      }
+    }
+  }
+}
+
+template <typename T>
+static void KernelPass(const DeformableConv2DParams& params,
+                       const DeformableConv2DInputs& inputs,
+                       const void* grad_output, void* workspace,
+                       void* grad_kernel, const ParallelFor& parallel_for) {
+  using E = typename AccumulatorOf<T>::Type;
+  constexpr bool kNarrow = Operands<T>::kNarrow;
+  const Geometry g(params);
+  const Operands<T> operands(inputs, grad_output);
+  const int64_t size = g.rows * g.group_filters;
+  Arena arena{static_cast<char*>(workspace)};
+  E* sums = arena.Take<E>(kNarrow ? size : 0);
+  if constexpr (!kNarrow) sums = static_cast<E*>(grad_kernel);
+  char* const scratch = arena.base + arena.used;
+  const int64_t scratch_bytes = KernelScratch<T>::Bytes();
+  Zero(parallel_for, sums, size * static_cast<int64_t>(sizeof(E)));
+
+  // Parts of a bundle's rows, each a whole number of micro rows: small enough
+  // to stay in the cache, and otherwise no more than keep the workers busy to
+  // the end, because a part packs grad_output for itself.
+  const int64_t bundles = g.Bundles();
+  const int64_t bundle_rows = Bundle(g, 0).rows;
+  int64_t parts = CeilDiv(
+      bundle_rows * Min(g.group_filters, kFilterBlock) *
+          static_cast<int64_t>(sizeof(E)),
+      kPartBytes);
+  if (parallel_for.num_workers > 1 && !IsSerial(g)) {
+    parts = RoundUp(parts, CeilDiv(2 * parallel_for.num_workers, bundles));
+  }
+  parts = Min(parts, CeilDiv(bundle_rows, kMicroRows));
+  const int64_t part_rows = RoundUp(CeilDiv(bundle_rows, parts), kMicroRows);
+  RunTasks(parallel_for, bundles * parts, [&](int64_t task, int worker) {
+    Arena place{scratch + worker * scratch_bytes};
+    KernelScratch<T> s(&place);
+    s.Clear();
+    const Bundle bundle(g, task / parts);
+    const int64_t part_begin = task % parts * part_rows;
+    const int64_t part_end = Min(part_begin + part_rows, bundle.rows);
+    for (int64_t first = 0; first < g.total_pixels; first += kKernelPixels) {
+      const int64_t count = Min(kKernelPixels, g.total_pixels - first);
+      s.pixels.Locate(g, first, count);
+      for (int64_t f = 0; f < g.group_filters; f += kFilterBlock) {
+        const int64_t filters = Min(kFilterBlock, g.group_filters - f);
+        int64_t packed_group = -1;
+        for (int64_t begin = part_begin; begin < part_end; begin += kInner) {
+          const int64_t end = Min(begin + kInner, part_end);
+          const int64_t num_runs =
+              SampleColumns<T>(g, operands, bundle, begin, end, s);
+          if (g.depthwise) {
+            DepthwiseGradient<T>(g, operands, begin, num_runs, s, sums);
+            continue;
+          }
+          ForEachPiece(g, bundle, begin, end, [&](const Piece& piece) {
+            const int64_t filter = piece.group * g.group_filters + f;
+            if (packed_group != piece.group) {
+              packed_group = piece.group;
+              PackPanels<T, E>(
+                  operands.grad_output + first * g.filters + filter, g.filters,
+                  1, count, filters, s.grad_packed);
+            }
+            MatrixProduct<true>(
+                piece.count, filters, count, s.columns + (piece.row - begin),
+                s.grad_packed, sums + piece.kernel_row * g.filters + filter,
+                g.filters, true);
+          });
+        }
+        if (g.depthwise) break;
+      }
+    }
+  });
+  if constexpr (kNarrow) {
+    const int64_t rows = g.taps * g.group_channels;
+    RunTasks(parallel_for, rows, [&](int64_t row, int) {
+      NarrowRow(sums + row * g.filters, g.filters,
+                static_cast<T*>(grad_kernel) + row * g.filters);
+    });
+  }
+}
+
+}  // namespace TF_DEFORM_ISA
+}  // namespace cpu
+}  // namespace tf_deform
