@@ -75,7 +75,8 @@ class Suite:
     shapes: tuple[str, ...]
     quick_shapes: tuple[str, ...]
     ratio_to: str  # the contender that all times are divided by
-    peers: tuple[str, ...]  # named below the table, with what is gained
+    # Below the table is what is gained over these, the best of each group.
+    peers: tuple[tuple[str, ...], ...]
     # What is done unless the user says otherwise.
     repeats: int
     memory_repeats: int

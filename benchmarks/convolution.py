@@ -106,6 +106,11 @@ class Case:
         return self.offset_groups * self.taps
 
     @property
+    def depthwise(self) -> bool:
+        """Whether every input channel is a group of its own."""
+        return 1 < self.groups == self.channels
+
+    @property
     def output_size(self) -> tuple[int, int]:
         """Height and width of the output."""
         return (
@@ -132,10 +137,12 @@ class Case:
 
     def tiny(self) -> "Case":
         """The same convolution on a map that costs nothing."""
-        channels = 8 * self.groups * self.offset_groups
+        channels, filters = self.channels, self.filters
+        if not self.depthwise:  # which it must stay
+            channels = filters = 8 * self.groups * self.offset_groups
         return dataclasses.replace(
             self, batch=1, height=8, width=8, channels=channels,
-            filters=channels,
+            filters=filters,
         )  # fmt: skip
 
 
@@ -222,20 +229,49 @@ class TfDeform(_TensorFlow):
 
 
 class Conv2D(_TensorFlow):
-    """The plain convolution: what deforming is measured against."""
+    """The plain convolution: what deforming is measured against.
+
+    `tf.nn.conv2d` or, where each channel is a group, the faster
+    `tf.nn.depthwise_conv2d`, unless that lacks the strides and dilation.
+    """
 
     deformable = False
+
+    @classmethod
+    def prepare(cls, case: Case, operands: Operands) -> dict[str, np.ndarray]:
+        """The kernel of a depthwise convolution in its operator's shape."""
+        arrays = super().prepare(case, operands)
+        if _has_depthwise_operator(case):
+            shape = (case.kernel, case.kernel, case.channels, -1)
+            arrays["kernel"] = arrays["kernel"].reshape(shape)
+        return arrays
 
     def _call(self, inputs, kernel):
         import tensorflow as tf
 
+        strides, dilations = self._case.strides, self._case.dilation_rate
+        if _has_depthwise_operator(self._case):
+            return tf.nn.depthwise_conv2d(
+                inputs,
+                kernel,
+                strides=(1, strides, strides, 1),
+                padding="SAME",
+                dilations=(dilations, dilations),
+            )
         return tf.nn.conv2d(
-            inputs,
-            kernel,
-            strides=self._case.strides,
-            padding="SAME",
-            dilations=self._case.dilation_rate,
+            inputs, kernel, strides, padding="SAME", dilations=dilations
         )
+
+    def gradients(self, kind: str = "both") -> dict[str, np.ndarray]:
+        gradients = super().gradients(kind)
+        if _has_depthwise_operator(self._case):
+            shape = (self._case.kernel, self._case.kernel, 1, -1)
+            gradients["kernel"] = gradients["kernel"].reshape(shape)
+        return gradients
+
+
+def _has_depthwise_operator(case: Case) -> bool:
+    return case.depthwise and 1 in (case.strides, case.dilation_rate)
 
 
 class Gather(_TensorFlow):
@@ -408,12 +444,40 @@ SUITE = Suite(
         "2x50x64x256->256",
         "8x14x14x512->512",
         "1x160x160x64->64",
+        "16x7x7x512->512",
+        "1x32x48x384->96,og4",
     ),
     # Small, and between them every suffix that all contenders know.
     quick_shapes=("1x28x28x64->64", "2x17x19x32->48,k5,s2,d2,og4"),
     ratio_to="tf.nn.conv2d",
-    peers=("gather",),
+    peers=(("gather",), ("onnxruntime", "openvino")),
     repeats=21,
     memory_repeats=3,
     memory_at_all_threads=True,
+)
+
+# The same contenders on what is less common, or has little arithmetic for what
+# is sampled.
+KINDS_SUITE = dataclasses.replace(
+    SUITE,
+    title="Kinds of convolution",
+    shapes=(
+        "1x56x56x256->18",
+        "1x56x56x256->256,g8",
+        "1x56x56x256->256,g32",
+        "1x56x56x256->256,g256",
+        "1x112x112x64->64,g64",
+        "1x56x56x256->256,k1",
+        "1x28x28x512->128,k1",
+        "1x28x28x128->128,k5",
+        "1x56x56x256->256,s2",
+        "1x50x64x256->256,d2",
+        "1x160x160x16->16",
+        "1x224x224x3->32,s2",
+        "1x80x80x48->48",
+        "1x7x7x512->512",
+    ),
+    quick_shapes=("1x12x13x16->32,g4", "1x12x13x16->32,g16"),
+    memory_repeats=1,
+    memory_at_all_threads=False,
 )

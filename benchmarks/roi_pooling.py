@@ -467,7 +467,7 @@ SUITE = Suite(
         "align:1x9x8x5->6x4x4x5,c1,s1",
     ),
     ratio_to="tf_deform",
-    peers=("gather", "onnxruntime", "openvino"),
+    peers=(("gather",), ("onnxruntime",), ("openvino",)),
     # Stock TensorFlow takes seconds here.
     repeats=7,
     memory_repeats=1,

@@ -21,7 +21,11 @@ import numpy as np
 import roi_pooling
 from contenders import Contender, Suite, Unsupported
 
-SUITES = {"conv": convolution.SUITE, "roi": roi_pooling.SUITE}
+SUITES = {
+    "conv": convolution.SUITE,
+    "conv_kinds": convolution.KINDS_SUITE,
+    "roi": roi_pooling.SUITE,
+}
 KINDS = ("forward", "both")
 TIMED_KINDS = (*KINDS, "backward")  # the last alone, of whoever can
 PROGRESS = "progress: "  # tells our lines from those that libraries print

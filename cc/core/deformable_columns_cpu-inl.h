@@ -58,15 +58,17 @@ template <typename T>
 struct ColumnScratch {
   using E = typename AccumulatorOf<T>::Type;
 
-  E* columns;        // [pixels of the tile][kTileStride]
-  Pixels<E> pixels;  // of the tile
-  Run* runs;         // [kInner]
-  T* zeros;          // [kInner]
+  E* columns;           // [pixels of the tile][kTileStride]
+  Pixels<E> pixels;     // of the tile
+  Run* runs;            // [kInner]
+  Samples<E>* samples;  // [kInner], of the runs at kLanes pixels
+  T* zeros;             // [kInner]
 
   ColumnScratch(int64_t num_pixels, Arena* arena)
       : columns(arena->Take<E>(num_pixels * kTileStride)),
         pixels(num_pixels, arena),
         runs(arena->Take<Run>(kInner)),
+        samples(arena->Take<Samples<E>>(kInner)),
         zeros(arena->Take<T>(kInner)) {}
 
   void Clear() const {
@@ -85,22 +87,26 @@ static int64_t SampleColumns(const Geometry& g, const Operands<T>& operands,
   const int64_t num_runs = FindRuns(g, bundle, begin, end, s.runs);
   for (int64_t p = 0; p < s.pixels.count; p += kLanes<E>) {
     const int64_t lanes_used = Min(kLanes<E>, s.pixels.count - p);
-    for (const Run* run = s.runs; run != s.runs + num_runs; ++run) {
-      const Samples<E> samples(in, s.pixels, p, *run);
-      E* to = s.columns + p * kTileStride + (run->row - begin);
-      for (int64_t l = 0; l < lanes_used; ++l, to += kTileStride) {
+    for (int64_t r = 0; r < num_runs; ++r) {
+      s.samples[r].Locate(in, s.pixels, p, s.runs[r]);
+    }
+    // A pixel's taps read neighbouring corners, and so do the next pixel's.
+    for (int64_t l = 0; l < lanes_used; ++l) {
+      const T* image = operands.inputs + s.pixels.image[p + l];
+      for (int64_t r = 0; r < num_runs; ++r) {
+        const Run& run = s.runs[r];
+        const Samples<E>& samples = s.samples[r];
+        E* to = s.columns + (p + l) * kTileStride + (run.row - begin);
         const int32_t flags = samples.flags[l];
         if (flags == 0) {
-          for (int64_t i = 0; i < run->count; ++i) to[i] = 0;
+          for (int64_t i = 0; i < run.count; ++i) to[i] = 0;
           continue;
         }
-        const Corners<T> from(in,
-                              operands.inputs + s.pixels.image[p + l] +
-                                  samples.Corner(in, l) + run->channel,
+        const Corners<T> from(in, image + samples.Corner(in, l) + run.channel,
                               flags, s.zeros);
         const Weights<E> weights = samples.WeightsAt(l);
         const E mask = samples.mask[l];
-        ForEachVector<E>(run->count, [&](auto lanes, int64_t i) {
+        ForEachVector<E>(run.count, [&](auto lanes, int64_t i) {
           constexpr int kN = lanes.value;
           const Vector<E, kN> value =
               weights.top_left * Load<kN>(from.top_left + i) +

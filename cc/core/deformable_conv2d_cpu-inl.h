@@ -141,8 +141,8 @@ static void DepthwiseProduct(const Geometry& g, const Bundle& bundle,
   for (int64_t p = 0; p < count; ++p) {
     for (const Run* run = runs; run != runs + num_runs; ++run) {
       const E* from = columns + p * kTileStride + (run->row - begin);
-      E* to = sums + p * stride +
-              (run->channel - bundle.channel) * g.group_filters;
+      E* to =
+          sums + p * stride + (run->channel - bundle.channel) * g.group_filters;
       const bool first = run->tap == 0;
       for (int64_t j = 0; j < g.group_filters; ++j) {
         const E* kernel =
@@ -150,8 +150,8 @@ static void DepthwiseProduct(const Geometry& g, const Bundle& bundle,
         if (g.group_filters == 1) {
           ForEachVector<E>(run->count, [&](auto lanes, int64_t i) {
             constexpr int kN = lanes.value;
-            const Vector<E, kN> product = Load<kN>(from + i) *
-                                          Load<kN>(kernel + i);
+            const Vector<E, kN> product =
+                Load<kN>(from + i) * Load<kN>(kernel + i);
             Store(first ? product : Load<kN>(to + i) + product, to + i);
           });
           continue;
@@ -197,8 +197,7 @@ static void ForwardPass(const DeformableConv2DParams& params,
       // Bundles of several groups have no more filters than a block.
       for (int64_t f = 0; f < g.group_filters; f += kFilterBlock) {
         const int64_t filters = Min(kFilterBlock, g.group_filters - f);
-        T* to =
-            static_cast<T*>(output) + first * g.filters + bundle.filter + f;
+        T* to = static_cast<T*>(output) + first * g.filters + bundle.filter + f;
         E* sums = s.sums;
         int64_t stride = kFilterBlock;
         if constexpr (!Operands<T>::kNarrow) {

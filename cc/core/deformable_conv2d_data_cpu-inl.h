@@ -36,10 +36,11 @@ constexpr int64_t kStripRows = 7;
 // follow.
 template <typename E>
 struct Deferred {
-  int64_t corner;  // element of the top left corner, first channel, in its image
-  int32_t flags;   // the corners that wait
-  int32_t top;     // row of the first of them
-  int64_t count;   // channels
+  int64_t
+      corner;     // element of the top left corner, first channel, in its image
+  int32_t flags;  // the corners that wait
+  int32_t top;    // row of the first of them
+  int64_t count;  // channels
   E mask;
   Weights<E> weights;
 
@@ -81,11 +82,12 @@ template <typename T>
 struct DataScratch {
   using E = typename AccumulatorOf<T>::Type;
 
-  E* columns;        // [kDataPixels][stride], gradients
-  E* grad_rows;      // [kDataPixels][kTileStride], a tile of grad_output
-  Pixels<E> pixels;  // of the tile
-  Run* runs;         // [block rows]
-  T* zeros;          // [block rows]
+  E* columns;           // [kDataPixels][stride], gradients
+  E* grad_rows;         // [kDataPixels][kTileStride], a tile of grad_output
+  Pixels<E> pixels;     // of the tile
+  Run* runs;            // [block rows]
+  Samples<E>* samples;  // [block rows], of the runs at kLanes pixels
+  T* zeros;             // [block rows]
   int64_t stride;
 
   DataScratch(const Blocks& blocks, Arena* arena)
@@ -93,6 +95,7 @@ struct DataScratch {
         grad_rows(arena->Take<E>(kDataPixels * kTileStride)),
         pixels(kDataPixels, arena),
         runs(arena->Take<Run>(blocks.limit)),
+        samples(arena->Take<Samples<E>>(blocks.limit)),
         zeros(arena->Take<T>(blocks.limit)),
         stride(blocks.limit + 16) {}
 };
@@ -135,9 +138,9 @@ struct DataPlan {
   int64_t KernelElements() const {
     if (g.depthwise) return g.taps * g.filters;
     return g.group_filters *
-           (g.groups == 1 ? PackedColumns<E>(g.rows)
-                          : g.taps * g.groups *
-                                PackedColumns<E>(g.group_channels));
+           (g.groups == 1
+                ? PackedColumns<E>(g.rows)
+                : g.taps * g.groups * PackedColumns<E>(g.group_channels));
   }
   int64_t StripBytes() const {
     if (!scatter) return 0;
@@ -232,9 +235,8 @@ static void MakeColumnGradients(const DataPlan<T>& plan,
         loaded = piece.group / together;
         const int64_t filter = loaded * together * g.group_filters + f;
         const int64_t wide =
-            Min(filters * together, filters < g.group_filters
-                                        ? filters
-                                        : g.filters - filter);
+            Min(filters * together,
+                filters < g.group_filters ? filters : g.filters - filter);
         for (int64_t p = 0; p < count; ++p) {
           WidenRow(from + p * g.filters + filter, wide,
                    s.grad_rows + p * kTileStride);
@@ -289,9 +291,9 @@ static inline __attribute__((always_inline)) void UseColumns(
       const V top_left = Load<kN>(from.top_left + i);
       const V down = Load<kN>(from.bottom_left + i) - top_left;
       const V right = Load<kN>(from.top_right + i) - top_left;
-      const V twist = (Load<kN>(from.bottom_right + i) -
-                       Load<kN>(from.bottom_left + i)) -
-                      right;
+      const V twist =
+          (Load<kN>(from.bottom_right + i) - Load<kN>(from.bottom_left + i)) -
+          right;
       const V dy = down + lx * twist;
       const V dx = right + ly * twist;
       const V value = top_left + lx * right + ly * dy;
@@ -312,9 +314,9 @@ static inline __attribute__((always_inline)) void UseColumns(
 
 // Adds a sample's gradient to those corners of the image that `flags` names.
 template <typename E>
-static void AddToCorners(const Sampling<E>& in, int32_t flags,
-                         const E* columns, int64_t count, E mask,
-                         const Weights<E>& weights, E* to) {
+static void AddToCorners(const Sampling<E>& in, int32_t flags, const E* columns,
+                         int64_t count, E mask, const Weights<E>& weights,
+                         E* to) {
   const auto add = [&](int32_t corner, int64_t distance, E weight) {
     if (!(flags & corner)) return;
     E* at = to + distance;
@@ -371,12 +373,19 @@ static bool Advance(const DataPlan<T>& plan, const Operands<T>& operands,
               strip->used + most * lanes_used > plan.deferred_bytes) {
             return false;
           }
-          for (const Run* run = s.runs; run != s.runs + num_runs; ++run) {
-            const Samples<E> at(in, s.pixels, p, *run);
-            int64_t field = (s.pixels.first + p) * g.fields + run->field;
-            const E* columns = s.columns + p * s.stride + (run->row - begin);
-            for (int64_t l = 0; l < lanes_used;
-                 ++l, field += g.fields, columns += s.stride) {
+          for (int64_t r = 0; r < num_runs; ++r) {
+            s.samples[r].Locate(in, s.pixels, p, s.runs[r]);
+          }
+          // A pixel's taps read neighbouring corners, and so do the next
+          // pixel's.
+          for (int64_t l = 0; l < lanes_used; ++l) {
+            for (int64_t r = 0; r < num_runs; ++r) {
+              const Run* run = s.runs + r;
+              const Samples<E>& at = s.samples[r];
+              const int64_t field =
+                  (s.pixels.first + p + l) * g.fields + run->field;
+              const E* columns =
+                  s.columns + (p + l) * s.stride + (run->row - begin);
               const int32_t flags = at.flags[l];
               if (flags == 0) continue;
               const Corners<T> from(in,
@@ -385,9 +394,9 @@ static bool Advance(const DataPlan<T>& plan, const Operands<T>& operands,
                                     flags, s.zeros);
               const Weights<E> weights = at.WeightsAt(l);
               const E mask = at.mask[l];
-              E* const to =
-                  kScatter ? grad_image + at.Corner(in, l) + run->channel
-                           : nullptr;
+              E* const to = kScatter
+                                ? grad_image + at.Corner(in, l) + run->channel
+                                : nullptr;
               const int32_t mine =
                   kScatter ? CornersInRows(flags, at.top[l], strip->row_first,
                                            strip->row_last)
@@ -410,8 +419,12 @@ static bool Advance(const DataPlan<T>& plan, const Operands<T>& operands,
                   if (others != 0) {
                     auto* entry = reinterpret_cast<Deferred<E>*>(
                         strip->deferred + strip->used);
-                    *entry = {at.Corner(in, l) + run->channel, others,
-                              at.top[l], run->count, mask, weights};
+                    *entry = {at.Corner(in, l) + run->channel,
+                              others,
+                              at.top[l],
+                              run->count,
+                              mask,
+                              weights};
                     __builtin_memcpy(
                         entry->Gradient(), columns,
                         static_cast<size_t>(run->count) * sizeof(E));
@@ -453,8 +466,7 @@ static void AddDeferred(const Sampling<E>& in, const Strip& strip,
   for (int64_t at = 0; at < strip.used;) {
     auto* entry = reinterpret_cast<Deferred<E>*>(strip.deferred + at);
     at += Deferred<E>::Bytes(entry->count);
-    const int32_t mine =
-        CornersInRows(entry->flags, entry->top, first, last);
+    const int32_t mine = CornersInRows(entry->flags, entry->top, first, last);
     if (mine == 0) continue;
     AddToCorners(in, mine, entry->Gradient(), entry->count, entry->mask,
                  entry->weights, grad_image + entry->corner);
@@ -489,8 +501,8 @@ static void MakeStrips(const DataPlan<T>& plan, int64_t n, int64_t count,
       strip.row_last =
           i + 1 >= plan.strips ? g.height : (row(i + 1) + row(i + 2)) / 2;
       // Even and odd strips, which never have any at the same time, share room.
-      strip.deferred = deferred + (image * plan.strips + i) / 2 *
-                                      plan.deferred_bytes;
+      strip.deferred =
+          deferred + (image * plan.strips + i) / 2 * plan.deferred_bytes;
     }
   }
 }
@@ -522,8 +534,8 @@ static void DataPass(const DeformableConv2DParams& params,
 
   Arena arena{static_cast<char*>(workspace)};
   E* const packed = arena.Take<E>(plan.KernelElements());
-  E* const wide = arena.Take<E>(plan.image_bytes /
-                                static_cast<int64_t>(sizeof(E)));
+  E* const wide =
+      arena.Take<E>(plan.image_bytes / static_cast<int64_t>(sizeof(E)));
   char* const strip_room = arena.Take<char>(plan.StripBytes());
   char* const scratch = arena.base + arena.used;
   PackTransposed<T, E>(plan, operands.kernel, packed, parallel_for);
@@ -571,9 +583,11 @@ static void DataPass(const DeformableConv2DParams& params,
       for (bool done = false; !done;) {
         RunTasks(parallel_for, active, [&](int64_t index, int worker) {
           Strip* strip = strips + index * phases + phase;
-          (slopes ? Advance<true, true, T, E> : Advance<false, true, T, E>)(
-              plan, operands, packed, scratch_of(worker), strip,
-              image_of(*strip), grad_offset, grad_mask);
+          (slopes ? Advance<true, true, T, E>
+                  : Advance<false, true, T, E>)(plan, operands, packed,
+                                                scratch_of(worker), strip,
+                                                image_of(*strip), grad_offset,
+                                                grad_mask);
         });
         done = true;
         bool any = false;
@@ -584,17 +598,15 @@ static void DataPass(const DeformableConv2DParams& params,
         }
         if (!any) continue;
         // By image and some of its rows.
-        RunTasks(parallel_for, images * plan.strips,
-                 [&](int64_t index, int) {
-                   const int64_t part = index % plan.strips;
-                   const int64_t image = index / plan.strips * plan.strips;
-                   for (int64_t i = phase; i < plan.strips; i += phases) {
-                     AddDeferred(in, strips[image + i],
-                                 g.height * part / plan.strips,
-                                 g.height * (part + 1) / plan.strips,
-                                 image_of(strips[image + i]));
-                   }
-                 });
+        RunTasks(parallel_for, images * plan.strips, [&](int64_t index, int) {
+          const int64_t part = index % plan.strips;
+          const int64_t image = index / plan.strips * plan.strips;
+          for (int64_t i = phase; i < plan.strips; i += phases) {
+            AddDeferred(in, strips[image + i], g.height * part / plan.strips,
+                        g.height * (part + 1) / plan.strips,
+                        image_of(strips[image + i]));
+          }
+        });
         for (int64_t index = 0; index < active; ++index) {
           strips[index * phases + phase].used = 0;
         }

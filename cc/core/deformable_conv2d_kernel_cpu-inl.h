@@ -102,12 +102,11 @@ static void KernelPass(const DeformableConv2DParams& params,
   // the end, because a part packs grad_output for itself.
   const int64_t bundles = g.Bundles();
   const int64_t bundle_rows = Bundle(g, 0).rows;
-  int64_t parts = CeilDiv(
-      bundle_rows * Min(g.group_filters, kFilterBlock) *
-          static_cast<int64_t>(sizeof(E)),
-      kPartBytes);
+  int64_t parts = CeilDiv(bundle_rows * Min(g.group_filters, kFilterBlock) *
+                              static_cast<int64_t>(sizeof(E)),
+                          kPartBytes);
   if (parallel_for.num_workers > 1 && !IsSerial(g)) {
-    parts = RoundUp(parts, CeilDiv(2 * parallel_for.num_workers, bundles));
+    parts = RoundUp(parts, CeilDiv(parallel_for.num_workers, bundles));
   }
   parts = Min(parts, CeilDiv(bundle_rows, kMicroRows));
   const int64_t part_rows = RoundUp(CeilDiv(bundle_rows, parts), kMicroRows);
@@ -140,10 +139,10 @@ static void KernelPass(const DeformableConv2DParams& params,
                   operands.grad_output + first * g.filters + filter, g.filters,
                   1, count, filters, s.grad_packed);
             }
-            MatrixProduct<true>(
-                piece.count, filters, count, s.columns + (piece.row - begin),
-                s.grad_packed, sums + piece.kernel_row * g.filters + filter,
-                g.filters, true);
+            MatrixProduct<true>(piece.count, filters, count,
+                                s.columns + (piece.row - begin), s.grad_packed,
+                                sums + piece.kernel_row * g.filters + filter,
+                                g.filters, true);
           });
         }
         if (g.depthwise) break;

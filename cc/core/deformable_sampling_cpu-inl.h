@@ -256,8 +256,8 @@ struct Samples {
   E top_left[kN], top_right[kN], bottom_left[kN], bottom_right[kN];  // weights
 
   // At pixels [p, p + kN) of the tile, as far as there are.
-  Samples(const Sampling<E>& in, const Pixels<E>& pixels, int64_t p,
-          const Run& run) {
+  void Locate(const Sampling<E>& in, const Pixels<E>& pixels, int64_t p,
+              const Run& run) {
     using V = Vector<E, kN>;
     using I = Vector<int32_t, kN>;
     const int64_t count = Min(kN, pixels.count - p);
@@ -275,8 +275,8 @@ struct Samples {
     // Written so that NaN lies outside. What is outside goes to pixel (0, 0),
     // where converting is defined.
     using M = decltype(V() > V());
-    const M counts = (y > in.y.above) & (y < in.y.below) &
-                        (x > in.x.above) & (x < in.x.below);
+    const M counts = (y > in.y.above) & (y < in.y.below) & (x > in.x.above) &
+                     (x < in.x.below);
     y = BitCast<V>(BitCast<M>(y) & counts);
     x = BitCast<V>(BitCast<M>(x) & counts);
     const I inside = __builtin_convertvector(counts, I);

@@ -48,6 +48,20 @@ static inline __attribute__((always_inline)) void MultiplyAdd(
    ...);
 }
 
+// The sums, stored to or added to rows of C that are c_stride apart.
+template <bool kAccumulate, int kVectors, typename E, typename V, int... kIndex>
+static inline __attribute__((always_inline)) void StoreSums(
+    const V* sums, E* c, int64_t c_stride,
+    std::integer_sequence<int, kIndex...>) {
+  constexpr int kN = kLanes<E>;
+  const auto store = [](V sum, E* to) __attribute__((always_inline)) {
+    Store(kAccumulate ? Load<kN>(to) + sum : sum, to);
+  };
+  (store(sums[kIndex],
+         c + kIndex / kVectors * c_stride + kIndex % kVectors * kN),
+   ...);
+}
+
 template <typename E, bool kTransposed, int kRows, int kVectors>
 static void MicroKernel(int64_t k, const E* a, const E* b, E* c,
                         int64_t c_stride, int64_t columns, bool accumulate) {
@@ -55,6 +69,12 @@ static void MicroKernel(int64_t k, const E* a, const E* b, E* c,
   constexpr int64_t kRowStride = kTransposed ? 1 : kTileStride;
   constexpr int64_t kStep = kTransposed ? kTileStride : 1;
   using V = Vector<E, kN>;
+  // C waits in the second-level cache, or further away.
+  for (int i = 0; i < kRows; ++i) {
+    for (int v = 0; v < kVectors; ++v) {
+      __builtin_prefetch(c + i * c_stride + v * kN, 1);
+    }
+  }
   V sums[kRows * kVectors] = {};
   for (; k > 0; --k, a += kStep, b += kVectors * kN) {
     V row[kVectors];
@@ -62,7 +82,15 @@ static void MicroKernel(int64_t k, const E* a, const E* b, E* c,
     MultiplyAdd<kRowStride, kVectors>(
         a, row, sums, std::make_integer_sequence<int, kRows * kVectors>());
   }
-  // Not into C at once: that loop's indices are no constants.
+  if (columns == kVectors * kN) {
+    constexpr auto kAll = std::make_integer_sequence<int, kRows * kVectors>();
+    if (accumulate) {
+      StoreSums<true, kVectors>(sums, c, c_stride, kAll);
+    } else {
+      StoreSums<false, kVectors>(sums, c, c_stride, kAll);
+    }
+    return;
+  }
   E done[kRows * kVectors * kN];
   __builtin_memcpy(done, sums, sizeof(done));
   for (int i = 0; i < kRows; ++i) {

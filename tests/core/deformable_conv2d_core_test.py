@@ -4,7 +4,6 @@
 import os
 import pathlib
 import re
-import shutil
 import subprocess
 import sys
 
@@ -125,9 +124,12 @@ def test_agrees_with_reference_for_any_type_and_number_of_threads(seed):
                 assert one.tobytes() == two.tobytes(), "threads changed it"
 
 
-# One below, at, and one past the blocks of pixels (56 for gradients of data,
-# 126 forward, 128 for the kernel), of rows (256), filters (16, 32, 256, 1024).
-@pytest.mark.parametrize("pixels", [1, 13, 14, 15, 55, 56, 57, 126, 127, 129])
+# One below, at, and one past the blocks of pixels (8 located together in
+# float64; 112 for gradients of data, 126 forward, 128 for the kernel), of rows
+# (256), filters (16, 32, 256, 1024).
+@pytest.mark.parametrize(
+    "pixels", [1, 7, 8, 9, 13, 14, 15, 111, 112, 113, 126, 127, 129]
+)
 @pytest.mark.parametrize("channels, filters", [(3, 33), (257, 2), (2, 257)])
 def test_block_edges(pixels, channels, filters):
     rng = np.random.default_rng(pixels)
@@ -146,6 +148,102 @@ def test_block_edges(pixels, channels, filters):
         *operands, dtype="float64", threads=2
     ).items():
         assert_close(gradient, getattr(expected, name), "float64", name)
+
+
+# Strips of the output, which share out the gradient of the inputs: 4 (the
+# least), 8 and 32 (the most) of an image, one an image, and more images than
+# are worked on together. `reach` is about how far samples lie from their pixel,
+# in pixels: with 40 most belong to another strip, and the room for what is
+# deferred is filled many times.
+@pytest.mark.parametrize(
+    "batch, size, channels, filters, groups, reach",
+    [
+        (1, (14, 19), 40, 9, 1, 3),
+        (3, (57, 11), 24, 8, 4, 3),
+        (1, (231, 13), 64, 3, 1, 40),
+        (1, (225, 6), 33, 33, 33, 40),
+        (5, (40, 17), 32, 64, 32, 40),
+        (16, (9, 12), 20, 6, 2, 3),
+        (67, (6, 7), 16, 5, 1, 3),
+        (1, (2, 90), 40, 9, 1, 3),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_strips(batch, size, channels, filters, groups, reach, dtype):
+    rng = np.random.default_rng(channels)
+    offset = reach * rng.normal(size=(batch, *size, 18))
+    offset += 0.02 * (np.abs(offset - np.round(offset)) < 0.01)
+    operands = rounded(
+        (
+            rng.normal(size=(batch, *size, channels)),
+            rng.normal(size=(3, 3, channels // groups, filters)),
+            np.float32(offset),
+            rng.normal(size=(batch, *size, 9)),
+            rng.normal(size=(batch, *size, filters)),
+        ),
+        dtype,
+    )
+    expected = reference.deformable_conv2d_grad(*operands, padding="same")
+    common = dict(dtype=dtype, padding="same")
+    one = core.backward(*operands, threads=1, **common)
+    for name, gradient in one.items():
+        assert_close(gradient, getattr(expected, name), dtype, name)
+    for threads in (2, 3, 7):
+        for name, gradient in core.backward(
+            *operands, threads=threads, **common
+        ).items():
+            assert gradient.tobytes() == one[name].tobytes(), name
+
+
+# Groups of 1 channel (depthwise) to more channels than a block of rows holds,
+# in bundles of at most 1024 filters.
+@pytest.mark.parametrize(
+    "channels, filters, groups",
+    [
+        (37, 37, 37),
+        (300, 600, 300),
+        (24, 1200, 24),
+        (9, 6, 3),
+        (544, 4, 2),
+        (4, 2060, 2),
+        (2100, 6, 3),
+        (1100, 1100, 550),
+        (34, 51, 17),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_groups(channels, filters, groups, dtype):
+    rng = np.random.default_rng(channels)
+    offset_groups = 2 if channels % 2 == 0 else 1
+    size = (2, 3, 5)
+    operands = rounded(
+        (
+            rng.normal(size=(*size, channels)),
+            rng.normal(size=(3, 2, channels // groups, filters)),
+            np.float32(rng.uniform(0.1, 0.9, (*size, 12 * offset_groups))),
+            rng.normal(size=(*size, 6 * offset_groups)),
+            rng.normal(size=(*size, filters)),
+        ),
+        dtype,
+    )
+    attributes = dict(padding="same", offset_groups=offset_groups)
+    expected = reference.deformable_conv2d_grad(*operands, **attributes)
+    results = []
+    for threads in (1, 2, 5):
+        common = dict(dtype=dtype, threads=threads, **attributes)
+        results.append(core.backward(*operands, **common))
+        results[-1]["output"] = core.forward(*operands[:4], **common)
+    assert_close(
+        results[0]["output"],
+        reference.deformable_conv2d(*operands[:4], **attributes),
+        dtype,
+        "output",
+    )
+    for name in NAMES:
+        assert_close(results[0][name], getattr(expected, name), dtype, name)
+    for other in results[1:]:
+        for name, array in other.items():
+            assert array.tobytes() == results[0][name].tobytes(), name
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -316,6 +414,7 @@ def test_other_instruction_sets(isa):
     if isa not in name.stdout:
         pytest.skip(f"this processor has no {isa}")
     selected = "reference or edges or conversions or nearest or alone"
+    selected += " or strips or groups"
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
         + ["-k", selected, str(here)],
@@ -325,35 +424,6 @@ def test_other_instruction_sets(isa):
         check=False,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-
-
-def test_wide_instructions_stay_in_their_functions():
-    """Code outside of an instruction set's namespace runs everywhere."""
-    objdump = shutil.which("objdump")
-    if objdump is None:
-        pytest.skip("needs objdump, from binutils")
-    listing = subprocess.run(
-        [objdump, "-d", "--no-show-raw-insn", core.library()._name],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    allowed = {"avx2": r"[xy]mm", "avx512": r"[xyz]mm|k[0-7]"}
-    symbols = re.split(r"\n(?=[0-9a-f]+ <)", listing)
-    wide = {"avx2": 0, "avx512": 0}
-    for symbol in symbols:
-        name = symbol.split("\n", 1)[0]
-        isa = next((key for key in allowed if f"{len(key)}{key}" in name), None)
-        # AVX and later encode vectors with instructions that start with "v".
-        uses = re.findall(r"\t(v[a-z0-9]+) .*%(?:[xyz]mm|k[0-7])", symbol)
-        if isa is None:
-            assert not uses, f"{name}: {uses[:3]}"
-        else:
-            wide[isa] += len(uses)
-            if isa == "avx2":
-                assert "zmm" not in symbol, name
-    if any("<" in symbol and "cpu" in symbol for symbol in symbols[:50]):
-        assert min(wide.values()) > 1000, wide
 
 
 def test_needs_no_tensorflow():

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How near `tf_deform`'s convolution comes to what the machine can do.
+
+    python benchmarks/run.py --ops conv --json results.json
+    python benchmarks/roofline.py results.json
+
+Measures the machine's peaks (`peaks.cc`, compiled on the fly), reads times from
+results of `run.py`, which must come from the same machine, and prints Markdown.
+See README.md in this folder.
+"""
+
+import argparse
+import json
+import math
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+from convolution import Case
+from run import TITLES, describe_machine
+from worker import KINDS, pin
+
+# Other guests of the machine can slow it down for seconds; the best counts.
+ROUNDS = 3
+# Vectors of the code that `tf_deform` used.
+BITS = {"avx512": 512, "avx2": 256, "baseline": 128}
+
+
+def flop(case: Case, kind: str) -> int:
+    """Floating-point operations of a call, a multiply-add being two.
+
+    Counted are the matrix products and what is done for every channel of every
+    sample: forward reads four neighbours and applies the mask, four
+    multiply-adds and one multiplication. Backward has two more products, adds
+    to the gradient of four neighbours, and multiplies the same four with the
+    sample's gradient for those of offset and mask, eight multiply-adds.
+    Sampling once more for the kernel's gradient is not counted, nor are
+    coordinates and weights, which all channels share.
+    """
+    pixels = math.prod(case.output_shape[:3])
+    product = 2 * pixels * case.taps * case.channels // case.groups
+    product *= case.filters
+    samples = pixels * case.taps * case.channels
+    if kind == "forward":
+        return product + 9 * samples
+    return 3 * product + (9 + 16) * samples
+
+
+def compulsory_bytes(case: Case, kind: str) -> int:
+    """Bytes of operands, each read once, and of results, each written once.
+
+    Operands of forward + backward are the gradient that arrives at the output
+    and those of forward; results are the output and all gradients.
+    """
+    pixels = math.prod(case.output_shape[:3])
+    inputs = case.batch * case.height * case.width * case.channels
+    kernel = case.taps * case.channels // case.groups * case.filters
+    offset_and_mask = pixels * case.offset_taps * (2 + case.with_mask)
+    operands, output = inputs + kernel + offset_and_mask, pixels * case.filters
+    if kind == "forward":
+        return 4 * (operands + output)
+    return 4 * (2 * operands + 2 * output)
+
+
+def measure_peaks(counts: list[int]) -> dict[int, dict[str, float]]:
+    """GFLOP/s and GB/s by number of threads, named as in `peaks.cc`."""
+    source = os.path.join(os.path.dirname(__file__), "peaks.cc")
+    flags = ["-O3", "-march=native", "-std=c++17", "-pthread"]
+    peaks: dict[int, dict[str, float]] = {count: {} for count in counts}
+    with tempfile.TemporaryDirectory() as folder:
+        program = os.path.join(folder, "peaks")
+        compiler = os.environ.get("CXX", "c++")
+        subprocess.run([compiler, *flags, source, "-o", program], check=True)
+        for threads in ROUNDS * counts:
+            output = subprocess.run(
+                [program, str(threads)],
+                check=True,
+                stdout=subprocess.PIPE,
+                text=True,
+                # The same processors as in the benchmark.
+                preexec_fn=lambda threads=threads: pin(threads),
+            ).stdout
+            for name, value in map(str.split, output.splitlines()):
+                best = max(float(value), peaks[threads].get(name, 0.0))
+                peaks[threads][name] = best
+    return peaks
+
+
+def last_level_bytes() -> int:
+    """Size of the largest cache; 0 if the system does not tell."""
+    folder = "/sys/devices/system/cpu/cpu0/cache"
+    sizes = [0]
+    for index in os.listdir(folder) if os.path.isdir(folder) else []:
+        path = os.path.join(folder, index, "size")
+        if os.path.exists(path):
+            with open(path, encoding="ascii") as file:
+                sizes.append(1024 * int(file.read().strip().removesuffix("K")))
+    return max(sizes)
+
+
+def reachable(peaks: dict[str, float], instruction_set: str | None) -> str:
+    """The peak of a matrix microkernel, with vectors as the code has them."""
+    name = f"kernel.{BITS.get(instruction_set)}"
+    # Else with the widest, which come first.
+    return name if name in peaks else next(n for n in peaks if "kernel" in n)
+
+
+def describe(
+    row: dict[str, Any], kind: str, peaks: dict[str, float]
+) -> list[str]:
+    """The cells of a line of the table."""
+    kernel = reachable(peaks, row["instruction_set"])
+    case = Case.parse(row["shape"], "float32", row["mask"])
+    work, size = flop(case, kind), compulsory_bytes(case, kind)
+    level = "last_level" if size <= last_level_bytes() else "memory"
+    limits = {
+        name: amount / peaks[name] / 1e6
+        for name, amount in ((kernel, work), (f"read.{level}", size))
+    }
+    limit = max(limits, key=limits.get)
+    time = row[kind]["median_ms"]
+    return [
+        row["shape"],
+        str(row["threads"]),
+        TITLES[kind],
+        f"{work / 1e9:.2f}",
+        f"{size / 1e6:.1f}",
+        f"{time:.2f}",
+        f"{work / time / 1e6:.0f}",
+        f"{limits[limit]:.2f}",
+        limit,
+        f"{limits[limit] / time:.0%}",
+    ]
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table."""
+    rows = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", nargs="+", help="written by run.py --json")
+    parser.add_argument(
+        "--threads", nargs="+", type=int, help="of which rows (default: all)"
+    )
+    options = parser.parse_args()
+    rows = []
+    for path in options.results:
+        with open(path, encoding="utf-8") as file:
+            report = json.load(file)
+        settings = report["settings"]
+        if settings["dtype"] != "float32":
+            parser.error(f"{path}: expected float32, not {settings['dtype']}")
+        shared = {
+            "mask": settings["mask"],
+            "instruction_set": report.get("instruction_set"),
+        }
+        rows += [
+            row | shared
+            for row in report["rows"]
+            if row["contender"] == "tf_deform"
+            and row["op"].startswith("conv")
+            and row["threads"] in (options.threads or [row["threads"]])
+        ]
+    if not rows:
+        parser.error("expected rows of tf_deform's convolution; there are none")
+    peaks = measure_peaks(sorted({row["threads"] for row in rows}))
+
+    machine = describe_machine()
+    command = shlex.join(["python", "benchmarks/roofline.py", *sys.argv[1:]])
+    print(
+        f"`{command}`: {machine['cpu']}, {machine['processors']} processors\n"
+    )
+    names = list(
+        dict.fromkeys(name for peak in peaks.values() for name in peak)
+    )
+    table = [
+        [str(threads), *(f"{peak[name]:.0f}" for name in names)]
+        for threads, peak in peaks.items()
+    ]
+    print(markdown(["threads", *names], table) + "\n")
+    header = (
+        "shape, threads, kind, GFLOP, MB, ms, GFLOP/s, limit ms, limit set by, "
+        "share of limit"
+    )
+    table = [
+        describe(row, kind, peaks[row["threads"]])
+        for row in rows
+        for kind in KINDS
+        if kind in row
+    ]
+    print(markdown(header.split(", "), table))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiled code keeps to its instruction set, read from its disassembly.
+
+Every instruction set has a namespace. All other code runs on any processor
+before one is chosen, so it must do with the baseline (SSE2). That goes for
+functions of the standard library too: the linker keeps one copy of an inline
+function, maybe the one that was compiled for AVX-512.
+"""
+
+import collections
+import pathlib
+import platform
+import re
+import shutil
+import subprocess
+
+import core
+import pytest
+
+# What begins an instruction in the encodings of AVX and AVX2 (VEX; also BMI and
+# AVX-512's instructions on masks) and of AVX-512 (EVEX), after prefixes of
+# segment and address size. No other instruction begins like that in 64 bits.
+_VEX, _EVEX = {"c4", "c5"}, {"62"}
+_PREFIXES = {"26", "2e", "36", "3e", "64", "65", "67"}
+# Between SSE2 and AVX, in the older encoding.
+_AFTER_SSE2 = re.compile(
+    r"addsubp.|h(add|sub)p.|lddqu|movddup|movs[hl]dup|p?blend.*|phadd.*|phsub.*"
+    r"|pabs.|psign.|pshufb|palignr|pmaddubsw|pmulhrsw|packusdw|pcmpeqq|pcmpgtq"
+    r"|pmulld|pmuldq|pmaxs[bd]|pmaxu[wd]|pmins[bd]|pminu[wd]|pmov[sz]x.*|ptest"
+    r"|round[ps].|extractps|insertps|pextr[bdq]|pinsr[bdq]|dpp.|mpsadbw"
+    r"|movntdqa|phminposuw|pcmp[ei]str.*|crc32.*|popcnt.*|lzcnt.*|movbe.*"
+)
+_MASK = re.compile(r"%k[0-7]\b")
+_NAMESPACES = ("avx2", "avx512")
+
+
+def _namespace(symbol: str) -> str:
+    """The instruction set that a function may use, from its mangled name.
+
+    Lambdas, templates and the parts that a compiler splits off have the
+    namespace in their names. Where two are named, the lesser one counts.
+    """
+    named = re.findall(r"3cpu(?:8(baseline)|4(avx2)|6(avx512))", symbol)
+    found = {name for groups in named for name in groups if name}
+    return min(found, key=["baseline", *_NAMESPACES].index, default="baseline")
+
+
+def _is_past(isa: str, encoding: str, mnemonic: str, operands: str) -> bool:
+    """Whether an instruction is past its set."""
+    first = next((b for b in encoding.split() if b not in _PREFIXES), "")
+    if isa == "baseline":
+        return first in _VEX | _EVEX or bool(_AFTER_SSE2.fullmatch(mnemonic))
+    if isa == "avx2":
+        return (
+            first in _EVEX or "%zmm" in operands or bool(_MASK.search(operands))
+        )
+    return False
+
+
+def _disassembled(path: str):
+    """(function, its instructions as (encoding, mnemonic, operands))."""
+    listing = subprocess.run(
+        ["objdump", "-d", "-w", path],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    symbol, instructions = None, []
+    for line in listing.splitlines():
+        if match := re.fullmatch(r"[0-9a-f]+ <(.*)>:", line):
+            if symbol:
+                yield symbol, instructions
+            symbol, instructions = match[1], []
+        elif line.count("\t") >= 2:
+            _, encoding, text = line.split("\t", 2)
+            mnemonic, _, operands = text.partition(" ")
+            instructions.append((encoding, mnemonic, operands))
+    if symbol:
+        yield symbol, instructions
+
+
+def _libraries(name: str) -> list[str]:
+    """The core, or next to it the ops that it is a part of."""
+    path = pathlib.Path(core.library()._name)
+    if name == "core":
+        return [str(path)]
+    return [str(ops) for ops in sorted(path.parent.glob("_ops*.so"))]
+
+
+def _skip_unless_readable(path: str) -> None:
+    if platform.machine() != "x86_64":
+        pytest.skip("on x86-64 only is there more than one instruction set")
+    if shutil.which("objdump") is None:
+        pytest.skip("needs objdump, from binutils")
+    symbols = subprocess.run(
+        ["objdump", "-t", path], capture_output=True, text=True, check=True
+    ).stdout
+    if "no symbols" in symbols:
+        pytest.skip(f"{path} is stripped: it does not name its functions")
+
+
+@pytest.mark.parametrize("name", ["core", "ops"])
+def test_code_keeps_to_its_instruction_set(name):
+    paths = _libraries(name)
+    if not paths:
+        pytest.skip("there are no ops next to the core")
+    for path in paths:
+        _skip_unless_readable(path)
+        functions = collections.Counter()
+        widest = collections.Counter()
+        past = {}
+        for symbol, instructions in _disassembled(path):
+            isa = _namespace(symbol)
+            functions[isa] += 1
+            for instruction in instructions:
+                if _is_past(isa, *instruction):
+                    past.setdefault(symbol, instruction)
+                for register in ("%ymm", "%zmm"):
+                    widest[isa, register] += register in instruction[2]
+        assert not past, f"{len(past)} functions of {path}: {past}"
+        # What was looked for is there, under the names that were looked for.
+        assert min(functions[isa] for isa in ("baseline", *_NAMESPACES)) > 50
+        assert widest["avx2", "%ymm"] > 1000
+        assert widest["avx512", "%zmm"] > 1000
+
+
+@pytest.mark.parametrize(
+    "isa, line",
+    [
+        ("baseline", "c5 fa 58 c1\tvaddss %xmm1,%xmm0,%xmm0"),
+        ("baseline", "c5 f8 77\tvzeroupper"),
+        ("baseline", "64 c5 f8 28 00\tvmovaps %fs:(%rax),%xmm0"),
+        ("baseline", "c4 e2 f0 f2 c2\tandn %rdx,%rcx,%rax"),
+        ("baseline", "66 0f 38 40 c1\tpmulld %xmm1,%xmm0"),
+        ("baseline", "f3 48 0f b8 c7\tpopcnt %rdi,%rax"),
+        ("avx2", "62 f1 7c 48 58 c1\tvaddps %zmm1,%zmm0,%zmm0"),
+        ("avx2", "62 b1 7c 28 58 c1\tvaddps %ymm17,%ymm0,%ymm0"),
+        ("avx2", "62 f1 7c 29 58 c1\tvaddps %ymm1,%ymm0,%ymm0{%k1}"),
+        ("avx2", "c5 f8 93 c1\tkmovw %k1,%eax"),
+    ],
+)
+def test_what_is_past_a_set_is_found(isa, line):
+    encoding, text = line.split("\t")
+    mnemonic, _, operands = text.partition(" ")
+    assert _is_past(isa, encoding, mnemonic, operands)
+
+
+def test_what_is_in_a_set_passes():
+    assert not _is_past("baseline", "0f 58 c1", "addps", "%xmm1,%xmm0")
+    assert not _is_past("avx2", "c5 fc 58 c1", "vaddps", "%ymm1,%ymm0,%ymm0")
+    assert _namespace("_ZN9tf_deform3cpu4avx2L1fEv.cold") == "avx2"
+    assert (
+        _namespace("_ZSt4sortIZN9tf_deform3cpu6avx512L1fEvEUlvE_E") == "avx512"
+    )
+    assert _namespace("_ZSt3minIlERKT_S2_S2_") == "baseline"
+    assert (
+        _namespace("_ZN9tf_deform3cpu6avx512IN9tf_deform3cpu4avx2E") == "avx2"
+    )
