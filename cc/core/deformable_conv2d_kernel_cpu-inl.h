@@ -97,9 +97,9 @@ static void KernelPass(const DeformableConv2DParams& params,
   const int64_t scratch_bytes = KernelScratch<T>::Bytes();
   Zero(parallel_for, sums, size * static_cast<int64_t>(sizeof(E)));
 
-  // Parts of a bundle's rows, each a whole number of micro rows: small enough
-  // to stay in the cache, and otherwise no more than keep the workers busy to
-  // the end, because a part packs grad_output for itself.
+  // Parts of a bundle's rows: small enough for their sums to stay in the cache,
+  // and otherwise no more than keep the workers busy, because a part packs
+  // grad_output for itself. How rows are parted changes no sum.
   const int64_t bundles = g.Bundles();
   const int64_t bundle_rows = Bundle(g, 0).rows;
   int64_t parts = CeilDiv(bundle_rows * Min(g.group_filters, kFilterBlock) *
@@ -108,23 +108,26 @@ static void KernelPass(const DeformableConv2DParams& params,
   if (parallel_for.num_workers > 1 && !IsSerial(g)) {
     parts = RoundUp(parts, CeilDiv(parallel_for.num_workers, bundles));
   }
-  parts = Min(parts, CeilDiv(bundle_rows, kMicroRows));
-  const int64_t part_rows = RoundUp(CeilDiv(bundle_rows, parts), kMicroRows);
   RunTasks(parallel_for, bundles * parts, [&](int64_t task, int worker) {
     Arena place{scratch + worker * scratch_bytes};
     KernelScratch<T> s(&place);
     s.Clear();
     const Bundle bundle(g, task / parts);
-    const int64_t part_begin = task % parts * part_rows;
-    const int64_t part_end = Min(part_begin + part_rows, bundle.rows);
+    const int64_t part = task % parts;
+    const int64_t part_begin = CutRow<E>(g, bundle, bundle.rows * part / parts);
+    const int64_t part_end =
+        part + 1 == parts
+            ? bundle.rows
+            : CutRow<E>(g, bundle, bundle.rows * (part + 1) / parts);
     for (int64_t first = 0; first < g.total_pixels; first += kKernelPixels) {
       const int64_t count = Min(kKernelPixels, g.total_pixels - first);
       s.pixels.Locate(g, first, count);
       for (int64_t f = 0; f < g.group_filters; f += kFilterBlock) {
         const int64_t filters = Min(kFilterBlock, g.group_filters - f);
         int64_t packed_group = -1;
-        for (int64_t begin = part_begin; begin < part_end; begin += kInner) {
-          const int64_t end = Min(begin + kInner, part_end);
+        for (int64_t begin = part_begin, end; begin < part_end; begin = end) {
+          end = begin + kInner < part_end ? CutRow<E>(g, bundle, begin + kInner)
+                                          : part_end;
           const int64_t num_runs =
               SampleColumns<T>(g, operands, bundle, begin, end, s);
           if (g.depthwise) {

@@ -150,6 +150,18 @@ static int64_t FindRuns(const Geometry& g, const Bundle& bundle, int64_t begin,
   return runs;
 }
 
+// The last row up to `row` where a run may be cut: whole vectors from its
+// start. Compilers contract sums of products differently for different vectors,
+// so where the number of workers decides about cuts, each channel must still be
+// computed in the same kind of vector.
+template <typename E>
+static int64_t CutRow(const Geometry& g, const Bundle& bundle, int64_t row) {
+  const int64_t in_bundle = row % bundle.channels;
+  const int64_t in_offset_group =
+      (bundle.channel + in_bundle) % g.offset_channels;
+  return row - Min(in_bundle, in_offset_group) % kLanes<E>;
+}
+
 // The output pixels that the rows of a tile stand for. Arrays have room for a
 // multiple of kLanes<E>.
 template <typename E>

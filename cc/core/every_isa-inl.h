@@ -14,7 +14,15 @@
 #include "cc/core/isa.h"
 
 #if defined(__x86_64__)
-#include <xmmintrin.h>
+#ifdef __clang__
+#include <immintrin.h>
+#else
+// GCC 12 takes the undefined operand of an unmasked intrinsic for a mistake.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
 #define TF_DEFORM_X86 1
 #endif
 

@@ -5,9 +5,21 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace tf_deform {
 namespace cpu {
 namespace {
+
+#if defined(__x86_64__)
+// Not every compiler knows this one by name.
+bool HasF16C() {
+  unsigned int eax, ebx, ecx = 0, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
 
 Isa Choose() {
 #if defined(__x86_64__)
@@ -20,7 +32,8 @@ Isa Choose() {
     return Isa::kAvx512;
   }
   if ((any || std::strcmp(allowed, "avx2") == 0) &&
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      HasF16C()) {
     return Isa::kAvx2;
   }
 #endif

@@ -77,6 +77,18 @@ static inline Vector<float, kN> Load(const BFloat16* from) {
 
 template <int kN>
 static inline Vector<float, kN> Load(const Float16* from) {
+#if TF_DEFORM_VECTOR_BYTES == 64
+  if constexpr (kN == 16) {
+    return BitCast<Vector<float, kN>>(
+        _mm512_cvtph_ps(BitCast<__m256i>(LoadSame<kN>(&from->bits))));
+  }
+#endif
+#if TF_DEFORM_VECTOR_BYTES >= 32
+  if constexpr (kN == 8) {
+    return BitCast<Vector<float, kN>>(
+        _mm256_cvtph_ps(BitCast<__m128i>(LoadSame<kN>(&from->bits))));
+  }
+#endif
   const Vector<uint32_t, kN> bits = LoadBits<kN>(&from->bits);
   const Vector<uint32_t, kN> magnitude = (bits & 0x7fffu) << 13;
   // Exponent bias 15 to 127. Subnormals come out exact because tasks run with
@@ -160,7 +172,17 @@ static inline void WidenRow(const T* from, int64_t n, E* to) {
 
 template <typename T, typename E>
 static inline void NarrowRow(const E* from, int64_t n, T* to) {
-  for (int64_t i = 0; i < n; ++i) Narrow(from[i], to + i);
+  int64_t i = 0;
+#if TF_DEFORM_VECTOR_BYTES >= 32
+  if constexpr (std::is_same<T, Float16>::value) {
+    for (; i + 8 <= n; i += 8) {
+      Store(_mm256_cvtps_ph(BitCast<__m256>(LoadSame<8>(from + i)),
+                            _MM_FROUND_TO_NEAREST_INT),
+            to + i);
+    }
+  }
+#endif
+  for (; i < n; ++i) Narrow(from[i], to + i);
 }
 
 }  // namespace TF_DEFORM_ISA
