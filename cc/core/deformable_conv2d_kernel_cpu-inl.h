@@ -10,9 +10,6 @@ namespace TF_DEFORM_ISA {
 // Pixels in a tile: the inner dimension of the products here.
 constexpr int64_t kKernelPixels = 128;
 
-// Sums of a part of the kernel, which stay in the second-level cache.
-constexpr int64_t kPartBytes = 1 << 20;
-
 template <typename T>
 struct KernelScratch : ColumnScratch<T> {
   using E = typename AccumulatorOf<T>::Type;
@@ -97,17 +94,11 @@ static void KernelPass(const DeformableConv2DParams& params,
   const int64_t scratch_bytes = KernelScratch<T>::Bytes();
   Zero(parallel_for, sums, size * static_cast<int64_t>(sizeof(E)));
 
-  // Parts of a bundle's rows: small enough for their sums to stay in the cache,
-  // and otherwise no more than keep the workers busy, because a part packs
-  // grad_output for itself. How rows are parted changes no sum.
+  // Parts of a bundle's rows, no more than keep the workers busy, because a
+  // part packs grad_output for itself. How rows are parted changes no sum.
   const int64_t bundles = g.Bundles();
-  const int64_t bundle_rows = Bundle(g, 0).rows;
-  int64_t parts = CeilDiv(bundle_rows * Min(g.group_filters, kFilterBlock) *
-                              static_cast<int64_t>(sizeof(E)),
-                          kPartBytes);
-  if (parallel_for.num_workers > 1 && !IsSerial(g)) {
-    parts = RoundUp(parts, CeilDiv(parallel_for.num_workers, bundles));
-  }
+  const int64_t parts =
+      IsSerial(g) ? 1 : CeilDiv(parallel_for.num_workers, bundles);
   RunTasks(parallel_for, bundles * parts, [&](int64_t task, int worker) {
     Arena place{scratch + worker * scratch_bytes};
     KernelScratch<T> s(&place);
