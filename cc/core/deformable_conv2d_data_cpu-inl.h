@@ -18,11 +18,11 @@ namespace TF_DEFORM_ISA {
 // Pixels in a tile, at most: a multiple of kMicroRows.
 constexpr int64_t kDataPixels = kMicroRows == 14 ? 112 : 108;
 
-// Column gradients that are kept for one pixel, with what it takes to defer
-// them, at most.
-constexpr int64_t kPixelBytes = 7 << 9;
+// What one pixel may defer, at most, unless kPanel rows are more.
+constexpr int64_t kPixelBytes = 4 << 10;
 
-// Deferred gradients of all strips that are worked on together.
+// Deferred gradients of all strips that are worked on together. A strip's
+// share, 1/30 at least, has room for those of kLanes pixels.
 constexpr int64_t kDeferredBytes = 3 << 20;
 
 // Images that are worked on together, and strips of all of them, at most.
@@ -65,16 +65,21 @@ struct Strip {
 };
 
 // Rows of columns whose gradients are made together: as many as kPixelBytes
-// lets a pixel keep.
+// lets a pixel defer, or kPanel.
 template <typename E>
 static Blocks DataBlocks(const Geometry& g) {
-  const int64_t row_bytes =
-      g.offset_channels == 1
-          ? Deferred<E>::Bytes(1)
-          : static_cast<int64_t>(sizeof(E)) +
-                CeilDiv(192, Min(g.offset_channels, Max(2, g.channels)));
-  return Blocks(g, Max(1, kPixelBytes / row_bytes / kPanel<E>) * kPanel<E>,
-                kPanel<E>);
+  const int64_t channels = Bundle(g, g.Bundles() - 1).channels;  // the least
+  const int64_t runs_per_tap =
+      g.Bundles() == 1 ? g.offset_groups : channels / g.offset_channels + 2;
+  int64_t rows = kPixelBytes / static_cast<int64_t>(sizeof(E)) / kPanel<E>;
+  for (rows *= kPanel<E>; rows > kPanel<E>; rows -= kPanel<E>) {
+    // Runs end where taps, bundles, offset groups and blocks do.
+    const int64_t runs = (rows / channels + 2) * runs_per_tap;
+    if (rows * static_cast<int64_t>(sizeof(E)) + runs * 2 * 64 <= kPixelBytes) {
+      break;
+    }
+  }
+  return Blocks(g, rows, kPanel<E>);
 }
 
 // What a worker needs.

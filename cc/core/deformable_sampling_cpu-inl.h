@@ -42,7 +42,8 @@ struct Geometry : DeformableConv2DParams {
 
   // Groups are bundled, so that their channels are sampled in one go.
   int64_t BundleGroups() const {
-    return Max(1, Min(groups, kFilterBlock / group_filters));
+    const int64_t most = Max(1, kFilterBlock / group_filters);
+    return CeilDiv(groups, CeilDiv(groups, most));
   }
   int64_t Bundles() const { return CeilDiv(groups, BundleGroups()); }
 };

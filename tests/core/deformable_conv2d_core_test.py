@@ -195,6 +195,31 @@ def test_strips(batch, size, channels, filters, groups, reach, dtype):
             assert gradient.tobytes() == one[name].tobytes(), name
 
 
+def test_many_runs_and_little_room():
+    """Every sample is deferred, in the most and shortest runs there can be.
+
+    Two bundles of one group each, 81 taps, 2 channels in 2 offset groups.
+    """
+    rng = np.random.default_rng(0)
+    size = (15, 30, 3)  # a strip has the least room with 15 images
+    operands = rounded(
+        (
+            rng.normal(size=(*size, 4)),
+            rng.normal(size=(9, 9, 2, 2 * 600)),
+            np.float32(rng.uniform(20.1, 20.9, (*size, 4 * 81 * 2))),
+            None,
+            rng.normal(size=(*size, 2 * 600)),
+        ),
+        "float32",
+    )
+    attributes = dict(padding="same", offset_groups=4)
+    wanted = dict(wanted=("inputs",), **attributes)
+    one, two = (core.backward(*operands, threads=t, **wanted) for t in (1, 2))
+    expected = reference.deformable_conv2d_grad(*operands, **attributes)
+    assert_close(one["inputs"], expected.inputs, "float32", "inputs")
+    assert one["inputs"].tobytes() == two["inputs"].tobytes()
+
+
 # Groups of 1 channel (depthwise) to more channels than a block of rows holds,
 # in bundles of at most 1024 filters.
 @pytest.mark.parametrize(
