@@ -83,14 +83,15 @@ struct DeformableConv2DGradients {
 
 namespace cpu {
 
-// Bytes of scratch that Forward needs: one packed copy of the kernel and at
-// most 4 MiB a worker. `params` validated.
+// Bytes of scratch that Forward needs: at most 4 MiB a worker. `params`
+// validated.
 int64_t WorkspaceBytes(const DeformableConv2DParams& params, DataType type,
                        int num_workers);
 
-// The same for Backward with the gradients that are non-null in `wanted`; for
-// 16-bit types also the float32 image of one accumulated gradient (the
-// kernel's, or one image of the inputs').
+// The same for Backward with the gradients that are non-null in `wanted`, which
+// also needs one packed copy of the kernel; for 16-bit types also the float32
+// image of one accumulated gradient (the kernel's, or one image of the
+// inputs').
 int64_t BackwardWorkspaceBytes(const DeformableConv2DParams& params,
                                DataType type,
                                const DeformableConv2DGradients& wanted,

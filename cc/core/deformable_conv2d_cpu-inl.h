@@ -7,7 +7,20 @@
 // an entry for every tap and channel: the sample there times its mask) and the
 // kernel (rows in the same order of taps and channels; a column for every
 // filter). The columns exist only as tiles, some pixels by some taps and
-// channels, in a worker's scratch:
+// channels, in a worker's scratch. How a tile flows:
+//
+//   Samples       Where one tap reads, at a vector of pixels: corners, weights,
+//                 mask, worked out once and shared by all channels of an offset
+//                 group (deformable_sampling_cpu-inl.h).
+//   columns       [pixel][row]: for each pixel and tap the four corners are
+//   read
+//                 along their channels, mixed, and written where the product
+//                 reads them (deformable_columns_cpu-inl.h). At most 540 KiB, in
+//                 the second-level cache.
+//   MatrixProduct A panel of the packed kernel (256 rows by two vectors) stays
+//                 in the first-level cache while all pixels pass by, 14 (AVX2:
+//                 6) at a time, whose sums stay in registers
+//                 (matrix_cpu-inl.h).
 //
 //   ForwardPass   A tile of columns is sampled and at once multiplied by the
 //                 packed kernel into its pixels' outputs.
@@ -16,20 +29,19 @@
 //                 corners turns it into gradients of offset and mask, which
 //                 belong to the tile's own pixels; in the same look it is added
 //                 to the gradient of the inputs, which lands anywhere in the
-//                 image.
+//                 image (deformable_conv2d_data_cpu-inl.h).
 //   KernelPass    Rows of the kernel (taps and channels) are divided among
 //                 workers; each samples its part of the columns, tile after
 //                 tile over all pixels, and adds the transposed tile times
-//                 grad_output.
+//                 grad_output (deformable_conv2d_kernel_cpu-inl.h).
 //
-// Where samples lie is worked out once for every tap and offset group, for a
-// vector of pixels at a time (Samples), and shared by the group's channels.
 // Groups of the convolution are bundled: their channels are sampled in one go,
 // and every (tap, group) has a product of its own (Piece). Where a group is one
 // channel (depthwise) the products are done element by element.
 //
 // Blocks and strips that decide the order of a sum depend on shapes alone, so
-// that results never depend on the number of workers. See
+// that results never depend on the number of workers. Sizes of tiles hardly
+// matter: 42 to 504 pixels took the same time within 2 %. See
 // deformable_sampling_cpu-inl.h for the names of indices.
 
 #include "cc/core/simd_cpu-inl.h"
@@ -53,17 +65,21 @@ namespace TF_DEFORM_ISA {
 // -----------------------------------------------------------------------------
 // Forward.
 
-// Pixels in a tile, at most: a multiple of kMicroRows.
-constexpr int64_t kForwardPixels = kMicroRows == 14 ? 126 : 120;
+// Pixels in a tile, at most: a multiple of kMicroRows. Every tile packs the
+// kernel anew, block by block: for so many pixels that takes about 1 % of the
+// time, and less than a packed copy in fresh memory.
+constexpr int64_t kForwardPixels = kMicroRows == 14 ? 504 : 480;
 
 template <typename T>
 struct ForwardScratch : ColumnScratch<T> {
   using E = typename AccumulatorOf<T>::Type;
 
-  E* sums;  // [kForwardPixels][kFilterBlock], for 16-bit types
+  E* packed;  // [kInner][kFilterBlock], a block of the kernel
+  E* sums;    // [kForwardPixels][kFilterBlock], for 16-bit types
 
   explicit ForwardScratch(Arena* arena)
       : ColumnScratch<T>(kForwardPixels, arena),
+        packed(arena->Take<E>(kInner * kFilterBlock)),
         sums(arena->Take<E>(Operands<T>::kNarrow ? kForwardPixels * kFilterBlock
                                                  : 0)) {}
 
@@ -74,91 +90,46 @@ struct ForwardScratch : ColumnScratch<T> {
   }
 };
 
-// The kernel packed for the forward pass: for every block of filters (of one
-// group) and piece of rows a packed B; for a depthwise kernel the order
-// (multiplier, tap, channel).
-template <typename E>
-static int64_t PackedForward(const Geometry& g) {
-  if (g.depthwise) return g.taps * g.filters;
-  const int64_t whole = g.group_filters / kFilterBlock * kFilterBlock;
-  return g.rows * (whole + PackedColumns<E>(g.group_filters - whole));
-}
-
-// Where the packed B of `piece` and `filters` filters from f on begins.
-template <typename E>
-static int64_t PackedPiece(const Geometry& g, const Piece& piece, int64_t f,
-                           int64_t filters) {
-  const int64_t row = piece.kernel_part * g.group_channels + piece.part_row;
-  return f * g.rows + row * PackedColumns<E>(filters);
-}
-
 template <typename T>
-static int64_t ForwardWorkspace(const DeformableConv2DParams& params,
-                                int num_workers) {
-  using E = typename AccumulatorOf<T>::Type;
-  const Geometry g(params);
-  Arena arena{nullptr};
-  arena.Take<E>(PackedForward<E>(g));
-  return arena.used + num_workers * ForwardScratch<T>::Bytes();
+static int64_t ForwardWorkspace(int num_workers) {
+  return num_workers * ForwardScratch<T>::Bytes();
 }
 
-// `blocks` as in the pass itself.
+// Adds (at tap 0: writes) a tile's share to the sums of filters [f, f +
+// filters) of each group of a depthwise bundle, element by element.
 template <typename T, typename E>
-static void PackForward(const Geometry& g, const Blocks& blocks,
-                        const T* kernel, E* packed,
-                        const ParallelFor& parallel_for) {
-  if (g.depthwise) return PackDepthwise(g, kernel, packed, parallel_for);
-  // Tasks are blocks; groups have one at every tap, at least.
-  const int64_t per_bundle =
-      g.groups == 1 ? CeilDiv(g.rows, blocks.limit) : g.taps;
-  RunTasks(parallel_for, g.Bundles() * per_bundle, [&](int64_t task, int) {
-    const Bundle bundle(g, task / per_bundle);
-    const int64_t part = task % per_bundle;
-    const int64_t part_rows = g.groups == 1 ? blocks.limit : bundle.channels;
-    const int64_t part_end = Min((part + 1) * part_rows, bundle.rows);
-    for (int64_t begin = part * part_rows, end; begin < part_end; begin = end) {
-      end = Min(blocks.End(g, bundle, begin), part_end);
-      ForEachPiece(g, bundle, begin, end, [&](const Piece& piece) {
-        for (int64_t f = 0; f < g.group_filters; f += kFilterBlock) {
-          const int64_t filters = Min(kFilterBlock, g.group_filters - f);
-          PackPanels<T, E>(kernel + piece.kernel_row * g.filters +
-                               piece.group * g.group_filters + f,
-                           g.filters, 1, piece.count, filters,
-                           packed + PackedPiece<E>(g, piece, f, filters));
-        }
-      });
-    }
-  });
-}
-
-// Adds (at tap 0: writes) a tile's share to a bundle's sums, element by
-// element.
-template <typename E>
 static void DepthwiseProduct(const Geometry& g, const Bundle& bundle,
-                             int64_t count, const E* columns, int64_t begin,
-                             const Run* runs, int64_t num_runs, const E* packed,
-                             E* sums, int64_t stride) {
-  for (int64_t p = 0; p < count; ++p) {
-    for (const Run* run = runs; run != runs + num_runs; ++run) {
-      const E* from = columns + p * kTileStride + (run->row - begin);
-      E* to =
-          sums + p * stride + (run->channel - bundle.channel) * g.group_filters;
-      const bool first = run->tap == 0;
-      for (int64_t j = 0; j < g.group_filters; ++j) {
-        const E* kernel =
-            packed + (j * g.taps + run->tap) * g.channels + run->channel;
-        if (g.group_filters == 1) {
+                             const T* kernel, int64_t begin, int64_t num_runs,
+                             int64_t f, int64_t filters,
+                             const ForwardScratch<T>& s, E* sums,
+                             int64_t stride) {
+  for (const Run* run = s.runs; run != s.runs + num_runs; ++run) {
+    const T* from =
+        kernel + run->tap * g.filters + run->channel * g.group_filters + f;
+    for (int64_t j = 0; j < filters; ++j) {
+      for (int64_t i = 0; i < run->count; ++i) {
+        s.packed[j * kInner + i] = Load<1>(from + i * g.group_filters + j)[0];
+      }
+    }
+    const bool first = run->tap == 0;
+    for (int64_t p = 0; p < s.pixels.count; ++p) {
+      const E* columns = s.columns + p * kTileStride + (run->row - begin);
+      E* to = sums + p * stride + (run->channel - bundle.channel) * filters;
+      for (int64_t j = 0; j < filters; ++j) {
+        const E* weights = s.packed + j * kInner;
+        if (filters == 1) {
           ForEachVector<E>(run->count, [&](auto lanes, int64_t i) {
             constexpr int kN = lanes.value;
             const Vector<E, kN> product =
-                Load<kN>(from + i) * Load<kN>(kernel + i);
+                Load<kN>(columns + i) * Load<kN>(weights + i);
             Store(first ? product : Load<kN>(to + i) + product, to + i);
           });
           continue;
         }
         for (int64_t i = 0; i < run->count; ++i) {
-          E* sum = to + i * g.group_filters + j;
-          *sum = first ? from[i] * kernel[i] : *sum + from[i] * kernel[i];
+          E* sum = to + i * filters + j;
+          const E product = columns[i] * weights[i];
+          *sum = first ? product : *sum + product;
         }
       }
     }
@@ -175,10 +146,7 @@ static void ForwardPass(const DeformableConv2DParams& params,
   const Operands<T> operands(inputs, nullptr);
   const Blocks blocks(g, kInner, 16);
   const int64_t scratch_bytes = ForwardScratch<T>::Bytes();
-  Arena arena{static_cast<char*>(workspace)};
-  E* const packed = arena.Take<E>(PackedForward<E>(g));
-  char* const scratch = arena.base + arena.used;
-  PackForward<T, E>(g, blocks, operands.kernel, packed, parallel_for);
+  char* const scratch = static_cast<char*>(workspace);
 
   // As many tiles as workers, or a multiple: all end at about the same time. A
   // pixel's sums do not depend on its tile.
@@ -209,16 +177,18 @@ static void ForwardPass(const DeformableConv2DParams& params,
           const int64_t num_runs =
               SampleColumns<T>(g, operands, bundle, begin, end, s);
           if (g.depthwise) {
-            DepthwiseProduct<E>(g, bundle, count, s.columns, begin, s.runs,
-                                num_runs, packed, sums, stride);
+            DepthwiseProduct<T, E>(g, bundle, operands.kernel, begin, num_runs,
+                                   f, filters, s, sums, stride);
             continue;
           }
           ForEachPiece(g, bundle, begin, end, [&](const Piece& piece) {
+            PackPanels<T, E>(operands.kernel + piece.kernel_row * g.filters +
+                                 piece.group * g.group_filters + f,
+                             g.filters, 1, piece.count, filters, s.packed);
             MatrixProduct<false>(
                 count, filters, piece.count, s.columns + (piece.row - begin),
-                packed + PackedPiece<E>(g, piece, f, filters),
-                sums + (piece.group - bundle.group) * g.group_filters, stride,
-                piece.kernel_row > 0);
+                s.packed, sums + (piece.group - bundle.group) * g.group_filters,
+                stride, piece.kernel_row > 0);
           });
         }
         if constexpr (Operands<T>::kNarrow) {
@@ -241,11 +211,11 @@ static bool WantsData(const DeformableConv2DGradients& wanted) {
          wanted.mask != nullptr;
 }
 
-static int64_t WorkspaceBytes(const DeformableConv2DParams& params,
-                              DataType type, int num_workers) {
+static int64_t WorkspaceBytes(const DeformableConv2DParams&, DataType type,
+                              int num_workers) {
   int64_t bytes = 0;
   WithType(type, [&](auto zero) {
-    bytes = ForwardWorkspace<decltype(zero)>(params, num_workers);
+    bytes = ForwardWorkspace<decltype(zero)>(num_workers);
   });
   return bytes;
 }

@@ -128,7 +128,7 @@ def test_agrees_with_reference_for_any_type_and_number_of_threads(seed):
 # float64; 112 for gradients of data, 126 forward, 128 for the kernel), of rows
 # (256), filters (16, 32, 256, 1024).
 @pytest.mark.parametrize(
-    "pixels", [1, 7, 8, 9, 13, 14, 15, 111, 112, 113, 126, 127, 129]
+    "pixels", [1, 7, 8, 9, 13, 14, 15, 111, 112, 113, 127, 128, 129, 503, 505]
 )
 @pytest.mark.parametrize("channels, filters", [(3, 33), (257, 2), (2, 257)])
 def test_block_edges(pixels, channels, filters):
@@ -300,7 +300,7 @@ def test_each_gradient_is_the_same_alone(dtype, batch, threads):
 def test_scratch_is_bounded(
     dtype, size, channels, filters, groups, offset_groups
 ):
-    """Besides a packed kernel and a float32 image: 4 MiB a worker."""
+    """4 MiB a worker; backward besides a packed kernel and a wide image."""
     params = core.validate(
         (2, *size, channels),
         (3, 3, channels // groups, filters),
@@ -311,8 +311,6 @@ def test_scratch_is_bounded(
     width = 8 if dtype == "float64" else 4
     # Packing rounds columns (filters, or kernel rows) up to a vector.
     vector = 64 // width
-    columns = -(-filters // groups // vector) * vector * groups
-    packed = 9 * channels // groups * columns * width
     rows = -(-9 * channels // groups // vector) * vector
     transposed = rows * filters * width
     narrow = dtype in ("float16", "bfloat16")
@@ -326,7 +324,7 @@ def test_scratch_is_bounded(
         forward = core.library().TfDeformDeformableConv2DCpuWorkspaceBytes(
             core.ctypes.byref(params), core.DTYPES[dtype], threads
         )
-        assert forward <= packed + scratch
+        assert forward <= scratch
         for name in NAMES:
             wanted = core.Pointers()
             setattr(wanted, name, 1)
