@@ -15,8 +15,8 @@
 //   columns       [pixel][row]: for each pixel and tap the four corners are
 //   read
 //                 along their channels, mixed, and written where the product
-//                 reads them (deformable_columns_cpu-inl.h). At most 540 KiB, in
-//                 the second-level cache.
+//                 reads them (deformable_columns_cpu-inl.h). At most 540 KiB,
+//                 in the second-level cache.
 //   MatrixProduct A panel of the packed kernel (256 rows by two vectors) stays
 //                 in the first-level cache while all pixels pass by, 14 (AVX2:
 //                 6) at a time, whose sums stay in registers
@@ -148,10 +148,16 @@ static void ForwardPass(const DeformableConv2DParams& params,
   const int64_t scratch_bytes = ForwardScratch<T>::Bytes();
   char* const scratch = static_cast<char*>(workspace);
 
-  // As many tiles as workers, or a multiple: all end at about the same time. A
-  // pixel's sums do not depend on its tile.
+  // A multiple of the workers, twice as many where tiles do not get too small:
+  // all end at about the same time, and who is late is helped. A pixel's sums
+  // do not depend on its tile.
   int64_t tiles = CeilDiv(g.total_pixels, kForwardPixels);
-  if (!IsSerial(g)) tiles = RoundUp(tiles, parallel_for.num_workers);
+  if (!IsSerial(g)) {
+    const int64_t workers = parallel_for.num_workers;
+    tiles = Max(tiles,
+                Min(2 * workers, CeilDiv(g.total_pixels, kForwardPixels / 4)));
+    tiles = RoundUp(tiles, workers);
+  }
   tiles = Min(tiles, g.total_pixels);
   RunTasks(parallel_for, tiles, [&](int64_t tile, int worker) {
     Arena place{scratch + worker * scratch_bytes};
