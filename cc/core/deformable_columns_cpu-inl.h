@@ -38,21 +38,6 @@ struct Operands {
         grad_output(static_cast<const T*>(grad_output)) {}
 };
 
-// A depthwise kernel in the order (multiplier, tap, channel).
-template <typename T, typename E>
-static void PackDepthwise(const Geometry& g, const T* kernel, E* packed,
-                          const ParallelFor& parallel_for) {
-  RunTasks(parallel_for, g.taps, [&](int64_t tap, int) {
-    for (int64_t j = 0; j < g.group_filters; ++j) {
-      E* to = packed + (j * g.taps + tap) * g.channels;
-      const T* from = kernel + tap * g.filters + j;
-      for (int64_t c = 0; c < g.channels; ++c) {
-        to[c] = Load<1>(from + c * g.group_filters)[0];
-      }
-    }
-  });
-}
-
 // What it takes to sample a tile of columns.
 template <typename T>
 struct ColumnScratch {

@@ -165,6 +165,21 @@ static int64_t DataWorkspace(const DeformableConv2DParams& params,
          num_workers * plan.scratch_bytes;
 }
 
+// A depthwise kernel in the order (multiplier, tap, channel).
+template <typename T, typename E>
+static void PackDepthwise(const Geometry& g, const T* kernel, E* packed,
+                          const ParallelFor& parallel_for) {
+  RunTasks(parallel_for, g.taps, [&](int64_t tap, int) {
+    for (int64_t j = 0; j < g.group_filters; ++j) {
+      E* to = packed + (j * g.taps + tap) * g.channels;
+      const T* from = kernel + tap * g.filters + j;
+      for (int64_t c = 0; c < g.channels; ++c) {
+        to[c] = Load<1>(from + c * g.group_filters)[0];
+      }
+    }
+  });
+}
+
 // The kernel packed for the data pass: for every block of kInner filters (of
 // one group) and every part of the kernel (see Piece) a packed transposed B;
 // for a depthwise kernel the order (multiplier, tap, channel).
@@ -228,10 +243,9 @@ static void MakeColumnGradients(const DataPlan<T>& plan,
   const int64_t parts = g.groups == 1 ? 1 : g.taps * g.groups;
   const int64_t part_columns =
       PackedColumns<E>(g.groups == 1 ? g.rows : g.group_channels);
-  int64_t loaded = -1;  // the group whose filters grad_rows holds
   for (int64_t f = 0; f < g.group_filters; f += kInner) {
     const int64_t filters = Min(kInner, g.group_filters - f);
-    loaded = -1;
+    int64_t loaded = -1;  // the groups whose filters grad_rows holds
     ForEachPiece(g, bundle, begin, end, [&](const Piece& piece) {
       // Filters of neighbouring groups are loaded together.
       const int64_t together =
