@@ -10,6 +10,7 @@ import gc
 import importlib
 import json
 import os
+import random
 import re
 import sys
 import time
@@ -232,21 +233,23 @@ def time_case(
 def take_turns(
     entrants: dict[Any, Callable[[], None]], repeats: int
 ) -> dict[Any, list[float]]:
-    """Seconds of every call: each entrant once a round, in changing order.
+    """Seconds of every call: each entrant once a round, in random order.
 
     A disturbance of the machine then falls on neighbours alike, and nobody
-    always runs in the wake of the same other. The untimed call before each
+    always runs in the wake of the same other (what it left in the caches, its
+    threads that still look for work). The untimed call before each
     timed one brings an entrant's own threads and data back; a call known to
     be long does so by itself.
     """
     samples: dict[Any, list[float]] = {key: [] for key in entrants}
     order = list(entrants)
+    orders = random.Random(0)
     gc.collect()
     gc.disable()
     try:
-        for turn in range(repeats):
-            shift = turn % len(order) if order else 0
-            for key in order[shift:] + order[:shift]:
+        for _ in range(repeats):
+            orders.shuffle(order)
+            for key in order:
                 call = entrants[key]
                 if not samples[key] or samples[key][-1] < LONG_CALL_S:
                     call()

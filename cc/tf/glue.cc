@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
@@ -16,18 +17,27 @@
 namespace tf_deform {
 namespace {
 
-// One loop handed out to a pool. Shared by its helpers, which may start only
+// How long the caller leaves a loop to the pool before it lends a hand.
+constexpr std::chrono::milliseconds kPatience(20);
+
+// One loop handed out to a pool. Shared by its workers, which may start only
 // after the loop is over: they find no index left and touch nothing else.
 struct Loop {
   int64_t num_tasks;
   ParallelFor::Task task;
   void* argument;
+  int num_workers;
+  std::atomic<int> started{0};
   std::atomic<int64_t> next{0};
   std::atomic<int64_t> finished{0};
   std::mutex mutex;
   std::condition_variable all_finished;
 
-  void Work(int worker) {
+  bool Finished() const { return finished.load() == num_tasks; }
+
+  void Work() {
+    const int worker = started.fetch_add(1);
+    if (worker >= num_workers) return;  // others have taken every place
     for (int64_t index; (index = next.fetch_add(1)) < num_tasks;) {
       task(argument, index, worker);
       if (finished.fetch_add(1) + 1 == num_tasks) {
@@ -38,8 +48,13 @@ struct Loop {
   }
 };
 
-// The calling thread is worker 0. It waits for tasks, not for helpers: a pool
-// busy with other ops cannot hold up a loop that the caller can finish alone.
+// The pool's threads do the work and the caller sleeps: a caller that works
+// keeps the processor on which it has just woken a thread, and a system may
+// leave that thread behind it in the queue until its next tick, while other
+// processors are idle (virtual machines do so in a quarter of all calls).
+// But the loop never depends on the pool: a thread of the pool itself, for which
+// nobody else might be left, works at once, and any other caller takes the place
+// of a worker that is late. It waits for tasks, not for workers.
 void RunOnPool(void* context, int64_t num_tasks, ParallelFor::Task task,
                void* argument) {
   auto* pool = static_cast<tensorflow::thread::ThreadPool*>(context);
@@ -47,14 +62,20 @@ void RunOnPool(void* context, int64_t num_tasks, ParallelFor::Task task,
   loop->num_tasks = num_tasks;
   loop->task = task;
   loop->argument = argument;
-  const int64_t workers = std::min<int64_t>(pool->NumThreads(), num_tasks);
-  for (int64_t worker = 1; worker < workers; ++worker) {
-    pool->Schedule([loop, worker] { loop->Work(static_cast<int>(worker)); });
+  loop->num_workers =
+      static_cast<int>(std::min<int64_t>(pool->NumThreads(), num_tasks));
+  const bool works = loop->num_workers < 2 || pool->CurrentThreadId() >= 0;
+  for (int helper = works ? 1 : 0; helper < loop->num_workers; ++helper) {
+    pool->Schedule([loop] { loop->Work(); });
   }
-  loop->Work(0);
+  const auto finished = [&] { return loop->Finished(); };
+  if (!works) {
+    std::unique_lock<std::mutex> lock(loop->mutex);
+    if (loop->all_finished.wait_for(lock, kPatience, finished)) return;
+  }
+  loop->Work();
   std::unique_lock<std::mutex> lock(loop->mutex);
-  loop->all_finished.wait(lock,
-                          [&] { return loop->finished.load() == num_tasks; });
+  loop->all_finished.wait(lock, finished);
 }
 
 }  // namespace
