@@ -38,19 +38,20 @@ struct Operands {
         grad_output(static_cast<const T*>(grad_output)) {}
 };
 
-// What it takes to sample a tile of columns.
-template <typename T>
+// What it takes to sample a tile of columns. Products are of elements O: the
+// accumulator's type, or BFloat16 on AMX.
+template <typename T, typename O>
 struct ColumnScratch {
   using E = typename AccumulatorOf<T>::Type;
 
-  E* columns;           // [pixels of the tile][kTileStride]
+  O* columns;           // [pixels of the tile][kTileStride]
   Pixels<E> pixels;     // of the tile
   Run* runs;            // [kInner]
   Samples<E>* samples;  // [kInner], of the runs at kLanes pixels
   T* zeros;             // [kInner]
 
   ColumnScratch(int64_t num_pixels, Arena* arena)
-      : columns(arena->Take<E>(num_pixels * kTileStride)),
+      : columns(arena->Take<O>(num_pixels * kTileStride)),
         pixels(num_pixels, arena),
         runs(arena->Take<Run>(kInner)),
         samples(arena->Take<Samples<E>>(kInner)),
@@ -62,11 +63,12 @@ struct ColumnScratch {
 };
 
 // Samples rows [begin, end) of `bundle`, at most kInner, for the pixels of the
-// tile: s.columns[pixel][row - begin]. Returns the number of s.runs.
-template <typename T>
+// tile: s.columns[pixel][row - begin], with zeros up to PackedInner<O>. Returns
+// the number of s.runs.
+template <typename T, typename O>
 static int64_t SampleColumns(const Geometry& g, const Operands<T>& operands,
                              const Bundle& bundle, int64_t begin, int64_t end,
-                             const ColumnScratch<T>& s) {
+                             const ColumnScratch<T, O>& s) {
   using E = typename AccumulatorOf<T>::Type;
   const Sampling<E> in(g, operands.offset, operands.mask);
   const int64_t num_runs = FindRuns(g, bundle, begin, end, s.runs);
@@ -81,10 +83,10 @@ static int64_t SampleColumns(const Geometry& g, const Operands<T>& operands,
       for (int64_t r = 0; r < num_runs; ++r) {
         const Run& run = s.runs[r];
         const Samples<E>& samples = s.samples[r];
-        E* to = s.columns + (p + l) * kTileStride + (run.row - begin);
+        O* to = s.columns + (p + l) * kTileStride + (run.row - begin);
         const int32_t flags = samples.flags[l];
         if (flags == 0) {
-          for (int64_t i = 0; i < run.count; ++i) to[i] = 0;
+          for (int64_t i = 0; i < run.count; ++i) to[i] = O{};
           continue;
         }
         const Corners<T> from(in, image + samples.Corner(in, l) + run.channel,
@@ -98,8 +100,12 @@ static int64_t SampleColumns(const Geometry& g, const Operands<T>& operands,
               weights.top_right * Load<kN>(from.top_right + i) +
               weights.bottom_left * Load<kN>(from.bottom_left + i) +
               weights.bottom_right * Load<kN>(from.bottom_right + i);
-          Store(value * mask, to + i);
+          StoreColumns(value * mask, to + i);
         });
+      }
+      O* const row = s.columns + (p + l) * kTileStride;
+      for (int64_t i = end - begin; i < PackedInner<O>(end - begin); ++i) {
+        row[i] = O{};
       }
     }
   }

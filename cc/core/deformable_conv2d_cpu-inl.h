@@ -50,6 +50,10 @@
 //
 #include "cc/core/matrix_cpu-inl.h"
 //
+#if TF_DEFORM_VECTOR_BYTES == 64
+#include "cc/core/matrix_amx_cpu-inl.h"
+#endif
+//
 #include "cc/core/deformable_sampling_cpu-inl.h"
 //
 #include "cc/core/deformable_columns_cpu-inl.h"
@@ -70,16 +74,16 @@ namespace TF_DEFORM_ISA {
 // time, and less than a packed copy in fresh memory.
 constexpr int64_t kForwardPixels = kMicroRows == 14 ? 504 : 480;
 
-template <typename T>
-struct ForwardScratch : ColumnScratch<T> {
+template <typename T, typename O>
+struct ForwardScratch : ColumnScratch<T, O> {
   using E = typename AccumulatorOf<T>::Type;
 
-  E* packed;  // [kInner][kFilterBlock], a block of the kernel
+  O* packed;  // [kInner][kFilterBlock], a block of the kernel
   E* sums;    // [kForwardPixels][kFilterBlock], for 16-bit types
 
   explicit ForwardScratch(Arena* arena)
-      : ColumnScratch<T>(kForwardPixels, arena),
-        packed(arena->Take<E>(kInner * kFilterBlock)),
+      : ColumnScratch<T, O>(RoundUp(kForwardPixels, 16), arena),
+        packed(arena->Take<O>(kInner * kFilterBlock)),
         sums(arena->Take<E>(Operands<T>::kNarrow ? kForwardPixels * kFilterBlock
                                                  : 0)) {}
 
@@ -90,9 +94,9 @@ struct ForwardScratch : ColumnScratch<T> {
   }
 };
 
-template <typename T>
+template <typename T, typename O>
 static int64_t ForwardWorkspace(int num_workers) {
-  return num_workers * ForwardScratch<T>::Bytes();
+  return num_workers * ForwardScratch<T, O>::Bytes();
 }
 
 // Adds (at tap 0: writes) a tile's share to the sums of filters [f, f +
@@ -101,7 +105,7 @@ template <typename T, typename E>
 static void DepthwiseProduct(const Geometry& g, const Bundle& bundle,
                              const T* kernel, int64_t begin, int64_t num_runs,
                              int64_t f, int64_t filters,
-                             const ForwardScratch<T>& s, E* sums,
+                             const ForwardScratch<T, E>& s, E* sums,
                              int64_t stride) {
   for (const Run* run = s.runs; run != s.runs + num_runs; ++run) {
     const T* from =
@@ -136,7 +140,7 @@ static void DepthwiseProduct(const Geometry& g, const Bundle& bundle,
   }
 }
 
-template <typename T>
+template <typename T, typename O>
 static void ForwardPass(const DeformableConv2DParams& params,
                         const DeformableConv2DInputs& inputs, void* workspace,
                         void* output, const ParallelFor& parallel_for) {
@@ -144,8 +148,8 @@ static void ForwardPass(const DeformableConv2DParams& params,
   const Geometry g(params);
   if (g.total_pixels == 0) return;
   const Operands<T> operands(inputs, nullptr);
-  const Blocks blocks(g, kInner, 16);
-  const int64_t scratch_bytes = ForwardScratch<T>::Bytes();
+  const Blocks blocks(g, kInner, PackedInner<O>(16));
+  const int64_t scratch_bytes = ForwardScratch<T, O>::Bytes();
   char* const scratch = static_cast<char*>(workspace);
 
   // A multiple of the workers, twice as many where tiles do not get too small:
@@ -161,7 +165,7 @@ static void ForwardPass(const DeformableConv2DParams& params,
   tiles = Min(tiles, g.total_pixels);
   RunTasks(parallel_for, tiles, [&](int64_t tile, int worker) {
     Arena place{scratch + worker * scratch_bytes};
-    ForwardScratch<T> s(&place);
+    ForwardScratch<T, O> s(&place);
     s.Clear();
     const int64_t first = g.total_pixels * tile / tiles;
     const int64_t count = g.total_pixels * (tile + 1) / tiles - first;
@@ -181,16 +185,18 @@ static void ForwardPass(const DeformableConv2DParams& params,
         for (int64_t begin = 0, end; begin < bundle.rows; begin = end) {
           end = blocks.End(g, bundle, begin);
           const int64_t num_runs =
-              SampleColumns<T>(g, operands, bundle, begin, end, s);
-          if (g.depthwise) {
-            DepthwiseProduct<T, E>(g, bundle, operands.kernel, begin, num_runs,
-                                   f, filters, s, sums, stride);
-            continue;
+              SampleColumns<T, O>(g, operands, bundle, begin, end, s);
+          if constexpr (std::is_same<O, E>::value) {
+            if (g.depthwise) {
+              DepthwiseProduct<T, E>(g, bundle, operands.kernel, begin,
+                                     num_runs, f, filters, s, sums, stride);
+              continue;
+            }
           }
           ForEachPiece(g, bundle, begin, end, [&](const Piece& piece) {
-            PackPanels<T, E>(operands.kernel + piece.kernel_row * g.filters +
-                                 piece.group * g.group_filters + f,
-                             g.filters, 1, piece.count, filters, s.packed);
+            PackPanels(operands.kernel + piece.kernel_row * g.filters +
+                           piece.group * g.group_filters + f,
+                       g.filters, 1, piece.count, filters, s.packed);
             MatrixProduct<false>(
                 count, filters, piece.count, s.columns + (piece.row - begin),
                 s.packed, sums + (piece.group - bundle.group) * g.group_filters,
@@ -217,11 +223,32 @@ static bool WantsData(const DeformableConv2DGradients& wanted) {
          wanted.mask != nullptr;
 }
 
-static int64_t WorkspaceBytes(const DeformableConv2DParams&, DataType type,
-                              int num_workers) {
-  int64_t bytes = 0;
+// Calls body(T(), O()) for the type of the tensors and that of the elements of
+// products.
+template <typename Body>
+static void WithTypes(const DeformableConv2DParams& params, DataType type,
+                      const Body& body) {
   WithType(type, [&](auto zero) {
-    bytes = ForwardWorkspace<decltype(zero)>(num_workers);
+    using T = decltype(zero);
+#if TF_DEFORM_VECTOR_BYTES == 64
+    if constexpr (std::is_same<T, BFloat16>::value) {
+      // Groups that are whole registers need no zeros between them.
+      const Geometry g(params);
+      if (HasAmx() && (g.groups == 1 || (g.group_channels % kAmxInner == 0 &&
+                                         g.group_filters % kAmxInner == 0))) {
+        return body(zero, BFloat16());
+      }
+    }
+#endif
+    body(zero, typename AccumulatorOf<T>::Type());
+  });
+}
+
+static int64_t WorkspaceBytes(const DeformableConv2DParams& params,
+                              DataType type, int num_workers) {
+  int64_t bytes = 0;
+  WithTypes(params, type, [&](auto zero, auto element) {
+    bytes = ForwardWorkspace<decltype(zero), decltype(element)>(num_workers);
   });
   return bytes;
 }
@@ -232,13 +259,15 @@ static int64_t BackwardWorkspaceBytes(const DeformableConv2DParams& params,
                                       const DeformableConv2DGradients& wanted,
                                       int num_workers) {
   int64_t bytes = 0;
-  WithType(type, [&](auto zero) {
+  WithTypes(params, type, [&](auto zero, auto element) {
     using T = decltype(zero);
+    using O = decltype(element);
     if (WantsData(wanted)) {
-      bytes = DataWorkspace<T>(params, wanted.inputs != nullptr, num_workers);
+      bytes =
+          DataWorkspace<T, O>(params, wanted.inputs != nullptr, num_workers);
     }
     if (wanted.kernel != nullptr) {
-      bytes = Max(bytes, KernelWorkspace<T>(params, num_workers));
+      bytes = Max(bytes, KernelWorkspace<T, O>(params, num_workers));
     }
   });
   return bytes;
@@ -247,9 +276,9 @@ static int64_t BackwardWorkspaceBytes(const DeformableConv2DParams& params,
 static void Forward(const DeformableConv2DParams& params, DataType type,
                     const DeformableConv2DInputs& operands, void* workspace,
                     void* output, const ParallelFor& parallel_for) {
-  WithType(type, [&](auto zero) {
-    ForwardPass<decltype(zero)>(params, operands, workspace, output,
-                                parallel_for);
+  WithTypes(params, type, [&](auto zero, auto element) {
+    ForwardPass<decltype(zero), decltype(element)>(params, operands, workspace,
+                                                   output, parallel_for);
   });
 }
 
@@ -258,15 +287,16 @@ static void Backward(const DeformableConv2DParams& params, DataType type,
                      const void* grad_output, void* workspace,
                      const DeformableConv2DGradients& gradients,
                      const ParallelFor& parallel_for) {
-  WithType(type, [&](auto zero) {
+  WithTypes(params, type, [&](auto zero, auto element) {
     using T = decltype(zero);
+    using O = decltype(element);
     if (WantsData(gradients)) {
-      DataPass<T>(params, operands, grad_output, workspace, gradients,
-                  parallel_for);
+      DataPass<T, O>(params, operands, grad_output, workspace, gradients,
+                     parallel_for);
     }
     if (gradients.kernel != nullptr) {
-      KernelPass<T>(params, operands, grad_output, workspace, gradients.kernel,
-                    parallel_for);
+      KernelPass<T, O>(params, operands, grad_output, workspace,
+                       gradients.kernel, parallel_for);
     }
   });
 }

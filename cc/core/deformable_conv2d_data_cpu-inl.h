@@ -82,13 +82,13 @@ static Blocks DataBlocks(const Geometry& g) {
   return Blocks(g, rows, kPanel<E>);
 }
 
-// What a worker needs.
-template <typename T>
+// What a worker needs. O is as in ColumnScratch.
+template <typename T, typename O>
 struct DataScratch {
   using E = typename AccumulatorOf<T>::Type;
 
   E* columns;           // [kDataPixels][stride], gradients
-  E* grad_rows;         // [kDataPixels][kTileStride], a tile of grad_output
+  O* grad_rows;         // [kDataPixels][kTileStride], a tile of grad_output
   Pixels<E> pixels;     // of the tile
   Run* runs;            // [block rows]
   Samples<E>* samples;  // [block rows], of the runs at kLanes pixels
@@ -97,7 +97,7 @@ struct DataScratch {
 
   DataScratch(const Blocks& blocks, Arena* arena)
       : columns(arena->Take<E>(kDataPixels * (blocks.limit + 16))),
-        grad_rows(arena->Take<E>(kDataPixels * kTileStride)),
+        grad_rows(arena->Take<O>(kDataPixels * kTileStride)),
         pixels(kDataPixels, arena),
         runs(arena->Take<Run>(blocks.limit)),
         samples(arena->Take<Samples<E>>(blocks.limit)),
@@ -106,7 +106,7 @@ struct DataScratch {
 };
 
 // How the work of one call is divided.
-template <typename T>
+template <typename T, typename O>
 struct DataPlan {
   using E = typename AccumulatorOf<T>::Type;
 
@@ -114,20 +114,26 @@ struct DataPlan {
   Blocks blocks;
   bool scatter;            // is the gradient of the inputs wanted?
   int64_t scratch_bytes;   // of a DataScratch
-  int64_t image_bytes;     // of a float32 image, for 16-bit types
   int64_t images;          // worked on together
+  int64_t wide_bytes;      // of their gradients in float32, for 16-bit types
   int64_t strips;          // of an image: 1 or an even number
   int64_t deferred_bytes;  // of a strip
 
   DataPlan(const DeformableConv2DParams& params, bool wants_inputs)
       : g(params), blocks(DataBlocks<E>(g)), scatter(wants_inputs) {
     Arena arena{nullptr};
-    DataScratch<T>(blocks, &arena);
+    DataScratch<T, O>(blocks, &arena);
     scratch_bytes = arena.used;
     const bool narrow = Operands<T>::kNarrow && scatter;
-    image_bytes =
-        narrow ? RoundUp(g.image * static_cast<int64_t>(sizeof(E)), 64) : 0;
-    images = narrow ? Min(g.batch, 1) : Min(g.batch, kImagesAtOnce);
+    const int64_t float_image = g.image * static_cast<int64_t>(sizeof(E));
+    images = Min(g.batch, kImagesAtOnce);
+    if (narrow) {
+      // Small ones where strips would be, which need the room themselves.
+      const int64_t fit = Max(1, kDeferredBytes / Max(1, float_image));
+      images = CeilDiv(images, CeilDiv(Max(1, images), fit));
+      if (images < 4 || g.out_h >= 4 * kStripRows) images = Min(g.batch, 1);
+    }
+    wide_bytes = narrow ? RoundUp(images * float_image, 64) : 0;
     strips = 1;
     if (g.height >= 4 && !IsSerial(g)) {
       while (strips * 2 * kStripRows <= g.out_h &&
@@ -142,10 +148,10 @@ struct DataPlan {
 
   int64_t KernelElements() const {
     if (g.depthwise) return g.taps * g.filters;
-    return g.group_filters *
+    return PackedInner<O>(g.group_filters) *
            (g.groups == 1
-                ? PackedColumns<E>(g.rows)
-                : g.taps * g.groups * PackedColumns<E>(g.group_channels));
+                ? PackedColumns<O>(g.rows)
+                : g.taps * g.groups * PackedColumns<O>(g.group_channels));
   }
   int64_t StripBytes() const {
     if (!scatter) return 0;
@@ -154,14 +160,13 @@ struct DataPlan {
   }
 };
 
-template <typename T>
+template <typename T, typename O>
 static int64_t DataWorkspace(const DeformableConv2DParams& params,
                              bool wants_inputs, int num_workers) {
-  using E = typename AccumulatorOf<T>::Type;
-  const DataPlan<T> plan(params, wants_inputs);
+  const DataPlan<T, O> plan(params, wants_inputs);
   Arena arena{nullptr};
-  arena.Take<E>(plan.KernelElements());
-  return arena.used + plan.image_bytes + plan.StripBytes() +
+  arena.Take<O>(plan.KernelElements());
+  return arena.used + plan.wide_bytes + plan.StripBytes() +
          num_workers * plan.scratch_bytes;
 }
 
@@ -183,11 +188,13 @@ static void PackDepthwise(const Geometry& g, const T* kernel, E* packed,
 // The kernel packed for the data pass: for every block of kInner filters (of
 // one group) and every part of the kernel (see Piece) a packed transposed B;
 // for a depthwise kernel the order (multiplier, tap, channel).
-template <typename T, typename E>
-static void PackTransposed(const DataPlan<T>& plan, const T* kernel, E* packed,
-                           const ParallelFor& parallel_for) {
+template <typename T, typename O>
+static void PackTransposed(const DataPlan<T, O>& plan, const T* kernel,
+                           O* packed, const ParallelFor& parallel_for) {
   const Geometry& g = plan.g;
-  if (g.depthwise) return PackDepthwise(g, kernel, packed, parallel_for);
+  if constexpr (!std::is_same<O, BFloat16>::value) {
+    if (g.depthwise) return PackDepthwise(g, kernel, packed, parallel_for);
+  }
   const int64_t filter_blocks = CeilDiv(g.group_filters, kInner);
   const int64_t parts = g.groups == 1 ? 1 : g.taps * g.groups;
   const int64_t rows = g.groups == 1 ? g.rows : g.group_channels;
@@ -195,56 +202,66 @@ static void PackTransposed(const DataPlan<T>& plan, const T* kernel, E* packed,
     const int64_t f = task % filter_blocks * kInner;
     const int64_t part = task / filter_blocks;
     const int64_t filters = Min(kInner, g.group_filters - f);
-    PackPanels<T, E>(
-        kernel + part / g.groups * g.group_channels * g.filters +
-            part % g.groups * g.group_filters + f,
-        1, g.filters, filters, rows,
-        packed + (parts * f + part * filters) * PackedColumns<E>(rows));
+    PackPanels(kernel + part / g.groups * g.group_channels * g.filters +
+                   part % g.groups * g.group_filters + f,
+               1, g.filters, filters, rows,
+               packed + (parts * f + part * PackedInner<O>(filters)) *
+                            PackedColumns<O>(rows));
   });
+}
+
+// The gradients of a depthwise tile's columns, element by element.
+template <typename T, typename E>
+static void DepthwiseColumnGradients(const Geometry& g, const T* from,
+                                     const E* packed, int64_t begin,
+                                     int64_t num_runs,
+                                     const DataScratch<T, E>& s) {
+  for (int64_t p = 0; p < s.pixels.count; ++p) {
+    for (const Run* run = s.runs; run != s.runs + num_runs; ++run) {
+      const T* gradient = from + p * g.filters + run->channel * g.group_filters;
+      E* to = s.columns + p * s.stride + (run->row - begin);
+      const E* kernel = packed + run->tap * g.channels + run->channel;
+      if (g.group_filters == 1) {
+        ForEachVector<E>(run->count, [&](auto lanes, int64_t i) {
+          constexpr int kN = lanes.value;
+          Store(Load<kN>(gradient + i) * Load<kN>(kernel + i), to + i);
+        });
+        continue;
+      }
+      for (int64_t i = 0; i < run->count; ++i) {
+        E sum = 0;
+        for (int64_t j = 0; j < g.group_filters; ++j) {
+          sum += Load<1>(gradient + i * g.group_filters + j)[0] *
+                 kernel[j * g.rows + i];
+        }
+        to[i] = sum;
+      }
+    }
+  }
 }
 
 // Makes the gradients of columns [begin, end) of `bundle` for the pixels of the
 // tile: s.columns[pixel][row - begin].
-template <typename T, typename E>
-static void MakeColumnGradients(const DataPlan<T>& plan,
+template <typename T, typename O>
+static void MakeColumnGradients(const DataPlan<T, O>& plan,
                                 const Operands<T>& operands,
-                                const Bundle& bundle, const E* packed,
+                                const Bundle& bundle, const O* packed,
                                 int64_t begin, int64_t end, int64_t num_runs,
-                                const DataScratch<T>& s) {
+                                const DataScratch<T, O>& s) {
   const Geometry& g = plan.g;
   const int64_t count = s.pixels.count;
   const T* const from = operands.grad_output + s.pixels.first * g.filters;
-  if (g.depthwise) {
-    for (int64_t p = 0; p < count; ++p) {
-      for (const Run* run = s.runs; run != s.runs + num_runs; ++run) {
-        const T* gradient =
-            from + p * g.filters + run->channel * g.group_filters;
-        E* to = s.columns + p * s.stride + (run->row - begin);
-        const E* kernel = packed + run->tap * g.channels + run->channel;
-        if (g.group_filters == 1) {
-          ForEachVector<E>(run->count, [&](auto lanes, int64_t i) {
-            constexpr int kN = lanes.value;
-            Store(Load<kN>(gradient + i) * Load<kN>(kernel + i), to + i);
-          });
-          continue;
-        }
-        for (int64_t i = 0; i < run->count; ++i) {
-          E sum = 0;
-          for (int64_t j = 0; j < g.group_filters; ++j) {
-            sum += Load<1>(gradient + i * g.group_filters + j)[0] *
-                   kernel[j * g.rows + i];
-          }
-          to[i] = sum;
-        }
-      }
+  if constexpr (!std::is_same<O, BFloat16>::value) {
+    if (g.depthwise) {
+      return DepthwiseColumnGradients(g, from, packed, begin, num_runs, s);
     }
-    return;
   }
   const int64_t parts = g.groups == 1 ? 1 : g.taps * g.groups;
   const int64_t part_columns =
-      PackedColumns<E>(g.groups == 1 ? g.rows : g.group_channels);
+      PackedColumns<O>(g.groups == 1 ? g.rows : g.group_channels);
   for (int64_t f = 0; f < g.group_filters; f += kInner) {
     const int64_t filters = Min(kInner, g.group_filters - f);
+    const int64_t inner = PackedInner<O>(filters);
     int64_t loaded = -1;  // the groups whose filters grad_rows holds
     ForEachPiece(g, bundle, begin, end, [&](const Piece& piece) {
       // Filters of neighbouring groups are loaded together.
@@ -257,15 +274,16 @@ static void MakeColumnGradients(const DataPlan<T>& plan,
             Min(filters * together,
                 filters < g.group_filters ? filters : g.filters - filter);
         for (int64_t p = 0; p < count; ++p) {
-          WidenRow(from + p * g.filters + filter, wide,
-                   s.grad_rows + p * kTileStride);
+          O* const to = s.grad_rows + p * kTileStride;
+          WidenRow(from + p * g.filters + filter, wide, to);
+          for (int64_t i = wide; i < PackedInner<O>(wide); ++i) to[i] = O{};
         }
       }
       MatrixProduct<false>(
           count, piece.count, filters,
           s.grad_rows + piece.group % together * filters,
-          packed + (parts * f + piece.kernel_part * filters) * part_columns +
-              piece.part_row * filters,
+          packed + (parts * f + piece.kernel_part * inner) * part_columns +
+              piece.part_row * inner,
           s.columns + (piece.row - begin), s.stride, f > 0);
     });
   }
@@ -363,9 +381,9 @@ static inline int32_t CornersInRows(int32_t flags, int32_t top, int64_t first,
 // Works on `strip` until it is done (returns true) or its room for deferred
 // gradients may not hold the next pixels' (false). `grad_image` is the gradient
 // of the strip's image (kScatter); grad_offset or grad_mask may be null.
-template <bool kSlopes, bool kScatter, typename T, typename E>
-static bool Advance(const DataPlan<T>& plan, const Operands<T>& operands,
-                    const E* packed, DataScratch<T> s, Strip* strip,
+template <bool kSlopes, bool kScatter, typename T, typename O, typename E>
+static bool Advance(const DataPlan<T, O>& plan, const Operands<T>& operands,
+                    const O* packed, DataScratch<T, O> s, Strip* strip,
                     E* grad_image, E* grad_offset, E* grad_mask) {
   const Geometry& g = plan.g;
   const Sampling<E> in(g, operands.offset, operands.mask);
@@ -384,8 +402,8 @@ static bool Advance(const DataPlan<T>& plan, const Operands<T>& operands,
       while (strip->next < strip->last) {
         s.pixels.Locate(g, strip->next,
                         Min(kDataPixels, strip->last - strip->next));
-        MakeColumnGradients<T, E>(plan, operands, bundle, packed, begin, end,
-                                  num_runs, s);
+        MakeColumnGradients(plan, operands, bundle, packed, begin, end,
+                            num_runs, s);
         for (int64_t p = 0; p < s.pixels.count; p += kLanes<E>) {
           const int64_t lanes_used = Min(kLanes<E>, s.pixels.count - p);
           if (kScatter && plan.strips > 1 &&
@@ -493,8 +511,8 @@ static void AddDeferred(const Sampling<E>& in, const Strip& strip,
 }
 
 // Divides the output of `count` images from image n on into strips.
-template <typename T>
-static void MakeStrips(const DataPlan<T>& plan, int64_t n, int64_t count,
+template <typename T, typename O>
+static void MakeStrips(const DataPlan<T, O>& plan, int64_t n, int64_t count,
                        char* deferred, Strip* strips) {
   const Geometry& g = plan.g;
   const auto start = [&](int64_t strip) {
@@ -526,7 +544,7 @@ static void MakeStrips(const DataPlan<T>& plan, int64_t n, int64_t count,
   }
 }
 
-template <typename T>
+template <typename T, typename O>
 static void DataPass(const DeformableConv2DParams& params,
                      const DeformableConv2DInputs& inputs,
                      const void* grad_output, void* workspace,
@@ -534,7 +552,7 @@ static void DataPass(const DeformableConv2DParams& params,
                      const ParallelFor& parallel_for) {
   using E = typename AccumulatorOf<T>::Type;
   constexpr bool kNarrow = Operands<T>::kNarrow;
-  const DataPlan<T> plan(params, gradients.inputs != nullptr);
+  const DataPlan<T, O> plan(params, gradients.inputs != nullptr);
   const Geometry& g = plan.g;
   const Operands<T> operands(inputs, grad_output);
   T* const grad_inputs = static_cast<T*>(gradients.inputs);
@@ -552,15 +570,15 @@ static void DataPass(const DeformableConv2DParams& params,
   if (g.total_pixels == 0) return;
 
   Arena arena{static_cast<char*>(workspace)};
-  E* const packed = arena.Take<E>(plan.KernelElements());
+  O* const packed = arena.Take<O>(plan.KernelElements());
   E* const wide =
-      arena.Take<E>(plan.image_bytes / static_cast<int64_t>(sizeof(E)));
+      arena.Take<E>(plan.wide_bytes / static_cast<int64_t>(sizeof(E)));
   char* const strip_room = arena.Take<char>(plan.StripBytes());
   char* const scratch = arena.base + arena.used;
-  PackTransposed<T, E>(plan, operands.kernel, packed, parallel_for);
+  PackTransposed(plan, operands.kernel, packed, parallel_for);
   const auto scratch_of = [&](int worker) {
     Arena place{scratch + worker * plan.scratch_bytes};
-    return DataScratch<T>(plan.blocks, &place);
+    return DataScratch<T, O>(plan.blocks, &place);
   };
 
   if (!plan.scatter) {
@@ -571,8 +589,8 @@ static void DataPass(const DeformableConv2DParams& params,
       Strip strip = {};
       strip.first = strip.next = g.total_pixels * tile / tiles;
       strip.last = g.total_pixels * (tile + 1) / tiles;
-      Advance<true, false, T, E>(plan, operands, packed, scratch_of(worker),
-                                 &strip, nullptr, grad_offset, grad_mask);
+      Advance<true, false, T, O, E>(plan, operands, packed, scratch_of(worker),
+                                    &strip, nullptr, grad_offset, grad_mask);
     });
     return;
   }
@@ -589,7 +607,8 @@ static void DataPass(const DeformableConv2DParams& params,
                strips);
     E* sums = wide;
     if constexpr (kNarrow) {
-      Zero(parallel_for, sums, g.image * static_cast<int64_t>(sizeof(E)));
+      Zero(parallel_for, sums,
+           images * g.image * static_cast<int64_t>(sizeof(E)));
     } else {
       sums = grad_inputs + n * g.image;
     }
@@ -602,11 +621,11 @@ static void DataPass(const DeformableConv2DParams& params,
       for (bool done = false; !done;) {
         RunTasks(parallel_for, active, [&](int64_t index, int worker) {
           Strip* strip = strips + index * phases + phase;
-          (slopes ? Advance<true, true, T, E>
-                  : Advance<false, true, T, E>)(plan, operands, packed,
-                                                scratch_of(worker), strip,
-                                                image_of(*strip), grad_offset,
-                                                grad_mask);
+          (slopes ? Advance<true, true, T, O, E>
+                  : Advance<false, true, T, O, E>)(plan, operands, packed,
+                                                   scratch_of(worker), strip,
+                                                   image_of(*strip),
+                                                   grad_offset, grad_mask);
         });
         done = true;
         bool any = false;
@@ -632,7 +651,7 @@ static void DataPass(const DeformableConv2DParams& params,
       }
     }
     if constexpr (kNarrow) {
-      RunTasks(parallel_for, g.height, [&](int64_t y, int) {
+      RunTasks(parallel_for, images * g.height, [&](int64_t y, int) {
         const int64_t row = g.width * g.channels;
         NarrowRow(sums + y * row, row, grad_inputs + n * g.image + y * row);
       });

@@ -8,17 +8,27 @@ namespace cpu {
 namespace TF_DEFORM_ISA {
 
 // Pixels in a tile: the inner dimension of the products here.
-constexpr int64_t kKernelPixels = 128;
+template <typename O>
+constexpr int64_t kKernelPixels = std::is_same<O, BFloat16>::value ? 256 : 128;
 
-template <typename T>
-struct KernelScratch : ColumnScratch<T> {
+// O is as in ColumnScratch. Where it is the accumulator's type, a tile's
+// product is A = its columns, transposed, times B = grad_output, and sums are
+// in the order of the kernel. On AMX A cannot be transposed: there it is
+// grad_output (copied as [filter][pixel]) times B = columns, and sums are
+// [filter][row].
+template <typename T, typename O>
+struct KernelScratch : ColumnScratch<T, O> {
   using E = typename AccumulatorOf<T>::Type;
+  static constexpr bool kSwapped = !std::is_same<O, E>::value;
 
-  E* grad_packed;  // a tile of grad_output as a packed B
+  O* packed;     // the tile's B
+  O* grad_rows;  // [kFilterBlock][kTileStride], if kSwapped
 
   explicit KernelScratch(Arena* arena)
-      : ColumnScratch<T>(kKernelPixels, arena),
-        grad_packed(arena->Take<E>(kKernelPixels * kFilterBlock)) {}
+      : ColumnScratch<T, O>(kKernelPixels<O>, arena),
+        packed(arena->Take<O>(kKernelPixels<O> *
+                              (kSwapped ? kInner : kFilterBlock))),
+        grad_rows(arena->Take<O>(kSwapped ? kFilterBlock * kTileStride : 0)) {}
 
   static int64_t Bytes() {
     Arena arena{nullptr};
@@ -27,23 +37,21 @@ struct KernelScratch : ColumnScratch<T> {
   }
 };
 
-template <typename T>
+template <typename T, typename O>
 static int64_t KernelWorkspace(const DeformableConv2DParams& params,
                                int num_workers) {
   using E = typename AccumulatorOf<T>::Type;
   const Geometry g(params);
   Arena arena{nullptr};
   arena.Take<E>(Operands<T>::kNarrow ? g.rows * g.group_filters : 0);
-  return arena.used + num_workers * KernelScratch<T>::Bytes();
+  return arena.used + num_workers * KernelScratch<T, O>::Bytes();
 }
 
 // Adds a tile's share to the gradient of a depthwise kernel.
-template <typename T>
+template <typename T, typename E>
 static void DepthwiseGradient(const Geometry& g, const Operands<T>& operands,
                               int64_t begin, int64_t num_runs,
-                              const KernelScratch<T>& s,
-                              typename AccumulatorOf<T>::Type* sums) {
-  using E = typename AccumulatorOf<T>::Type;
+                              const KernelScratch<T, E>& s, E* sums) {
   for (const Run* run = s.runs; run != s.runs + num_runs; ++run) {
     const int64_t filter = run->channel * g.group_filters;
     const E* columns = s.columns + (run->row - begin);
@@ -77,21 +85,23 @@ static void DepthwiseGradient(const Geometry& g, const Operands<T>& operands,
   }
 }
 
-template <typename T>
+template <typename T, typename O>
 static void KernelPass(const DeformableConv2DParams& params,
                        const DeformableConv2DInputs& inputs,
                        const void* grad_output, void* workspace,
                        void* grad_kernel, const ParallelFor& parallel_for) {
   using E = typename AccumulatorOf<T>::Type;
   constexpr bool kNarrow = Operands<T>::kNarrow;
+  constexpr bool kSwapped = KernelScratch<T, O>::kSwapped;
   const Geometry g(params);
   const Operands<T> operands(inputs, grad_output);
   const int64_t size = g.rows * g.group_filters;
+  const int64_t kernel_rows = g.taps * g.group_channels;
   Arena arena{static_cast<char*>(workspace)};
   E* sums = arena.Take<E>(kNarrow ? size : 0);
   if constexpr (!kNarrow) sums = static_cast<E*>(grad_kernel);
   char* const scratch = arena.base + arena.used;
-  const int64_t scratch_bytes = KernelScratch<T>::Bytes();
+  const int64_t scratch_bytes = KernelScratch<T, O>::Bytes();
   Zero(parallel_for, sums, size * static_cast<int64_t>(sizeof(E)));
 
   // Parts of a bundle's rows, no more than keep the workers busy, because a
@@ -101,7 +111,7 @@ static void KernelPass(const DeformableConv2DParams& params,
       IsSerial(g) ? 1 : CeilDiv(parallel_for.num_workers, bundles);
   RunTasks(parallel_for, bundles * parts, [&](int64_t task, int worker) {
     Arena place{scratch + worker * scratch_bytes};
-    KernelScratch<T> s(&place);
+    KernelScratch<T, O> s(&place);
     s.Clear();
     const Bundle bundle(g, task / parts);
     const int64_t part = task % parts;
@@ -110,33 +120,50 @@ static void KernelPass(const DeformableConv2DParams& params,
         part + 1 == parts
             ? bundle.rows
             : CutRow<E>(g, bundle, bundle.rows * (part + 1) / parts);
-    for (int64_t first = 0; first < g.total_pixels; first += kKernelPixels) {
-      const int64_t count = Min(kKernelPixels, g.total_pixels - first);
+    for (int64_t first = 0; first < g.total_pixels; first += kKernelPixels<O>) {
+      const int64_t count = Min(kKernelPixels<O>, g.total_pixels - first);
       s.pixels.Locate(g, first, count);
       for (int64_t f = 0; f < g.group_filters; f += kFilterBlock) {
         const int64_t filters = Min(kFilterBlock, g.group_filters - f);
+        const T* const gradient = operands.grad_output + first * g.filters + f;
         int64_t packed_group = -1;
+        if constexpr (kSwapped) {
+          TransposePairs(gradient + bundle.filter, g.filters, count,
+                         Min(bundle.filters - f, kFilterBlock), s.grad_rows);
+        }
         for (int64_t begin = part_begin, end; begin < part_end; begin = end) {
           end = begin + kInner < part_end ? CutRow<E>(g, bundle, begin + kInner)
                                           : part_end;
           const int64_t num_runs =
-              SampleColumns<T>(g, operands, bundle, begin, end, s);
-          if (g.depthwise) {
-            DepthwiseGradient<T>(g, operands, begin, num_runs, s, sums);
-            continue;
+              SampleColumns<T, O>(g, operands, bundle, begin, end, s);
+          if constexpr (!kSwapped) {
+            if (g.depthwise) {
+              DepthwiseGradient<T, E>(g, operands, begin, num_runs, s, sums);
+              continue;
+            }
           }
           ForEachPiece(g, bundle, begin, end, [&](const Piece& piece) {
             const int64_t filter = piece.group * g.group_filters + f;
-            if (packed_group != piece.group) {
-              packed_group = piece.group;
-              PackPanels<T, E>(
-                  operands.grad_output + first * g.filters + filter, g.filters,
-                  1, count, filters, s.grad_packed);
+            const O* const columns = s.columns + (piece.row - begin);
+            if constexpr (kSwapped) {
+              PackPanels(columns, kTileStride, 1, count, piece.count, s.packed);
+              MatrixProduct<false>(
+                  filters, piece.count, count,
+                  s.grad_rows + (piece.group - bundle.group) * g.group_filters *
+                                    kTileStride,
+                  s.packed, sums + filter * kernel_rows + piece.kernel_row,
+                  kernel_rows, true);
+            } else {
+              if (packed_group != piece.group) {
+                packed_group = piece.group;
+                PackPanels(gradient + piece.group * g.group_filters, g.filters,
+                           1, count, filters, s.packed);
+              }
+              MatrixProduct<true>(piece.count, filters, count, columns,
+                                  s.packed,
+                                  sums + piece.kernel_row * g.filters + filter,
+                                  g.filters, true);
             }
-            MatrixProduct<true>(piece.count, filters, count,
-                                s.columns + (piece.row - begin), s.grad_packed,
-                                sums + piece.kernel_row * g.filters + filter,
-                                g.filters, true);
           });
         }
         if (g.depthwise) break;
@@ -144,10 +171,21 @@ static void KernelPass(const DeformableConv2DParams& params,
     }
   });
   if constexpr (kNarrow) {
-    const int64_t rows = g.taps * g.group_channels;
-    RunTasks(parallel_for, rows, [&](int64_t row, int) {
-      NarrowRow(sums + row * g.filters, g.filters,
-                static_cast<T*>(grad_kernel) + row * g.filters);
+    T* const to = static_cast<T*>(grad_kernel);
+    constexpr int64_t kRows = 16;
+    RunTasks(parallel_for, CeilDiv(kernel_rows, kRows), [&](int64_t task, int) {
+      const int64_t begin = task * kRows;
+      const int64_t end = Min(begin + kRows, kernel_rows);
+      if constexpr (kSwapped) {
+        for (int64_t f = 0; f < g.filters; ++f) {
+          for (int64_t row = begin; row < end; ++row) {
+            Narrow(sums[f * kernel_rows + row], to + row * g.filters + f);
+          }
+        }
+      } else {
+        NarrowRow(sums + begin * g.filters, (end - begin) * g.filters,
+                  to + begin * g.filters);
+      }
     });
   }
 }

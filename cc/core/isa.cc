@@ -7,6 +7,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace tf_deform {
@@ -21,10 +25,32 @@ bool HasF16C() {
 }
 #endif
 
+bool AllowsAmx() {
+  const char* allowed = std::getenv("TF_DEFORM_MAX_ISA");
+  return allowed == nullptr || std::strcmp(allowed, "amx") == 0;
+}
+
+// The system saves the registers of AMX only for a process that asked for it.
+bool MayUseAmx() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr unsigned int kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;  // edx
+  constexpr unsigned int kAvx512Bf16 = 1u << 5;                     // eax
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  unsigned int eax, ebx, ecx, edx, more;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 &&
+         (edx & kAmxBf16) != 0 && (edx & kAmxTile) != 0 &&
+         __get_cpuid_count(7, 1, &more, &ebx, &ecx, &edx) != 0 &&
+         (more & kAvx512Bf16) != 0 &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 Isa Choose() {
 #if defined(__x86_64__)
   const char* allowed = std::getenv("TF_DEFORM_MAX_ISA");
-  const bool any = allowed == nullptr || std::strcmp(allowed, "avx512") == 0;
+  const bool any = AllowsAmx() || std::strcmp(allowed, "avx512") == 0;
   if (any && __builtin_cpu_supports("avx512f") &&
       __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") &&
@@ -47,7 +73,14 @@ Isa BestIsa() {
   return best;
 }
 
+bool HasAmx() {
+  static const bool has =
+      BestIsa() == Isa::kAvx512 && AllowsAmx() && MayUseAmx();
+  return has;
+}
+
 const char* InstructionSet() {
+  if (HasAmx()) return "amx";
   constexpr const char* kNames[] = {"baseline", "avx2", "avx512"};
   return kNames[static_cast<int>(BestIsa())];
 }

@@ -9,10 +9,13 @@ namespace cpu {
 enum class Isa : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
 
 // The best that the processor has, or what the environment variable
-// TF_DEFORM_MAX_ISA ("avx512", "avx2" or "baseline") allows; read once.
+// TF_DEFORM_MAX_ISA ("amx", "avx512", "avx2" or "baseline") allows; read once.
 Isa BestIsa();
 
-// Its name.
+// Whether, besides kAvx512, products of bfloat16 may be left to AMX.
+bool HasAmx();
+
+// "baseline", "avx2", "avx512", or "amx" if that is there too.
 const char* InstructionSet();
 
 }  // namespace cpu

@@ -32,10 +32,15 @@ constexpr int64_t kInner = 256;
 // Not a power of two, which would map all rows to few cache sets.
 constexpr int64_t kTileStride = kInner + 16;
 
-// Columns of a packed B, with those that fill up its last panel.
+// Columns of a packed B, with those that fill up its last panel, and its rows.
+// In bfloat16 a packed B is for AMX: see matrix_amx_cpu-inl.h.
 template <typename E>
 static inline int64_t PackedColumns(int64_t n) {
-  return RoundUp(n, kLanes<E>);
+  return RoundUp(n, std::is_same<E, BFloat16>::value ? 16 : kLanes<E>);
+}
+template <typename E>
+static inline int64_t PackedInner(int64_t k) {
+  return std::is_same<E, BFloat16>::value ? RoundUp(k, 32) : k;
 }
 
 // sums[i * kVectors + v] += a[i * kStride] * b[v] for all i and v. Every index
@@ -138,6 +143,12 @@ static void MatrixProduct(int64_t m, int64_t n, int64_t k, const E* a,
              c + first * c_stride + column, c_stride, columns, accumulate);
     }
   }
+}
+
+// A vector of columns in the type of the products' elements.
+template <typename V, typename E>
+static inline void StoreColumns(const V& values, E* to) {
+  Store(values, to);
 }
 
 // Packs k x n elements as MatrixProduct wants B: element (row, column) is

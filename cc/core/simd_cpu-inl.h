@@ -162,12 +162,16 @@ static inline __attribute__((always_inline)) void ForEachVector(
   if constexpr (kN > 1) ForEachVector<E, kN / 2>(n, step, first);
 }
 
-// n elements of T, widened to E.
+// n elements of T, widened to E, or copied if both have 16 bits.
 template <typename T, typename E>
 static inline void WidenRow(const T* from, int64_t n, E* to) {
-  ForEachVector<E>(n, [&](auto lanes, int64_t i) {
-    Store(Load<lanes.value>(from + i), to + i);
-  });
+  if constexpr (sizeof(E) == 2) {
+    __builtin_memcpy(to, from, static_cast<size_t>(n) * sizeof(E));
+  } else {
+    ForEachVector<E>(n, [&](auto lanes, int64_t i) {
+      Store(Load<lanes.value>(from + i), to + i);
+    });
+  }
 }
 
 template <typename T, typename E>

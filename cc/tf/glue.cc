@@ -52,9 +52,9 @@ struct Loop {
 // keeps the processor on which it has just woken a thread, and a system may
 // leave that thread behind it in the queue until its next tick, while other
 // processors are idle (virtual machines do so in a quarter of all calls).
-// But the loop never depends on the pool: a thread of the pool itself, for which
-// nobody else might be left, works at once, and any other caller takes the place
-// of a worker that is late. It waits for tasks, not for workers.
+// But the loop never depends on the pool: a thread of the pool itself, for
+// which nobody else might be left, works at once, and any other caller takes
+// the place of a worker that is late. It waits for tasks, not for workers.
 void RunOnPool(void* context, int64_t num_tasks, ParallelFor::Task task,
                void* argument) {
   auto* pool = static_cast<tensorflow::thread::ThreadPool*>(context);

@@ -138,6 +138,11 @@ def validate(
     return params
 
 
+def instruction_set() -> str:
+    """What the core uses on this processor, in this environment."""
+    return library().TfDeformInstructionSet().decode()
+
+
 def to_bfloat16(array: np.ndarray) -> np.ndarray:
     """Rounds to nearest even; stored as uint16."""
     bits = np.asarray(array, np.float32).view(np.uint32)

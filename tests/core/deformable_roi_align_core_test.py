@@ -598,7 +598,7 @@ def test_other_instruction_sets(isa):
     if os.environ.get("TF_DEFORM_MAX_ISA"):
         pytest.skip("this is the inner run")
     here = pathlib.Path(__file__)
-    script = "import core; print(core.library().TfDeformInstructionSet())"
+    script = "import core; print(core.instruction_set())"
     environment = {**os.environ, "TF_DEFORM_MAX_ISA": isa}
     path = [str(here.parent), str(here.parent.parent)]
     environment["PYTHONPATH"] = os.pathsep.join(path)
@@ -609,7 +609,7 @@ def test_other_instruction_sets(isa):
         text=True,
         check=True,
     )
-    if isa not in name.stdout:
+    if isa != name.stdout.strip():
         pytest.skip(f"this processor has no {isa}")
     selected = "reference or edges or place or alone or 16_bit or order"
     run = subprocess.run(
