@@ -1,4 +1,5 @@
-// The instruction set in use. SPDX-License-Identifier: Apache-2.0
+// The instruction set in use, and the cache.
+// SPDX-License-Identifier: Apache-2.0
 
 #include "cc/core/isa.h"
 
@@ -7,10 +8,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#endif
 #ifdef __linux__
 #include <sys/syscall.h>
 #include <unistd.h>
-#endif
 #endif
 
 namespace tf_deform {
@@ -83,6 +84,15 @@ const char* InstructionSet() {
   if (HasAmx()) return "amx";
   constexpr const char* kNames[] = {"baseline", "avx2", "avx512"};
   return kNames[static_cast<int>(BestIsa())];
+}
+
+int64_t SecondLevelCache() {
+  int64_t bytes = 0;
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const long found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  bytes = found;
+#endif
+  return bytes > 0 ? bytes : int64_t{1} << 20;
 }
 
 }  // namespace cpu

@@ -1,7 +1,10 @@
-// The instruction set in use. SPDX-License-Identifier: Apache-2.0
+// The instruction set in use, and the cache.
+// SPDX-License-Identifier: Apache-2.0
 
 #ifndef TF_DEFORM_CC_CORE_ISA_H_
 #define TF_DEFORM_CC_CORE_ISA_H_
+
+#include <cstdint>
 
 namespace tf_deform {
 namespace cpu {
@@ -17,6 +20,9 @@ bool HasAmx();
 
 // "baseline", "avx2", "avx512", or "amx" if that is there too.
 const char* InstructionSet();
+
+// Bytes of a processor's second-level cache; 1 MiB where that is not known.
+int64_t SecondLevelCache();
 
 }  // namespace cpu
 }  // namespace tf_deform
