@@ -13,14 +13,14 @@
 //                 mask, worked out once and shared by all channels of an offset
 //                 group (deformable_sampling_cpu-inl.h).
 //   columns       [pixel][row]: for each pixel and tap the four corners are
-//   read
-//                 along their channels, mixed, and written where the product
-//                 reads them (deformable_columns_cpu-inl.h). At most 540 KiB,
-//                 in the second-level cache.
+//                 read along their channels, mixed, and written where the
+//                 product reads them (deformable_columns_cpu-inl.h). At most
+//                 half of the second-level cache.
 //   MatrixProduct A panel of the packed kernel (256 rows by two vectors) stays
 //                 in the first-level cache while all pixels pass by, 14 (AVX2:
 //                 6) at a time, whose sums stay in registers
-//                 (matrix_cpu-inl.h).
+//                 (matrix_cpu-inl.h). In bfloat16, where there is AMX, all
+//                 three are bfloat16 tiles (matrix_amx_cpu-inl.h).
 //
 //   ForwardPass   A tile of columns is sampled and at once multiplied by the
 //                 packed kernel into its pixels' outputs.
@@ -29,7 +29,10 @@
 //                 corners turns it into gradients of offset and mask, which
 //                 belong to the tile's own pixels; in the same look it is added
 //                 to the gradient of the inputs, which lands anywhere in the
-//                 image (deformable_conv2d_data_cpu-inl.h).
+//                 image, divided into strips (deformable_strips_cpu-inl.h,
+//                 deformable_conv2d_data_cpu-inl.h). If the kernel is small,
+//                 this look leaves the columns too, and the tile's share of the
+//                 gradient of the kernel is made as in KernelPass.
 //   KernelPass    Rows of the kernel (taps and channels) are divided among
 //                 workers; each samples its part of the columns, tile after
 //                 tile over all pixels, and adds the transposed tile times
@@ -58,9 +61,11 @@
 //
 #include "cc/core/deformable_columns_cpu-inl.h"
 //
-#include "cc/core/deformable_conv2d_data_cpu-inl.h"
-//
 #include "cc/core/deformable_conv2d_kernel_cpu-inl.h"
+//
+#include "cc/core/deformable_strips_cpu-inl.h"
+//
+#include "cc/core/deformable_conv2d_data_cpu-inl.h"
 
 namespace tf_deform {
 namespace cpu {
@@ -227,16 +232,12 @@ static void ForwardPass(const DeformableConv2DParams& params,
 // -----------------------------------------------------------------------------
 // What deformable_conv2d_cpu.cc chooses from.
 
-static bool WantsData(const DeformableConv2DGradients& wanted) {
-  return wanted.inputs != nullptr || wanted.offset != nullptr ||
-         wanted.mask != nullptr;
-}
-
 // Calls body(T(), O()) for the type of the tensors and that of the elements of
 // products.
 template <typename Body>
 static void WithTypes(const DeformableConv2DParams& params, DataType type,
                       const Body& body) {
+  (void)params;  // decides with AMX only
   WithType(type, [&](auto zero) {
     using T = decltype(zero);
 #if TF_DEFORM_VECTOR_BYTES == 64
@@ -271,11 +272,8 @@ static int64_t BackwardWorkspaceBytes(const DeformableConv2DParams& params,
   WithTypes(params, type, [&](auto zero, auto element) {
     using T = decltype(zero);
     using O = decltype(element);
-    if (WantsData(wanted)) {
-      bytes =
-          DataWorkspace<T, O>(params, wanted.inputs != nullptr, num_workers);
-    }
-    if (wanted.kernel != nullptr) {
+    bytes = DataWorkspace<T, O>(params, wanted, num_workers);
+    if (wanted.kernel != nullptr && !DataPlan<T, O>(params, false).fused) {
       bytes = Max(bytes, KernelWorkspace<T, O>(params, num_workers));
     }
   });
@@ -299,11 +297,9 @@ static void Backward(const DeformableConv2DParams& params, DataType type,
   WithTypes(params, type, [&](auto zero, auto element) {
     using T = decltype(zero);
     using O = decltype(element);
-    if (WantsData(gradients)) {
-      DataPass<T, O>(params, operands, grad_output, workspace, gradients,
-                     parallel_for);
-    }
-    if (gradients.kernel != nullptr) {
+    DataPass<T, O>(params, operands, grad_output, workspace, gradients,
+                   parallel_for);
+    if (gradients.kernel != nullptr && !DataPlan<T, O>(params, false).fused) {
       KernelPass<T, O>(params, operands, grad_output, workspace,
                        gradients.kernel, parallel_for);
     }

@@ -1,172 +1,40 @@
-// Deformable convolution on the CPU: gradients of inputs, offset and mask.
+// Deformable convolution on the CPU: gradients of inputs, offset and mask, and
+// of small kernels.
 // SPDX-License-Identifier: Apache-2.0
 //
 // No include guard: see simd_cpu-inl.h.
-//
-// The output of each image is divided into strips of pixels. While a strip is
-// worked on, some rows of the gradient of the inputs, around it, are its own.
-// What belongs there is added at once; what belongs elsewhere is deferred:
-// written down, and added when no strip is worked on. Even strips are worked on
-// together, then odd ones, so that each owns half of its idle neighbours' rows,
-// and only samples far away are deferred. The gradient at a pixel is then a sum
-// in an order that strips, offsets and kDeferredBytes decide, not the workers.
 
 namespace tf_deform {
 namespace cpu {
 namespace TF_DEFORM_ISA {
 
-// Pixels in a tile, at most: a multiple of kMicroRows.
-constexpr int64_t kDataPixels = kMicroRows == 14 ? 112 : 108;
-
-// What one pixel may defer, at most, unless kPanel rows are more.
-constexpr int64_t kPixelBytes = 4 << 10;
-
-// Deferred gradients of all strips that are worked on together. A strip's
-// share, 1/30 at least, has room for those of kLanes pixels.
-constexpr int64_t kDeferredBytes = 3 << 20;
-
-// Images that are worked on together, and strips of all of them, at most.
-constexpr int64_t kImagesAtOnce = 64;
-constexpr int64_t kStripsAtOnce = 32;
-
-// Rows of an image's output in a strip, at least.
-constexpr int64_t kStripRows = 7;
-
-// The gradient of one sample's channels that waits to be added; elements
-// follow.
-template <typename E>
-struct Deferred {
-  int64_t
-      corner;     // element of the top left corner, first channel, in its image
-  int32_t flags;  // the corners that wait
-  int32_t top;    // row of the first of them
-  int64_t count;  // channels
-  E mask;
-  Weights<E> weights;
-
-  static int64_t Bytes(int64_t count) {
-    return RoundUp(static_cast<int64_t>(sizeof(Deferred)), 64) +
-           RoundUp(count * static_cast<int64_t>(sizeof(E)), 64);
-  }
-  E* Gradient() {
-    return reinterpret_cast<E*>(reinterpret_cast<char*>(this) +
-                                RoundUp(sizeof(Deferred), 64));
-  }
-};
-
-// A strip of an image's output, and how far it has come.
-struct Strip {
-  int64_t n;
-  int64_t first, last;          // pixels of the batch's output
-  int64_t row_first, row_last;  // its own rows of the image
-  int64_t bundle, begin, next;  // to do next: bundle, its row, pixel
-  int64_t used;                 // bytes of deferred gradients
-  char* deferred;
-};
-
-// Rows of columns whose gradients are made together: as many as kPixelBytes
-// lets a pixel defer, or kPanel.
-template <typename E>
-static Blocks DataBlocks(const Geometry& g) {
-  const int64_t channels = Bundle(g, g.Bundles() - 1).channels;  // the least
-  const int64_t runs_per_tap =
-      g.Bundles() == 1 ? g.offset_groups : channels / g.offset_channels + 2;
-  int64_t rows = kPixelBytes / static_cast<int64_t>(sizeof(E)) / kPanel<E>;
-  for (rows *= kPanel<E>; rows > kPanel<E>; rows -= kPanel<E>) {
-    // Runs end where taps, bundles, offset groups and blocks do.
-    const int64_t runs = (rows / channels + 2) * runs_per_tap;
-    if (rows * static_cast<int64_t>(sizeof(E)) + runs * 2 * 64 <= kPixelBytes) {
-      break;
-    }
-  }
-  return Blocks(g, rows, kPanel<E>);
-}
-
-// What a worker needs. O is as in ColumnScratch.
+// What a DataPass does of what is wanted.
 template <typename T, typename O>
-struct DataScratch {
-  using E = typename AccumulatorOf<T>::Type;
+struct DataWanted {
+  bool columns;  // gradients of columns: for inputs, offset, mask
+  bool slopes;   // offset or mask
+  bool kernel;
 
-  E* columns;           // [kDataPixels][stride], gradients
-  O* grad_rows;         // [kDataPixels][kTileStride], a tile of grad_output
-  Pixels<E> pixels;     // of the tile
-  Run* runs;            // [block rows]
-  Samples<E>* samples;  // [block rows], of the runs at kLanes pixels
-  T* zeros;             // [block rows]
-  int64_t stride;
-
-  DataScratch(const Blocks& blocks, Arena* arena)
-      : columns(arena->Take<E>(kDataPixels * (blocks.limit + 16))),
-        grad_rows(arena->Take<O>(kDataPixels * kTileStride)),
-        pixels(kDataPixels, arena),
-        runs(arena->Take<Run>(blocks.limit)),
-        samples(arena->Take<Samples<E>>(blocks.limit)),
-        zeros(arena->Take<T>(blocks.limit)),
-        stride(blocks.limit + 16) {}
-};
-
-// How the work of one call is divided.
-template <typename T, typename O>
-struct DataPlan {
-  using E = typename AccumulatorOf<T>::Type;
-
-  Geometry g;
-  Blocks blocks;
-  bool scatter;            // is the gradient of the inputs wanted?
-  int64_t scratch_bytes;   // of a DataScratch
-  int64_t images;          // worked on together
-  int64_t wide_bytes;      // of their gradients in float32, for 16-bit types
-  int64_t strips;          // of an image: 1 or an even number
-  int64_t deferred_bytes;  // of a strip
-
-  DataPlan(const DeformableConv2DParams& params, bool wants_inputs)
-      : g(params), blocks(DataBlocks<E>(g)), scatter(wants_inputs) {
-    Arena arena{nullptr};
-    DataScratch<T, O>(blocks, &arena);
-    scratch_bytes = arena.used;
-    const bool narrow = Operands<T>::kNarrow && scatter;
-    const int64_t float_image = g.image * static_cast<int64_t>(sizeof(E));
-    images = Min(g.batch, kImagesAtOnce);
-    if (narrow) {
-      // Small ones where strips would be, which need the room themselves.
-      const int64_t fit = Max(1, kDeferredBytes / Max(1, float_image));
-      images = CeilDiv(images, CeilDiv(Max(1, images), fit));
-      if (images < 4 || g.out_h >= 4 * kStripRows) images = Min(g.batch, 1);
-    }
-    wide_bytes = narrow ? RoundUp(images * float_image, 64) : 0;
-    strips = 1;
-    if (g.height >= 4 && !IsSerial(g)) {
-      while (strips * 2 * kStripRows <= g.out_h &&
-             strips * images < kStripsAtOnce) {
-        strips *= 2;
-      }
-      if (strips < 4) strips = images < 4 ? 4 : 1;
-    }
-    deferred_bytes =
-        strips == 1 ? 0 : kDeferredBytes / (images * strips / 2) / 64 * 64;
-  }
-
-  int64_t KernelElements() const {
-    if (g.depthwise) return g.taps * g.filters;
-    return PackedInner<O>(g.group_filters) *
-           (g.groups == 1
-                ? PackedColumns<O>(g.rows)
-                : g.taps * g.groups * PackedColumns<O>(g.group_channels));
-  }
-  int64_t StripBytes() const {
-    if (!scatter) return 0;
-    return RoundUp(images * strips * static_cast<int64_t>(sizeof(Strip)), 64) +
-           CeilDiv(images * strips, 2) * deferred_bytes;
-  }
+  DataWanted(const DataPlan<T, O>& plan,
+             const DeformableConv2DGradients& gradients)
+      : columns(plan.scatter || gradients.offset != nullptr ||
+                gradients.mask != nullptr),
+        slopes(gradients.offset != nullptr || gradients.mask != nullptr),
+        kernel(plan.fused && gradients.kernel != nullptr) {}
 };
 
 template <typename T, typename O>
 static int64_t DataWorkspace(const DeformableConv2DParams& params,
-                             bool wants_inputs, int num_workers) {
-  const DataPlan<T, O> plan(params, wants_inputs);
+                             const DeformableConv2DGradients& gradients,
+                             int num_workers) {
+  const DataPlan<T, O> plan(params, gradients.inputs != nullptr);
+  const DataWanted<T, O> wanted(plan, gradients);
+  if (!wanted.columns && !wanted.kernel) return 0;
   Arena arena{nullptr};
-  arena.Take<O>(plan.KernelElements());
+  arena.Take<O>(wanted.columns ? plan.KernelElements() : 0);
   return arena.used + plan.wide_bytes + plan.StripBytes() +
+         plan.DeferredBytes() +
+         (wanted.kernel ? plan.rooms * plan.KernelBytes() : 0) +
          num_workers * plan.scratch_bytes;
 }
 
@@ -312,12 +180,12 @@ struct SlopeSums {
 };
 
 // Uses the column gradients of one sample: adds to `sums` (kSlopes), and to the
-// gradient of the image at all four corners, `to` on (kScatter).
-template <bool kSlopes, bool kScatter, typename T, typename E>
+// gradient of the image at all four corners, `to` on (kScatter). Leaves the
+// columns themselves in their place (kColumns, with kSlopes).
+template <bool kSlopes, bool kScatter, bool kColumns, typename T, typename E>
 static inline __attribute__((always_inline)) void UseColumns(
-    const Sampling<E>& in, const Corners<T>& from, const E* columns,
-    int64_t count, E ly, E lx, E mask, const Weights<E>& weights, E* to,
-    SlopeSums<E>* sums) {
+    const Sampling<E>& in, const Corners<T>& from, E* columns, int64_t count,
+    E ly, E lx, E mask, const Weights<E>& weights, E* to, SlopeSums<E>* sums) {
   E* const below = to + in.row;
   ForEachVector<E>(count, [&](auto lanes, int64_t i) {
     constexpr int kN = lanes.value;
@@ -335,6 +203,7 @@ static inline __attribute__((always_inline)) void UseColumns(
       const V dx = right + ly * twist;
       const V value = top_left + lx * right + ly * dy;
       sums->template Add<kN>(gradient * dy, gradient * dx, gradient * value);
+      if constexpr (kColumns) Store(mask * value, columns + i);
     }
     if constexpr (kScatter) {
       const V scaled = mask * gradient;
@@ -349,42 +218,17 @@ static inline __attribute__((always_inline)) void UseColumns(
   });
 }
 
-// Adds a sample's gradient to those corners of the image that `flags` names.
-template <typename E>
-static void AddToCorners(const Sampling<E>& in, int32_t flags, const E* columns,
-                         int64_t count, E mask, const Weights<E>& weights,
-                         E* to) {
-  const auto add = [&](int32_t corner, int64_t distance, E weight) {
-    if (!(flags & corner)) return;
-    E* at = to + distance;
-    ForEachVector<E>(count, [&](auto lanes, int64_t i) {
-      constexpr int kN = lanes.value;
-      const Vector<E, kN> scaled = mask * Load<kN>(columns + i);
-      Store(Load<kN>(at + i) + weight * scaled, at + i);
-    });
-  };
-  add(kTopLeft, 0, weights.top_left);
-  add(kTopRight, in.pixel, weights.top_right);
-  add(kBottomLeft, in.row, weights.bottom_left);
-  add(kBottomRight, in.row + in.pixel, weights.bottom_right);
-}
-
-// The corners of a sample in rows [first, last).
-static inline int32_t CornersInRows(int32_t flags, int32_t top, int64_t first,
-                                    int64_t last) {
-  int32_t mine = 0;
-  if (top >= first && top < last) mine |= kTopLeft | kTopRight;
-  if (top + 1 >= first && top + 1 < last) mine |= kBottomLeft | kBottomRight;
-  return flags & mine;
-}
-
 // Works on `strip` until it is done (returns true) or its room for deferred
 // gradients may not hold the next pixels' (false). `grad_image` is the gradient
 // of the strip's image (kScatter); grad_offset or grad_mask may be null.
-template <bool kSlopes, bool kScatter, typename T, typename O, typename E>
+// Without `packed` no gradients of columns are made. What the strip adds to the
+// gradient of the kernel goes to kernel_sums (kColumns).
+template <bool kSlopes, bool kScatter, bool kColumns, typename T, typename O,
+          typename E>
 static bool Advance(const DataPlan<T, O>& plan, const Operands<T>& operands,
                     const O* packed, DataScratch<T, O> s, Strip* strip,
-                    E* grad_image, E* grad_offset, E* grad_mask) {
+                    E* grad_image, E* grad_offset, E* grad_mask,
+                    E* kernel_sums) {
   const Geometry& g = plan.g;
   const Sampling<E> in(g, operands.offset, operands.mask);
   __builtin_memset(static_cast<void*>(s.zeros), 0,
@@ -402,13 +246,15 @@ static bool Advance(const DataPlan<T, O>& plan, const Operands<T>& operands,
       while (strip->next < strip->last) {
         s.pixels.Locate(g, strip->next,
                         Min(kDataPixels, strip->last - strip->next));
-        MakeColumnGradients(plan, operands, bundle, packed, begin, end,
-                            num_runs, s);
+        if (packed != nullptr) {
+          MakeColumnGradients(plan, operands, bundle, packed, begin, end,
+                              num_runs, s);
+        }
         for (int64_t p = 0; p < s.pixels.count; p += kLanes<E>) {
           const int64_t lanes_used = Min(kLanes<E>, s.pixels.count - p);
           if (kScatter && plan.strips > 1 &&
               strip->used + most * lanes_used > plan.deferred_bytes) {
-            return false;
+            break;
           }
           for (int64_t r = 0; r < num_runs; ++r) {
             s.samples[r].Locate(in, s.pixels, p, s.runs[r]);
@@ -421,10 +267,14 @@ static bool Advance(const DataPlan<T, O>& plan, const Operands<T>& operands,
               const Samples<E>& at = s.samples[r];
               const int64_t field =
                   (s.pixels.first + p + l) * g.fields + run->field;
-              const E* columns =
-                  s.columns + (p + l) * s.stride + (run->row - begin);
+              E* columns = s.columns + (p + l) * s.stride + (run->row - begin);
               const int32_t flags = at.flags[l];
-              if (flags == 0) continue;
+              if (flags == 0) {
+                if (kColumns) {
+                  for (int64_t i = 0; i < run->count; ++i) columns[i] = 0;
+                }
+                continue;
+              }
               const Corners<T> from(in,
                                     operands.inputs + s.pixels.image[p + l] +
                                         at.Corner(in, l) + run->channel,
@@ -440,15 +290,10 @@ static bool Advance(const DataPlan<T, O>& plan, const Operands<T>& operands,
                            : 0;
               SlopeSums<E> sums;
               if (kScatter && mine == kInside) {
-                UseColumns<kSlopes, true>(in, from, columns, run->count,
-                                          at.ly[l], at.lx[l], mask, weights, to,
-                                          &sums);
+                UseColumns<kSlopes, true, kColumns>(
+                    in, from, columns, run->count, at.ly[l], at.lx[l], mask,
+                    weights, to, &sums);
               } else {
-                if (kSlopes) {
-                  UseColumns<true, false>(in, from, columns, run->count,
-                                          at.ly[l], at.lx[l], mask, weights, to,
-                                          &sums);
-                }
                 if (kScatter) {
                   AddToCorners(in, mine, columns, run->count, mask, weights,
                                to);
@@ -467,6 +312,11 @@ static bool Advance(const DataPlan<T, O>& plan, const Operands<T>& operands,
                         static_cast<size_t>(run->count) * sizeof(E));
                     strip->used += Deferred<E>::Bytes(run->count);
                   }
+                }
+                if (kSlopes) {
+                  UseColumns<true, false, kColumns>(
+                      in, from, columns, run->count, at.ly[l], at.lx[l], mask,
+                      weights, to, &sums);
                 }
               }
               if (!kSlopes) continue;
@@ -488,60 +338,25 @@ static bool Advance(const DataPlan<T, O>& plan, const Operands<T>& operands,
           }
           strip->next += lanes_used;
         }
+        const int64_t done = strip->next - s.pixels.first;
+        if constexpr (kColumns) {
+          const Tile<E> tile{s.columns, s.stride, s.runs,         num_runs,
+                             begin,     end,      s.pixels.first, done};
+          if (g.depthwise) {
+            DepthwiseGradient(g, operands.grad_output, tile, kernel_sums);
+          } else {
+            int64_t packed_group = -1;
+            AddTile(g, operands.grad_output, bundle, tile, 0, g.group_filters,
+                    &packed_group, s.grad_packed, kernel_sums);
+          }
+        }
+        if (done < s.pixels.count) return false;
       }
       strip->next = strip->first;
       strip->begin = end;
     }
   }
   return true;
-}
-
-// Adds what `strip` has deferred for rows [first, last) of its image.
-template <typename E>
-static void AddDeferred(const Sampling<E>& in, const Strip& strip,
-                        int64_t first, int64_t last, E* grad_image) {
-  for (int64_t at = 0; at < strip.used;) {
-    auto* entry = reinterpret_cast<Deferred<E>*>(strip.deferred + at);
-    at += Deferred<E>::Bytes(entry->count);
-    const int32_t mine = CornersInRows(entry->flags, entry->top, first, last);
-    if (mine == 0) continue;
-    AddToCorners(in, mine, entry->Gradient(), entry->count, entry->mask,
-                 entry->weights, grad_image + entry->corner);
-  }
-}
-
-// Divides the output of `count` images from image n on into strips.
-template <typename T, typename O>
-static void MakeStrips(const DataPlan<T, O>& plan, int64_t n, int64_t count,
-                       char* deferred, Strip* strips) {
-  const Geometry& g = plan.g;
-  const auto start = [&](int64_t strip) {
-    return g.pixels * strip / plan.strips;
-  };
-  // Row of the image under the middle of the kernel where a strip starts.
-  const auto row = [&](int64_t strip) {
-    if (strip <= 0) return int64_t{0};
-    if (strip >= plan.strips) return g.height;
-    const int64_t y = start(strip) / g.out_w * g.stride_h - g.pad_top +
-                      (g.kernel_h - 1) * g.dilation_h / 2;
-    return Max(0, Min(y, g.height));
-  };
-  for (int64_t image = 0; image < count; ++image) {
-    for (int64_t i = 0; i < plan.strips; ++i) {
-      Strip& strip = strips[image * plan.strips + i];
-      const int64_t first = (n + image) * g.pixels;
-      strip = {};
-      strip.n = n + image;
-      strip.first = strip.next = first + start(i);
-      strip.last = first + start(i + 1);
-      strip.row_first = i == 0 ? 0 : (row(i - 1) + row(i)) / 2;
-      strip.row_last =
-          i + 1 >= plan.strips ? g.height : (row(i + 1) + row(i + 2)) / 2;
-      // Even and odd strips, which never have any at the same time, share room.
-      strip.deferred =
-          deferred + (image * plan.strips + i) / 2 * plan.deferred_bytes;
-    }
-  }
 }
 
 template <typename T, typename O>
@@ -553,6 +368,8 @@ static void DataPass(const DeformableConv2DParams& params,
   using E = typename AccumulatorOf<T>::Type;
   constexpr bool kNarrow = Operands<T>::kNarrow;
   const DataPlan<T, O> plan(params, gradients.inputs != nullptr);
+  const DataWanted<T, O> wanted(plan, gradients);
+  if (!wanted.columns && !wanted.kernel) return;
   const Geometry& g = plan.g;
   const Operands<T> operands(inputs, grad_output);
   T* const grad_inputs = static_cast<T*>(gradients.inputs);
@@ -567,21 +384,32 @@ static void DataPass(const DeformableConv2DParams& params,
   }
   if (grad_offset != nullptr) Zero(parallel_for, grad_offset, 2 * field_bytes);
   if (grad_mask != nullptr) Zero(parallel_for, grad_mask, field_bytes);
-  if (g.total_pixels == 0) return;
 
   Arena arena{static_cast<char*>(workspace)};
-  O* const packed = arena.Take<O>(plan.KernelElements());
+  O* const packed =
+      wanted.columns ? arena.Take<O>(plan.KernelElements()) : nullptr;
   E* const wide =
       arena.Take<E>(plan.wide_bytes / static_cast<int64_t>(sizeof(E)));
-  char* const strip_room = arena.Take<char>(plan.StripBytes());
+  Strip* const strips =
+      reinterpret_cast<Strip*>(arena.Take<char>(plan.StripBytes()));
+  char* const deferred = arena.Take<char>(plan.DeferredBytes());
+  const int64_t kernel_size =
+      plan.KernelBytes() / static_cast<int64_t>(sizeof(E));
+  E* const kernel_sums =
+      arena.Take<E>(wanted.kernel ? plan.rooms * kernel_size : 0);
   char* const scratch = arena.base + arena.used;
-  PackTransposed(plan, operands.kernel, packed, parallel_for);
+  if (wanted.kernel) {
+    Zero(parallel_for, kernel_sums, plan.rooms * plan.KernelBytes());
+  }
+  if (packed != nullptr) {
+    PackTransposed(plan, operands.kernel, packed, parallel_for);
+  }
   const auto scratch_of = [&](int worker) {
     Arena place{scratch + worker * plan.scratch_bytes};
-    return DataScratch<T, O>(plan.blocks, &place);
+    return DataScratch<T, O>(plan.blocks, plan.fused, &place);
   };
 
-  if (!plan.scatter) {
+  if (!plan.scatter && !wanted.kernel) {
     int64_t tiles = CeilDiv(g.total_pixels, kDataPixels);
     if (!IsSerial(g)) tiles = RoundUp(tiles, parallel_for.num_workers);
     tiles = Min(tiles, g.total_pixels);
@@ -589,28 +417,32 @@ static void DataPass(const DeformableConv2DParams& params,
       Strip strip = {};
       strip.first = strip.next = g.total_pixels * tile / tiles;
       strip.last = g.total_pixels * (tile + 1) / tiles;
-      Advance<true, false, T, O, E>(plan, operands, packed, scratch_of(worker),
-                                    &strip, nullptr, grad_offset, grad_mask);
+      Advance<true, false, false, T, O, E>(plan, operands, packed,
+                                           scratch_of(worker), &strip, nullptr,
+                                           grad_offset, grad_mask, nullptr);
     });
     return;
   }
 
-  Strip* const strips = reinterpret_cast<Strip*>(strip_room);
   const Sampling<E> in(g, operands.offset, operands.mask);
-  const bool slopes = grad_offset != nullptr || grad_mask != nullptr;
-  for (int64_t n = 0; n < g.batch; n += plan.images) {
+  auto advance = wanted.slopes ? Advance<true, true, false, T, O, E>
+                               : Advance<false, true, false, T, O, E>;
+  if constexpr (std::is_same<O, E>::value) {
+    if (wanted.kernel) {
+      advance = plan.scatter ? Advance<true, true, true, T, O, E>
+                             : Advance<true, false, true, T, O, E>;
+    }
+  }
+  for (int64_t n = 0; n < g.batch && g.total_pixels > 0; n += plan.images) {
     const int64_t images = Min(plan.images, g.batch - n);
-    MakeStrips(plan, n, images,
-               strip_room + RoundUp(plan.images * plan.strips *
-                                        static_cast<int64_t>(sizeof(Strip)),
-                                    64),
-               strips);
-    E* sums = wide;
-    if constexpr (kNarrow) {
+    MakeStrips(plan, n, images, deferred, strips);
+    E* sums = nullptr;
+    if (plan.scatter && kNarrow) {
+      sums = wide;
       Zero(parallel_for, sums,
            images * g.image * static_cast<int64_t>(sizeof(E)));
-    } else {
-      sums = grad_inputs + n * g.image;
+    } else if (plan.scatter) {
+      sums = reinterpret_cast<E*>(grad_inputs + n * g.image);
     }
     const auto image_of = [&](const Strip& strip) {
       return sums + (strip.n - n) * g.image;
@@ -621,11 +453,9 @@ static void DataPass(const DeformableConv2DParams& params,
       for (bool done = false; !done;) {
         RunTasks(parallel_for, active, [&](int64_t index, int worker) {
           Strip* strip = strips + index * phases + phase;
-          (slopes ? Advance<true, true, T, O, E>
-                  : Advance<false, true, T, O, E>)(plan, operands, packed,
-                                                   scratch_of(worker), strip,
-                                                   image_of(*strip),
-                                                   grad_offset, grad_mask);
+          advance(plan, operands, packed, scratch_of(worker), strip,
+                  image_of(*strip), grad_offset, grad_mask,
+                  kernel_sums + strip->room * kernel_size);
         });
         done = true;
         bool any = false;
@@ -651,12 +481,28 @@ static void DataPass(const DeformableConv2DParams& params,
       }
     }
     if constexpr (kNarrow) {
-      RunTasks(parallel_for, images * g.height, [&](int64_t y, int) {
-        const int64_t row = g.width * g.channels;
-        NarrowRow(sums + y * row, row, grad_inputs + n * g.image + y * row);
-      });
+      const int64_t row = g.width * g.channels;
+      RunTasks(parallel_for, plan.scatter ? images * g.height : 0,
+               [&](int64_t y, int) {
+                 NarrowRow(sums + y * row, row,
+                           grad_inputs + n * g.image + y * row);
+               });
     }
   }
+
+  if (!wanted.kernel) return;
+  T* const grad_kernel = static_cast<T*>(gradients.kernel);
+  RunTasks(parallel_for, g.taps * g.group_channels, [&](int64_t row, int) {
+    E* const total = kernel_sums + row * g.filters;
+    for (int64_t room = 1; room < plan.rooms; ++room) {
+      const E* from = total + room * kernel_size;
+      ForEachVector<E>(g.filters, [&](auto lanes, int64_t i) {
+        constexpr int kN = lanes.value;
+        Store(Load<kN>(total + i) + Load<kN>(from + i), total + i);
+      });
+    }
+    NarrowRow(total, g.filters, grad_kernel + row * g.filters);
+  });
 }
 
 }  // namespace TF_DEFORM_ISA

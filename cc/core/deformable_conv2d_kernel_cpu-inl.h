@@ -47,32 +47,42 @@ static int64_t KernelWorkspace(const DeformableConv2DParams& params,
   return arena.used + num_workers * KernelScratch<T, O>::Bytes();
 }
 
+// Columns of rows [begin, end) of a bundle at `count` pixels of the batch's
+// output from `first` on: columns[pixel * stride + row - begin].
+template <typename E>
+struct Tile {
+  const E* columns;
+  int64_t stride;
+  const Run* runs;
+  int64_t num_runs;
+  int64_t begin, end;
+  int64_t first, count;
+};
+
 // Adds a tile's share to the gradient of a depthwise kernel.
 template <typename T, typename E>
-static void DepthwiseGradient(const Geometry& g, const Operands<T>& operands,
-                              int64_t begin, int64_t num_runs,
-                              const KernelScratch<T, E>& s, E* sums) {
-  for (const Run* run = s.runs; run != s.runs + num_runs; ++run) {
+static void DepthwiseGradient(const Geometry& g, const T* grad_output,
+                              const Tile<E>& tile, E* sums) {
+  for (const Run* run = tile.runs; run != tile.runs + tile.num_runs; ++run) {
     const int64_t filter = run->channel * g.group_filters;
-    const E* columns = s.columns + (run->row - begin);
-    const T* gradient =
-        operands.grad_output + s.pixels.first * g.filters + filter;
+    const E* columns = tile.columns + (run->row - tile.begin);
+    const T* gradient = grad_output + tile.first * g.filters + filter;
     E* to = sums + run->tap * g.filters + filter;
     if (g.group_filters == 1) {
       ForEachVector<E>(run->count, [&](auto lanes, int64_t i) {
         constexpr int kN = lanes.value;
         Vector<E, kN> sum = Load<kN>(to + i);
-        for (int64_t p = 0; p < s.pixels.count; ++p) {
-          sum += Load<kN>(columns + p * kTileStride + i) *
+        for (int64_t p = 0; p < tile.count; ++p) {
+          sum += Load<kN>(columns + p * tile.stride + i) *
                  Load<kN>(gradient + p * g.filters + i);
         }
         Store(sum, to + i);
       });
       continue;
     }
-    for (int64_t p = 0; p < s.pixels.count; ++p) {
+    for (int64_t p = 0; p < tile.count; ++p) {
       for (int64_t i = 0; i < run->count; ++i) {
-        const E column = columns[p * kTileStride + i];
+        const E column = columns[p * tile.stride + i];
         ForEachVector<E>(g.group_filters, [&](auto lanes, int64_t j) {
           constexpr int kN = lanes.value;
           const int64_t f = i * g.group_filters + j;
@@ -83,6 +93,27 @@ static void DepthwiseGradient(const Geometry& g, const Operands<T>& operands,
       }
     }
   }
+}
+
+// Adds a tile's share to the gradient of the kernel, for filters [f, f +
+// filters) of each group. `packed` holds those of *packed_group (-1: of none).
+template <typename T, typename E>
+static void AddTile(const Geometry& g, const T* grad_output,
+                    const Bundle& bundle, const Tile<E>& tile, int64_t f,
+                    int64_t filters, int64_t* packed_group, E* packed,
+                    E* sums) {
+  ForEachPiece(g, bundle, tile.begin, tile.end, [&](const Piece& piece) {
+    const int64_t filter = piece.group * g.group_filters + f;
+    if (*packed_group != piece.group) {
+      *packed_group = piece.group;
+      PackPanels(grad_output + tile.first * g.filters + filter, g.filters, 1,
+                 tile.count, filters, packed);
+    }
+    MatrixProduct<true>(piece.count, filters, tile.count,
+                        tile.columns + (piece.row - tile.begin), packed,
+                        sums + piece.kernel_row * g.filters + filter, g.filters,
+                        true, tile.stride);
+  });
 }
 
 template <typename T, typename O>
@@ -125,46 +156,41 @@ static void KernelPass(const DeformableConv2DParams& params,
       s.pixels.Locate(g, first, count);
       for (int64_t f = 0; f < g.group_filters; f += kFilterBlock) {
         const int64_t filters = Min(kFilterBlock, g.group_filters - f);
-        const T* const gradient = operands.grad_output + first * g.filters + f;
-        int64_t packed_group = -1;
+        [[maybe_unused]] int64_t packed_group = -1;
         if constexpr (kSwapped) {
-          TransposePairs(gradient + bundle.filter, g.filters, count,
-                         Min(bundle.filters - f, kFilterBlock), s.grad_rows);
+          TransposePairs(
+              operands.grad_output + first * g.filters + bundle.filter + f,
+              g.filters, count, Min(bundle.filters - f, kFilterBlock),
+              s.grad_rows);
         }
         for (int64_t begin = part_begin, end; begin < part_end; begin = end) {
           end = begin + kInner < part_end ? CutRow<E>(g, bundle, begin + kInner)
                                           : part_end;
           const int64_t num_runs =
               SampleColumns<T, O>(g, operands, bundle, begin, end, s);
-          if constexpr (!kSwapped) {
-            if (g.depthwise) {
-              DepthwiseGradient<T, E>(g, operands, begin, num_runs, s, sums);
-              continue;
-            }
-          }
-          ForEachPiece(g, bundle, begin, end, [&](const Piece& piece) {
-            const int64_t filter = piece.group * g.group_filters + f;
-            const O* const columns = s.columns + (piece.row - begin);
-            if constexpr (kSwapped) {
-              PackPanels(columns, kTileStride, 1, count, piece.count, s.packed);
+          if constexpr (kSwapped) {
+            ForEachPiece(g, bundle, begin, end, [&](const Piece& piece) {
+              PackPanels(s.columns + (piece.row - begin), kTileStride, 1, count,
+                         piece.count, s.packed);
               MatrixProduct<false>(
                   filters, piece.count, count,
                   s.grad_rows + (piece.group - bundle.group) * g.group_filters *
                                     kTileStride,
-                  s.packed, sums + filter * kernel_rows + piece.kernel_row,
+                  s.packed,
+                  sums + (piece.group * g.group_filters + f) * kernel_rows +
+                      piece.kernel_row,
                   kernel_rows, true);
+            });
+          } else {
+            const Tile<E> tile{s.columns, kTileStride, s.runs, num_runs,
+                               begin,     end,         first,  count};
+            if (g.depthwise) {
+              DepthwiseGradient(g, operands.grad_output, tile, sums);
             } else {
-              if (packed_group != piece.group) {
-                packed_group = piece.group;
-                PackPanels(gradient + piece.group * g.group_filters, g.filters,
-                           1, count, filters, s.packed);
-              }
-              MatrixProduct<true>(piece.count, filters, count, columns,
-                                  s.packed,
-                                  sums + piece.kernel_row * g.filters + filter,
-                                  g.filters, true);
+              AddTile(g, operands.grad_output, bundle, tile, f, filters,
+                      &packed_group, s.packed, sums);
             }
-          });
+          }
         }
         if (g.depthwise) break;
       }

@@ -6,8 +6,8 @@
 // B is packed in panels of kPanel columns (two vectors): panel after panel,
 // each k rows of kPanel elements, zeros past n. A last panel of at most one
 // vector of columns is one vector wide. A and C are not packed. A lives in a
-// scratch tile of row stride kTileStride, or of that column stride if
-// kTransposed, so that its addresses are constants. The microkernel keeps
+// scratch tile of row stride kTileStride, so that its addresses are constants,
+// or of any column stride if kTransposed. The microkernel keeps
 // kMicroRows x kPanel sums in registers over all of k.
 
 namespace tf_deform {
@@ -68,11 +68,12 @@ static inline __attribute__((always_inline)) void StoreSums(
 }
 
 template <typename E, bool kTransposed, int kRows, int kVectors>
-static void MicroKernel(int64_t k, const E* a, const E* b, E* c,
-                        int64_t c_stride, int64_t columns, bool accumulate) {
+static void MicroKernel(int64_t k, const E* a, int64_t a_stride, const E* b,
+                        E* c, int64_t c_stride, int64_t columns,
+                        bool accumulate) {
   constexpr int kN = kLanes<E>;
   constexpr int64_t kRowStride = kTransposed ? 1 : kTileStride;
-  constexpr int64_t kStep = kTransposed ? kTileStride : 1;
+  const int64_t step = kTransposed ? a_stride : 1;
   using V = Vector<E, kN>;
   // C waits in the second-level cache, or further away.
   for (int i = 0; i < kRows; ++i) {
@@ -81,7 +82,7 @@ static void MicroKernel(int64_t k, const E* a, const E* b, E* c,
     }
   }
   V sums[kRows * kVectors] = {};
-  for (; k > 0; --k, a += kStep, b += kVectors * kN) {
+  for (; k > 0; --k, a += step, b += kVectors * kN) {
     V row[kVectors];
     for (int v = 0; v < kVectors; ++v) row[v] = Load<kN>(b + v * kN);
     MultiplyAdd<kRowStride, kVectors>(
@@ -109,8 +110,8 @@ static void MicroKernel(int64_t k, const E* a, const E* b, E* c,
 }
 
 template <typename E>
-using MicroKernelFunction = void (*)(int64_t, const E*, const E*, E*, int64_t,
-                                     int64_t, bool);
+using MicroKernelFunction = void (*)(int64_t, const E*, int64_t, const E*, E*,
+                                     int64_t, int64_t, bool);
 
 // The microkernel for `rows` in [1, kMicroRows].
 template <typename E, bool kTransposed, int kVectors, int kRows = kMicroRows>
@@ -126,7 +127,7 @@ static inline MicroKernelFunction<E> FindMicroKernel(int64_t rows) {
 template <bool kTransposed, typename E>
 static void MatrixProduct(int64_t m, int64_t n, int64_t k, const E* a,
                           const E* packed_b, E* c, int64_t c_stride,
-                          bool accumulate) {
+                          bool accumulate, int64_t a_stride = kTileStride) {
   const int64_t pieces =
       CeilDiv(m, kMicroRows);  // of nearly equal rows: a short last one would
                                // run at a fraction
@@ -139,7 +140,7 @@ static void MatrixProduct(int64_t m, int64_t n, int64_t k, const E* a,
       const auto kernel = columns > kLanes<E>
                               ? FindMicroKernel<E, kTransposed, 2>(rows)
                               : FindMicroKernel<E, kTransposed, 1>(rows);
-      kernel(k, a + first * (kTransposed ? 1 : kTileStride), b,
+      kernel(k, a + first * (kTransposed ? 1 : kTileStride), a_stride, b,
              c + first * c_stride + column, c_stride, columns, accumulate);
     }
   }
