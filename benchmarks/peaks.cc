@@ -10,12 +10,15 @@
 //              microkernel reads them (14 x 2 vectors of sums of 512 bits, else
 //              6 x 2): the reachable peak
 // bf16.512     bfloat16 multiply-adds with float32 sums (vdpbf16ps)
+// bf16.amx     the same of AMX (tdpbf16ps)
 // read.LEVEL   reading from a cache or from memory
 //
 // BITS are those of the widest vectors and, if these are wider, 256.
 
 #ifdef __linux__
 #include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #include <algorithm>
@@ -28,7 +31,7 @@
 #include <thread>
 #include <utility>
 #include <vector>
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) || defined(__AMX_BF16__)
 #include <immintrin.h>
 #endif
 
@@ -170,6 +173,34 @@ void Print(const char* name, int threads, double amount,
   std::printf("%s %.1f\n", name, best);
 }
 
+#if defined(__AMX_BF16__) && defined(__linux__)
+// Four registers of sums, as in a product of two by two registers.
+void Amx(int64_t repeats) {
+  struct alignas(64) {
+    uint8_t palette = 1, others[15] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } shapes;
+  _tile_loadconfig(&shapes);
+  for (; repeats > 0; --repeats) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_release();
+}
+
+void PrintAmx(int threads) {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) != 0) return;
+  Print("bf16.amx", threads, 4 * 16 * 16 * 32 * 2,
+        [](int, int64_t repeats) { Amx(repeats); });
+}
+#else
+void PrintAmx(int) {}
+#endif
+
 template <int kBytes>
 void PrintArithmetic(int threads) {
   const auto print = [&](const char* name, double sums, void (*work)(int64_t)) {
@@ -197,6 +228,7 @@ void PrintRead(const char* name, int threads, int64_t bytes) {
 int main(int argc, char** argv) {
   const int threads = argc > 1 ? std::atoi(argv[1]) : 1;
   PrintArithmetic<kWidest>(threads);
+  PrintAmx(threads);
   if (kWidest > 32) PrintArithmetic<32>(threads);
   // Every thread has its own part. What is shared is divided, but remains
   // larger than the caches that are not.

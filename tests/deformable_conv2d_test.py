@@ -917,6 +917,23 @@ def test_many_calls_at_once():
             np.testing.assert_array_equal(actual, wanted)
 
 
+def test_calls_that_wait_for_the_pool():
+    """Longer than a caller sleeps while others keep the pool's threads busy."""
+    rng = np.random.default_rng(0)
+    operands = [
+        tf.constant(np.float32(rng.normal(size=shape)))
+        for shape in ((1, 120, 120, 64), (3, 3, 64, 128), (1, 120, 120, 18))
+    ]
+
+    def call(_=None):
+        return deformable_conv2d(*operands, padding="same").numpy()
+
+    expected = call()
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for result in pool.map(call, range(16)):
+            np.testing.assert_array_equal(result, expected)
+
+
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 @pytest.mark.parametrize("has_mask", [True, False])
 def test_compute_gradient_agrees(has_mask, boundary):

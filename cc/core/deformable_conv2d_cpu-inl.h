@@ -166,18 +166,25 @@ static void ForwardPass(const DeformableConv2DParams& params,
   char* const scratch = static_cast<char*>(workspace);
 
   // A multiple of the workers, twice as many where tiles do not get too small:
-  // all end at about the same time, and who is late is helped. A pixel's sums
-  // do not depend on its tile.
+  // all end at about the same time, and who is late is helped. Of fewer pixels
+  // than that every worker takes some of the filters, because a tile packs all
+  // that it needs of the kernel. No sum depends on any of this.
   const int64_t most = ForwardPixels<O>();
-  int64_t tiles = CeilDiv(g.total_pixels, most);
+  const int64_t panels = CeilDiv(g.group_filters, kPanel<E>);
+  int64_t tiles = CeilDiv(g.total_pixels, most), parts = 1;
   if (!IsSerial(g)) {
     const int64_t workers = parallel_for.num_workers;
     tiles =
         Max(tiles, Min(2 * workers, CeilDiv(g.total_pixels, CeilDiv(most, 4))));
-    tiles = RoundUp(tiles, workers);
+    if (g.groups == 1) parts = Min(panels, CeilDiv(workers, tiles));
+    tiles = RoundUp(tiles, CeilDiv(workers, parts));
   }
   tiles = Min(tiles, g.total_pixels);
-  RunTasks(parallel_for, tiles, [&](int64_t tile, int worker) {
+  RunTasks(parallel_for, tiles * parts, [&](int64_t task, int worker) {
+    const int64_t tile = task / parts, part = task % parts;
+    const int64_t f_begin = panels * part / parts * kPanel<E>;
+    const int64_t f_end =
+        Min(panels * (part + 1) / parts * kPanel<E>, g.group_filters);
     Arena place{scratch + worker * scratch_bytes};
     ForwardScratch<T, O> s(&place);
     s.Clear();
@@ -187,8 +194,8 @@ static void ForwardPass(const DeformableConv2DParams& params,
     for (int64_t index = 0; index < g.Bundles(); ++index) {
       const Bundle bundle(g, index);
       // Bundles of several groups have no more filters than a block.
-      for (int64_t f = 0; f < g.group_filters; f += kFilterBlock) {
-        const int64_t filters = Min(kFilterBlock, g.group_filters - f);
+      for (int64_t f = f_begin; f < f_end; f += kFilterBlock) {
+        const int64_t filters = Min(kFilterBlock, f_end - f);
         T* to = static_cast<T*>(output) + first * g.filters + bundle.filter + f;
         E* sums = s.sums;
         int64_t stride = kFilterBlock;
@@ -218,8 +225,7 @@ static void ForwardPass(const DeformableConv2DParams& params,
           });
         }
         if constexpr (Operands<T>::kNarrow) {
-          const int64_t wide =
-              g.group_filters > kFilterBlock ? filters : bundle.filters;
+          const int64_t wide = g.BundleGroups() == 1 ? filters : bundle.filters;
           for (int64_t p = 0; p < count; ++p) {
             NarrowRow(sums + p * stride, wide, to + p * g.filters);
           }

@@ -59,23 +59,30 @@ static void PackDepthwise(const Geometry& g, const T* kernel, E* packed,
 template <typename T, typename O>
 static void PackTransposed(const DataPlan<T, O>& plan, const T* kernel,
                            O* packed, const ParallelFor& parallel_for) {
+  using E = typename AccumulatorOf<T>::Type;
   const Geometry& g = plan.g;
   if constexpr (!std::is_same<O, BFloat16>::value) {
     if (g.depthwise) return PackDepthwise(g, kernel, packed, parallel_for);
   }
+  constexpr int64_t kRows = 4 * kPanel<E>;  // of a task
   const int64_t filter_blocks = CeilDiv(g.group_filters, kInner);
   const int64_t parts = g.groups == 1 ? 1 : g.taps * g.groups;
   const int64_t rows = g.groups == 1 ? g.rows : g.group_channels;
-  RunTasks(parallel_for, filter_blocks * parts, [&](int64_t task, int) {
-    const int64_t f = task % filter_blocks * kInner;
-    const int64_t part = task / filter_blocks;
-    const int64_t filters = Min(kInner, g.group_filters - f);
-    PackPanels(kernel + part / g.groups * g.group_channels * g.filters +
-                   part % g.groups * g.group_filters + f,
-               1, g.filters, filters, rows,
-               packed + (parts * f + part * PackedInner<O>(filters)) *
-                            PackedColumns<O>(rows));
-  });
+  const int64_t pieces = CeilDiv(rows, kRows);
+  RunTasks(
+      parallel_for, filter_blocks * parts * pieces, [&](int64_t task, int) {
+        const int64_t row = task % pieces * kRows;
+        const int64_t f = task / pieces % filter_blocks * kInner;
+        const int64_t part = task / pieces / filter_blocks;
+        const int64_t filters = Min(kInner, g.group_filters - f);
+        const int64_t inner = PackedInner<O>(filters);
+        PackPanels(
+            kernel + (part / g.groups * g.group_channels + row) * g.filters +
+                part % g.groups * g.group_filters + f,
+            1, g.filters, filters, Min(kRows, rows - row),
+            packed + (parts * f + part * inner) * PackedColumns<O>(rows) +
+                row * inner);
+      });
 }
 
 // The gradients of a depthwise tile's columns, element by element.
