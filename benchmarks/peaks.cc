@@ -181,7 +181,7 @@ void Amx(int64_t repeats) {
     uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
   } shapes;
-  _tile_loadconfig(&shapes);
+  asm volatile("ldtilecfg %0" : : "m"(shapes));  // the intrinsic reads a part
   for (; repeats > 0; --repeats) {
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
