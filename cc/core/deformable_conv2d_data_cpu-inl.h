@@ -172,16 +172,21 @@ struct SlopeSums {
   E rest_dy = 0, rest_dx = 0, rest_value = 0;
 
   template <int kN>
-  void Add(const Vector<E, kN>& with_dy, const Vector<E, kN>& with_dx,
-           const Vector<E, kN>& with_value) {
+  void Add(const Vector<E, kN>& gradient, const Vector<E, kN>& along_y,
+           const Vector<E, kN>& along_x, const Vector<E, kN>& sample) {
     if constexpr (kN == kLanes<E>) {
-      dy += with_dy;
-      dx += with_dx;
-      value += with_value;
+      dy += gradient * along_y;
+      dx += gradient * along_x;
+      value += gradient * sample;
     } else {
-      rest_dy += SumLanes<E, kN>(with_dy);
-      rest_dx += SumLanes<E, kN>(with_dx);
-      rest_value += SumLanes<E, kN>(with_value);
+      // Lane after lane: of two products that are added a compiler may contract
+      // either, another one in each variant of the function that it inlines
+      // this into, and results would depend on what else is wanted.
+      for (int i = 0; i < kN; ++i) {
+        rest_dy += gradient[i] * along_y[i];
+        rest_dx += gradient[i] * along_x[i];
+        rest_value += gradient[i] * sample[i];
+      }
     }
   }
 };
@@ -193,7 +198,7 @@ template <bool kSlopes, bool kScatter, bool kColumns, typename T, typename E>
 static inline __attribute__((always_inline)) void UseColumns(
     const Sampling<E>& in, const Corners<T>& from, E* columns, int64_t count,
     E ly, E lx, E mask, const Weights<E>& weights, E* to, SlopeSums<E>* sums) {
-  E* const below = to + in.row;
+  E* const below = kScatter ? to + in.row : nullptr;
   ForEachVector<E>(count, [&](auto lanes, int64_t i) {
     constexpr int kN = lanes.value;
     using V = Vector<E, kN>;
@@ -209,7 +214,7 @@ static inline __attribute__((always_inline)) void UseColumns(
       const V dy = down + lx * twist;
       const V dx = right + ly * twist;
       const V value = top_left + lx * right + ly * dy;
-      sums->template Add<kN>(gradient * dy, gradient * dx, gradient * value);
+      sums->template Add<kN>(gradient, dy, dx, value);
       if constexpr (kColumns) Store(mask * value, columns + i);
     }
     if constexpr (kScatter) {
@@ -259,7 +264,7 @@ static bool Advance(const DataPlan<T, O>& plan, const Operands<T>& operands,
         }
         for (int64_t p = 0; p < s.pixels.count; p += kLanes<E>) {
           const int64_t lanes_used = Min(kLanes<E>, s.pixels.count - p);
-          if (kScatter && plan.strips > 1 &&
+          if ((kScatter || kColumns) && plan.strips > 1 &&
               strip->used + most * lanes_used > plan.deferred_bytes) {
             break;
           }
@@ -292,19 +297,20 @@ static bool Advance(const DataPlan<T, O>& plan, const Operands<T>& operands,
                                 ? grad_image + at.Corner(in, l) + run->channel
                                 : nullptr;
               const int32_t mine =
-                  kScatter ? CornersInRows(flags, at.top[l], strip->row_first,
-                                           strip->row_last)
-                           : 0;
+                  kScatter || kColumns
+                      ? CornersInRows(flags, at.top[l], strip->row_first,
+                                      strip->row_last)
+                      : 0;
               SlopeSums<E> sums;
               if (kScatter && mine == kInside) {
                 UseColumns<kSlopes, true, kColumns>(
                     in, from, columns, run->count, at.ly[l], at.lx[l], mask,
                     weights, to, &sums);
               } else {
+                const int32_t others = flags & kInside & ~mine;
                 if (kScatter) {
                   AddToCorners(in, mine, columns, run->count, mask, weights,
                                to);
-                  const int32_t others = flags & kInside & ~mine;
                   if (others != 0) {
                     auto* entry = reinterpret_cast<Deferred<E>*>(
                         strip->deferred + strip->used);
@@ -317,8 +323,12 @@ static bool Advance(const DataPlan<T, O>& plan, const Operands<T>& operands,
                     __builtin_memcpy(
                         entry->Gradient(), columns,
                         static_cast<size_t>(run->count) * sizeof(E));
-                    strip->used += Deferred<E>::Bytes(run->count);
                   }
+                }
+                // Counted also where nothing is deferred: it decides where the
+                // tile ends, and so the sums of the kernel's gradient.
+                if ((kScatter || kColumns) && others != 0) {
+                  strip->used += Deferred<E>::Bytes(run->count);
                 }
                 if (kSlopes) {
                   UseColumns<true, false, kColumns>(
@@ -452,7 +462,7 @@ static void DataPass(const DeformableConv2DParams& params,
       sums = reinterpret_cast<E*>(grad_inputs + n * g.image);
     }
     const auto image_of = [&](const Strip& strip) {
-      return sums + (strip.n - n) * g.image;
+      return plan.scatter ? sums + (strip.n - n) * g.image : nullptr;
     };
     const int64_t phases = plan.strips > 1 ? 2 : 1;
     for (int64_t phase = 0; phase < phases; ++phase) {
@@ -473,7 +483,8 @@ static void DataPass(const DeformableConv2DParams& params,
         }
         if (!any) continue;
         // By image and some of its rows.
-        RunTasks(parallel_for, images * plan.strips, [&](int64_t index, int) {
+        const int64_t adders = plan.scatter ? images * plan.strips : 0;
+        RunTasks(parallel_for, adders, [&](int64_t index, int) {
           const int64_t part = index % plan.strips;
           const int64_t image = index / plan.strips * plan.strips;
           for (int64_t i = phase; i < plan.strips; i += phases) {

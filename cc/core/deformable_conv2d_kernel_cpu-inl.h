@@ -10,6 +10,9 @@ namespace TF_DEFORM_ISA {
 // Pixels in a tile: the inner dimension of the products here.
 template <typename O>
 constexpr int64_t kKernelPixels = std::is_same<O, BFloat16>::value ? 256 : 128;
+static_assert(
+    kKernelPixels<BFloat16> <= kInner && kFilterBlock % 16 == 0,
+    "rows and columns of grad_rows, which AMX reads 16 rows at a time");
 
 // O is as in ColumnScratch. Where it is the accumulator's type, a tile's
 // product is A = its columns, transposed, times B = grad_output, and sums are

@@ -10,20 +10,25 @@
 // together, then odd ones, so that each owns half of its idle neighbours' rows,
 // and only samples far away are deferred. The gradient at a pixel is then a sum
 // in an order that strips, offsets and kDeferredBytes decide, not the workers.
+// So are the sums of a small kernel's gradient, of which each pair of an even
+// and an odd strip (a room) has its own.
 
 namespace tf_deform {
 namespace cpu {
 namespace TF_DEFORM_ISA {
 
-// Pixels in a tile, at most: a multiple of kMicroRows.
+// Pixels in a tile, at most: a multiple of kMicroRows, and of the 16 rows that
+// AMX reads at a time.
 constexpr int64_t kDataPixels = kMicroRows == 14 ? 112 : 108;
+static_assert(kMicroRows != 14 || kDataPixels % 16 == 0, "rows of AMX");
 
 // What one pixel may defer, at most, unless kPanel rows are more.
 constexpr int64_t kPixelBytes = 4 << 10;
 
 // Deferred gradients of all strips that are worked on together. A strip's
-// share, 1/30 at least, has room for those of kLanes pixels.
-constexpr int64_t kDeferredBytes = 3 << 20;
+// share, 1/30 at least, has room for those of kLanes pixels. With the scratch
+// of one worker (see DataScratch) it must stay within kScratchBytes.
+constexpr int64_t kDeferredBytes = 5 << 19;
 
 // Images that are worked on together, and strips of all of them, at most.
 constexpr int64_t kImagesAtOnce = 64;
@@ -35,6 +40,10 @@ constexpr int64_t kStripsAtOnce = 32;
 // than in a pass of their own, and from 300 KiB on that costs more.
 constexpr int64_t kFusedBytes = 256 << 10;
 constexpr int64_t kFusedFilters = 256;
+
+// And so many strips must be worked on at the same time, at least: a pass for
+// the kernel alone would keep any number of workers busy.
+constexpr int64_t kFusedRooms = 4;
 
 // Rows of an image's output in a strip, at least.
 constexpr int64_t kStripRows = 7;
@@ -158,6 +167,7 @@ struct DataPlan {
     const int64_t least = strips == 1 ? 0 : rooms * (kDeferredBytes / 30);
     fused = std::is_same<O, E>::value && g.group_filters <= kFusedFilters &&
             KernelBytes() <= kFusedBytes &&
+            (rooms >= kFusedRooms || IsSerial(g)) &&
             rooms * KernelBytes() + least <= place;
     if (fused) place -= rooms * KernelBytes();
     deferred_bytes = strips == 1 ? 0 : place / rooms / 64 * 64;

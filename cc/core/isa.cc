@@ -27,8 +27,11 @@ bool HasF16C() {
 #endif
 
 bool AllowsAmx() {
-  const char* allowed = std::getenv("TF_DEFORM_MAX_ISA");
-  return allowed == nullptr || std::strcmp(allowed, "amx") == 0;
+  static const bool allows = [] {
+    const char* allowed = std::getenv("TF_DEFORM_MAX_ISA");
+    return allowed == nullptr || std::strcmp(allowed, "amx") == 0;
+  }();
+  return allows;
 }
 
 // The system saves the registers of AMX only for a process that asked for it.

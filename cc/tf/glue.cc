@@ -64,7 +64,7 @@ void RunOnPool(void* context, int64_t num_tasks, ParallelFor::Task task,
   loop->argument = argument;
   loop->num_workers =
       static_cast<int>(std::min<int64_t>(pool->NumThreads(), num_tasks));
-  const bool works = loop->num_workers < 2 || pool->CurrentThreadId() >= 0;
+  const bool works = pool->CurrentThreadId() >= 0;
   for (int helper = works ? 1 : 0; helper < loop->num_workers; ++helper) {
     pool->Schedule([loop] { loop->Work(); });
   }

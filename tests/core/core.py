@@ -170,14 +170,14 @@ def _poisoned(shape, dtype):
 
 
 def _workspace(num_bytes: int):
-    """Aligned scratch and the same with a guard behind it."""
-    memory = np.full(num_bytes + 128, 0xA5, np.uint8)
+    """Aligned scratch, all NaN, and the same with a guard behind it."""
+    memory = np.full(num_bytes + 128, 0xFF, np.uint8)
     start = -memory.ctypes.data % 64
     return memory[start:], memory.ctypes.data + start
 
 
 def _check_guard(memory, num_bytes):
-    if not (memory[num_bytes:] == 0xA5).all():
+    if not (memory[num_bytes:] == 0xFF).all():
         raise AssertionError("the core wrote past its workspace")
 
 
