@@ -125,8 +125,8 @@ def test_agrees_with_reference_for_any_type_and_number_of_threads(seed):
 
 
 # One below, at, and one past the blocks of pixels (8 located together in
-# float64; 112 for gradients of data, 128 for the kernel, about 500 forward), of rows
-# (256), filters (16, 32, 256, 1024).
+# float64; 112 for gradients of data, 128 for the kernel, about 500 forward), of
+# rows (256), filters (16, 32, 256, 1024).
 @pytest.mark.parametrize(
     "pixels", [1, 7, 8, 9, 13, 14, 15, 111, 112, 113, 127, 128, 129, 503, 505]
 )
@@ -152,9 +152,9 @@ def test_block_edges(pixels, channels, filters):
 
 # Strips of the output, which share out the gradient of the inputs: 4 (the
 # least), 8 and 32 (the most) of an image, one an image, and more images than
-# are worked on together. `reach` is about how far samples lie from their pixel,
-# in rows (a tenth of that in columns): with 40 most belong to another strip, and
-# the room for what is deferred is filled many times.
+# are worked on together. `reach` is about how far samples lie from their pixel
+# in rows, ten times as far as in columns: with 40 most belong to another strip,
+# and the room for what is deferred is filled many times.
 @pytest.mark.parametrize(
     "batch, size, channels, filters, groups, reach",
     [
