@@ -99,7 +99,10 @@ def deformable_conv2d(
     where `inputs_c(y, x)` is the bilinear sample of channel `c`, and `dy`,
     `dx` and `mask` are those of the output pixel. Where a coordinate is an
     integer, the derivative is the right-hand one. Results on the CPU are the
-    same to the bit for any number of threads.
+    same to the bit for any number of threads. Sums are in float32, or float64
+    if `inputs` are. In bfloat16, where the processor has AMX, `mask` times
+    sample is rounded to bfloat16 before the product, and numbers below 2^-126
+    count 0.
 
     Source: Dai et al. 2017, "Deformable Convolutional Networks",
     arXiv:1703.06211, Eq. 2 to 4; the mask: Zhu et al. 2018, "Deformable
