@@ -26,7 +26,13 @@ from worker import KINDS, pin
 # Other guests of the machine can slow it down for seconds; the best counts.
 ROUNDS = 3
 # Vectors of the code that `tf_deform` used.
-BITS = {"amx": 512, "avx512": 512, "avx2": 256, "baseline": 128}
+BITS = {
+    "amx": 512,
+    "avx512_bf16": 512,
+    "avx512": 512,
+    "avx2": 256,
+    "baseline": 128,
+}
 
 
 def flop(case: Case, kind: str) -> int:

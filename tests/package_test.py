@@ -101,7 +101,7 @@ def test_no_flag_ties_the_binary_to_this_processor():
 def test_core_in_the_package_has_c_entry_points():
     core = ctypes.CDLL(str(PACKAGE / "_core.so"))
     core.TfDeformInstructionSet.restype = ctypes.c_char_p
-    names = (b"baseline", b"avx2", b"avx512", b"amx")
+    names = (b"baseline", b"avx2", b"avx512", b"avx512_bf16", b"amx")
     assert core.TfDeformInstructionSet() in names
 
 

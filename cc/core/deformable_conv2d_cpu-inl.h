@@ -19,8 +19,8 @@
 //   MatrixProduct A panel of the packed kernel (256 rows by two vectors) stays
 //                 in the first-level cache while all pixels pass by, 14 (AVX2:
 //                 6) at a time, whose sums stay in registers
-//                 (matrix_cpu-inl.h). In bfloat16, where there is AMX, all
-//                 three are bfloat16 tiles (matrix_amx_cpu-inl.h).
+//                 (matrix_cpu-inl.h). In bfloat16, where there is AMX
+//                 or AVX-512 BF16, all three are bfloat16 tiles (matrix_bfloat16_cpu-inl.h).
 //
 //   ForwardPass   A tile of columns is sampled and at once multiplied by the
 //                 packed kernel into its pixels' outputs.
@@ -54,7 +54,7 @@
 #include "cc/core/matrix_cpu-inl.h"
 //
 #if TF_DEFORM_VECTOR_BYTES == 64
-#include "cc/core/matrix_amx_cpu-inl.h"
+#include "cc/core/matrix_bfloat16_cpu-inl.h"
 #endif
 //
 #include "cc/core/deformable_sampling_cpu-inl.h"
@@ -250,14 +250,14 @@ static void ForwardPass(const DeformableConv2DParams& params,
 template <typename Body>
 static void WithTypes(const DeformableConv2DParams& params, DataType type,
                       const Body& body) {
-  (void)params;  // decides with AMX only
+  (void)params;  // decides in bfloat16 only
   WithType(type, [&](auto zero) {
     using T = decltype(zero);
 #if TF_DEFORM_VECTOR_BYTES == 64
     if constexpr (std::is_same<T, BFloat16>::value) {
       // Groups that are whole registers need no zeros between them.
       const Geometry g(params);
-      if (HasAmx() && (g.groups == 1 || (g.group_channels % kAmxInner == 0 &&
+      if (HasBFloat16Products() && (g.groups == 1 || (g.group_channels % kAmxInner == 0 &&
                                          g.group_filters % kAmxInner == 0))) {
         return body(zero, BFloat16());
       }

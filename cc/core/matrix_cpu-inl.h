@@ -33,7 +33,7 @@ constexpr int64_t kInner = 256;
 constexpr int64_t kTileStride = kInner + 16;
 
 // Columns of a packed B, with those that fill up its last panel, and its rows.
-// In bfloat16 a packed B is for AMX: see matrix_amx_cpu-inl.h.
+// In bfloat16 a packed B is as matrix_bfloat16_cpu-inl.h wants it.
 template <typename E>
 static inline int64_t PackedColumns(int64_t n) {
   return RoundUp(n, std::is_same<E, BFloat16>::value ? 16 : kLanes<E>);
@@ -67,6 +67,34 @@ static inline __attribute__((always_inline)) void StoreSums(
    ...);
 }
 
+// The sums of kRows x kVectors, of which C has `columns` columns.
+template <int kRows, int kVectors, typename E, typename V>
+static inline __attribute__((always_inline)) void StoreTile(const V* sums, E* c,
+                                                            int64_t c_stride,
+                                                            int64_t columns,
+                                                            bool accumulate) {
+  constexpr int kN = kLanes<E>;
+  if (columns == kVectors * kN) {
+    constexpr auto kAll = std::make_integer_sequence<int, kRows * kVectors>();
+    if (accumulate) {
+      StoreSums<true, kVectors>(sums, c, c_stride, kAll);
+    } else {
+      StoreSums<false, kVectors>(sums, c, c_stride, kAll);
+    }
+    return;
+  }
+  E done[kRows * kVectors * kN];
+  __builtin_memcpy(done, sums, sizeof(done));
+  for (int i = 0; i < kRows; ++i) {
+    const E* from = done + i * kVectors * kN;
+    E* to = c + i * c_stride;
+    ForEachVector<E>(columns, [&](auto lanes, int64_t j) {
+      const Vector<E, lanes.value> sum = Load<lanes.value>(from + j);
+      Store(accumulate ? Load<lanes.value>(to + j) + sum : sum, to + j);
+    });
+  }
+}
+
 template <typename E, bool kTransposed, int kRows, int kVectors>
 static void MicroKernel(int64_t k, const E* a, int64_t a_stride, const E* b,
                         E* c, int64_t c_stride, int64_t columns,
@@ -88,25 +116,7 @@ static void MicroKernel(int64_t k, const E* a, int64_t a_stride, const E* b,
     MultiplyAdd<kRowStride, kVectors>(
         a, row, sums, std::make_integer_sequence<int, kRows * kVectors>());
   }
-  if (columns == kVectors * kN) {
-    constexpr auto kAll = std::make_integer_sequence<int, kRows * kVectors>();
-    if (accumulate) {
-      StoreSums<true, kVectors>(sums, c, c_stride, kAll);
-    } else {
-      StoreSums<false, kVectors>(sums, c, c_stride, kAll);
-    }
-    return;
-  }
-  E done[kRows * kVectors * kN];
-  __builtin_memcpy(done, sums, sizeof(done));
-  for (int i = 0; i < kRows; ++i) {
-    const E* from = done + i * kVectors * kN;
-    E* to = c + i * c_stride;
-    ForEachVector<E>(columns, [&](auto lanes, int64_t j) {
-      const Vector<E, lanes.value> sum = Load<lanes.value>(from + j);
-      Store(accumulate ? Load<lanes.value>(to + j) + sum : sum, to + j);
-    });
-  }
+  StoreTile<kRows, kVectors>(sums, c, c_stride, columns, accumulate);
 }
 
 template <typename E>

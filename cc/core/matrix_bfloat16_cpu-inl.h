@@ -1,11 +1,12 @@
-// The matrix product of a tile in bfloat16, on AMX: C (m x n) = or += A (m x k)
-// B (k x n). SPDX-License-Identifier: Apache-2.0
+// The matrix product of a tile in bfloat16: C (m x n) = or += A (m x k) B (k x
+// n), in float. SPDX-License-Identifier: Apache-2.0
 //
 // No include guard: see simd_cpu-inl.h. Part of the namespace avx512 alone, and
-// used where HasAmx().
+// used where HasBFloat16Products().
 //
-// An instruction adds the products of 16 x 32 elements of A and 32 x 16 of B to
-// 16 x 16 sums in float. Products are exact; numbers below 2^-126 count 0. A is
+// An instruction of AMX adds the products of 16 x 32 elements of A and 32 x 16
+// of B to 16 x 16 sums; one of AVX-512 BF16, where AMX is not, those of 1 x 2
+// and 2 x 16. Products are exact; numbers below 2^-126 count 0. A is
 // a scratch tile of row stride kTileStride with zeros from column k up to the
 // next multiple of 32; what lies in rows past m does not matter. B is packed in
 // panels of 16 columns: in each, for every two rows (up to the same multiple of
@@ -127,14 +128,76 @@ static void AmxKernel(int64_t inner, const BFloat16* a, const BFloat16* b,
   }
 }
 
+// sums[i * kVectors + v] += the dot products of a pair of A's row i and the
+// pairs b[v], for all i and v; as MultiplyAdd.
+template <int kVectors, int... kIndex>
+static inline __attribute__((always_inline)) void DotAdd(
+    const BFloat16* a, const Vector<uint32_t, 16>* b, Vector<float, 16>* sums,
+    std::integer_sequence<int, kIndex...>) {
+  const auto add = [](const BFloat16* pair, const Vector<uint32_t, 16>& row,
+                      Vector<float, 16>& sum) __attribute__((always_inline)) {
+    asm("vdpbf16ps %2%{1to16%}, %1, %0"
+        : "+v"(sum)
+        : "v"(row), "m"(*reinterpret_cast<const uint32_t (*)[1]>(pair)));
+  };
+  (add(a + kIndex / kVectors * kTileStride, b[kIndex % kVectors], sums[kIndex]),
+   ...);
+}
+
+// The microkernel of AVX-512 BF16: kRows rows by one or two panels.
+template <int kRows, int kVectors>
+static void DotKernel(int64_t inner, const BFloat16* a, const BFloat16* b,
+                      float* c, int64_t c_stride, int64_t columns,
+                      bool accumulate) {
+  constexpr int kN = static_cast<int>(kAmxRows);
+  Vector<float, kN> sums[kRows * kVectors] = {};
+  for (int64_t k = 0; k < inner; k += 2, a += 2, b += 2 * kN) {
+    Vector<uint32_t, kN> row[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      __builtin_memcpy(&row[v], b + v * inner * kN, sizeof(row[v]));
+    }
+    DotAdd<kVectors>(a, row, sums,
+                     std::make_integer_sequence<int, kRows * kVectors>());
+  }
+  StoreTile<kRows, kVectors>(sums, c, c_stride, columns, accumulate);
+}
+
+template <int kVectors, int kRows = kMicroRows>
+static inline auto FindDotKernel(int64_t rows) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return FindDotKernel<kVectors, kRows - 1>(rows);
+  }
+  return DotKernel<kRows, kVectors>;
+}
+
+static void DotProduct(int64_t m, int64_t n, int64_t inner, const BFloat16* a,
+                       const BFloat16* packed_b, float* c, int64_t c_stride,
+                       bool accumulate) {
+  const int64_t pieces = CeilDiv(m, kMicroRows);  // as in MatrixProduct
+  for (int64_t column = 0; column < n; column += 2 * kAmxRows) {
+    const int64_t columns = Min(2 * kAmxRows, n - column);
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+      const int64_t first = m * piece / pieces;
+      const int64_t rows = m * (piece + 1) / pieces - first;
+      const auto kernel =
+          columns > kAmxRows ? FindDotKernel<2>(rows) : FindDotKernel<1>(rows);
+      kernel(inner, a + first * kTileStride, packed_b + column * inner,
+             c + first * c_stride + column, c_stride, columns, accumulate);
+    }
+  }
+}
+
 template <bool kTransposed>
 static void MatrixProduct(int64_t m, int64_t n, int64_t k, const BFloat16* a,
                           const BFloat16* packed_b, float* c, int64_t c_stride,
                           bool accumulate) {
   static_assert(!kTransposed, "A's pairs lie in its rows");
+  const int64_t inner = PackedInner<BFloat16>(k);
+  if (!HasAmx()) {
+    return DotProduct(m, n, inner, a, packed_b, c, c_stride, accumulate);
+  }
   const AmxShapes shapes;
   asm volatile("ldtilecfg %0" ::"m"(shapes));
-  const int64_t inner = PackedInner<BFloat16>(k);
   for (int64_t column = 0; column < n; column += 2 * kAmxRows) {
     const int64_t columns = n - column;
     for (int64_t row = 0; row < m; row += 2 * kAmxRows) {
