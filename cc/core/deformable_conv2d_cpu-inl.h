@@ -20,7 +20,8 @@
 //                 in the first-level cache while all pixels pass by, 14 (AVX2:
 //                 6) at a time, whose sums stay in registers
 //                 (matrix_cpu-inl.h). In bfloat16, where there is AMX
-//                 or AVX-512 BF16, all three are bfloat16 tiles (matrix_bfloat16_cpu-inl.h).
+//                 or AVX-512 BF16, all three are bfloat16 tiles
+//                 (matrix_bfloat16_cpu-inl.h).
 //
 //   ForwardPass   A tile of columns is sampled and at once multiplied by the
 //                 packed kernel into its pixels' outputs. Every tile packs the
@@ -260,8 +261,9 @@ static void WithTypes(const DeformableConv2DParams& params, DataType type,
     if constexpr (std::is_same<T, BFloat16>::value) {
       // Groups that are whole registers need no zeros between them.
       const Geometry g(params);
-      if (HasBFloat16Products() && (g.groups == 1 || (g.group_channels % kAmxInner == 0 &&
-                                         g.group_filters % kAmxInner == 0))) {
+      if (HasBFloat16Products() &&
+          (g.groups == 1 || (g.group_channels % kAmxInner == 0 &&
+                             g.group_filters % kAmxInner == 0))) {
         return body(zero, BFloat16());
       }
     }
