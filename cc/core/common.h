@@ -100,6 +100,14 @@ struct ParallelFor {
   };
 };
 
+// The caller's stream on a GPU, and what it allows. All pointers of a call are
+// then the device's, all work is queued on the stream, and nothing waits.
+struct CudaStream {
+  void* stream = nullptr;      // a cudaStream_t of the current device
+  bool allow_tf32 = false;     // float32 operands of products may be rounded
+  bool deterministic = false;  // the same bits in every run
+};
+
 }  // namespace tf_deform
 
 #endif  // TF_DEFORM_CC_CORE_COMMON_H_

@@ -112,6 +112,34 @@ Status Backward(const DeformableConv2DParams& params, DataType type,
                 const ParallelFor& parallel_for);
 
 }  // namespace cpu
+
+// The same on a GPU; only in a build with nvcc (TF_DEFORM_CUDA). Sums are made
+// in float, in double for double. An error of the device, or a driver that is
+// too old, is kInternal.
+namespace cuda {
+
+int64_t WorkspaceBytes(const DeformableConv2DParams& params, DataType type);
+
+// At most 64 MiB; for 16-bit types also the float32 image of the inputs'
+// gradient, of one image if that of all is larger.
+int64_t BackwardWorkspaceBytes(const DeformableConv2DParams& params,
+                               DataType type,
+                               const DeformableConv2DGradients& wanted,
+                               const CudaStream& stream);
+
+// `workspace` is aligned to 256 bytes.
+Status Forward(const DeformableConv2DParams& params, DataType type,
+               const DeformableConv2DInputs& operands, void* workspace,
+               void* output, const CudaStream& stream);
+
+// The gradient of the inputs is summed in no fixed order unless
+// stream.deterministic; all others always are.
+Status Backward(const DeformableConv2DParams& params, DataType type,
+                const DeformableConv2DInputs& operands, const void* grad_output,
+                void* workspace, const DeformableConv2DGradients& gradients,
+                const CudaStream& stream);
+
+}  // namespace cuda
 }  // namespace tf_deform
 
 #endif  // TF_DEFORM_CC_CORE_DEFORMABLE_CONV2D_H_

@@ -108,6 +108,37 @@ Status Backward(const DeformableROIAlignParams& params, DataType type,
                 const ParallelFor& parallel_for);
 
 }  // namespace cpu
+
+// The same on a GPU; only in a build with nvcc (TF_DEFORM_CUDA). A ROI whose
+// batch index is no integer or not below batch counts as padding: values cannot
+// be judged in time. An error of the device, or a driver that is too old, is
+// kInternal.
+namespace cuda {
+
+// Bytes of scratch that Forward needs.
+int64_t WorkspaceBytes(const DeformableROIAlignParams& params, DataType type);
+
+// The same for Backward: at most 64 MiB; for 16-bit types also the float32
+// image of the inputs' gradient, of one image if that of all is larger.
+int64_t BackwardWorkspaceBytes(const DeformableROIAlignParams& params,
+                               DataType type,
+                               const DeformableROIAlignGradients& wanted,
+                               const CudaStream& stream);
+
+// `workspace` is aligned to 256 bytes.
+Status Forward(const DeformableROIAlignParams& params, DataType type,
+               const DeformableROIAlignInputs& operands, void* workspace,
+               void* output, const CudaStream& stream);
+
+// The gradient of the inputs is summed in no fixed order unless
+// stream.deterministic; that of offset always is.
+Status Backward(const DeformableROIAlignParams& params, DataType type,
+                const DeformableROIAlignInputs& operands,
+                const void* grad_output, void* workspace,
+                const DeformableROIAlignGradients& gradients,
+                const CudaStream& stream);
+
+}  // namespace cuda
 }  // namespace tf_deform
 
 #endif  // TF_DEFORM_CC_CORE_DEFORMABLE_ROI_ALIGN_H_
