@@ -24,9 +24,10 @@ struct Status {
   bool ok() const { return code == kOk; }
 };
 
-// Builds a kInvalidArgument status from a printf format.
+// Build a status of that code from a printf format.
 Status InvalidArgument(const char* format, ...)
     __attribute__((format(printf, 1, 2)));
+Status Internal(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 #define TF_DEFORM_RETURN_IF_ERROR(expression)                \
   do {                                                       \
