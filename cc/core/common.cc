@@ -7,13 +7,29 @@
 #include <cstdio>
 
 namespace tf_deform {
+namespace {
+
+Status Failure(Status::Code code, const char* format, va_list arguments) {
+  Status status;
+  status.code = code;
+  vsnprintf(status.message, sizeof(status.message), format, arguments);
+  return status;
+}
+
+}  // namespace
 
 Status InvalidArgument(const char* format, ...) {
-  Status status;
-  status.code = Status::kInvalidArgument;
   va_list arguments;
   va_start(arguments, format);
-  vsnprintf(status.message, sizeof(status.message), format, arguments);
+  const Status status = Failure(Status::kInvalidArgument, format, arguments);
+  va_end(arguments);
+  return status;
+}
+
+Status Internal(const char* format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  const Status status = Failure(Status::kInternal, format, arguments);
   va_end(arguments);
   return status;
 }

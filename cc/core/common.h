@@ -28,6 +28,9 @@ struct Status {
 Status InvalidArgument(const char* format, ...)
     __attribute__((format(printf, 1, 2)));
 
+// The same for kInternal: what no other operands would mend.
+Status Internal(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
 #define TF_DEFORM_RETURN_IF_ERROR(expression)                \
   do {                                                       \
     const ::tf_deform::Status status_of_call = (expression); \
