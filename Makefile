@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+SOURCES := $(wildcard cc/*/*.cc cc/*/*.cu cc/*/*.h)
 
 .PHONY: help install demo demo-full test benchmark lint format bazel clean
 
@@ -21,7 +22,7 @@ help:
 
 # The package is built against the TensorFlow of the environment, in place, so
 # that Python started in this folder finds it. A changed source builds it anew.
-$(INSTALLED): setup.py pyproject.toml $(wildcard cc/*/*)
+$(INSTALLED): setup.py pyproject.toml cc/build.py $(SOURCES)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --disable-pip-version-check \
 		"setuptools>=77,<84" "tensorflow==2.21.*"
@@ -52,12 +53,12 @@ benchmark: $(INSTALLED)
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror cc/*/*
+	$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES)
 
 format: $(INSTALLED)
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
-	$(VENV)/bin/clang-format -i cc/*/*
+	$(VENV)/bin/clang-format -i $(SOURCES)
 
 bazel: $(INSTALLED)
 	PYTHON="$(abspath $(RUN))" bazel build //...

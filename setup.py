@@ -6,8 +6,7 @@ isolated build: the one that pyproject.toml names), and the package then
 requires that minor version: TensorFlow's C++ interface changes with it.
 """
 
-import concurrent.futures
-import glob
+import functools
 import os
 import sys
 
@@ -18,12 +17,11 @@ from setuptools.command.build_py import build_py
 
 VERSION = "0.1.0"
 ROOT = os.path.dirname(os.path.abspath(__file__))
-# The same globs as in BUILD: a new op edits no build file.
-CORE_SOURCES = "cc/core/*.cc"
+# The same glob as in BUILD: a new op edits no build file.
 OPS_SOURCES = "cc/tf/*.cc"
-HEADERS = "cc/*/*.h"
-FLAGS = ["-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast"]
-FLAGS += ["-g0", "-Wall", "-Wno-psabi"]
+
+sys.path.insert(0, ROOT)
+from cc import build  # noqa: E402
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 try:
@@ -35,11 +33,20 @@ except ImportError as error:
         "`pip install 'tensorflow==2.21.*'` first."
     )
 TF_MINOR = ".".join(tf.__version__.split(".")[:2])
-# The headers themselves use what they declare deprecated.
+# -isystem: no warnings about headers that are not ours. They also declare
+# deprecated what their own macros use.
 TENSORFLOW_FLAGS = [
-    *tf.sysconfig.get_compile_flags(),
-    "-Wno-deprecated-declarations",
-]
+    f"-isystem{flag[2:]}" if flag.startswith("-I") else flag
+    for flag in tf.sysconfig.get_compile_flags()
+] + ["-Wno-deprecated-declarations"]
+
+
+@functools.cache
+def find_cuda() -> build.Cuda | None:
+    """The CUDA compiler, if there is one; says what will be built."""
+    cuda = build.find_cuda()
+    print(build.describe(cuda), flush=True)
+    return cuda
 
 
 class BuildExtension(build_ext):
@@ -50,38 +57,22 @@ class BuildExtension(build_ext):
         return os.path.join(*fullname.split(".")) + ".so"
 
     def build_extensions(self) -> None:
-        core = self._compile(CORE_SOURCES, ["-std=c++17"])
-        ops = self._compile(OPS_SOURCES, TENSORFLOW_FLAGS)
-        tensorflow = tf.sysconfig.get_link_flags()
-        self._link("tf_deform._core", core, ["-lpthread"])
-        self._link("tf_deform._ops", core + ops, tensorflow)
-
-    def _compile(self, pattern: str, flags: list[str]) -> list[str]:
-        sources = sorted(glob.glob(pattern, root_dir=ROOT))
-
-        def compile_one(source: str) -> list[str]:
-            return self.compiler.compile(
-                [source],
-                output_dir=self.build_temp,
-                include_dirs=["."],
-                extra_postargs=FLAGS + flags,
-                depends=glob.glob(HEADERS, root_dir=ROOT),
-            )
-
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            return [
-                path
-                for paths in pool.map(compile_one, sources)
-                for path in paths
-            ]
-
-    def _link(self, name: str, objects: list[str], flags: list[str]) -> None:
-        self.compiler.link_shared_object(
-            objects,
-            self.get_ext_fullpath(name),
-            extra_postargs=flags,
-            target_lang="c++",
+        cuda = find_cuda()
+        folder = os.path.abspath(self.build_temp)
+        core = build.core_steps(folder, cuda)
+        # The paths of TensorFlow's headers do not tell its version.
+        ops = build.cxx_steps(
+            OPS_SOURCES,
+            os.path.join(folder, f"tensorflow-{tf.__version__}"),
+            cuda,
+            TENSORFLOW_FLAGS,
         )
+        objects = build.compile_all([*core, *ops])
+        for name, parts, flags in (
+            ("tf_deform._core", objects[: len(core)], ["-lpthread"]),
+            ("tf_deform._ops", objects, tf.sysconfig.get_link_flags()),
+        ):
+            build.link(self.get_ext_fullpath(name), parts, cuda, flags)
 
 
 class BuildPython(build_py):
@@ -93,11 +84,16 @@ class BuildPython(build_py):
         if not self.editable_mode:
             folder = os.path.join(self.build_lib, folder)
         os.makedirs(folder, exist_ok=True)
+        cuda = find_cuda()
+        version = f'"{cuda.version}"' if cuda else None
+        architectures = f'"{";".join(cuda.architectures)}"' if cuda else None
         with open(os.path.join(folder, "_build_info.py"), "w") as file:
             file.write(
                 '"""Written by setup.py."""\n\n'
                 f'VERSION = "{VERSION}"\n'
                 f'TENSORFLOW_VERSION = "{tf.__version__}"\n'
+                f"CUDA_VERSION: str | None = {version}\n"
+                f"CUDA_ARCHITECTURES: str | None = {architectures}\n"
             )
 
 
@@ -153,6 +149,7 @@ setup(
         ],
         "test": [
             "pytest>=8,<10",
+            "nvidia-cuda-cuobjdump>=13,<14",  # reads what any nvcc made
             "tf-deform[benchmark]",
             "tf-deform[examples]",
         ],

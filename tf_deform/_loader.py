@@ -19,6 +19,19 @@ except ImportError as error:
 LIBRARY = os.path.join(os.path.dirname(__file__), "_ops.so")
 
 
+def is_built_with_cuda() -> bool:
+    """Whether this package has kernels for GPUs.
+
+    If not, it was built without nvcc, and a model on a GPU runs its deformable
+    layers on the CPU.
+
+    Returns:
+        True or False. It says nothing about this machine: a package with GPU
+        kernels also works where there is no GPU.
+    """
+    return _build_info.CUDA_VERSION is not None
+
+
 def _minor(version: str) -> str:
     return ".".join(version.split(".")[:2])
 

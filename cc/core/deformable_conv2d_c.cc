@@ -60,3 +60,43 @@ TF_DEFORM_C_API int TfDeformDeformableConv2DCpuBackward(
           grad_output, workspace, *gradients, tf_deform::Threads(num_threads)),
       message, message_size);
 }
+
+#ifdef TF_DEFORM_CUDA
+
+TF_DEFORM_C_API int64_t TfDeformDeformableConv2DCudaWorkspaceBytes(
+    const tf_deform::DeformableConv2DParams* params, int data_type) {
+  return tf_deform::cuda::WorkspaceBytes(
+      *params, static_cast<tf_deform::DataType>(data_type));
+}
+
+TF_DEFORM_C_API int64_t TfDeformDeformableConv2DCudaBackwardWorkspaceBytes(
+    const tf_deform::DeformableConv2DParams* params, int data_type,
+    const tf_deform::DeformableConv2DGradients* wanted,
+    const tf_deform::CudaStream* stream) {
+  return tf_deform::cuda::BackwardWorkspaceBytes(
+      *params, static_cast<tf_deform::DataType>(data_type), *wanted, *stream);
+}
+
+TF_DEFORM_C_API int TfDeformDeformableConv2DCudaForward(
+    const tf_deform::DeformableConv2DParams* params, int data_type,
+    const tf_deform::DeformableConv2DInputs* operands, void* workspace,
+    void* output, const tf_deform::CudaStream* stream, char* message,
+    int64_t message_size) {
+  return Report(tf_deform::cuda::Forward(
+                    *params, static_cast<tf_deform::DataType>(data_type),
+                    *operands, workspace, output, *stream),
+                message, message_size);
+}
+
+TF_DEFORM_C_API int TfDeformDeformableConv2DCudaBackward(
+    const tf_deform::DeformableConv2DParams* params, int data_type,
+    const tf_deform::DeformableConv2DInputs* operands, const void* grad_output,
+    void* workspace, const tf_deform::DeformableConv2DGradients* gradients,
+    const tf_deform::CudaStream* stream, char* message, int64_t message_size) {
+  return Report(tf_deform::cuda::Backward(
+                    *params, static_cast<tf_deform::DataType>(data_type),
+                    *operands, grad_output, workspace, *gradients, *stream),
+                message, message_size);
+}
+
+#endif  // TF_DEFORM_CUDA

@@ -61,3 +61,44 @@ TF_DEFORM_C_API int TfDeformDeformablePSROIPoolCpuBackward(
           grad_output, workspace, *gradients, tf_deform::Threads(num_threads)),
       message, message_size);
 }
+
+#ifdef TF_DEFORM_CUDA
+
+TF_DEFORM_C_API int64_t TfDeformDeformablePSROIPoolCudaWorkspaceBytes(
+    const tf_deform::DeformablePSROIPoolParams* params, int data_type) {
+  return tf_deform::cuda::WorkspaceBytes(
+      *params, static_cast<tf_deform::DataType>(data_type));
+}
+
+TF_DEFORM_C_API int64_t TfDeformDeformablePSROIPoolCudaBackwardWorkspaceBytes(
+    const tf_deform::DeformablePSROIPoolParams* params, int data_type,
+    const tf_deform::DeformablePSROIPoolGradients* wanted,
+    const tf_deform::CudaStream* stream) {
+  return tf_deform::cuda::BackwardWorkspaceBytes(
+      *params, static_cast<tf_deform::DataType>(data_type), *wanted, *stream);
+}
+
+TF_DEFORM_C_API int TfDeformDeformablePSROIPoolCudaForward(
+    const tf_deform::DeformablePSROIPoolParams* params, int data_type,
+    const tf_deform::DeformablePSROIPoolInputs* operands, void* workspace,
+    void* output, float* count, const tf_deform::CudaStream* stream,
+    char* message, int64_t message_size) {
+  return Report(tf_deform::cuda::Forward(
+                    *params, static_cast<tf_deform::DataType>(data_type),
+                    *operands, workspace, output, count, *stream),
+                message, message_size);
+}
+
+TF_DEFORM_C_API int TfDeformDeformablePSROIPoolCudaBackward(
+    const tf_deform::DeformablePSROIPoolParams* params, int data_type,
+    const tf_deform::DeformablePSROIPoolInputs* operands,
+    const void* grad_output, void* workspace,
+    const tf_deform::DeformablePSROIPoolGradients* gradients,
+    const tf_deform::CudaStream* stream, char* message, int64_t message_size) {
+  return Report(tf_deform::cuda::Backward(
+                    *params, static_cast<tf_deform::DataType>(data_type),
+                    *operands, grad_output, workspace, *gradients, *stream),
+                message, message_size);
+}
+
+#endif  // TF_DEFORM_CUDA

@@ -1,4 +1,4 @@
-// Deformable convolution in TensorFlow: ops, shape functions, CPU kernels.
+// Deformable convolution in TensorFlow: ops, shape functions, kernels.
 // SPDX-License-Identifier: Apache-2.0
 
 #include <atomic>
@@ -170,6 +170,36 @@ class DeformableConv2DKernel : public OpKernel {
   DeformableConv2DParams attributes_;
 };
 
+// The core on both devices, by what it runs on there.
+using cpu::Backward;
+using cpu::Forward;
+
+int64_t WorkspaceBytes(const DeformableConv2DParams& params, DataType type,
+                       const ParallelFor& parallel_for) {
+  return cpu::WorkspaceBytes(params, type, parallel_for.num_workers);
+}
+
+int64_t BackwardWorkspaceBytes(const DeformableConv2DParams& params,
+                               DataType type,
+                               const DeformableConv2DGradients& wanted,
+                               const ParallelFor& parallel_for) {
+  return cpu::BackwardWorkspaceBytes(params, type, wanted,
+                                     parallel_for.num_workers);
+}
+
+#ifdef TF_DEFORM_CUDA
+using cuda::Backward;
+using cuda::BackwardWorkspaceBytes;
+using cuda::Forward;
+
+int64_t WorkspaceBytes(const DeformableConv2DParams& params, DataType type,
+                       const CudaStream&) {
+  return cuda::WorkspaceBytes(params, type);
+}
+#endif
+
+// Executor: ParallelFor on the CPU, CudaStream on a GPU.
+template <typename Executor>
 class ForwardKernel : public DeformableConv2DKernel {
  public:
   using DeformableConv2DKernel::DeformableConv2DKernel;
@@ -186,21 +216,20 @@ class ForwardKernel : public DeformableConv2DKernel {
     Tensor* output;
     OP_REQUIRES_OK(context, context->allocate_output(0, shape, &output));
     if (output->NumElements() == 0) return;
-    const ParallelFor parallel_for = ToParallelFor(context);
+    const auto executor = GetExecutor<Executor>(context);
     const DataType type = ToDataType(output->dtype());
     Tensor memory;
     void* workspace;
-    OP_REQUIRES_OK(
-        context, AllocateWorkspace(context,
-                                   cpu::WorkspaceBytes(
-                                       params, type, parallel_for.num_workers),
-                                   &memory, &workspace));
+    OP_REQUIRES_OK(context, AllocateWorkspace(
+                                context, WorkspaceBytes(params, type, executor),
+                                &memory, &workspace));
     OP_REQUIRES_OK(context,
-                   ToTensorFlow(cpu::Forward(params, type, operands, workspace,
-                                             output->data(), parallel_for)));
+                   ToTensorFlow(Forward(params, type, operands, workspace,
+                                        output->data(), executor)));
   }
 };
 
+template <typename Executor>
 class BackwardKernel : public DeformableConv2DKernel {
  public:
   explicit BackwardKernel(OpKernelConstruction* construction)
@@ -222,18 +251,18 @@ class BackwardKernel : public DeformableConv2DKernel {
                      AllocateGradient(context, i, i, wanted_[i], targets[i],
                                       &gradients_computed[i]));
     }
-    const ParallelFor parallel_for = ToParallelFor(context);
+    const auto executor = GetExecutor<Executor>(context);
     const DataType type = ToDataType(grad_output.dtype());
     Tensor memory;
     void* workspace;
-    OP_REQUIRES_OK(context, AllocateWorkspace(context,
-                                              cpu::BackwardWorkspaceBytes(
-                                                  params, type, gradients,
-                                                  parallel_for.num_workers),
-                                              &memory, &workspace));
-    OP_REQUIRES_OK(context, ToTensorFlow(cpu::Backward(
-                                params, type, operands, grad_output.data(),
-                                workspace, gradients, parallel_for)));
+    OP_REQUIRES_OK(
+        context,
+        AllocateWorkspace(
+            context, BackwardWorkspaceBytes(params, type, gradients, executor),
+            &memory, &workspace));
+    OP_REQUIRES_OK(context, ToTensorFlow(Backward(params, type, operands,
+                                                  grad_output.data(), workspace,
+                                                  gradients, executor)));
   }
 
  private:
@@ -272,22 +301,10 @@ TF_DEFORM_DEFORMABLE_CONV2D_OP("TfDeform>DeformableConv2DGrad")
     .Output("grad_mask: num_mask * Tcoord")
     .SetShapeFn(BackwardShape);
 
-#define TF_DEFORM_REGISTER(T, Tcoord)                            \
-  REGISTER_KERNEL_BUILDER(Name("TfDeform>DeformableConv2D")      \
-                              .Device(tensorflow::DEVICE_CPU)    \
-                              .TypeConstraint<T>("T")            \
-                              .TypeConstraint<Tcoord>("Tcoord"), \
-                          ForwardKernel);                        \
-  REGISTER_KERNEL_BUILDER(Name("TfDeform>DeformableConv2DGrad")  \
-                              .Device(tensorflow::DEVICE_CPU)    \
-                              .TypeConstraint<T>("T")            \
-                              .TypeConstraint<Tcoord>("Tcoord"), \
-                          BackwardKernel)
-
-TF_DEFORM_REGISTER(Eigen::half, float);
-TF_DEFORM_REGISTER(Eigen::bfloat16, float);
-TF_DEFORM_REGISTER(float, float);
-TF_DEFORM_REGISTER(double, double);
+TF_DEFORM_REGISTER("TfDeform>DeformableConv2D", CPU, ParallelFor);
+#ifdef TF_DEFORM_CUDA
+TF_DEFORM_REGISTER("TfDeform>DeformableConv2D", GPU, CudaStream);
+#endif
 
 }  // namespace
 }  // namespace tf_deform

@@ -1,5 +1,5 @@
 // Deformable position-sensitive ROI pooling in TensorFlow: ops, shape
-// functions, CPU kernels. SPDX-License-Identifier: Apache-2.0
+// functions, kernels. SPDX-License-Identifier: Apache-2.0
 
 #include <atomic>
 #include <cstdint>
@@ -135,6 +135,36 @@ class DeformablePSROIPoolKernel : public OpKernel {
   DeformablePSROIPoolParams attributes_;
 };
 
+// The core on both devices, by what it runs on there.
+using cpu::Backward;
+using cpu::Forward;
+
+int64_t WorkspaceBytes(const DeformablePSROIPoolParams& params, DataType type,
+                       const ParallelFor& parallel_for) {
+  return cpu::WorkspaceBytes(params, type, parallel_for.num_workers);
+}
+
+int64_t BackwardWorkspaceBytes(const DeformablePSROIPoolParams& params,
+                               DataType type,
+                               const DeformablePSROIPoolGradients& wanted,
+                               const ParallelFor& parallel_for) {
+  return cpu::BackwardWorkspaceBytes(params, type, wanted,
+                                     parallel_for.num_workers);
+}
+
+#ifdef TF_DEFORM_CUDA
+using cuda::Backward;
+using cuda::BackwardWorkspaceBytes;
+using cuda::Forward;
+
+int64_t WorkspaceBytes(const DeformablePSROIPoolParams& params, DataType type,
+                       const CudaStream&) {
+  return cuda::WorkspaceBytes(params, type);
+}
+#endif
+
+// Executor: ParallelFor on the CPU, CudaStream on a GPU.
+template <typename Executor>
 class ForwardKernel : public DeformablePSROIPoolKernel {
  public:
   using DeformablePSROIPoolKernel::DeformablePSROIPoolKernel;
@@ -151,24 +181,23 @@ class ForwardKernel : public DeformablePSROIPoolKernel {
     Tensor *output, *count;
     OP_REQUIRES_OK(context, context->allocate_output(0, shape, &output));
     OP_REQUIRES_OK(context, context->allocate_output(1, shape, &count));
-    const ParallelFor parallel_for = ToParallelFor(context);
+    const auto executor = GetExecutor<Executor>(context);
     const DataType type = ToDataType(output->dtype());
     Tensor memory;
     void* workspace;
-    OP_REQUIRES_OK(
-        context, AllocateWorkspace(context,
-                                   cpu::WorkspaceBytes(
-                                       params, type, parallel_for.num_workers),
-                                   &memory, &workspace));
+    OP_REQUIRES_OK(context, AllocateWorkspace(
+                                context, WorkspaceBytes(params, type, executor),
+                                &memory, &workspace));
     float* const counts = context->output_required(1)
                               ? static_cast<float*>(count->data())
                               : nullptr;
-    OP_REQUIRES_OK(context, ToTensorFlow(cpu::Forward(params, type, operands,
-                                                      workspace, output->data(),
-                                                      counts, parallel_for)));
+    OP_REQUIRES_OK(context,
+                   ToTensorFlow(Forward(params, type, operands, workspace,
+                                        output->data(), counts, executor)));
   }
 };
 
+template <typename Executor>
 class BackwardKernel : public DeformablePSROIPoolKernel {
  public:
   explicit BackwardKernel(OpKernelConstruction* construction)
@@ -189,18 +218,18 @@ class BackwardKernel : public DeformablePSROIPoolKernel {
                      AllocateGradient(context, i, 2 * i, wanted_[i], targets[i],
                                       &gradients_computed[i]));
     }
-    const ParallelFor parallel_for = ToParallelFor(context);
+    const auto executor = GetExecutor<Executor>(context);
     const DataType type = ToDataType(grad_output.dtype());
     Tensor memory;
     void* workspace;
-    OP_REQUIRES_OK(context, AllocateWorkspace(context,
-                                              cpu::BackwardWorkspaceBytes(
-                                                  params, type, gradients,
-                                                  parallel_for.num_workers),
-                                              &memory, &workspace));
-    OP_REQUIRES_OK(context, ToTensorFlow(cpu::Backward(
-                                params, type, operands, grad_output.data(),
-                                workspace, gradients, parallel_for)));
+    OP_REQUIRES_OK(
+        context,
+        AllocateWorkspace(
+            context, BackwardWorkspaceBytes(params, type, gradients, executor),
+            &memory, &workspace));
+    OP_REQUIRES_OK(context, ToTensorFlow(Backward(params, type, operands,
+                                                  grad_output.data(), workspace,
+                                                  gradients, executor)));
   }
 
  private:
@@ -239,22 +268,10 @@ TF_DEFORM_DEFORMABLE_PSROI_POOL_OP("TfDeform>DeformablePSROIPoolGrad")
     .Output("grad_trans: num_trans * Tcoord")
     .SetShapeFn(BackwardShape);
 
-#define TF_DEFORM_REGISTER(T, Tcoord)                              \
-  REGISTER_KERNEL_BUILDER(Name("TfDeform>DeformablePSROIPool")     \
-                              .Device(tensorflow::DEVICE_CPU)      \
-                              .TypeConstraint<T>("T")              \
-                              .TypeConstraint<Tcoord>("Tcoord"),   \
-                          ForwardKernel);                          \
-  REGISTER_KERNEL_BUILDER(Name("TfDeform>DeformablePSROIPoolGrad") \
-                              .Device(tensorflow::DEVICE_CPU)      \
-                              .TypeConstraint<T>("T")              \
-                              .TypeConstraint<Tcoord>("Tcoord"),   \
-                          BackwardKernel)
-
-TF_DEFORM_REGISTER(Eigen::half, float);
-TF_DEFORM_REGISTER(Eigen::bfloat16, float);
-TF_DEFORM_REGISTER(float, float);
-TF_DEFORM_REGISTER(double, double);
+TF_DEFORM_REGISTER("TfDeform>DeformablePSROIPool", CPU, ParallelFor);
+#ifdef TF_DEFORM_CUDA
+TF_DEFORM_REGISTER("TfDeform>DeformablePSROIPool", GPU, CudaStream);
+#endif
 
 }  // namespace
 }  // namespace tf_deform

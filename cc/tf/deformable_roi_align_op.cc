@@ -1,5 +1,5 @@
 // Deformable ROIAlign in TensorFlow: ops, shape
-// functions, CPU kernels. SPDX-License-Identifier: Apache-2.0
+// functions, kernels. SPDX-License-Identifier: Apache-2.0
 
 #include <atomic>
 #include <cstdint>
@@ -129,6 +129,36 @@ class DeformableROIAlignKernel : public OpKernel {
   DeformableROIAlignParams attributes_;
 };
 
+// The core on both devices, by what it runs on there.
+using cpu::Backward;
+using cpu::Forward;
+
+int64_t WorkspaceBytes(const DeformableROIAlignParams& params, DataType type,
+                       const ParallelFor& parallel_for) {
+  return cpu::WorkspaceBytes(params, type, parallel_for.num_workers);
+}
+
+int64_t BackwardWorkspaceBytes(const DeformableROIAlignParams& params,
+                               DataType type,
+                               const DeformableROIAlignGradients& wanted,
+                               const ParallelFor& parallel_for) {
+  return cpu::BackwardWorkspaceBytes(params, type, wanted,
+                                     parallel_for.num_workers);
+}
+
+#ifdef TF_DEFORM_CUDA
+using cuda::Backward;
+using cuda::BackwardWorkspaceBytes;
+using cuda::Forward;
+
+int64_t WorkspaceBytes(const DeformableROIAlignParams& params, DataType type,
+                       const CudaStream&) {
+  return cuda::WorkspaceBytes(params, type);
+}
+#endif
+
+// Executor: ParallelFor on the CPU, CudaStream on a GPU.
+template <typename Executor>
 class ForwardKernel : public DeformableROIAlignKernel {
  public:
   using DeformableROIAlignKernel::DeformableROIAlignKernel;
@@ -144,21 +174,20 @@ class ForwardKernel : public DeformableROIAlignKernel {
                                 &shape));
     Tensor* output;
     OP_REQUIRES_OK(context, context->allocate_output(0, shape, &output));
-    const ParallelFor parallel_for = ToParallelFor(context);
+    const auto executor = GetExecutor<Executor>(context);
     const DataType type = ToDataType(output->dtype());
     Tensor memory;
     void* workspace;
-    OP_REQUIRES_OK(
-        context, AllocateWorkspace(context,
-                                   cpu::WorkspaceBytes(
-                                       params, type, parallel_for.num_workers),
-                                   &memory, &workspace));
+    OP_REQUIRES_OK(context, AllocateWorkspace(
+                                context, WorkspaceBytes(params, type, executor),
+                                &memory, &workspace));
     OP_REQUIRES_OK(context,
-                   ToTensorFlow(cpu::Forward(params, type, operands, workspace,
-                                             output->data(), parallel_for)));
+                   ToTensorFlow(Forward(params, type, operands, workspace,
+                                        output->data(), executor)));
   }
 };
 
+template <typename Executor>
 class BackwardKernel : public DeformableROIAlignKernel {
  public:
   explicit BackwardKernel(OpKernelConstruction* construction)
@@ -179,18 +208,18 @@ class BackwardKernel : public DeformableROIAlignKernel {
                      AllocateGradient(context, i, 2 * i, wanted_[i], targets[i],
                                       &gradients_computed[i]));
     }
-    const ParallelFor parallel_for = ToParallelFor(context);
+    const auto executor = GetExecutor<Executor>(context);
     const DataType type = ToDataType(grad_output.dtype());
     Tensor memory;
     void* workspace;
-    OP_REQUIRES_OK(context, AllocateWorkspace(context,
-                                              cpu::BackwardWorkspaceBytes(
-                                                  params, type, gradients,
-                                                  parallel_for.num_workers),
-                                              &memory, &workspace));
-    OP_REQUIRES_OK(context, ToTensorFlow(cpu::Backward(
-                                params, type, operands, grad_output.data(),
-                                workspace, gradients, parallel_for)));
+    OP_REQUIRES_OK(
+        context,
+        AllocateWorkspace(
+            context, BackwardWorkspaceBytes(params, type, gradients, executor),
+            &memory, &workspace));
+    OP_REQUIRES_OK(context, ToTensorFlow(Backward(params, type, operands,
+                                                  grad_output.data(), workspace,
+                                                  gradients, executor)));
   }
 
  private:
@@ -225,22 +254,10 @@ TF_DEFORM_DEFORMABLE_ROI_ALIGN_OP("TfDeform>DeformableROIAlignGrad")
     .Output("grad_offset: num_offset * Tcoord")
     .SetShapeFn(BackwardShape);
 
-#define TF_DEFORM_REGISTER(T, Tcoord)                             \
-  REGISTER_KERNEL_BUILDER(Name("TfDeform>DeformableROIAlign")     \
-                              .Device(tensorflow::DEVICE_CPU)     \
-                              .TypeConstraint<T>("T")             \
-                              .TypeConstraint<Tcoord>("Tcoord"),  \
-                          ForwardKernel);                         \
-  REGISTER_KERNEL_BUILDER(Name("TfDeform>DeformableROIAlignGrad") \
-                              .Device(tensorflow::DEVICE_CPU)     \
-                              .TypeConstraint<T>("T")             \
-                              .TypeConstraint<Tcoord>("Tcoord"),  \
-                          BackwardKernel)
-
-TF_DEFORM_REGISTER(Eigen::half, float);
-TF_DEFORM_REGISTER(Eigen::bfloat16, float);
-TF_DEFORM_REGISTER(float, float);
-TF_DEFORM_REGISTER(double, double);
+TF_DEFORM_REGISTER("TfDeform>DeformableROIAlign", CPU, ParallelFor);
+#ifdef TF_DEFORM_CUDA
+TF_DEFORM_REGISTER("TfDeform>DeformableROIAlign", GPU, CudaStream);
+#endif
 
 }  // namespace
 }  // namespace tf_deform

@@ -13,6 +13,9 @@
 #include "tensorflow/core/framework/device_base.h"
 #include "tensorflow/core/lib/core/threadpool.h"
 #include "tensorflow/core/platform/errors.h"
+#include "tensorflow/core/platform/stream_executor.h"
+#include "tensorflow/core/platform/tensor_float_32_utils.h"
+#include "tensorflow/core/util/determinism.h"
 
 namespace tf_deform {
 namespace {
@@ -115,13 +118,24 @@ Shape ToShape(tensorflow::shape_inference::InferenceContext* context,
   return result;
 }
 
-ParallelFor ToParallelFor(tensorflow::OpKernelContext* context) {
+template <>
+ParallelFor GetExecutor(tensorflow::OpKernelContext* context) {
   auto* pool = context->device()->tensorflow_cpu_worker_threads()->workers;
   ParallelFor parallel_for;
   parallel_for.num_workers = std::max(1, pool->NumThreads());
   parallel_for.context = pool;
   parallel_for.run = parallel_for.num_workers > 1 ? RunOnPool : nullptr;
   return parallel_for;
+}
+
+template <>
+CudaStream GetExecutor(tensorflow::OpKernelContext* context) {
+  CudaStream stream;
+  stream.stream =
+      context->op_device_context()->stream()->platform_specific_handle().stream;
+  stream.allow_tf32 = tensorflow::tensor_float_32_execution_enabled();
+  stream.deterministic = tensorflow::OpDeterminismRequired();
+  return stream;
 }
 
 DataType ToDataType(tensorflow::DataType type) {

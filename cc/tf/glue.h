@@ -24,13 +24,21 @@ Shape ToShape(const tensorflow::TensorShape& shape);
 Shape ToShape(tensorflow::shape_inference::InferenceContext* context,
               tensorflow::shape_inference::ShapeHandle shape);
 
-// The threads that TensorFlow gives to CPU kernels. Valid while `context` is.
-ParallelFor ToParallelFor(tensorflow::OpKernelContext* context);
+// What TensorFlow gives a kernel to run on. Valid while `context` is.
+// ParallelFor: the threads of CPU kernels. CudaStream: the stream of GPU
+// kernels, and what the program allows on it. Kernels are templates of one of
+// the two: all else is the same on both devices.
+template <typename Executor>
+Executor GetExecutor(tensorflow::OpKernelContext* context);
+template <>
+ParallelFor GetExecutor(tensorflow::OpKernelContext* context);
+template <>
+CudaStream GetExecutor(tensorflow::OpKernelContext* context);
 
 // The core's number for an element type of the registered kernels.
 DataType ToDataType(tensorflow::DataType type);
 
-// Scratch of `bytes` for as long as `memory` lives.
+// Scratch of `bytes` on the kernel's device for as long as `memory` lives.
 tensorflow::Status AllocateWorkspace(tensorflow::OpKernelContext* context,
                                      int64_t bytes, tensorflow::Tensor* memory,
                                      void** workspace);
@@ -96,6 +104,25 @@ tensorflow::Status GetDouble(Source* source, const std::string& name,
   for (float part : parts) *value += part;
   return tensorflow::Status();
 }
+
+// Registers ForwardKernel and BackwardKernel, templates of what they run on,
+// for one device, TensorFlow's DEVICE_`device`, and all types.
+#define TF_DEFORM_REGISTER_TYPE(name, device, Executor, T, Tcoord) \
+  REGISTER_KERNEL_BUILDER(Name(name)                               \
+                              .Device(tensorflow::DEVICE_##device) \
+                              .TypeConstraint<T>("T")              \
+                              .TypeConstraint<Tcoord>("Tcoord"),   \
+                          ForwardKernel<Executor>);                \
+  REGISTER_KERNEL_BUILDER(Name(name "Grad")                        \
+                              .Device(tensorflow::DEVICE_##device) \
+                              .TypeConstraint<T>("T")              \
+                              .TypeConstraint<Tcoord>("Tcoord"),   \
+                          BackwardKernel<Executor>)
+#define TF_DEFORM_REGISTER(name, device, Executor)                         \
+  TF_DEFORM_REGISTER_TYPE(name, device, Executor, Eigen::half, float);     \
+  TF_DEFORM_REGISTER_TYPE(name, device, Executor, Eigen::bfloat16, float); \
+  TF_DEFORM_REGISTER_TYPE(name, device, Executor, float, float);           \
+  TF_DEFORM_REGISTER_TYPE(name, device, Executor, double, double)
 
 }  // namespace tf_deform
 

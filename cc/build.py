@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles the C++ and CUDA sources: for setup.py, or the core alone.
+
+The core needs neither TensorFlow nor setuptools:
+
+    python cc/build.py --output build/_core.so
+
+Kernels for the GPU are in it if nvcc is found (see `find_nvcc`). An object is
+compiled anew only if its command, its compiler or the contents of a file that
+it was made from changed.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import functools
+import glob
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# The same globs as in BUILD: a new op edits no build file.
+CORE_SOURCES = "cc/core/*.cc"
+CUDA_SOURCES = "cc/core/*_cuda.cu"  # BUILD has none of CUDA
+FLAGS = ["-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden"]
+FLAGS += ["-ffp-contract=fast", "-g0", "-Wall", "-Wno-psabi", "-I."]
+FLAGS += ["-fwrapv"]  # Python's own flag for extensions: it changes the code
+CUDA_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-I.", "-Xptxas", "-v"]
+CUDA_FLAGS += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wno-psabi"]
+# Machine code for these; PTX of the last one serves what comes after it.
+ARCHITECTURES = "80;89;90"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cuda:
+    """A CUDA compiler and what to compile for."""
+
+    nvcc: str
+    version: str  # as in "13.0"
+    runtime: str  # path of the static library
+    architectures: tuple[str, ...]  # as in ("80", "90")
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One source, and the command that compiles it, less `-o`."""
+
+    source: str
+    object: str
+    command: list[str]
+
+
+def find_nvcc(environ: Mapping[str, str] = os.environ) -> str | None:
+    """The path of nvcc, or None: build for the CPU only.
+
+    The environment variable TF_DEFORM_NVCC names it, or, empty or "0", says
+    that there is to be none. Without it: CUDA_HOME, PATH, /usr/local/cuda.
+    """
+    named = environ.get("TF_DEFORM_NVCC")
+    if named in ("", "0"):
+        return None
+    if named is not None:
+        found = shutil.which(named, path=environ.get("PATH"))
+        if found is None:
+            sys.exit(
+                "Expected TF_DEFORM_NVCC to name nvcc, or 0 to build for the "
+                f"CPU only. Received: {named!r}, which is no program."
+            )
+        return found
+    for folder in (
+        os.path.join(environ.get("CUDA_HOME") or "/nonexistent", "bin"),
+        environ.get("PATH", os.defpath),
+        "/usr/local/cuda/bin",
+    ):
+        if found := shutil.which("nvcc", path=folder):
+            return found
+    return None
+
+
+def _output(command: list[str]) -> str:
+    """What a compiler prints about itself."""
+    result = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if result.returncode != 0:
+        sys.exit(
+            f"Expected `{shlex.join(command)}` to run. Received:\n"
+            f"{result.stdout}"
+        )
+    return result.stdout
+
+
+def find_cuda(
+    architectures: str | None = None, environ: Mapping[str, str] = os.environ
+) -> Cuda | None:
+    """The CUDA compiler, or None: build for the CPU only.
+
+    `architectures` is a list like "80;90". Default: the environment variable
+    TF_DEFORM_CUDA_ARCHITECTURES, or ARCHITECTURES.
+    """
+    nvcc = find_nvcc(environ)
+    if nvcc is None:
+        return None
+    if architectures is None:
+        architectures = environ.get("TF_DEFORM_CUDA_ARCHITECTURES")
+    names = tuple((architectures or ARCHITECTURES).replace(";", " ").split())
+    version = re.search(r"release (\d+\.\d+)", _output([nvcc, "--version"]))
+    # `nvcc` may be a script or a link: the installation is where it says.
+    plan = _output([nvcc, "--dryrun", "-shared", "x.o", "-o", "x.so"])
+    top = re.search(r"^#\$ TOP=(.*)$", plan, re.MULTILINE)
+    folders = [
+        argument.removeprefix("-L")
+        for line in re.findall(r"^#\$ LIBRARIES=(.*)$", plan, re.MULTILINE)
+        for argument in shlex.split(line)
+    ]
+    if top:
+        folders += [os.path.join(top[1], name) for name in ("lib64", "lib")]
+    for folder in folders:
+        path = os.path.join(folder, "libcudart_static.a")
+        if version and os.path.exists(path):
+            return Cuda(nvcc, version[1], os.path.realpath(path), names)
+    sys.exit(
+        f"Expected {nvcc} to tell its release and to have libcudart_static.a "
+        f"in one of {folders}. Received: neither or one of both. Set "
+        "TF_DEFORM_NVCC to another nvcc, or to 0 to build for the CPU only."
+    )
+
+
+def describe(cuda: Cuda | None) -> str:
+    """One line for the person who builds."""
+    if cuda is None:
+        return (
+            "tf_deform: building for the CPU only, without GPU kernels: no "
+            "nvcc (see TF_DEFORM_NVCC in CONTRIBUTING.md)"
+        )
+    return (
+        f"tf_deform: building for the CPU and, with CUDA {cuda.version} "
+        f"({cuda.nvcc}), for GPUs of architecture "
+        f"{', '.join(cuda.architectures)} and newer"
+    )
+
+
+def _steps(pattern: str, folder: str, command: list[str]) -> list[Step]:
+    return [
+        Step(source, f"{os.path.join(folder, source)}.o", command)
+        for source in sorted(glob.glob(pattern, root_dir=ROOT))
+    ]
+
+
+def _cxx() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "c++"))
+
+
+def cxx_steps(
+    pattern: str, folder: str, cuda: Cuda | None, flags: list[str]
+) -> list[Step]:
+    """How C++ sources are compiled; objects go to `folder`."""
+    command = [*_cxx(), *FLAGS, *flags]
+    if cuda:
+        command.append("-DTF_DEFORM_CUDA")
+    command += shlex.split(os.environ.get("CXXFLAGS", ""))
+    return _steps(pattern, folder, command)
+
+
+def core_steps(folder: str, cuda: Cuda | None) -> list[Step]:
+    """How the core is compiled; objects go to `folder`."""
+    steps = cxx_steps(CORE_SOURCES, folder, cuda, ["-std=c++17"])
+    if cuda is None:
+        return steps
+    command = [cuda.nvcc, *CUDA_FLAGS]
+    if "CXX" in os.environ:
+        command += ["-ccbin", os.environ["CXX"]]
+    for name in cuda.architectures:
+        command.append(f"-gencode=arch=compute_{name},code=sm_{name}")
+    # A name with a letter, like 90a, is for that one GPU: no PTX of it.
+    newest = re.sub(r"\D", "", cuda.architectures[-1])
+    command.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+    # Slowest first: they are what everything else waits for.
+    return _steps(CUDA_SOURCES, folder, command) + steps
+
+
+@functools.cache
+def _version(compiler: str) -> str:
+    return _output([compiler, "--version"])
+
+
+def _fingerprint(step: Step) -> str | None:
+    """Of all that the object was made from; None if that is not known."""
+    try:
+        with open(f"{step.object}.d") as file:
+            rule = file.read().replace("\\\n", " ")
+        found = hashlib.sha256(repr(step.command).encode())
+        found.update(_version(step.command[0]).encode())
+        for name in shlex.split(rule.partition(": ")[2]):
+            with open(os.path.join(ROOT, name), "rb") as file:
+                content = file.read()
+            found.update(f"{name} {len(content)} ".encode() + content)
+        return found.hexdigest()
+    except OSError:
+        return None
+
+
+def _read(path: str) -> str | None:
+    if not os.path.exists(path):
+        return None
+    with open(path) as file:
+        return file.read()
+
+
+# What ptxas tells of every kernel is for the file beside the object.
+_PTXAS = re.compile(r"ptxas info|\s*\d+ bytes stack frame")
+
+
+def _compile(step: Step) -> str:
+    mark = f"{step.object}.fingerprint"
+    recorded = _read(mark)
+    if recorded and os.path.exists(step.object):
+        if recorded == _fingerprint(step):
+            return step.object
+    os.makedirs(os.path.dirname(step.object), exist_ok=True)
+    if recorded:
+        os.remove(mark)
+    command = [*step.command, "-MMD", "-MF", f"{step.object}.d"]
+    command += ["-c", step.source, "-o", step.object]
+    result = subprocess.run(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    with open(f"{step.object}.txt", "w") as file:
+        file.write(result.stdout)
+    for line in result.stdout.splitlines():
+        if not _PTXAS.match(line):
+            print(line, flush=True)
+    if result.returncode != 0:
+        sys.exit(
+            f"Expected {step.source} to compile. Received the errors above "
+            f"from: {shlex.join(command)}"
+        )
+    with open(mark, "w") as file:
+        file.write(_fingerprint(step) or "")
+    return step.object
+
+
+def compile_all(steps: Iterable[Step]) -> list[str]:
+    """Runs the steps, as many at once as there are processors.
+
+    Returns the paths of the objects. What the compilers print is kept beside
+    each object, in `.txt`.
+    """
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        futures = [pool.submit(_compile, step) for step in steps]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def link(
+    output: str, objects: list[str], cuda: Cuda | None, flags: list[str]
+) -> None:
+    """Makes a shared object."""
+    command = [*_cxx(), "-shared", *objects]
+    if cuda:
+        # TensorFlow brings a CUDA runtime of its own, of another version: this
+        # one is inside, found before TensorFlow's libraries (which have the
+        # same symbols), and nobody else sees it.
+        command += [cuda.runtime, "-Wl,--exclude-libs,ALL"]
+        command += ["-ldl", "-lrt", "-lpthread"]
+    command += flags
+    command += shlex.split(os.environ.get("LDFLAGS", ""))
+    os.makedirs(os.path.dirname(os.path.abspath(output)), exist_ok=True)
+    # Whoever has the old file open keeps it whole.
+    subprocess.run([*command, "-o", f"{output}.new"], check=True)
+    os.replace(f"{output}.new", output)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Builds the core alone.")
+    parser.add_argument(
+        "--output", required=True, help="path of the shared object"
+    )
+    parser.add_argument(
+        "--objects",
+        default=os.path.join(ROOT, "build", "core"),
+        help="folder of what is kept for the next build (%(default)s)",
+    )
+    parser.add_argument(
+        "--architectures",
+        help=f'the GPUs, as in "80;90" (default: "{ARCHITECTURES}")',
+    )
+    arguments = parser.parse_args()
+    cuda = find_cuda(arguments.architectures)
+    print(describe(cuda), flush=True)
+    objects = compile_all(core_steps(os.path.abspath(arguments.objects), cuda))
+    link(arguments.output, objects, cuda, ["-lpthread"])
+
+
+if __name__ == "__main__":
+    main()
