@@ -66,36 +66,27 @@ template <typename T>
 struct CornerPacks {
   Pack<T, kPack<T>> at[4];
 
-  // `count` channels from `channel` on, if that is less than a pack; zeros for
-  // the others and for corners outside the image.
+  // Zeros for corners outside the image, and for all if not `exists`.
   __device__ __forceinline__ void Load(const Geometry& g, const Operands<T>& in,
                                        const Sample<Accumulator<T>>& s,
-                                       int64_t channel, int64_t count) {
+                                       int channel, bool exists) {
     const Corners<Accumulator<T>> corners(g, s);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const T* from = in.inputs + s.corner + corners.steps[i] + channel;
-      const bool exists = (s.flags >> i & 1) != 0;
-      if (in.packed_channels) {
-        if (exists && count > 0) {
-          at[i] = *reinterpret_cast<const Pack<T, kPack<T>>*>(from);
-        } else {
-          at[i] = {};
-        }
-      } else {
-#pragma unroll
-        for (int j = 0; j < kPack<T>; ++j) {
-          at[i].values[j] = exists && j < count ? from[j] : T{};
-        }
+      at[i] = {};
+      if (exists && (s.flags >> i & 1) != 0) {
+        at[i] = *reinterpret_cast<const Pack<T, kPack<T>>*>(
+            in.inputs + s.corner + corners.steps[i] + channel);
       }
     }
   }
 
-  // mask * sample, 0 past `count`.
+  // mask * sample, 0 if not `exists`.
   __device__ __forceinline__ Pack<T, kPack<T>> Mix(
-      const Geometry& g, const Sample<Accumulator<T>>& s, int64_t count) const {
+      const Geometry& g, const Sample<Accumulator<T>>& s, bool exists) const {
     const Corners<Accumulator<T>> corners(g, s);
     Pack<T, kPack<T>> mixed = {};
+    if (!exists) return mixed;
 #pragma unroll
     for (int j = 0; j < kPack<T>; ++j) {
       Accumulator<T> sum = 0;
@@ -103,22 +94,23 @@ struct CornerPacks {
       for (int i = 0; i < 4; ++i) {
         sum += corners.weights[i] * Widen(at[i].values[j]);
       }
-      if (j < count) Narrow(s.mask * sum, &mixed.values[j]);
+      Narrow(s.mask * sum, &mixed.values[j]);
     }
     return mixed;
   }
 };
 
 // Copies a panel from a matrix in global memory in the background (if not
-// `packed`, in the foreground), zeros past `rows` and `columns`.
-template <typename Shape, typename T>
+// `packed`, in the foreground), zeros past `rows` and `columns`, with kBlock
+// threads.
+template <typename Shape, int kBlock, typename T>
 __device__ __forceinline__ void CopyPanel(const T* from, int64_t row_stride,
                                           int64_t rows, int64_t columns,
                                           bool packed, T* to) {
 #pragma unroll
-  for (int first = 0; first < Shape::kRows * Shape::kPacks; first += kThreads) {
+  for (int first = 0; first < Shape::kRows * Shape::kPacks; first += kBlock) {
     const int i = first + static_cast<int>(threadIdx.x);
-    static_assert(Shape::kRows * Shape::kPacks % kThreads == 0, "");
+    if (i >= Shape::kRows * Shape::kPacks) break;
     const int row = i / Shape::kPacks;
     const int column = i % Shape::kPacks * kPack<T>;
     const T* source = from + row * row_stride + column;
@@ -126,12 +118,10 @@ __device__ __forceinline__ void CopyPanel(const T* from, int64_t row_stride,
     if (packed) {
       CopyAsync(target, source, row < rows && column < columns);
     } else {
-      Pack<T, kPack<T>> pack;
-#pragma unroll
+#pragma unroll 1
       for (int j = 0; j < kPack<T>; ++j) {
-        pack.values[j] = row < rows && column + j < columns ? source[j] : T{};
+        target[j] = row < rows && column + j < columns ? source[j] : T{};
       }
-      *reinterpret_cast<Pack<T, kPack<T>>*>(target) = pack;
     }
   }
 }
@@ -149,8 +139,8 @@ struct ColumnBuffers {
 //   bool Done() const            no step here, nor any after it
 //   void Next()                  to the next step
 //   bool IsNewPlan() const       its samples are not those of the step before
-//   Pixel<E> PixelOf(int row) const, int64_t tap, field    its samples
-//   int64_t channel, count       the panel's channels
+//   Pixel<E> PixelOf(int row) const, int tap, field    its samples
+//   int channel, count           the panel's channels
 //   void CopyOther(T* to) const  copies the other operand's panel
 // There is at least one step.
 template <typename T, typename Sums, typename Cursor>
@@ -161,8 +151,11 @@ __device__ __forceinline__ void MultiplyColumns(const Geometry& g,
                                                 Sums* sums) {
   using E = Accumulator<T>;
   using Shape = typename Sums::A;
-  constexpr int kLoads = Shape::kRows * Shape::kPacks / kThreads;
-  static_assert(Shape::kRows <= kThreads, "a thread locates one sample");
+  constexpr int kBlock = Sums::kThreads;
+  constexpr int kLoads = Shape::kRows * Shape::kPacks / kBlock;
+  static_assert(Shape::kRows * Shape::kPacks % kBlock == 0,
+                "all threads sample");
+  static_assert(Shape::kRows <= kBlock, "a thread locates one sample");
   const int thread = threadIdx.x;
   const bool plans = thread < Shape::kRows;
 
@@ -171,16 +164,41 @@ __device__ __forceinline__ void MultiplyColumns(const Geometry& g,
                                  in.mask);
   };
   const auto locate = [&](const Cursor& step, const Displacement<E>& d) {
-    return Sample<E>::Locate(g, step.PixelOf(thread), step.tap, d);
+    return Sample<E>::template Locate<uint32_t>(g, step.PixelOf(thread),
+                                                step.tap, d);
   };
   CornerPacks<T> corners[kLoads];
   const auto load = [&](const Cursor& step, const Sample<E>* plan) {
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const int pack = thread + i * kThreads;
+      const int pack = thread + i * kBlock;
       const int first = pack % Shape::kPacks * kPack<T>;
       corners[i].Load(g, in, plan[pack / Shape::kPacks], step.channel + first,
-                      step.count - first);
+                      in.packed_channels && first < step.count);
+    }
+  };
+
+  const auto mix = [&](const Cursor& step, const Sample<E>* plan, T* to) {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int pack = thread + i * kBlock;
+      const int row = pack / Shape::kPacks;
+      const int first = pack % Shape::kPacks * kPack<T>;
+      T* const target = to + row * Shape::kStride + first;
+      if (in.packed_channels) {
+        *reinterpret_cast<Pack<T, kPack<T>>*>(target) =
+            corners[i].Mix(g, plan[row], first < step.count);
+        continue;
+      }
+      // Channels that do not come in packs are read when they are wanted.
+#pragma unroll 1
+      for (int j = 0; j < kPack<T>; ++j) {
+        E value = 0;
+        if (first + j < step.count) {
+          value = ColumnAt(g, in, plan[row], step.channel + first + j);
+        }
+        Narrow(value, target + j);
+      }
     }
   };
 
@@ -203,14 +221,7 @@ __device__ __forceinline__ void MultiplyColumns(const Geometry& g,
   int plan = 0, stage = 0;  // of step `at`
   for (int parity = 0; !at.Done(); parity ^= 1) {
     T* const a = shared->a[parity];
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const int pack = thread + i * kThreads;
-      const int row = pack / Shape::kPacks;
-      const int first = pack % Shape::kPacks * kPack<T>;
-      *reinterpret_cast<Pack<T, kPack<T>>*>(a + row * Shape::kStride + first) =
-          corners[i].Mix(g, shared->plans[plan][row], at.count - first);
-    }
+    mix(at, shared->plans[plan], a);
     const bool is_new = !next.Done() && next.IsNewPlan();
     if (is_new && plans)
       shared->plans[plan ^ 1][thread] = locate(next, pending);

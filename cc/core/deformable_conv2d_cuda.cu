@@ -51,36 +51,39 @@ struct ForwardCursor {
   const T* kernel;             // at the block's first filter
   int64_t group, filters;      // of the block
   bool packed;
-  int64_t tap, field, channel, count;
+  int tap, field, channel, count;  // see IsDirect
   bool is_new;
 
   // At a tap's channel, inside the group.
-  __device__ void Go(int64_t to_tap, int64_t to_channel) {
+  __device__ void Go(int to_tap, int to_channel) {
     tap = to_tap;
     channel = to_channel;
     const int64_t end = (group + 1) * g->group_channels;
-    count = ChannelPiece::At(*g, channel, end, kInner<T>).count;
-    const int64_t of_step =
-        Quotient(channel, g->offset_channels) * g->taps + tap;
+    count = static_cast<int>(
+        ChannelPiece::At<uint32_t>(*g, channel, end, kInner<T>).count);
+    const int of_step = static_cast<int>(
+        Quotient<uint32_t>(channel, g->offset_channels) * g->taps + tap);
     is_new = of_step != field;
     field = of_step;
   }
 
+  __device__ int FirstChannel() const {
+    return static_cast<int>(group * g->group_channels);
+  }
   __device__ bool Done() const { return tap == g->taps; }
   __device__ void Next() {
     if (Done()) return;
     const int64_t end = (group + 1) * g->group_channels;
     if (channel + count < end) return Go(tap, channel + count);
-    if (tap + 1 < g->taps) return Go(tap + 1, group * g->group_channels);
-    tap = g->taps;
+    if (tap + 1 < g->taps) return Go(tap + 1, FirstChannel());
+    tap = static_cast<int>(g->taps);
   }
   __device__ bool IsNewPlan() const { return is_new; }
   __device__ const Pixel<float>& PixelOf(int row) const { return pixels[row]; }
   __device__ void CopyOther(T* to) const {
-    const int64_t row =
-        tap * g->group_channels + channel - group * g->group_channels;
-    CopyPanel<typename Sums::B>(kernel + row * g->filters, g->filters, count,
-                                filters, packed, to);
+    const int64_t row = tap * g->group_channels + channel - FirstChannel();
+    CopyPanel<typename Sums::B, Sums::kThreads>(
+        kernel + row * g->filters, g->filters, count, filters, packed, to);
   }
 };
 
@@ -106,16 +109,19 @@ __device__ __forceinline__ void StorePair(float first, float second,
 }
 
 template <typename T, bool kTf32, int kN>
-__global__ void __launch_bounds__(kThreads)
+using ForwardSums = Product<T, kTf32, kForwardPixels, kN, true, false>;
+
+template <typename T, bool kTf32, int kN>
+__global__ void __launch_bounds__(ForwardSums<T, kTf32, kN>::kThreads)
     ForwardKernel(const Geometry g, const Operands<T> in, bool pairs,
                   T* output) {
-  using Sums = Product<T, kTf32, kForwardPixels, kN, true, false>;
+  using Sums = ForwardSums<T, kTf32, kN>;
   auto* const shared =
       reinterpret_cast<ForwardBuffers<T, Sums>*>(SharedMemory());
   const int64_t filter_blocks = CeilDiv(g.group_filters, kN);
-  const int64_t in_tile = Quotient(blockIdx.x, filter_blocks);
+  const int64_t in_tile = Quotient<uint32_t>(blockIdx.x, filter_blocks);
   const int64_t filter = (blockIdx.x - in_tile * filter_blocks) * kN;
-  const int64_t tile = Quotient(in_tile, g.groups);
+  const int64_t tile = Quotient<uint32_t>(in_tile, g.groups);
   const int64_t first = tile * kForwardPixels;
 
   ForwardCursor<T, Sums> at;
@@ -127,10 +133,11 @@ __global__ void __launch_bounds__(kThreads)
   at.filters = Min(kN, g.group_filters - filter);
   at.packed = in.packed_filters;
   at.field = -1;
-  at.Go(0, at.group * g.group_channels);
+  at.Go(0, at.FirstChannel());
   // A pixel is read by the thread that writes it.
   if (threadIdx.x < kForwardPixels) {
-    shared->pixels[threadIdx.x] = Pixel<float>::At(g, first + threadIdx.x);
+    shared->pixels[threadIdx.x] =
+        Pixel<float>::At<uint32_t>(g, first + threadIdx.x);
   }
   Sums sums;
   sums.Clear();
@@ -156,11 +163,12 @@ __global__ void __launch_bounds__(kThreads)
   using E = Accumulator<T>;
   const int64_t index =
       static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t p = Quotient(index, g.filters);
+  const int64_t p = Quotient<uint64_t>(index, g.filters);
   if (p >= g.total_pixels) return;
   const int64_t f = index - p * g.filters;
-  const int64_t first = Quotient(f, g.group_filters) * g.group_channels;
-  const Pixel<E> pixel = Pixel<E>::At(g, p);
+  const int64_t first =
+      Quotient<uint64_t>(f, g.group_filters) * g.group_channels;
+  const Pixel<E> pixel = Pixel<E>::template At<uint64_t>(g, p);
   E sum = 0;
   for (int64_t tap = 0; tap < g.taps; ++tap) {
     int64_t field = -1;
@@ -168,10 +176,10 @@ __global__ void __launch_bounds__(kThreads)
     for (int64_t i = 0; i < g.group_channels; ++i) {
       const int64_t channel = first + i;
       const int64_t of_channel =
-          Quotient(channel, g.offset_channels) * g.taps + tap;
+          Quotient<uint64_t>(channel, g.offset_channels) * g.taps + tap;
       if (of_channel != field) {
         field = of_channel;
-        s = Sample<E>::Locate(
+        s = Sample<E>::template Locate<uint64_t>(
             g, pixel, tap,
             Displacement<E>::Read(pixel, field, in.offset, in.mask));
       }
@@ -187,11 +195,15 @@ __global__ void __launch_bounds__(kThreads)
 
 constexpr int64_t kWorkspace = int64_t{64} << 20;
 
-// Products want a few channels and filters a group.
+// Products want a few channels and filters a group. Pixels, and what is counted
+// within a pixel, they count in 32 bits.
 template <typename T>
 bool IsDirect(const Geometry& g) {
+  constexpr int64_t kMost = 0x7fffffff;
   return sizeof(T) == 8 ||
-         (g.groups > 1 && (g.group_channels < 4 || g.group_filters < 8));
+         (g.groups > 1 && (g.group_channels < 4 || g.group_filters < 8)) ||
+         g.channels > kMost || g.filters > kMost || g.fields > kMost ||
+         g.total_pixels > kMost;
 }
 
 // Calls body(tf32) for what `stream` allows: a constant of the language.
@@ -246,9 +258,9 @@ Status ForwardOf(const DeformableConv2DParams& params,
           [&](auto filters) {
             constexpr int kN = decltype(filters)::value;
             constexpr bool kTf32 = decltype(tf32)::value;
-            using Sums = Product<T, kTf32, kForwardPixels, kN, true, false>;
+            using Sums = ForwardSums<T, kTf32, kN>;
             return Launch("ForwardKernel", ForwardKernel<T, kTf32, kN>,
-                          tiles * CeilDiv(g.group_filters, kN), kThreads,
+                          tiles * CeilDiv(g.group_filters, kN), Sums::kThreads,
                           sizeof(ForwardBuffers<T, Sums>), stream, g, in, pairs,
                           to);
           });
@@ -322,13 +334,14 @@ Status DataOf(const DeformableConv2DParams& params, const Geometry& g,
       if (IsDirect<T>(g)) {
         TF_DEFORM_RETURN_IF_ERROR(
             Launch("DirectDataKernel", DirectDataKernel<T>,
-                   CeilDiv(count * g.fields, kWarps), kThreads, 0, stream, g,
-                   in, grad_output, out));
+                   CeilDiv(count * g.fields, kThreads / 32), kThreads, 0,
+                   stream, g, in, grad_output, out));
       } else if constexpr (sizeof(T) <= 4) {
         TF_DEFORM_RETURN_IF_ERROR(WithTf32<T>(stream, [&](auto tf32) {
           constexpr bool kTf32 = decltype(tf32)::value;
           return Launch("DataKernel", DataKernel<T, kTf32>,
-                        CeilDiv(count, kDataPixels) * g.fields, kThreads,
+                        CeilDiv(count, kDataPixels) * g.fields,
+                        DataBuffers<T, kTf32>::Sums::kThreads,
                         sizeof(DataBuffers<T, kTf32>), stream, g, in,
                         grad_output, out);
         }));
@@ -396,11 +409,11 @@ Status KernelOf(const Geometry& g, const Operands<T>& in, const T* grad_output,
         } else if constexpr (sizeof(T) <= 4) {
           TF_DEFORM_RETURN_IF_ERROR(WithTf32<T>(stream, [&](auto tf32) {
             constexpr bool kTf32 = decltype(tf32)::value;
-            using Sums = Product<T, kTf32, kKernelChannels, kN, false, false>;
+            using Sums = KernelSums<T, kTf32, kN>;
             return Launch("KernelKernel", KernelKernel<T, kTf32, kN>, blocks,
-                          kThreads, sizeof(ColumnBuffers<T, Sums>), stream, g,
-                          in, grad_output, work, CountChannelPieces(g), parts,
-                          to);
+                          Sums::kThreads, sizeof(ColumnBuffers<T, Sums>),
+                          stream, g, in, grad_output, work,
+                          CountChannelPieces(g), parts, to);
           }));
         }
         if (work.count == 1) return Status();

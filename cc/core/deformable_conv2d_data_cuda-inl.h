@@ -136,12 +136,13 @@ struct ChannelPiece {
   int64_t channel, count;
 
   // The piece of at most `most` that starts at `channel`, before `end`.
+  template <typename I>
   __host__ __device__ static ChannelPiece At(const Geometry& g, int64_t channel,
                                              int64_t end, int64_t most) {
     const int64_t of_group =
-        (Quotient(channel, g.group_channels) + 1) * g.group_channels;
+        (Quotient<I>(channel, g.group_channels) + 1) * g.group_channels;
     const int64_t of_offset_group =
-        (Quotient(channel, g.offset_channels) + 1) * g.offset_channels;
+        (Quotient<I>(channel, g.offset_channels) + 1) * g.offset_channels;
     return {channel,
             Min(most, Min(end, Min(of_group, of_offset_group)) - channel)};
   }
@@ -171,24 +172,25 @@ struct DataBuffers {
 // one offset group: grad_output times the transposed kernel, some channels at a
 // time. A warp then takes a pixel's and passes them on.
 template <typename T, bool kTf32>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(DataBuffers<T, kTf32>::Sums::kThreads)
     DataKernel(const Geometry g, const Operands<T> in, const T* grad_output,
                const DataGradients<float> out) {
   using Buffers = DataBuffers<T, kTf32>;
   using Sums = typename Buffers::Sums;
   Buffers* const shared = reinterpret_cast<Buffers*>(SharedMemory());
+  constexpr int kBlock = Sums::kThreads, kWarps = kBlock / 32;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
 
-  const int64_t tile = Quotient(blockIdx.x, g.fields);
+  const int64_t tile = Quotient<uint32_t>(blockIdx.x, g.fields);
   const int64_t field = blockIdx.x - tile * g.fields;
-  const int64_t offset_group = Quotient(field, g.taps);
+  const int64_t offset_group = Quotient<uint32_t>(field, g.taps);
   const int64_t tap = field - offset_group * g.taps;
   const int64_t first = out.first + tile * kDataPixels;
   const int64_t pixels = Min(kDataPixels, out.end - first);
   if (thread < kDataPixels) {
     Pixel<float> pixel = {0, 0, 0, -1};
-    if (thread < pixels) pixel = Pixel<float>::At(g, first + thread);
-    shared->plan[thread] = Sample<float>::Locate(
+    if (thread < pixels) pixel = Pixel<float>::At<uint32_t>(g, first + thread);
+    shared->plan[thread] = Sample<float>::Locate<uint32_t>(
         g, pixel, tap,
         Displacement<float>::Read(pixel, field, in.offset, in.mask));
   }
@@ -199,8 +201,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t end = (offset_group + 1) * g.offset_channels;
   ChannelPiece piece{offset_group * g.offset_channels, 0};
   for (; piece.channel < end; piece.channel += piece.count) {
-    piece = ChannelPiece::At(g, piece.channel, end, kDataChannels);
-    const int64_t group = Quotient(piece.channel, g.group_channels);
+    piece = ChannelPiece::At<uint32_t>(g, piece.channel, end, kDataChannels);
+    const int64_t group = Quotient<uint32_t>(piece.channel, g.group_channels);
     const T* const gradient =
         grad_output + first * g.filters + group * g.group_filters;
     const T* const kernel =
@@ -211,12 +213,12 @@ __global__ void __launch_bounds__(kThreads)
     const auto copy = [&](int64_t filter, int stage) {
       if (filter < g.group_filters) {
         const int64_t filters = g.group_filters - filter;
-        CopyPanel<typename Sums::A>(gradient + filter, g.filters, pixels,
-                                    filters, in.packed_filters,
-                                    shared->panels.a[stage]);
-        CopyPanel<typename Sums::B>(kernel + filter, g.filters, piece.count,
-                                    filters, in.packed_filters,
-                                    shared->panels.b[stage]);
+        CopyPanel<typename Sums::A, kBlock>(gradient + filter, g.filters,
+                                            pixels, filters, in.packed_filters,
+                                            shared->panels.a[stage]);
+        CopyPanel<typename Sums::B, kBlock>(
+            kernel + filter, g.filters, piece.count, filters, in.packed_filters,
+            shared->panels.b[stage]);
       }
       CommitCopies();
     };
@@ -283,14 +285,14 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = threadIdx.x % 32;
   const int64_t index =
       (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / 32;
-  const int64_t position = Quotient(index, g.fields);
+  const int64_t position = Quotient<uint64_t>(index, g.fields);
   const int64_t field = index - position * g.fields;
   const int64_t first = out.first + position;
   if (first >= out.end) return;
-  const int64_t offset_group = Quotient(field, g.taps);
+  const int64_t offset_group = Quotient<uint64_t>(field, g.taps);
   const int64_t tap = field - offset_group * g.taps;
-  const Pixel<E> pixel = Pixel<E>::At(g, first);
-  const Sample<E> s = Sample<E>::Locate(
+  const Pixel<E> pixel = Pixel<E>::template At<uint64_t>(g, first);
+  const Sample<E> s = Sample<E>::template Locate<uint64_t>(
       g, pixel, tap, Displacement<E>::Read(pixel, field, in.offset, in.mask));
   SampleSums<E> sums = {0, 0, 0};
   if (s.flags != 0) {
@@ -302,7 +304,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int j = 0; j < 4; ++j) {
         const int64_t c = channel + 32 * j;
         if (c >= end) continue;
-        const int64_t group = Quotient(c, g.group_channels);
+        const int64_t group = Quotient<uint64_t>(c, g.group_channels);
         const T* gradient =
             grad_output + first * g.filters + group * g.group_filters;
         const T* kernel =
@@ -352,7 +354,8 @@ __host__ __device__ __forceinline__ int64_t TopRow(const Geometry& g,
                                                    int64_t image_begin) {
   int64_t from = s.corner - image_begin;
   if ((s.flags & (kTopLeft | kBottomLeft)) == 0) from += g.channels;
-  return Quotient(from + g.width * g.channels, g.width * g.channels) - 1;
+  return Quotient<uint64_t>(from + g.width * g.channels, g.width * g.channels) -
+         1;
 }
 
 template <typename E>
@@ -366,7 +369,7 @@ __global__ void __launch_bounds__(kOrderedThreads)
 
   int64_t rest = blockIdx.x;
   const auto take = [&rest](int64_t size) {
-    const int64_t quotient = Quotient(rest, size);
+    const int64_t quotient = Quotient<uint64_t>(rest, size);
     const int64_t remainder = rest - quotient * size;
     rest = quotient;
     return remainder;
@@ -388,10 +391,10 @@ __global__ void __launch_bounds__(kOrderedThreads)
     Sample<E> s = {0, 0, 0, 0, 0};
     const int64_t index = batch + thread;  // pixel * taps + tap
     if (index < end) {
-      const int64_t p = Quotient(index, g.taps);
+      const int64_t p = Quotient<uint64_t>(index, g.taps);
       const int64_t tap = index - p * g.taps;
-      const Pixel<E> pixel = Pixel<E>::At(g, p);
-      s = Sample<E>::Locate(
+      const Pixel<E> pixel = Pixel<E>::template At<uint64_t>(g, p);
+      s = Sample<E>::template Locate<uint64_t>(
           g, pixel, tap,
           Displacement<E>::Read(pixel, offset_group * g.taps + tap, offset,
                                 mask));

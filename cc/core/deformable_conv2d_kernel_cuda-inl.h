@@ -41,7 +41,7 @@ struct KernelParts {
 __host__ __device__ inline int64_t CountChannelPieces(const Geometry& g) {
   int64_t pieces = 0;
   for (int64_t c = 0; c < g.channels; ++pieces) {
-    c += ChannelPiece::At(g, c, g.channels, kKernelChannels).count;
+    c += ChannelPiece::At<uint32_t>(g, c, g.channels, kKernelChannels).count;
   }
   return pieces;
 }
@@ -53,7 +53,7 @@ struct KernelCursor {
   const Geometry* g;
   const T* grad_output;  // at the block's first filter
   int64_t pixel, end;    // output pixels
-  int64_t tap, field, channel, count;
+  int tap, field, channel, count;
   int64_t filters;  // of the block
   bool packed;
 
@@ -62,11 +62,12 @@ struct KernelCursor {
   __device__ bool IsNewPlan() const { return true; }
   __device__ Pixel<float> PixelOf(int row) const {
     if (pixel + row >= end) return {0, 0, 0, -1};
-    return Pixel<float>::At(*g, pixel + row);
+    return Pixel<float>::At<uint32_t>(*g, pixel + row);
   }
   __device__ void CopyOther(T* to) const {
-    CopyPanel<typename Sums::B>(grad_output + pixel * g->filters, g->filters,
-                                end - pixel, filters, packed, to);
+    CopyPanel<typename Sums::B, Sums::kThreads>(
+        grad_output + pixel * g->filters, g->filters, end - pixel, filters,
+        packed, to);
   }
 };
 
@@ -75,16 +76,19 @@ struct KernelCursor {
 // of every part, [part][tap][channel][filter]; null: there is a single one,
 // written to `gradient`.
 template <typename T, bool kTf32, int kN>
-__global__ void __launch_bounds__(kThreads)
+using KernelSums = Product<T, kTf32, kKernelChannels, kN, false, false>;
+
+template <typename T, bool kTf32, int kN>
+__global__ void __launch_bounds__(KernelSums<T, kTf32, kN>::kThreads)
     KernelKernel(const Geometry g, const Operands<T> in, const T* grad_output,
                  const KernelParts work, int64_t pieces, float* parts,
                  T* gradient) {
-  using Sums = Product<T, kTf32, kKernelChannels, kN, false, false>;
+  using Sums = KernelSums<T, kTf32, kN>;
   auto* const shared =
       reinterpret_cast<ColumnBuffers<T, Sums>*>(SharedMemory());
   int64_t rest = blockIdx.x;
   const auto take = [&rest](int64_t size) {
-    const int64_t quotient = Quotient(rest, size);
+    const int64_t quotient = Quotient<uint32_t>(rest, size);
     const int64_t remainder = rest - quotient * size;
     rest = quotient;
     return remainder;
@@ -93,12 +97,13 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t tap = take(g.taps);
   int64_t skip = take(pieces);
   const int64_t part = rest;
-  ChannelPiece piece = ChannelPiece::At(g, 0, g.channels, kKernelChannels);
+  ChannelPiece piece =
+      ChannelPiece::At<uint32_t>(g, 0, g.channels, kKernelChannels);
   for (; skip > 0; --skip) {
-    piece = ChannelPiece::At(g, piece.channel + piece.count, g.channels,
-                             kKernelChannels);
+    piece = ChannelPiece::At<uint32_t>(g, piece.channel + piece.count,
+                                       g.channels, kKernelChannels);
   }
-  const int64_t group = Quotient(piece.channel, g.group_channels);
+  const int64_t group = Quotient<uint32_t>(piece.channel, g.group_channels);
   const int64_t first_filter = group * g.group_filters + filter;
 
   KernelCursor<T, Sums> at;
@@ -106,10 +111,11 @@ __global__ void __launch_bounds__(kThreads)
   at.grad_output = grad_output + first_filter;
   at.pixel = part * work.pixels;
   at.end = Min(at.pixel + work.pixels, g.total_pixels);
-  at.tap = tap;
-  at.field = Quotient(piece.channel, g.offset_channels) * g.taps + tap;
-  at.channel = piece.channel;
-  at.count = piece.count;
+  at.tap = static_cast<int>(tap);
+  at.field = static_cast<int>(
+      Quotient<uint32_t>(piece.channel, g.offset_channels) * g.taps + tap);
+  at.channel = static_cast<int>(piece.channel);
+  at.count = static_cast<int>(piece.count);
   at.filters = Min(kN, g.group_filters - filter);
   at.packed = in.packed_filters;
   Sums sums;
@@ -145,20 +151,22 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t kernel = g.taps * g.group_channels * g.filters;
   const int64_t index =
       static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t part = Quotient(index, kernel);
+  const int64_t part = Quotient<uint64_t>(index, kernel);
   if (part >= work.count) return;
   const int64_t element = index - part * kernel;
-  const int64_t row = Quotient(element, g.filters);
+  const int64_t row = Quotient<uint64_t>(element, g.filters);
   const int64_t f = element - row * g.filters;
-  const int64_t tap = Quotient(row, g.group_channels);
-  const int64_t channel = row - tap * g.group_channels +
-                          Quotient(f, g.group_filters) * g.group_channels;
-  const int64_t field = Quotient(channel, g.offset_channels) * g.taps + tap;
+  const int64_t tap = Quotient<uint64_t>(row, g.group_channels);
+  const int64_t channel =
+      row - tap * g.group_channels +
+      Quotient<uint64_t>(f, g.group_filters) * g.group_channels;
+  const int64_t field =
+      Quotient<uint64_t>(channel, g.offset_channels) * g.taps + tap;
   const int64_t end = Min((part + 1) * work.pixels, g.total_pixels);
   E sum = 0;
   for (int64_t p = part * work.pixels; p < end; ++p) {
-    const Pixel<E> pixel = Pixel<E>::At(g, p);
-    const Sample<E> s = Sample<E>::Locate(
+    const Pixel<E> pixel = Pixel<E>::template At<uint64_t>(g, p);
+    const Sample<E> s = Sample<E>::template Locate<uint64_t>(
         g, pixel, tap, Displacement<E>::Read(pixel, field, in.offset, in.mask));
     sum += ColumnAt(g, in, s, channel) * Widen(grad_output[p * g.filters + f]);
   }

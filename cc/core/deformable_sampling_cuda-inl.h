@@ -52,10 +52,12 @@ struct Geometry {
         clamp(p.boundary == Boundary::kClamp) {}
 };
 
-// Quotient of numbers that are not negative; the short division where it will
-// do is several times as fast.
+// Quotient of numbers that are not negative. With I = uint32_t both fit in 32
+// bits: 64 take a subroutine, which costs time and registers. With uint64_t
+// that is found out first.
+template <typename I>
 __host__ __device__ __forceinline__ int64_t Quotient(int64_t a, int64_t b) {
-  if ((a | b) >> 32 == 0) {
+  if (sizeof(I) == 4 || (a | b) >> 32 == 0) {
     return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
   }
   return a / b;
@@ -68,11 +70,12 @@ struct Pixel {
   int64_t image;  // element of `inputs` where its image begins
   int64_t field;  // of its first offset pair; negative: there is no such pixel
 
+  template <typename I>
   __host__ __device__ static Pixel At(const Geometry& g, int64_t index) {
     if (index >= g.total_pixels) return {0, 0, 0, -1};
-    const int64_t n = Quotient(index, g.pixels);
+    const int64_t n = Quotient<I>(index, g.pixels);
     const int64_t in_image = index - n * g.pixels;
-    const int64_t row = Quotient(in_image, g.out_w);
+    const int64_t row = Quotient<I>(in_image, g.out_w);
     const int64_t column = in_image - row * g.out_w;
     return {static_cast<E>(row * g.stride_h - g.pad_top),
             static_cast<E>(column * g.stride_w - g.pad_left), n * g.image,
@@ -114,10 +117,11 @@ struct Sample {
   uint32_t flags;
   int64_t corner;  // element of the top left corner's channel 0 in `inputs`
 
+  template <typename I>
   __host__ __device__ static Sample Locate(const Geometry& g,
                                            const Pixel<E>& pixel, int64_t tap,
                                            const Displacement<E>& d) {
-    const int64_t kh = Quotient(tap, g.kernel_w);
+    const int64_t kh = Quotient<I>(tap, g.kernel_w);
     const int64_t kw = tap - kh * g.kernel_w;
     const E y = pixel.y + static_cast<E>(kh * g.dilation_h) + d.dy;
     const E x = pixel.x + static_cast<E>(kw * g.dilation_w) + d.dx;

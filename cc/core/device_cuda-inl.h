@@ -13,6 +13,7 @@
 #include "cc/core/cuda.h"
 
 #ifdef __CUDACC__
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 namespace tf_deform {
@@ -30,6 +31,10 @@ __device__ __forceinline__ float HalfToFloat(uint16_t bits) {
 
 __device__ __forceinline__ uint16_t FloatToHalf(float value) {
   return __half_as_ushort(__float2half_rn(value));
+}
+
+__device__ __forceinline__ uint16_t FloatToBFloat16(float value) {
+  return __bfloat16_as_ushort(__float2bfloat16_rn(value));
 }
 
 // The nearest number of 10 bits of mantissa, as the tensor cores want it.
@@ -244,10 +249,7 @@ __device__ __forceinline__ void Narrow(float value, Half* to) {
   to->bits = FloatToHalf(value);
 }
 __device__ __forceinline__ void Narrow(float value, BFloat16* to) {
-  const uint32_t bits = FloatToBits(value);
-  to->bits = static_cast<uint16_t>(
-      value != value ? bits >> 16 | 0x40
-                     : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  to->bits = FloatToBFloat16(value);
 }
 
 // kN elements that are read and written at once.

@@ -16,8 +16,7 @@
 namespace tf_deform {
 namespace cuda {
 
-constexpr int kThreads = 256;  // of a block
-constexpr int kWarps = kThreads / 32;
+constexpr int kThreads = 256;  // of a block of kernels without products
 
 // The inner dimension of a step: 64 bytes.
 template <typename T>
@@ -38,15 +37,17 @@ template <typename T, bool kTf32, int kM, int kN, bool kAInnerLast,
           bool kBInnerLast>
 struct Product;
 
-// On the tensor cores. The block's warps are laid out 4 x 2, or 2 x 4 for wide
-// sums, and each has a part of 16 x 8 pieces.
+// On the tensor cores: 16 warps, 4 x 4, or 8 x 2 for narrow sums, each with a
+// part of 16 x 8 pieces. With half as many a thread's sums and the columns that
+// are under way would not fit in its registers.
 template <typename T, bool kTf32, int kM, int kN, bool kAInnerLast,
           bool kBInnerLast>
 struct TensorProduct {
   using A = Panel<T, kM, kAInnerLast>;
   using B = Panel<T, kN, kBInnerLast>;
-  static constexpr int kAcross = kN >= 256 ? 4 : 2;  // warps along columns
-  static constexpr int kDown = kWarps / kAcross;
+  static constexpr int kThreads = 512;               // of the block
+  static constexpr int kAcross = kN >= 128 ? 4 : 2;  // warps along columns
+  static constexpr int kDown = kThreads / 32 / kAcross;
   static constexpr int kPiecesM = kM / kDown / 16;
   static constexpr int kPiecesN = kN / kAcross / 8;
   static constexpr int kDepth = kTf32 ? 8 : 16;  // of an instruction
@@ -186,6 +187,7 @@ template <int kM, int kN, bool kAInnerLast, bool kBInnerLast>
 struct Product<float, false, kM, kN, kAInnerLast, kBInnerLast> {
   using A = Panel<float, kM, kAInnerLast>;
   using B = Panel<float, kN, kBInnerLast>;
+  static constexpr int kThreads = 256;                       // of the block
   static constexpr int kRows = kM / 16, kColumns = kN / 16;  // of a thread
 
   float sums[kRows][kColumns];

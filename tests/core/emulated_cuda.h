@@ -265,6 +265,13 @@ inline uint16_t FloatToHalf(float value) {
   return sign | static_cast<uint16_t>((rounded - (112u << 23)) >> 13);
 }
 
+inline uint16_t FloatToBFloat16(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  if (value != value) return 0x7fff;
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
 inline uint32_t FloatToTf32(float value) {
   uint32_t bits;
   memcpy(&bits, &value, 4);

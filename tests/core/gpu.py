@@ -122,3 +122,23 @@ class Tensor:
         assert (host[: self.start] == 0xFF).all(), "written before a tensor"
         assert (host[end:] == 0xFF).all(), "written behind a tensor"
         return host[self.start : end].view(self.dtype).reshape(self.shape)
+
+
+def call(name: str, arguments) -> None:
+    """Calls an entry point, which reports what is wrong in a message."""
+    message = ctypes.create_string_buffer(512)
+    code = getattr(library(), name)(
+        *arguments, message, ctypes.c_int64(len(message))
+    )
+    if code != 0:
+        raise core.CoreError(message.value.decode())
+
+
+def workspace_bytes(name: str, *arguments) -> int:
+    function = getattr(library(), name)
+    function.restype = ctypes.c_int64
+    return function(*arguments)
+
+
+def workspace(num_bytes: int) -> Tensor:
+    return Tensor(shape=(num_bytes,), dtype=np.uint8)
