@@ -364,10 +364,11 @@ Status DataOf(const DeformableConv2DParams& params, const Geometry& g,
     }
     if constexpr (sizeof(T) < sizeof(E)) {
       if (narrows) {
-        TF_DEFORM_RETURN_IF_ERROR(Launch(
-            "NarrowKernel", NarrowKernel<T>,
-            CeilDiv(images * g.image, kThreads), kThreads, 0, stream, image,
-            images * g.image, static_cast<T*>(gradients.inputs) + n * g.image));
+        TF_DEFORM_RETURN_IF_ERROR(
+            Launch("NarrowKernel", NarrowKernel<T>,
+                   CeilDiv(images * g.image, kThreads * kNarrowed), kThreads, 0,
+                   stream, image, images * g.image,
+                   static_cast<T*>(gradients.inputs) + n * g.image));
       }
     }
   }

@@ -434,11 +434,18 @@ __global__ void __launch_bounds__(kOrderedThreads)
   }
 }
 
+constexpr int kNarrowed = 8;  // elements of a thread
+
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     NarrowKernel(const float* from, int64_t count, T* to) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < count) Narrow(from[i], to + i);
+  const int64_t first =
+      static_cast<int64_t>(blockIdx.x) * (kThreads * kNarrowed) + threadIdx.x;
+#pragma unroll
+  for (int j = 0; j < kNarrowed; ++j) {
+    const int64_t i = first + j * kThreads;
+    if (i < count) Narrow(from[i], to + i);
+  }
 }
 
 }  // namespace cuda

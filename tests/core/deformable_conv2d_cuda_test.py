@@ -164,3 +164,223 @@ def test_agrees_with_reference(seed):
 def test_tf32_agrees_with_reference(seed):
     operands, attributes = random_case(seed)
     check(operands, attributes, ("float32",), TF32, allow_tf32=True)
+
+
+def case(
+    seed,
+    batch,
+    size,
+    channels,
+    filters,
+    kernel_size=(1, 1),
+    groups=1,
+    **attributes,
+):
+    """Operands whose offsets are exact, no integers, and mostly inside."""
+    rng = np.random.default_rng(seed)
+    attributes = {"padding": "same", **attributes}
+    shapes = [(batch, *size, channels)]
+    shapes += [(*kernel_size, channels // groups, filters)]
+    params = core.validate(*shapes, None, **attributes)
+    field = (batch, params.out_h, params.out_w)
+    taps = attributes.get("offset_groups", 1) * kernel_size[0] * kernel_size[1]
+    whole = rng.integers(-2, 3, (*field, 2 * taps))
+    return (
+        rng.normal(size=shapes[0]),
+        rng.normal(size=shapes[1]),
+        whole + rng.integers(2, 15, whole.shape) / 16,
+        rng.normal(size=(*field, taps)),
+        rng.normal(size=(*field, filters)),
+    ), attributes
+
+
+# One below, at, and one past the blocks of pixels (128; 32 or 16 of a step of
+# the gradient of the kernel), of channels (128; 32 or 16 of a step) and of
+# filters (64, 128, 256). In packs of 16 bytes and not.
+@pytest.mark.parametrize("pixels", [1, 31, 33, 127, 128, 129, 257])
+@pytest.mark.parametrize(
+    "channels, filters",
+    [(8, 64), (16, 65), (32, 72), (33, 128), (40, 8), (128, 136), (136, 264)],
+)
+def test_block_edges(pixels, channels, filters):
+    operands, attributes = case(pixels, 1, (1, pixels), channels, filters)
+    for dtype in ("float32", "float16", "bfloat16"):
+        check(operands, attributes, (dtype,))
+    check(operands, attributes, ("float32",), TF32, allow_tf32=True)
+
+
+# Groups of channels that come in packs, that do not, and too small for a
+# product; offset groups that cut across groups.
+@pytest.mark.parametrize(
+    "channels, filters, groups, offset_groups",
+    [
+        (48, 32, 2, 3),
+        (48, 48, 3, 2),
+        (64, 16, 1, 8),
+        (30, 24, 3, 5),
+        (12, 12, 12, 2),
+        (6, 24, 6, 1),
+        (256, 80, 2, 2),
+    ],
+)
+@pytest.mark.parametrize("boundary", ["zeros", "clamp"])
+def test_groups(channels, filters, groups, offset_groups, boundary):
+    operands, attributes = case(
+        7, 2, (5, 9), channels, filters, (3, 2), groups,
+        offset_groups=offset_groups, strides=(1, 2), boundary=boundary,
+    )  # fmt: skip
+    check(operands, attributes)
+    check(operands, attributes, ("float32",), TF32, allow_tf32=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("groups", [1, 20])
+def test_deterministic_gradients(dtype, groups):
+    operands, attributes = case(
+        3, 3, (6, 23), 40, 40, (3, 3), groups, offset_groups=2
+    )
+    exact = rounded(operands, dtype)
+    expected = reference.deformable_conv2d_grad(*exact, **attributes)
+    made = backward(exact, dtype, attributes, deterministic=True)
+    for name, gradient in made.items():
+        assert_close(gradient, getattr(expected, name), dtype, name)
+    again = backward(exact, dtype, attributes, deterministic=True)
+    for name, gradient in made.items():
+        assert gradient.tobytes() == again[name].tobytes(), name
+
+
+def test_one_channel_wide_image():
+    """Left corners in column -1 look like the end of the row before."""
+    operands, attributes = case(5, 2, (7, 1), 3, 2, (2, 2))
+    for deterministic in (False, True):
+        check(operands, attributes, deterministic=deterministic)
+
+
+@pytest.mark.skipif(gpu.ON_GPU, reason="a GPU's threads run as they like")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "channels, filters, groups", [(72, 136, 1), (5, 3, 1), (12, 12, 12)]
+)
+def test_no_barrier_is_missing(dtype, channels, filters, groups):
+    """Threads that run in the opposite order change no bit."""
+    operands, attributes = case(
+        1, 2, (9, 15), channels, filters, (2, 3), groups
+    )
+    exact = rounded(operands, dtype)
+    results = []
+    for backwards in (0, 1):
+        gpu.library().TfDeformEmulatedOrder(backwards)
+        try:
+            made = backward(exact, dtype, attributes, deterministic=True)
+            made["output"] = forward(exact, dtype, attributes)
+        finally:
+            gpu.library().TfDeformEmulatedOrder(0)
+        results.append(made)
+    for name, gradient in results[0].items():
+        assert gradient.tobytes() == results[1][name].tobytes(), name
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_only_wanted_gradients(dtype, deterministic):
+    operands, attributes = case(2, 2, (4, 7), 24, 16, (3, 3))
+    exact = rounded(operands, dtype)
+    together = backward(exact, dtype, attributes, deterministic=deterministic)
+    for wanted in ((), ("inputs",), ("kernel",), ("offset",), ("mask",)):
+        alone = backward(
+            exact, dtype, attributes, wanted, deterministic=deterministic
+        )
+        assert tuple(alone) == wanted
+        for name, gradient in alone.items():
+            if name == "inputs" and not deterministic:  # in any order
+                assert_close(gradient, together[name], dtype, name)
+            else:
+                assert gradient.tobytes() == together[name].tobytes(), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(
+    "batch, size, filters", [(0, (5, 4), 3), (2, (0, 4), 3), (2, (5, 0), 16)]
+)
+def test_nothing_to_compute(dtype, deterministic, batch, size, filters):
+    operands, attributes = case(2, batch, size, 8, filters, (3, 3))
+    check(operands, attributes, (dtype,), deterministic=deterministic)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("boundary", ["zeros", "clamp"])
+@pytest.mark.parametrize("groups", [1, 8])
+def test_not_finite_numbers_are_those_of_the_cpu(dtype, boundary, groups):
+    """NaN and infinity in each operand; samples on and outside of edges."""
+    rng = np.random.default_rng(9)
+    operands, attributes = case(
+        9, 2, (4, 6), 8, 8, (2, 2), groups, boundary=boundary
+    )
+    inputs, kernel, offset, mask, grad_output = operands
+    offset.flat[::3] = rng.choice(
+        [-1, 0, 1, 0.5, -3, 4, 5, np.nan, np.inf, -np.inf],
+        offset.flat[::3].size,
+    )
+    mask.flat[::7] = np.nan
+    mask.flat[3::11] = 0
+    for name, array in (("inputs", inputs), ("grad_output", grad_output)):
+        changed = array.copy()
+        changed.flat[5] = np.inf
+        changed.flat[77] = np.nan
+        made = [inputs, kernel, offset, mask, grad_output]
+        made[0 if name == "inputs" else 4] = changed
+        exact = rounded(made, dtype)
+        outputs = (
+            forward(exact, dtype, attributes),
+            core.forward(*exact[:4], dtype=dtype, **attributes),
+        )
+        np.testing.assert_array_equal(*map(np.isnan, outputs), name)
+        ours = backward(exact, dtype, attributes)
+        theirs = core.backward(*exact, dtype=dtype, **attributes)
+        for gradient in NAMES:
+            finite = np.isfinite(theirs[gradient])
+            np.testing.assert_array_equal(
+                np.isfinite(ours[gradient]), finite, f"{name}: {gradient}"
+            )
+            assert_close(
+                np.where(finite, ours[gradient], 0),
+                np.where(finite, theirs[gradient], 0),
+                dtype,
+                f"{name}: {gradient}",
+            )
+
+
+def test_wide_blocks():
+    """Enough pixels for 256 filters a block."""
+    operands, attributes = case(4, 3, (17, 332), 8, 136)
+    for dtype in ("float16", "bfloat16"):
+        exact = rounded(operands, dtype)
+        expected = reference.deformable_conv2d(*exact[:4], **attributes)
+        output = forward(exact, dtype, attributes)
+        assert_close(output, expected, dtype, dtype)
+
+
+def test_images_that_do_not_fit_in_the_workspace():
+    """Float sums of 16-bit gradients, and columns, in several rounds."""
+    operands, attributes = case(
+        6, 2, (2900, 2903), 1, 2, (1, 1), padding="valid", strides=331
+    )
+    exact = rounded(operands, "float16")
+    expected = reference.deformable_conv2d_grad(*exact, **attributes)
+    for deterministic in (False, True):
+        made = backward(
+            exact, "float16", attributes, deterministic=deterministic
+        )
+        for name, gradient in made.items():
+            wanted = getattr(expected, name)
+            assert_close(gradient, wanted, "float16", name)
+
+
+def test_columns_that_do_not_fit_in_the_workspace():
+    operands, attributes = case(8, 1, (39, 53), 2048, 8, (2, 2))
+    made = [
+        backward(operands, "float32", attributes, ("inputs",), **options)
+        for options in ({}, {"deterministic": True})
+    ]
+    assert_close(made[1]["inputs"], made[0]["inputs"], "float32", "inputs")
