@@ -181,8 +181,13 @@ def core_steps(folder: str, cuda: Cuda | None) -> list[Step]:
     # A name with a letter, like 90a, is for that one GPU: no PTX of it.
     newest = re.sub(r"\D", "", cuda.architectures[-1])
     command.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+    device_steps = _steps(CUDA_SOURCES, folder, command)
+    # Processors that have no source of their own compile for one of the GPUs.
+    threads = (os.cpu_count() or 1) // max(1, len(device_steps))
+    if threads > 1:
+        command.append(f"--threads={threads}")
     # Slowest first: they are what everything else waits for.
-    return _steps(CUDA_SOURCES, folder, command) + steps
+    return device_steps + steps
 
 
 @functools.cache

@@ -86,15 +86,16 @@ def test_import_of_a_package_that_was_not_built(
 
 def test_both_builds_take_the_same_sources():
     root = pathlib.Path(__file__).parent.parent
-    setup, build = (root / "setup.py").read_text(), (root / "BUILD").read_text()
+    setup = (root / "setup.py").read_text() + (root / "cc/build.py").read_text()
+    bazel = (root / "BUILD").read_text()
     for glob in ("cc/core/*.cc", "cc/tf/*.cc"):
         assert f'"{glob}"' in setup
-        assert f'"{glob}"' in build
+        assert f'"{glob}"' in bazel
 
 
 def test_no_flag_ties_the_binary_to_this_processor():
     root = pathlib.Path(__file__).parent.parent
-    for name in ("setup.py", "BUILD", ".bazelrc", "Makefile"):
+    for name in ("setup.py", "cc/build.py", "BUILD", ".bazelrc", "Makefile"):
         assert "-march" not in (root / name).read_text()
 
 
