@@ -22,8 +22,8 @@
 namespace tf_deform {
 namespace cuda {
 
-// The operands, and whether rows of channels or filters come in whole packs of
-// 16 bytes.
+// The operands, and whether rows of channels (in `gradient` too, that of the
+// inputs, if it is not null) or filters come in whole packs of 16 bytes.
 template <typename T>
 struct Operands {
   const T* inputs;
@@ -33,12 +33,12 @@ struct Operands {
   bool packed_channels, packed_filters;
 
   Operands(const Geometry& g, const DeformableConv2DInputs& from,
-           const void* grad_output)
+           const void* grad_output, const void* gradient)
       : inputs(static_cast<const T*>(from.inputs)),
         kernel(static_cast<const T*>(from.kernel)),
         offset(static_cast<const Accumulator<T>*>(from.offset)),
         mask(static_cast<const Accumulator<T>*>(from.mask)),
-        packed_channels(IsAligned(inputs, 16) &&
+        packed_channels(IsAligned(inputs, 16) && IsAligned(gradient, 16) &&
                         g.group_channels % kPack<T> == 0 &&
                         g.offset_channels % kPack<T> == 0),
         packed_filters(IsAligned(kernel, 16) && IsAligned(grad_output, 16) &&

@@ -242,7 +242,7 @@ Status ForwardOf(const DeformableConv2DParams& params,
                  const CudaStream& stream) {
   const Geometry g(params);
   if (g.total_pixels == 0) return Status();
-  const Operands<T> in(g, operands, nullptr);
+  const Operands<T> in(g, operands, nullptr, nullptr);
   T* const to = static_cast<T*>(output);
   if (IsDirect<T>(g)) {
     return Launch("DirectForwardKernel", DirectForwardKernel<T>,
@@ -476,7 +476,7 @@ Status Backward(const DeformableConv2DParams& params, DataType type,
   return WithType(type, [&](auto zero) {
     using T = decltype(zero);
     const T* const gradient = static_cast<const T*>(grad_output);
-    const Operands<T> in(g, operands, grad_output);
+    const Operands<T> in(g, operands, grad_output, gradients.inputs);
     if (g.total_pixels == 0) {
       if (gradients.inputs != nullptr) {
         TF_DEFORM_RETURN_IF_ERROR(Clear(
