@@ -57,6 +57,7 @@ constexpr size_t kStack = 256 * 1024;
 struct Barrier {
   int64_t generation = 0;
   int arrived = 0, expected = 0;
+  int votes = 0, result = 0;  // of __syncthreads_or
 };
 
 struct Copy {
@@ -100,6 +101,8 @@ inline void Wait(Barrier* barrier) {
   if (++barrier->arrived == barrier->expected) {
     barrier->arrived = 0;
     ++barrier->generation;
+    barrier->result = barrier->votes;
+    barrier->votes = 0;
     return;
   }
   thread.waits_for = barrier;
@@ -118,6 +121,11 @@ inline void Enter() {
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 inline void __syncthreads() { emulated::Wait(&emulated::block.barrier); }
+inline int __syncthreads_or(int predicate) {
+  emulated::block.barrier.votes += predicate != 0;
+  __syncthreads();
+  return emulated::block.barrier.result != 0;
+}
 
 namespace emulated {
 
@@ -228,6 +236,12 @@ inline unsigned __ballot_sync(unsigned, int predicate) {
   return bits;
 }
 inline void __syncwarp() { emulated::Wait(&emulated::MyWarp().barrier); }
+// Not carried on into a fused multiply-add; compiled with -ffp-contract=off.
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
+inline uint64_t __umul64hi(uint64_t a, uint64_t b) {
+  return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
+}
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 template <typename E>
