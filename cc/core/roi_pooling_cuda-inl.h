@@ -453,14 +453,21 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   E sum[kN] = {};
   worker.planner.template ForEachWindow<false>(rule, [&] {
     if (worker.count <= 0) return;
-    const T* from = inputs + worker.channel * maps.channel;
-    ForEachTap(maps, rule.width, bin, [&](int64_t at, int a, int b) {
-      E values[kN];
-      LoadWide<kN>(from + at, values);
-      const E weight = bin.y.weight[a] * bin.x.weight[b];
+    const T* from = inputs + bin.map + worker.channel * maps.channel;
+    const int rows = bin.y.count, columns = bin.x.count;
+    for (int a = 0; a < rows; ++a) {
+      const T* row = from + bin.y.at[a] * rule.width * maps.pixel;
+      E in_row[kN] = {};
+#pragma unroll 4
+      for (int b = 0; b < columns; ++b) {
+        E values[kN];
+        LoadWide<kN>(row + bin.x.at[b] * maps.pixel, values);
 #pragma unroll
-      for (int i = 0; i < kN; ++i) sum[i] += weight * values[i];
-    });
+        for (int i = 0; i < kN; ++i) in_row[i] += bin.x.weight[b] * values[i];
+      }
+#pragma unroll
+      for (int i = 0; i < kN; ++i) sum[i] += bin.y.weight[a] * in_row[i];
+    }
   });
   if (worker.count <= 0 || bin.output < 0) return;
   const E share = bin.share;
@@ -700,7 +707,8 @@ struct Packing {
                          static_cast<double>(g.Bins() * g.Depth());
     const double copied =
         2.0 * static_cast<double>(g.batch) * static_cast<double>(image * bytes);
-    if (g.Cells() > 1 && image > 0 && channels * bytes <= 2 * kPackBytes &&
+    if (g.Cells() > 1 && g.batch * image > 0 &&
+        channels * bytes <= 2 * kPackBytes &&
         image * bytes <= kScratchBytes / 2 &&
         reads * static_cast<double>(32 - bytes) > copied) {
       // Filled up to 16 bytes, where that is little.
