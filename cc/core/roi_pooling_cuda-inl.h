@@ -202,15 +202,15 @@ __device__ __forceinline__ void FindTaps(const Rule&, const Span& span,
     // Written so that NaN lies outside.
     if (!(raw >= least && raw <= most)) continue;
     if (is_first) ++samples;
-    if (next != all) continue;  // only counted
+    if (next != all) continue;
     const E place = raw < 0 ? E(0) : raw > last ? last : raw;
     const int here = static_cast<int>(
         Min(static_cast<int64_t>(place), int64_t{span.pixels} - 1));
     if (here != top) {
       if (count + 2 > kTaps) {
         next = k;
-        if (!is_first) break;
-        continue;
+        if (!is_first || Rule::kMeanOfAll) break;
+        continue;  // the others only count
       }
       here_at = here == top + 1 ? up : append(here);
       // The last pixel holds what lies behind it.
@@ -269,21 +269,20 @@ struct Planner {
     span.high = span.pixels;
   }
 
-  // The bin does not exist.
-  __device__ __forceinline__ void PlanNothing() const {
-    taps->start = taps->step = taps->reach = 0;
-    taps->next = taps->all = 0;
-    if (!along_x) bin->output = -1;
-  }
-
-  // Bin (r, ph, pw) of class k. It reads nothing if its ROI lies in none of the
-  // images; then its output is left alone, but for ROIs that lie nowhere, if
-  // the first image is there.
+  // Bin (r, ph, pw) of class k, or none. It reads nothing if its ROI lies in
+  // none of the images; then its output is left alone, but for ROIs that lie
+  // nowhere, if the first image is there.
   template <typename Rule>
   __device__ __forceinline__ void Plan(const Rule& rule, const Maps& maps,
                                        const E* rois, const E* displacements,
-                                       int64_t r, int64_t ph, int64_t pw,
-                                       int64_t k) const {
+                                       bool exists, int64_t r, int64_t ph,
+                                       int64_t pw, int64_t k) const {
+    if (bin == nullptr) return;
+    if (!exists) {
+      taps->next = taps->all = 0;
+      if (!along_x) bin->output = -1;
+      return;
+    }
     const int64_t part =
         (r * rule.part_h + ph * rule.part_h / rule.pooled_h) * rule.part_w +
         pw * rule.part_w / rule.pooled_w;
@@ -317,19 +316,6 @@ struct Planner {
                k * rule.class_channels * maps.channel;
   }
 
-  // The lanes next to each other have a bin's axes.
-  template <typename Rule>
-  __device__ __forceinline__ void SetShare() const {
-    const uint32_t mine = bin == nullptr     ? 0
-                          : Rule::kMeanOfAll ? taps->all
-                                             : taps->samples;
-    const uint32_t other = __shfl_xor_sync(0xffffffffu, mine, 1);
-    if (bin == nullptr || along_x) return;
-    const E samples = static_cast<E>(static_cast<uint64_t>(mine) * other);
-    bin->samples = samples;
-    bin->share = samples > 0 ? 1 / samples : E(0);
-  }
-
   // Calls body() for every window of the bins' taps. All threads of the block
   // call this together; when it returns, all of them have left the last body.
   template <bool kSlopes, typename Rule, typename Body>
@@ -340,7 +326,16 @@ struct Planner {
       if (bin != nullptr && (along_x || next_rows)) {
         FindTaps<kSlopes>(rule, span, taps);
       }
-      SetShare<Rule>();
+      // Of the other axis, which the lane next to this one has.
+      const uint32_t mine = bin == nullptr     ? 0
+                            : Rule::kMeanOfAll ? taps->all
+                                               : taps->samples;
+      const uint32_t other = __shfl_xor_sync(0xffffffffu, mine, 1);
+      if (bin != nullptr && !along_x) {
+        const E samples = static_cast<E>(static_cast<uint64_t>(mine) * other);
+        bin->samples = samples;
+        bin->share = samples > 0 ? 1 / samples : E(0);
+      }
       const bool has_more = bin != nullptr && taps->next < taps->all;
       const bool more_columns = __syncthreads_or(has_more && along_x);
       body();
@@ -419,17 +414,12 @@ struct Worker {
                 blocking.bins) {
     const int64_t tile = blockIdx.x / blocking.slices;
     const int64_t slice = blockIdx.x % blocking.slices;
-    if (planner.bin != nullptr) {
-      const int64_t index = tile * blocking.bins + threadIdx.x / 2;
-      const int64_t place = index / rule.classes, row = place / rule.pooled_w;
-      const int64_t r = row / rule.pooled_h;
-      if (r < rule.num_rois) {
-        planner.Plan(rule, maps, rois, displacements, r, row % rule.pooled_h,
-                     place % rule.pooled_w, index % rule.classes);
-      } else {
-        planner.PlanNothing();
-      }
-    }
+    const int64_t index = tile * blocking.bins + threadIdx.x / 2;
+    const int64_t place = index / rule.classes, row = place / rule.pooled_w;
+    const int64_t r = row / rule.pooled_h;
+    planner.Plan(rule, maps, rois, displacements, r < rule.num_rois, r,
+                 row % rule.pooled_h, place % rule.pooled_w,
+                 index % rule.classes);
     const int i = static_cast<int>(threadIdx.x) / blocking.lanes;
     const int lane = static_cast<int>(threadIdx.x) % blocking.lanes;
     bin = reinterpret_cast<const Bin<E>*>(SharedMemory()) +
@@ -557,29 +547,23 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     sum_y += along_y * bin.share * bin.y.reach;
     sum_x += along_x * bin.share * bin.x.reach;
   };
+  const int64_t index = first + threadIdx.x / 2;  // what it plans
+  const int64_t part = index / rule.classes, part_row = part / rule.part_w;
+  const int64_t part_x = part % rule.part_w, part_y = part_row % rule.part_h;
+  const int64_t r = part_row / rule.part_h;
   // A displacement's bins are at most so many rows and columns.
   const int64_t rows = FirstBin(1, rule.pooled_h, rule.part_h);
   const int64_t columns = FirstBin(1, rule.pooled_w, rule.part_w);
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t column = 0; column < columns; ++column) {
-      if (planner.bin != nullptr) {
-        const int64_t index = first + threadIdx.x / 2;
-        const int64_t part = index / rule.classes, above = part / rule.part_w;
-        const int64_t part_x = part % rule.part_w;
-        const int64_t part_y = above % rule.part_h;
-        const int64_t r = above / rule.part_h;
-        const int64_t ph = FirstBin(part_y, rule.pooled_h, rule.part_h) + row;
-        const int64_t pw =
-            FirstBin(part_x, rule.pooled_w, rule.part_w) + column;
-        if (r < rule.num_rois &&
-            ph < FirstBin(part_y + 1, rule.pooled_h, rule.part_h) &&
-            pw < FirstBin(part_x + 1, rule.pooled_w, rule.part_w)) {
-          planner.Plan(rule, maps, rois, displacements, r, ph, pw,
-                       index % rule.classes);
-        } else {
-          planner.PlanNothing();
-        }
-      }
+      const int64_t ph = FirstBin(part_y, rule.pooled_h, rule.part_h) + row;
+      const int64_t pw = FirstBin(part_x, rule.pooled_w, rule.part_w) + column;
+      const bool exists =
+          r < rule.num_rois &&
+          ph < FirstBin(part_y + 1, rule.pooled_h, rule.part_h) &&
+          pw < FirstBin(part_x + 1, rule.pooled_w, rule.part_w);
+      planner.Plan(rule, maps, rois, displacements, exists, r, ph, pw,
+                   index % rule.classes);
       planner.template ForEachWindow<true>(rule, add);
     }
   }
@@ -609,8 +593,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
                        T* __restrict__ grad_inputs) {
   const int threads = static_cast<int>(blockDim.x);
   const int64_t depth = rule.Depth(), cells = rule.Cells();
-  const int64_t slice = blockIdx.x % tiles.slices;
-  int64_t rest = blockIdx.x / tiles.slices;
+  int64_t rest = blockIdx.x;
+  const int64_t slice = rest % tiles.slices;
+  rest = rest / tiles.slices;
   const int64_t gw = rest % rule.group_w;
   rest = rest / rule.group_w;
   const int64_t gh = rest % rule.group_h;
@@ -659,11 +644,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       for (int64_t k = k_begin; k < k_end; ++k) {
         for (int64_t first = 0; first < rule.num_rois; first += kMaxBins) {
           const int64_t r = first + threadIdx.x / 2;
-          if (planner.bin != nullptr && r < rule.num_rois) {
-            planner.Plan(rule, maps, rois, displacements, r, ph, pw, k);
-          } else if (planner.bin != nullptr) {
-            planner.PlanNothing();
-          }
+          planner.Plan(rule, maps, rois, displacements, r < rule.num_rois, r,
+                       ph, pw, k);
           planner.template ForEachWindow<false>(rule, add);
         }
       }
@@ -699,7 +681,8 @@ struct Packing {
   Divider tiles;  // of an image
   int64_t shared_bytes;
 
-  Packing(const RoiGeometry& g, int64_t bytes) : depth(0), tiles(1) {
+  Packing(const RoiGeometry& g, int64_t bytes)
+      : depth(0), tile(0), tiles(1), shared_bytes(0) {
     const int64_t channels = g.Cells() * g.Depth();
     image = g.Image();
     // What bins of nine pixels read, against a copy of all images.
@@ -770,8 +753,8 @@ __global__ void __launch_bounds__(kPackThreads)
     PackKernel(RoiGeometry g, Packing packing, const From* __restrict__ from,
                To* __restrict__ to) {
   From* shared = reinterpret_cast<From*>(SharedMemory());
-  const int64_t image = blockIdx.x / packing.tiles;
-  const int64_t first = blockIdx.x % packing.tiles * packing.tile;
+  const int64_t block = blockIdx.x, image = block / packing.tiles;
+  const int64_t first = block % packing.tiles * packing.tile;
   const int pixels = static_cast<int>(Min(packing.tile, g.Pixels() - first));
   const int64_t channels = g.Cells() * g.Depth();
   const int64_t plain = (image * g.Pixels() + first) * channels;
