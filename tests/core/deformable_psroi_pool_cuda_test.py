@@ -185,7 +185,7 @@ def test_bad_batch_indices_are_padding():
 def test_more_images_than_the_workspace_holds(deterministic):
     """Three images of 24 MiB, repacked or summed up, two at a time."""
     rng = np.random.default_rng(0)
-    num_rois, size, output_dim = 30, (78, 79), 512
+    num_rois, size, output_dim = 50, (78, 79), 512
     rois = roi_reference.draw_rois(rng, 3, size, 0.5, num_rois)
     operands = core.rounded(
         (
@@ -204,7 +204,10 @@ def test_more_images_than_the_workspace_holds(deterministic):
         part_size=1,
         sample_per_part=1,
     )
-    roi_gpu.check_against_cpu(OP, operands, attributes, ["float32"])
+    options = dict(deterministic=deterministic)
+    dtypes = ["float32"]
+    roi_gpu.check_against_cpu(OP, operands, attributes, dtypes, **options)
+    assert roi_gpu.workspace_bytes == 2 * operands[0][0].nbytes
 
 
 @pytest.mark.skipif(not gpu.ON_GPU, reason="of 4 GB")

@@ -140,7 +140,11 @@ def test_more_images_than_the_workspace_holds(deterministic):
         "float16",
     )
     attributes = dict(spatial_scale=0.5, pooled_size=(2, 1), sampling_ratio=1)
-    roi_gpu.check_against_cpu(OP, operands, attributes, ["float16"])
+    options = dict(deterministic=deterministic)
+    dtypes = ["float16"]
+    roi_gpu.check_against_cpu(OP, operands, attributes, dtypes, **options)
+    if not deterministic:
+        assert roi_gpu.workspace_bytes == 2 * 2 * operands[0][0].nbytes
 
 
 @pytest.mark.skipif(not gpu.ON_GPU, reason="of 4 GB")

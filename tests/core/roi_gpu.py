@@ -37,6 +37,20 @@ def _pointers(kind, tensors):
     return kind(*(None if t is None else t.pointer for t in tensors))
 
 
+# Of the latest call.
+workspace_bytes = 0
+
+
+def _workspace(name, params, number, *arguments):
+    global workspace_bytes
+    arguments = [ctypes.byref(argument) for argument in arguments]
+    workspace_bytes = gpu.workspace_bytes(
+        name, ctypes.byref(params), number, *arguments
+    )
+    assert workspace_bytes <= 64 << 20
+    return gpu.workspace(workspace_bytes)
+
+
 def _widened(array, dtype):
     return core.from_bfloat16(array) if dtype == "bfloat16" else array
 
@@ -71,11 +85,7 @@ def forward(
     if psroi:
         results.append(ctypes.c_void_p(counts.pointer if count else None))
     name, number = f"TfDeform{op}Cuda", core.DTYPES[dtype]
-    workspace = gpu.workspace(
-        gpu.workspace_bytes(
-            f"{name}WorkspaceBytes", ctypes.byref(params), number
-        )
-    )
+    workspace = _workspace(f"{name}WorkspaceBytes", params, number)
     gpu.call(
         f"{name}Forward",
         [
@@ -116,14 +126,8 @@ def backward(
     gradients = _pointers(core.ROIGradients, map(results.get, NAMES))
     name, number = f"TfDeform{op}Cuda", core.DTYPES[dtype]
     stream = gpu.stream(**options)
-    workspace = gpu.workspace(
-        gpu.workspace_bytes(
-            f"{name}BackwardWorkspaceBytes",
-            ctypes.byref(params),
-            number,
-            ctypes.byref(gradients),
-            ctypes.byref(stream),
-        )
+    workspace = _workspace(
+        f"{name}BackwardWorkspaceBytes", params, number, gradients, stream
     )
     gpu.call(
         f"{name}Backward",
