@@ -687,7 +687,8 @@ struct Packing {
     image = g.Image();
     // What bins of nine pixels read, against a copy of all images.
     const double reads = 9.0 * static_cast<double>(g.num_rois) *
-                         static_cast<double>(g.Bins() * g.Depth());
+                         static_cast<double>(g.Bins()) *
+                         static_cast<double>(g.Depth());
     const double copied =
         2.0 * static_cast<double>(g.batch) * static_cast<double>(image * bytes);
     if (g.Cells() > 1 && g.batch * image > 0 &&

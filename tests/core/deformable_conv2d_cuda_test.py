@@ -20,14 +20,20 @@ OP = "TfDeformDeformableConv2DCuda"
 DTYPES = tuple(TOLERANCES)
 
 
+def tensor_of(misaligned, array=None, **kwargs):
+    """Aligned to one element only, if wanted."""
+    dtype = kwargs.get("dtype") if array is None else array.dtype
+    offset = np.dtype(dtype).itemsize if misaligned else 0
+    return gpu.Tensor(array, offset=offset, **kwargs)
+
+
 def prepare(operands, dtype, attributes, misaligned):
     *arrays, grad_output = operands
     stored, params, coordinates = core._prepare(
         *arrays, dtype, grad_output, attributes
     )
-    size = stored[0].dtype.itemsize if misaligned else 0
     tensors = [
-        None if array is None else gpu.Tensor(array, offset=size)
+        None if array is None else tensor_of(misaligned, array)
         for array in stored
     ]
     pointers = core.Pointers(
@@ -49,10 +55,10 @@ def forward(operands, dtype, attributes, misaligned=False, **stream):
     tensors, pointers, params, _ = prepare(
         operands, dtype, attributes, misaligned
     )
-    output = gpu.Tensor(
+    output = tensor_of(
+        misaligned,
         shape=(params.batch, params.out_h, params.out_w, params.filters),
         dtype=stored_dtype(dtype),
-        offset=np.dtype(stored_dtype(dtype)).itemsize if misaligned else 0,
     )
     number = core.DTYPES[dtype]
     size = gpu.workspace_bytes(
@@ -82,10 +88,8 @@ def backward(
     )
     dtypes = (dtype, dtype, coordinates, coordinates)
     results = {
-        name: gpu.Tensor(
-            shape=tensor.shape,
-            dtype=stored_dtype(kind),
-            offset=tensors[0].dtype.itemsize if misaligned else 0,
+        name: tensor_of(
+            misaligned, shape=tensor.shape, dtype=stored_dtype(kind)
         )
         for name, tensor, kind in zip(NAMES, tensors, dtypes, strict=True)
         if name in wanted and tensor is not None
@@ -93,10 +97,7 @@ def backward(
     gradients = core.Pointers(
         *(results[n].pointer if n in results else None for n in NAMES)
     )
-    gradient = gpu.Tensor(
-        core._stored(operands[4], dtype),
-        offset=tensors[0].dtype.itemsize if misaligned else 0,
-    )
+    gradient = tensor_of(misaligned, core._stored(operands[4], dtype))
     number = core.DTYPES[dtype]
     options = gpu.stream(**stream)
     size = gpu.workspace_bytes(
