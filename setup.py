@@ -17,8 +17,9 @@ from setuptools.command.build_py import build_py
 
 VERSION = "0.1.0"
 ROOT = os.path.dirname(os.path.abspath(__file__))
-# The same glob as in BUILD: a new op edits no build file.
+# The same globs as in BUILD: a new op edits no build file.
 OPS_SOURCES = "cc/tf/*.cc"
+XLA_SOURCES = "cc/xla/*.cc"
 
 sys.path.insert(0, ROOT)
 from cc import build  # noqa: E402
@@ -39,6 +40,17 @@ TENSORFLOW_FLAGS = [
     f"-isystem{flag[2:]}" if flag.startswith("-I") else flag
     for flag in tf.sysconfig.get_compile_flags()
 ] + ["-Wno-deprecated-declarations"]
+
+TENSORFLOW_INCLUDE = tf.sysconfig.get_include()
+# The ops inside jit_compile=True: older TensorFlow has no header for that.
+XLA = os.path.exists(os.path.join(TENSORFLOW_INCLUDE, "xla/ffi/api/ffi.h"))
+XLA_FLAGS = [
+    f"-isystem{os.path.join(TENSORFLOW_INCLUDE, 'external', folder)}"
+    for folder in ("highwayhash", "farmhash_archive/src")
+]
+# `import tensorflow` has loaded both libraries before.
+LINK_FLAGS = tf.sysconfig.get_link_flags()
+LINK_FLAGS += ["-l:libtensorflow_cc.so.2"] if XLA else []
 
 
 @functools.cache
@@ -61,16 +73,15 @@ class BuildExtension(build_ext):
         folder = os.path.abspath(self.build_temp)
         core = build.core_steps(folder, cuda)
         # The paths of TensorFlow's headers do not tell its version.
-        ops = build.cxx_steps(
-            OPS_SOURCES,
-            os.path.join(folder, f"tensorflow-{tf.__version__}"),
-            cuda,
-            TENSORFLOW_FLAGS,
-        )
+        ops_folder = os.path.join(folder, f"tensorflow-{tf.__version__}")
+        ops = build.cxx_steps(OPS_SOURCES, ops_folder, cuda, TENSORFLOW_FLAGS)
+        if XLA:
+            flags = [*TENSORFLOW_FLAGS, *XLA_FLAGS]
+            ops += build.cxx_steps(XLA_SOURCES, ops_folder, cuda, flags)
         objects = build.compile_all([*core, *ops])
         for name, parts, flags in (
             ("tf_deform._core", objects[: len(core)], ["-lpthread"]),
-            ("tf_deform._ops", objects, tf.sysconfig.get_link_flags()),
+            ("tf_deform._ops", objects, LINK_FLAGS),
         ):
             build.link(self.get_ext_fullpath(name), parts, cuda, flags)
 
@@ -94,6 +105,7 @@ class BuildPython(build_py):
                 f'TENSORFLOW_VERSION = "{tf.__version__}"\n'
                 f"CUDA_VERSION: str | None = {version}\n"
                 f"CUDA_ARCHITECTURES: str | None = {architectures}\n"
+                f"XLA = {XLA}\n"
             )
 
 

@@ -75,6 +75,9 @@ struct DeformablePSROIPoolInputs {
   const void* inputs = nullptr;
   const void* rois = nullptr;
   const void* trans = nullptr;  // null: no displacement
+  // A ROI whose batch index is no integer or not below batch counts as padding,
+  // as always on a GPU; otherwise it is an error.
+  bool bad_rois_are_padding = false;
 };
 
 // Where the gradients go, each shaped and typed like its operand and
@@ -103,7 +106,8 @@ int64_t BackwardWorkspaceBytes(const DeformablePSROIPoolParams& params,
 // Writes `output` and, if it is not null, `count`. `workspace` is aligned to 64
 // bytes and as large as WorkspaceBytes(params, type, parallel_for.num_workers)
 // says. The result does not depend on the number of workers, to the bit. An
-// error if a batch index is no integer or not below batch.
+// error if a batch index is no integer or not below batch, unless such ROIs are
+// padding.
 Status Forward(const DeformablePSROIPoolParams& params, DataType type,
                const DeformablePSROIPoolInputs& operands, void* workspace,
                void* output, float* count, const ParallelFor& parallel_for);

@@ -18,6 +18,7 @@ Status CheckOperands(const DeformablePSROIPoolParams& params, DataType type,
   TF_DEFORM_RETURN_IF_ERROR(
       CheckCall(type, {params.batch, params.height, params.width,
                        params.channels, params.num_rois, params.num_classes}));
+  if (operands.bad_rois_are_padding) return Status();
   return CheckBatchIndices(operands.rois, type, params.num_rois, params.batch);
 }
 

@@ -67,6 +67,9 @@ struct DeformableROIAlignInputs {
   const void* inputs = nullptr;
   const void* rois = nullptr;
   const void* offset = nullptr;  // null: no displacement
+  // A ROI whose batch index is no integer or not below batch counts as padding,
+  // as always on a GPU; otherwise it is an error.
+  bool bad_rois_are_padding = false;
 };
 
 // Where the gradients go, each shaped and typed like its operand and
@@ -94,7 +97,7 @@ int64_t BackwardWorkspaceBytes(const DeformableROIAlignParams& params,
 // Writes `output`. `workspace` is aligned to 64 bytes and as large as
 // WorkspaceBytes(params, type, parallel_for.num_workers) says. The result does
 // not depend on the number of workers, to the bit. An error if a batch index is
-// no integer or not below batch.
+// no integer or not below batch, unless such ROIs are padding.
 Status Forward(const DeformableROIAlignParams& params, DataType type,
                const DeformableROIAlignInputs& operands, void* workspace,
                void* output, const ParallelFor& parallel_for);

@@ -95,13 +95,17 @@ static inline bool IsFinite(E value) {
   return value - value == 0;
 }
 
-// The image that a ROI lies in; -1 for padding, for corners that are not
-// finite, and if images have no pixels.
+// The image that a ROI lies in; -1 for padding, for batch indices that are no
+// image's, for corners that are not finite, and if images have no pixels.
 template <typename E>
 static inline int64_t ImageOf(const RoiGeometry& g, const E* roi) {
-  const bool counts = roi[0] >= 0 && IsFinite(roi[1]) && IsFinite(roi[2]) &&
+  const E index = roi[0];
+  const bool counts = index >= 0 && index < static_cast<E>(g.batch) &&
+                      IsFinite(roi[1]) && IsFinite(roi[2]) &&
                       IsFinite(roi[3]) && IsFinite(roi[4]) && g.Pixels() > 0;
-  return counts ? static_cast<int64_t>(roi[0]) : -1;
+  if (!counts) return -1;
+  const int64_t image = static_cast<int64_t>(index);
+  return image < g.batch && static_cast<E>(image) == index ? image : -1;
 }
 
 // Rows or columns that a window holds.

@@ -1,10 +1,10 @@
 // Deformable convolution in TensorFlow: ops, shape functions, kernels.
 // SPDX-License-Identifier: Apache-2.0
 
+#include "cc/tf/deformable_conv2d_op.h"
+
 #include <atomic>
 #include <cstdint>
-#include <string>
-#include <type_traits>
 #include <vector>
 
 #include "cc/core/deformable_conv2d.h"
@@ -25,56 +25,6 @@ using ::tensorflow::Tensor;
 using ::tensorflow::TensorShape;
 using ::tensorflow::shape_inference::InferenceContext;
 using ::tensorflow::shape_inference::ShapeHandle;
-
-// Reads the attributes that both ops have; `Source` is an InferenceContext or
-// an OpKernelConstruction.
-template <typename Source>
-tensorflow::Status ReadAttributes(Source* source,
-                                  DeformableConv2DParams* params) {
-  std::vector<int64_t> paddings;
-  std::string padding, boundary;
-  TF_RETURN_IF_ERROR(
-      GetPair(source, "strides", &params->stride_h, &params->stride_w));
-  TF_RETURN_IF_ERROR(
-      GetPair(source, "dilations", &params->dilation_h, &params->dilation_w));
-  TF_RETURN_IF_ERROR(source->GetAttr("explicit_paddings", &paddings));
-  TF_RETURN_IF_ERROR(source->GetAttr("offset_groups", &params->offset_groups));
-  TF_RETURN_IF_ERROR(source->GetAttr("padding", &padding));
-  TF_RETURN_IF_ERROR(source->GetAttr("boundary", &boundary));
-  if (padding == "VALID") {
-    params->padding = Padding::kValid;
-  } else if (padding == "SAME") {
-    params->padding = Padding::kSame;
-  } else if (padding == "EXPLICIT") {
-    params->padding = Padding::kExplicit;
-  } else {
-    return tensorflow::errors::InvalidArgument(
-        "Expected `padding` to be VALID, SAME or EXPLICIT. Received: ",
-        padding);
-  }
-  if (boundary == "zeros") {
-    params->boundary = Boundary::kZeros;
-  } else if (boundary == "clamp") {
-    params->boundary = Boundary::kClamp;
-  } else {
-    return tensorflow::errors::InvalidArgument(
-        "Expected `boundary` to be zeros or clamp. Received: ", boundary);
-  }
-  const bool is_explicit = params->padding == Padding::kExplicit;
-  if (paddings.size() != (is_explicit ? 4 : 0)) {
-    return tensorflow::errors::InvalidArgument(
-        "Expected `explicit_paddings` to hold (top, bottom, left, right) with "
-        "padding EXPLICIT and nothing otherwise. Received: ",
-        paddings.size(), " values with padding ", padding);
-  }
-  if (is_explicit) {
-    params->pad_top = paddings[0];
-    params->pad_bottom = paddings[1];
-    params->pad_left = paddings[2];
-    params->pad_right = paddings[3];
-  }
-  return tensorflow::Status();
-}
 
 // Judges what the graph knows and fills `params` as far as that goes.
 tensorflow::Status InferParams(InferenceContext* context, bool has_gradient,
@@ -169,34 +119,6 @@ class DeformableConv2DKernel : public OpKernel {
   int num_mask_;
   DeformableConv2DParams attributes_;
 };
-
-// The core on both devices, by what it runs on there.
-using cpu::Backward;
-using cpu::Forward;
-
-int64_t WorkspaceBytes(const DeformableConv2DParams& params, DataType type,
-                       const ParallelFor& parallel_for) {
-  return cpu::WorkspaceBytes(params, type, parallel_for.num_workers);
-}
-
-int64_t BackwardWorkspaceBytes(const DeformableConv2DParams& params,
-                               DataType type,
-                               const DeformableConv2DGradients& wanted,
-                               const ParallelFor& parallel_for) {
-  return cpu::BackwardWorkspaceBytes(params, type, wanted,
-                                     parallel_for.num_workers);
-}
-
-#ifdef TF_DEFORM_CUDA
-using cuda::Backward;
-using cuda::BackwardWorkspaceBytes;
-using cuda::Forward;
-
-int64_t WorkspaceBytes(const DeformableConv2DParams& params, DataType type,
-                       const CudaStream&) {
-  return cuda::WorkspaceBytes(params, type);
-}
-#endif
 
 // Executor: ParallelFor on the CPU, CudaStream on a GPU.
 template <typename Executor>

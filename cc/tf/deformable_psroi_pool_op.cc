@@ -1,6 +1,8 @@
 // Deformable position-sensitive ROI pooling in TensorFlow: ops, shape
 // functions, kernels. SPDX-License-Identifier: Apache-2.0
 
+#include "cc/tf/deformable_psroi_pool_op.h"
+
 #include <atomic>
 #include <cstdint>
 #include <vector>
@@ -23,24 +25,6 @@ using ::tensorflow::Tensor;
 using ::tensorflow::TensorShape;
 using ::tensorflow::shape_inference::InferenceContext;
 using ::tensorflow::shape_inference::ShapeHandle;
-
-// Reads the attributes that both ops have; `Source` is an InferenceContext or
-// an OpKernelConstruction.
-template <typename Source>
-tensorflow::Status ReadAttributes(Source* source,
-                                  DeformablePSROIPoolParams* params) {
-  TF_RETURN_IF_ERROR(
-      GetDouble(source, "spatial_scale", &params->spatial_scale));
-  TF_RETURN_IF_ERROR(GetDouble(source, "trans_std", &params->trans_std));
-  TF_RETURN_IF_ERROR(source->GetAttr("output_dim", &params->output_dim));
-  TF_RETURN_IF_ERROR(
-      source->GetAttr("sample_per_part", &params->sample_per_part));
-  TF_RETURN_IF_ERROR(
-      GetPair(source, "pooled_size", &params->pooled_h, &params->pooled_w));
-  TF_RETURN_IF_ERROR(
-      GetPair(source, "group_size", &params->group_h, &params->group_w));
-  return GetPair(source, "part_size", &params->part_h, &params->part_w);
-}
 
 // Judges what the graph knows and fills `params` as far as that goes.
 tensorflow::Status InferParams(InferenceContext* context, bool has_gradient,
@@ -134,34 +118,6 @@ class DeformablePSROIPoolKernel : public OpKernel {
   int num_trans_;
   DeformablePSROIPoolParams attributes_;
 };
-
-// The core on both devices, by what it runs on there.
-using cpu::Backward;
-using cpu::Forward;
-
-int64_t WorkspaceBytes(const DeformablePSROIPoolParams& params, DataType type,
-                       const ParallelFor& parallel_for) {
-  return cpu::WorkspaceBytes(params, type, parallel_for.num_workers);
-}
-
-int64_t BackwardWorkspaceBytes(const DeformablePSROIPoolParams& params,
-                               DataType type,
-                               const DeformablePSROIPoolGradients& wanted,
-                               const ParallelFor& parallel_for) {
-  return cpu::BackwardWorkspaceBytes(params, type, wanted,
-                                     parallel_for.num_workers);
-}
-
-#ifdef TF_DEFORM_CUDA
-using cuda::Backward;
-using cuda::BackwardWorkspaceBytes;
-using cuda::Forward;
-
-int64_t WorkspaceBytes(const DeformablePSROIPoolParams& params, DataType type,
-                       const CudaStream&) {
-  return cuda::WorkspaceBytes(params, type);
-}
-#endif
 
 // Executor: ParallelFor on the CPU, CudaStream on a GPU.
 template <typename Executor>

@@ -1,6 +1,8 @@
 // Deformable ROIAlign in TensorFlow: ops, shape
 // functions, kernels. SPDX-License-Identifier: Apache-2.0
 
+#include "cc/tf/deformable_roi_align_op.h"
+
 #include <atomic>
 #include <cstdint>
 #include <vector>
@@ -23,19 +25,6 @@ using ::tensorflow::Tensor;
 using ::tensorflow::TensorShape;
 using ::tensorflow::shape_inference::InferenceContext;
 using ::tensorflow::shape_inference::ShapeHandle;
-
-// Reads the attributes that both ops have; `Source` is an InferenceContext or
-// an OpKernelConstruction.
-template <typename Source>
-tensorflow::Status ReadAttributes(Source* source,
-                                  DeformableROIAlignParams* params) {
-  TF_RETURN_IF_ERROR(
-      GetDouble(source, "spatial_scale", &params->spatial_scale));
-  TF_RETURN_IF_ERROR(GetDouble(source, "gamma", &params->gamma));
-  TF_RETURN_IF_ERROR(
-      source->GetAttr("sampling_ratio", &params->sampling_ratio));
-  return GetPair(source, "pooled_size", &params->pooled_h, &params->pooled_w);
-}
 
 // Judges what the graph knows and fills `params` as far as that goes.
 tensorflow::Status InferParams(InferenceContext* context, bool has_gradient,
@@ -128,34 +117,6 @@ class DeformableROIAlignKernel : public OpKernel {
   int num_offset_;
   DeformableROIAlignParams attributes_;
 };
-
-// The core on both devices, by what it runs on there.
-using cpu::Backward;
-using cpu::Forward;
-
-int64_t WorkspaceBytes(const DeformableROIAlignParams& params, DataType type,
-                       const ParallelFor& parallel_for) {
-  return cpu::WorkspaceBytes(params, type, parallel_for.num_workers);
-}
-
-int64_t BackwardWorkspaceBytes(const DeformableROIAlignParams& params,
-                               DataType type,
-                               const DeformableROIAlignGradients& wanted,
-                               const ParallelFor& parallel_for) {
-  return cpu::BackwardWorkspaceBytes(params, type, wanted,
-                                     parallel_for.num_workers);
-}
-
-#ifdef TF_DEFORM_CUDA
-using cuda::Backward;
-using cuda::BackwardWorkspaceBytes;
-using cuda::Forward;
-
-int64_t WorkspaceBytes(const DeformableROIAlignParams& params, DataType type,
-                       const CudaStream&) {
-  return cuda::WorkspaceBytes(params, type);
-}
-#endif
 
 // Executor: ParallelFor on the CPU, CudaStream on a GPU.
 template <typename Executor>

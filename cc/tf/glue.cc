@@ -3,13 +3,10 @@
 
 #include "cc/tf/glue.h"
 
-#include <algorithm>
-#include <atomic>
 #include <chrono>
-#include <condition_variable>
 #include <memory>
-#include <mutex>
 
+#include "cc/tf/loop.h"
 #include "tensorflow/core/framework/device_base.h"
 #include "tensorflow/core/lib/core/threadpool.h"
 #include "tensorflow/core/platform/errors.h"
@@ -23,34 +20,6 @@ namespace {
 // How long the caller leaves a loop to the pool before it lends a hand.
 constexpr std::chrono::milliseconds kPatience(20);
 
-// One loop handed out to a pool. Shared by its workers, which may start only
-// after the loop is over: they find no index left and touch nothing else.
-struct Loop {
-  int64_t num_tasks;
-  ParallelFor::Task task;
-  void* argument;
-  int num_workers;
-  std::atomic<int> started{0};
-  std::atomic<int64_t> next{0};
-  std::atomic<int64_t> finished{0};
-  std::mutex mutex;
-  std::condition_variable all_finished;
-
-  bool Finished() const { return finished.load() == num_tasks; }
-
-  void Work() {
-    const int worker = started.fetch_add(1);
-    if (worker >= num_workers) return;  // others have taken every place
-    for (int64_t index; (index = next.fetch_add(1)) < num_tasks;) {
-      task(argument, index, worker);
-      if (finished.fetch_add(1) + 1 == num_tasks) {
-        std::lock_guard<std::mutex> lock(mutex);
-        all_finished.notify_all();
-      }
-    }
-  }
-};
-
 // The pool's threads do the work and the caller sleeps: a caller that works
 // keeps the processor on which it has just woken a thread, and a system may
 // leave that thread behind it in the queue until its next tick, while other
@@ -61,24 +30,15 @@ struct Loop {
 void RunOnPool(void* context, int64_t num_tasks, ParallelFor::Task task,
                void* argument) {
   auto* pool = static_cast<tensorflow::thread::ThreadPool*>(context);
-  auto loop = std::make_shared<Loop>();
-  loop->num_tasks = num_tasks;
-  loop->task = task;
-  loop->argument = argument;
-  loop->num_workers =
-      static_cast<int>(std::min<int64_t>(pool->NumThreads(), num_tasks));
+  const auto loop =
+      std::make_shared<Loop>(pool->NumThreads(), num_tasks, task, argument);
   const bool works = pool->CurrentThreadId() >= 0;
-  for (int helper = works ? 1 : 0; helper < loop->num_workers; ++helper) {
+  for (int helper = works ? 1 : 0; helper < loop->num_workers(); ++helper) {
     pool->Schedule([loop] { loop->Work(); });
   }
-  const auto finished = [&] { return loop->Finished(); };
-  if (!works) {
-    std::unique_lock<std::mutex> lock(loop->mutex);
-    if (loop->all_finished.wait_for(lock, kPatience, finished)) return;
-  }
+  if (!works && loop->WaitFor(kPatience)) return;
   loop->Work();
-  std::unique_lock<std::mutex> lock(loop->mutex);
-  loop->all_finished.wait(lock, finished);
+  loop->Wait();
 }
 
 }  // namespace

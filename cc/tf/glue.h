@@ -1,23 +1,18 @@
-// What every op's TensorFlow glue shares: shapes, status, threads, types.
+// What every op's TensorFlow glue shares: shapes, threads, types, outputs.
 // SPDX-License-Identifier: Apache-2.0
 
 #ifndef TF_DEFORM_CC_TF_GLUE_H_
 #define TF_DEFORM_CC_TF_GLUE_H_
 
 #include <atomic>
-#include <string>
-#include <vector>
 
 #include "cc/core/common.h"
+#include "cc/tf/attributes.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/shape_inference.h"
 #include "tensorflow/core/framework/tensor.h"
-#include "tensorflow/core/platform/errors.h"
 
 namespace tf_deform {
-
-// The core's verdict as TensorFlow's.
-tensorflow::Status ToTensorFlow(const Status& status);
 
 // A shape as the core judges it, unknown where the graph does not tell.
 Shape ToShape(const tensorflow::TensorShape& shape);
@@ -49,10 +44,6 @@ tensorflow::shape_inference::DimensionHandle OutputDim(
     tensorflow::shape_inference::InferenceContext* context, int64_t size,
     tensorflow::shape_inference::ShapeHandle operand, int axis);
 
-// The attribute `wanted` of a gradient op has an entry for each output.
-tensorflow::Status CheckWanted(const std::vector<bool>& wanted,
-                               int num_outputs);
-
 // Allocates a gradient op's output, shaped like an input, and counts it; an
 // unwanted one comes out empty. `target` stays as it is if nothing is to be
 // computed: not wanted, pruned from the graph, or without elements.
@@ -60,50 +51,6 @@ tensorflow::Status AllocateGradient(tensorflow::OpKernelContext* context,
                                     int output, int input, bool wanted,
                                     void** target,
                                     std::atomic<int64_t>* computed);
-
-// The readers of attributes below take an InferenceContext or an
-// OpKernelConstruction.
-
-// The length of the optional operand `name`, a list of one tensor or none.
-template <typename Source>
-tensorflow::Status GetOptional(Source* source, const std::string& name,
-                               int* number) {
-  TF_RETURN_IF_ERROR(source->GetAttr("num_" + name, number));
-  if (*number <= 1) return tensorflow::Status();
-  return tensorflow::errors::InvalidArgument(
-      "Expected `", name, "` to hold at most one tensor. Received: ", *number);
-}
-
-// A pair (height, width).
-template <typename Source>
-tensorflow::Status GetPair(Source* source, const std::string& name,
-                           int64_t* height, int64_t* width) {
-  std::vector<int64_t> values;
-  TF_RETURN_IF_ERROR(source->GetAttr(name, &values));
-  if (values.size() != 2) {
-    return tensorflow::errors::InvalidArgument(
-        "Expected `", name,
-        "` to be a pair (height, width). Received: ", values.size(), " values");
-  }
-  *height = values[0];
-  *width = values[1];
-  return tensorflow::Status();
-}
-
-// A number as a sum of floats: attributes have no doubles.
-template <typename Source>
-tensorflow::Status GetDouble(Source* source, const std::string& name,
-                             double* value) {
-  std::vector<float> parts;
-  TF_RETURN_IF_ERROR(source->GetAttr(name, &parts));
-  if (parts.empty()) {
-    return tensorflow::errors::InvalidArgument(
-        "Expected `", name, "` to be a number. Received: an empty list");
-  }
-  *value = 0;
-  for (float part : parts) *value += part;
-  return tensorflow::Status();
-}
 
 // Registers ForwardKernel and BackwardKernel, templates of what they run on,
 // for one device, TensorFlow's DEVICE_`device`, and all types.

@@ -315,7 +315,11 @@ class ROIAlignParams(ctypes.Structure):
 
 class ROIOperands(ctypes.Structure):
     _fields_ = [
-        (name, ctypes.c_void_p) for name in ("inputs", "rois", "displacement")
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("inputs", "rois", "displacement")
+        ),
+        ("bad_rois_are_padding", ctypes.c_bool),
     ]
 
 

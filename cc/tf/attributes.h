@@ -1,0 +1,72 @@
+// Attributes of ops, as TensorFlow glue and XLA glue read them.
+// SPDX-License-Identifier: Apache-2.0
+//
+// Nothing here needs a kernel or a graph, whose headers take long to compile.
+
+#ifndef TF_DEFORM_CC_TF_ATTRIBUTES_H_
+#define TF_DEFORM_CC_TF_ATTRIBUTES_H_
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "cc/core/common.h"
+#include "tensorflow/core/platform/errors.h"
+#include "tensorflow/core/platform/status.h"
+
+namespace tf_deform {
+
+// The core's verdict as TensorFlow's.
+tensorflow::Status ToTensorFlow(const Status& status);
+
+// The attribute `wanted` of a gradient op has an entry for each output.
+tensorflow::Status CheckWanted(const std::vector<bool>& wanted,
+                               int num_outputs);
+
+// `Source` below is an InferenceContext, an OpKernelConstruction, or what XLA
+// glue reads attributes from.
+
+// The length of the optional operand `name`, a list of one tensor or none.
+template <typename Source>
+tensorflow::Status GetOptional(Source* source, const std::string& name,
+                               int* number) {
+  TF_RETURN_IF_ERROR(source->GetAttr("num_" + name, number));
+  if (*number <= 1) return tensorflow::Status();
+  return tensorflow::errors::InvalidArgument(
+      "Expected `", name, "` to hold at most one tensor. Received: ", *number);
+}
+
+// A pair (height, width).
+template <typename Source>
+tensorflow::Status GetPair(Source* source, const std::string& name,
+                           int64_t* height, int64_t* width) {
+  std::vector<int64_t> values;
+  TF_RETURN_IF_ERROR(source->GetAttr(name, &values));
+  if (values.size() != 2) {
+    return tensorflow::errors::InvalidArgument(
+        "Expected `", name,
+        "` to be a pair (height, width). Received: ", values.size(), " values");
+  }
+  *height = values[0];
+  *width = values[1];
+  return tensorflow::Status();
+}
+
+// A number as a sum of floats: attributes have no doubles.
+template <typename Source>
+tensorflow::Status GetDouble(Source* source, const std::string& name,
+                             double* value) {
+  std::vector<float> parts;
+  TF_RETURN_IF_ERROR(source->GetAttr(name, &parts));
+  if (parts.empty()) {
+    return tensorflow::errors::InvalidArgument(
+        "Expected `", name, "` to be a number. Received: an empty list");
+  }
+  *value = 0;
+  for (float part : parts) *value += part;
+  return tensorflow::Status();
+}
+
+}  // namespace tf_deform
+
+#endif  // TF_DEFORM_CC_TF_ATTRIBUTES_H_
