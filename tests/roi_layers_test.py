@@ -21,7 +21,7 @@ import pytest
 import roi_reference
 import tensorflow as tf
 
-from tf_deform import _loader
+from tf_deform import _build_info, _loader
 from tf_deform.layers import (
     DeformablePSROIPooling,
     DeformableROIAlign,
@@ -1865,8 +1865,9 @@ def test_training_is_deterministic(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_xla_is_not_asked_for(kind):
-    """Until the ops run there: asked all the same, Keras declines."""
+def test_training_without_the_bridge_to_xla(kind, monkeypatch):
+    """As next to an older TensorFlow: asked for XLA, Keras declines."""
+    monkeypatch.setattr(_build_info, "XLA", False)
     call = operands(kind)
     layer = new(kind)
     model = model_of(layer, call)

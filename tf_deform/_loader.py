@@ -32,6 +32,17 @@ def is_built_with_cuda() -> bool:
     return _build_info.CUDA_VERSION is not None
 
 
+def supports_jit() -> bool:
+    """Whether the ops compile inside `jit_compile=True` on this machine.
+
+    Where there is a GPU, XLA compiles for it, and cannot leave an op to the
+    CPU: the package must have GPU kernels then.
+    """
+    return _build_info.XLA and (
+        is_built_with_cuda() or not tf.config.list_physical_devices("GPU")
+    )
+
+
 def _minor(version: str) -> str:
     return ".".join(version.split(".")[:2])
 

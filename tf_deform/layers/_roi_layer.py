@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tf_deform import _loader
 from tf_deform.ops._arguments import (
     Pair,
     coordinate_type,
@@ -98,7 +99,7 @@ class DisplacedROILayer(keras.layers.Layer):
         self.offset_bias = None
         self._hidden = []
         self._channels = None
-        self.supports_jit = False
+        self.supports_jit = _loader.supports_jit()
 
     def build(
         self,

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tf_deform import _loader
 from tf_deform.ops._arguments import Pair, coordinate_type, integer, pair
 from tf_deform.ops.deformable_conv2d import (
     canonical_padding,
@@ -145,7 +146,7 @@ class DeformableConv2D(keras.layers.Conv2D):
         )
         self.offset_kernel = None
         self.offset_bias = None
-        self.supports_jit = False
+        self.supports_jit = _loader.supports_jit()
         if modulation not in MODULATIONS:
             raise ValueError(
                 'Expected `modulation` to be None, "sigmoid" or "2sigmoid". '

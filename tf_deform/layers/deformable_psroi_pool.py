@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tf_deform import _loader
 from tf_deform.layers._roi_layer import (
     DisplacedROILayer,
     branch_value,
@@ -124,7 +125,7 @@ class DeformablePSROIPooling(keras.layers.Layer):
             )
         self.offset_kernel = None
         self.offset_bias = None
-        self.supports_jit = False
+        self.supports_jit = _loader.supports_jit()
 
     def build(
         self,

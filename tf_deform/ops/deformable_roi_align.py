@@ -81,7 +81,7 @@ def deformable_roi_align(
         ValueError: In a graph, shapes that do not fit.
         tf.errors.InvalidArgumentError: Values or shapes that do not fit. A
             batch index that is not below `batch` or no integer is an error on
-            the CPU only; elsewhere such a ROI gives 0.
+            the CPU only; on a GPU and with XLA such a ROI gives 0.
     """
     attributes = dict(
         pooled_size=pair(pooled_size, "pooled_size"),

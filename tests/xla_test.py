@@ -1,0 +1,568 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ops inside `jit_compile=True`: the same results as without.
+
+Both ways lead to the same functions of the core, which give the same bits for
+any number of threads. So results are compared bit by bit, except where what
+stands around the ops is XLA's own arithmetic.
+"""
+
+import threading
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tf_deform import _build_info, _loader
+from tf_deform.layers import (
+    DeformableConv2D,
+    DeformablePSROIPooling,
+    DeformableROIAlign,
+    DeformableROIPooling,
+)
+from tf_deform.ops import (
+    deformable_conv2d,
+    deformable_psroi_pool,
+    deformable_roi_align,
+)
+
+pytestmark = pytest.mark.skipif(
+    not _loader.supports_jit(), reason="built without the bridge to XLA"
+)
+
+TYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def random(*shape: int, dtype: str = "float32", seed: int = 0) -> tf.Tensor:
+    values = np.random.default_rng(seed).normal(size=shape)
+    return tf.cast(tf.constant(values), dtype)
+
+
+def coordinates(dtype: str) -> str:
+    return "float64" if dtype == "float64" else "float32"
+
+
+def regions(count: int, batch: int, dtype: str) -> tf.Tensor:
+    """ROIs inside and across the edges of maps of 11x9, of scale 1/2."""
+    rng = np.random.default_rng(count)
+    rois = np.zeros((count, 5))
+    rois[:, 0] = np.arange(count) % (batch + 1) - 1  # -1 is padding
+    rois[:, 1:3] = rng.uniform(-3, 12, (count, 2))
+    rois[:, 3:] = rois[:, 1:3] + rng.uniform(1, 12, (count, 2))
+    return tf.constant(rois, coordinates(dtype))
+
+
+def convolution(dtype="float32", displaced=True, batch=2):
+    """The op as a function of its operands, and operands."""
+    xy = coordinates(dtype)
+    operands = [
+        random(batch, 8, 9, 6, dtype=dtype),
+        random(3, 2, 3, 10, dtype=dtype, seed=1),
+        random(batch, 4, 9, 24, dtype=xy, seed=2),
+    ]
+    if displaced:
+        operands.append(random(batch, 4, 9, 12, dtype=xy, seed=3))
+    return (
+        lambda *x: deformable_conv2d(
+            *x, strides=(2, 1), padding="same", offset_groups=2
+        ),
+        operands,
+    )
+
+
+def psroi_pool(dtype="float32", displaced=True, batch=2, rois=7):
+    operands = [
+        random(batch, 11, 9, 24, dtype=dtype),
+        regions(rois, batch, dtype),
+    ]
+    if displaced:
+        operands.append(random(rois, 2, 5, 4, dtype=coordinates(dtype), seed=1))
+    return (
+        lambda *x: deformable_psroi_pool(
+            *x,
+            output_dim=4,
+            spatial_scale=0.5,
+            pooled_size=(3, 4),
+            group_size=(3, 2),
+            part_size=(2, 5),
+            sample_per_part=3,
+            trans_std=0.3,
+            return_count=True,
+        ),
+        operands,
+    )
+
+
+def roi_align(dtype="float32", displaced=True, batch=2, rois=7):
+    operands = [
+        random(batch, 11, 9, 5, dtype=dtype),
+        regions(rois, batch, dtype),
+    ]
+    if displaced:
+        operands.append(random(rois, 3, 4, 2, dtype=coordinates(dtype), seed=1))
+    return (
+        lambda *x: deformable_roi_align(
+            *x, pooled_size=(3, 4), spatial_scale=0.5, gamma=0.3
+        ),
+        operands,
+    )
+
+
+OPS = {
+    "DeformableConv2D": convolution,
+    "DeformablePSROIPool": psroi_pool,
+    "DeformableROIAlign": roi_align,
+}
+
+
+def with_gradients(op, watched=None):
+    """All outputs of `op`, and the gradients of what is `watched`."""
+
+    def run(*operands):
+        sources = operands if watched is None else [operands[watched]]
+        with tf.GradientTape() as tape:
+            tape.watch(sources)
+            outputs = tf.nest.flatten(op(*operands))
+            # Exact in any order of sums: a gradient of whole numbers.
+            weights = tf.reshape(tf.range(tf.size(outputs[0])) % 7 - 3, [-1])
+            loss = tf.cast(weights, outputs[0].dtype) * tf.reshape(
+                outputs[0], [-1]
+            )
+        return outputs, tape.gradient(loss, sources)
+
+    return run
+
+
+def hlo(function, *operands) -> str:
+    return function.experimental_get_compiler_ir(*operands)(stage="hlo")
+
+
+def assert_same(actual, expected):
+    tf.nest.assert_same_structure(actual, expected)
+    for first, second in zip(
+        tf.nest.flatten(actual), tf.nest.flatten(expected), strict=True
+    ):
+        if second is None:
+            assert first is None
+            continue
+        assert first.dtype == second.dtype
+        np.testing.assert_array_equal(
+            tf.cast(first, "float64"), tf.cast(second, "float64")
+        )
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("displaced", [False, True])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_forward_and_gradients(name, displaced, dtype):
+    op, operands = OPS[name](dtype, displaced)
+    run = with_gradients(op)
+    compiled = tf.function(run, jit_compile=True)
+    results = compiled(*operands)
+    assert_same(results, tf.function(run)(*operands))
+    assert np.any(tf.cast(results[1][0], "float64"))
+    text = hlo(compiled, *operands)
+    assert f'custom_call_target="TfDeform>{name}"' in text
+    assert f'custom_call_target="TfDeform>{name}Grad"' in text
+
+
+def test_every_attribute_of_a_convolution():
+    def op(inputs, kernel, offset):
+        return deformable_conv2d(
+            inputs,
+            kernel,
+            offset,
+            strides=(1, 2),
+            padding=((1, 0), (2, 3)),
+            dilation_rate=(2, 1),
+            boundary="clamp",
+        )
+
+    operands = [
+        random(1, 9, 8, 4),
+        random(3, 3, 4, 5, seed=1),
+        random(1, 6, 6, 18, seed=2),
+    ]
+    run = with_gradients(op)
+    assert_same(
+        tf.function(run, jit_compile=True)(*operands),
+        tf.function(run)(*operands),
+    )
+
+
+def test_numbers_that_no_float32_holds():
+    """Attributes cross as text: not a bit may be lost."""
+    inputs, rois = random(1, 11, 9, 3, dtype="float64"), [[0, 1, 2, 9, 8]]
+
+    def op(inputs, rois, offset):
+        return deformable_roi_align(
+            inputs,
+            rois,
+            offset,
+            pooled_size=2,
+            spatial_scale=1 / 3 + 1e-12,
+            gamma=0.1,
+        )
+
+    operands = [
+        inputs,
+        tf.constant(rois, "float64"),
+        random(1, 2, 2, 2, dtype="float64"),
+    ]
+    assert_same(tf.function(op, jit_compile=True)(*operands), op(*operands))
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("watched", [0, 2, 3])
+def test_one_wanted_gradient(name, watched):
+    """The others come out empty, and the call has no memory for them."""
+    op, operands = OPS[name]()
+    if watched == len(operands):
+        pytest.skip("an operand that only the convolution has")
+    run = with_gradients(op, watched)
+    compiled = tf.function(run, jit_compile=True)
+    assert_same(compiled(*operands), tf.function(run)(*operands))
+    (call,) = (
+        line
+        for line in hlo(compiled, *operands).splitlines()
+        if f'custom_call_target="TfDeform>{name}Grad"' in line
+    )
+    results = call.partition("custom-call")[0]
+    differentiable = len(operands) - (name != "DeformableConv2D")
+    assert results.count("f32[0]{0}") == differentiable - 1
+    assert results.count("f32[") == differentiable
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_a_tape_around_compiled_functions(name):
+    """TensorFlow compiles the backward pass by itself then."""
+    op, operands = OPS[name]()
+    results = []
+    for jit_compile in (False, True):
+        function = tf.function(
+            lambda *x: tf.nest.flatten(op(*x))[0], jit_compile=jit_compile
+        )
+        with tf.GradientTape() as tape:
+            tape.watch(operands)
+            output = function(*operands)
+        results.append((output, tape.gradient(output, operands)))
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_nothing(name):
+    """Empty batches and no ROIs: results of the same shapes as without."""
+    for sizes in (
+        [{"batch": 0}]
+        if name == "DeformableConv2D"
+        else [{"batch": 0, "rois": 0}, {"batch": 0}, {"rois": 0}]
+    ):
+        op, operands = OPS[name](**sizes)
+        if sizes == {"batch": 0} and name != "DeformableConv2D":
+            # Without images every ROI is padding.
+            operands[1] = operands[1] * [0, 1, 1, 1, 1] - [1, 0, 0, 0, 0]
+        run = with_gradients(op)
+        assert_same(
+            tf.function(run, jit_compile=True)(*operands),
+            tf.function(run)(*operands),
+        )
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_a_function_compiles_anew_for_every_shape(name):
+    op, _ = OPS[name]()
+    _, (first, *_) = OPS[name]()
+    operands = OPS[name]()[1]
+    signature = [
+        tf.TensorSpec([None] * x.shape.rank, x.dtype) for x in operands
+    ]
+    compiled = tf.function(op, input_signature=signature, jit_compile=True)
+    for batch in (2, 3):
+        _, operands = OPS[name](batch=batch)
+        assert_same(compiled(*operands), op(*operands))
+
+
+BAD = (0.5, 2.0, 1e30, np.nan, np.inf, -0.5, -np.inf)
+
+
+@pytest.mark.parametrize("name", ["DeformablePSROIPool", "DeformableROIAlign"])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_bad_batch_indices_are_padding(name, dtype):
+    """An error without XLA, zeros with it, and never a read outside."""
+    op, operands = OPS[name](dtype, batch=2, rois=3 + len(BAD))
+    inputs, rois, displacements = operands
+    rois = rois.numpy()
+    rois[:3, 0] = [0, 1, 1]
+    rois[3:, 0] = BAD
+    with pytest.raises(tf.errors.InvalidArgumentError, match="batch indices"):
+        op(inputs, rois, displacements)
+    run = with_gradients(op)
+    results = tf.function(run, jit_compile=True)(
+        inputs, tf.constant(rois), displacements
+    )
+    for result in results[0]:
+        assert np.any(tf.cast(result[:3], "float64"))
+        assert not np.any(tf.cast(result[3:], "float64"))
+    rois[3:, 0] = -1
+    assert_same(
+        results, tf.function(run)(inputs, tf.constant(rois), displacements)
+    )
+
+
+def test_a_shape_that_depends_on_values():
+    def op(inputs, kernel, offset, keep):
+        return deformable_conv2d(
+            tf.boolean_mask(inputs, keep),
+            kernel,
+            tf.boolean_mask(offset, keep),
+            strides=(2, 1),
+            padding="same",
+            offset_groups=2,
+        )
+
+    _, (inputs, kernel, offset) = convolution(displaced=False)
+    keep = tf.constant([True, False])
+    assert op(inputs, kernel, offset, keep).shape[0] == 1
+    with pytest.raises(
+        tf.errors.InvalidArgumentError,
+        match=r"Expected `inputs` to have a shape that is known when XLA "
+        r"compiles .* pad it to a fixed size. Received: "
+        r"inputs.shape=\(None, 8, 9, 6\)",
+    ):
+        tf.function(op, jit_compile=True)(inputs, kernel, offset, keep)
+
+
+def test_shapes_that_do_not_fit():
+    """The same text as without, where only a compiler knows the shapes."""
+    op, (inputs, kernel, offset, mask) = convolution()
+    operands = [inputs, kernel, offset[..., 1:], mask]
+    texts = []
+    for jit_compile in (False, True):
+        function = tf.function(
+            op,
+            input_signature=[
+                tf.TensorSpec([None] * 4, tf.float32) for _ in operands
+            ],
+            jit_compile=jit_compile,
+        )
+        with pytest.raises(tf.errors.InvalidArgumentError) as error:
+            function(*operands)
+        texts.append(error.value.message)
+    text = "Expected `offset` to have 24 channels (2 * offset_groups * 3 * 2 = "
+    text = "Received: offset.shape=(2, 4, 9, 23)"
+    assert all(text in received for received in texts)
+
+
+def test_coordinates_of_another_type():
+    op = _loader.op_library().tf_deform_deformable_roi_align
+    inputs, rois = random(1, 4, 5, 2), regions(3, 1, "float64")
+
+    @tf.function(jit_compile=True)
+    def function():
+        return op(
+            inputs,
+            rois,
+            [],
+            spatial_scale=[1.0],
+            pooled_size=[2, 2],
+            gamma=[0.1],
+        )
+
+    with pytest.raises(
+        tf.errors.InvalidArgumentError, match="Expected coordinates to be"
+    ):
+        function()
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_calls_in_threads(name):
+    """Their loops share a pool, and their workers are their own."""
+    op, operands = OPS[name](batch=8)
+    run = with_gradients(op)
+    expected = tf.function(run)(*operands)
+    compiled = tf.function(run, jit_compile=True)
+    compiled(*operands)
+    results = [[] for _ in range(4)]
+
+    def call(index):
+        for _ in range(20):
+            results[index].append(compiled(*operands))
+
+    threads = [
+        threading.Thread(target=call, args=(index,)) for index in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result in sum(results, []):
+        assert_same(result, expected)
+    assert sum(map(len, results)) == 80
+
+
+THREADS = """
+import sys
+import numpy as np
+import tensorflow as tf
+
+threads = int(sys.argv[1])
+tf.config.threading.set_intra_op_parallelism_threads(threads)
+tf.config.threading.set_inter_op_parallelism_threads(threads)
+import tf_deform
+
+rng = np.random.default_rng(0)
+x, k, o, m = (
+    tf.constant(rng.normal(size=size), tf.float32)
+    for size in ((3, 30, 29, 20), (3, 3, 20, 24), (3, 30, 29, 18),
+                 (3, 30, 29, 9))
+)
+
+@tf.function(jit_compile=True)
+def step(x, k, o, m):
+    with tf.GradientTape() as tape:
+        tape.watch((x, k, o, m))
+        y = tf_deform.ops.deformable_conv2d(x, k, o, m, padding="same")
+        # Two calls that do not wait for each other.
+        z = tf_deform.ops.deformable_conv2d(x, k, -o, m, padding="same")
+    return y, z, tape.gradient((y, z), (x, k, o, m))
+
+for _ in range(3):
+    results = tf.nest.flatten(step(x, k, o, m))
+print(hash(b"".join(r.numpy().tobytes() for r in results)))
+"""
+
+
+def test_any_number_of_threads(run_python):
+    """Also one, where nobody is left but the caller."""
+    printed = {
+        run_python(THREADS, threads, PYTHONHASHSEED=0) for threads in (1, 2, 5)
+    }
+    assert len(printed) == 1
+
+
+# Layers and models.
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: DeformableConv2D(2, 3),
+        lambda: DeformablePSROIPooling(2, 3, 1.0),
+        lambda: DeformableROIPooling(3, 1.0),
+        lambda: DeformableROIAlign(3, 1.0),
+    ],
+)
+def test_layers_say_whether_they_compile(make, monkeypatch):
+    assert make().supports_jit is True
+    # For a GPU without kernels there is nothing to compile.
+    monkeypatch.setattr(
+        tf.config, "list_physical_devices", lambda kind=None: ["a GPU"]
+    )
+    monkeypatch.setattr(_build_info, "CUDA_VERSION", None)
+    assert make().supports_jit is False
+    monkeypatch.setattr(_build_info, "CUDA_VERSION", "13.0")
+    assert make().supports_jit is True
+    monkeypatch.setattr(_build_info, "XLA", False)
+    assert make().supports_jit is False
+
+
+ROIS = np.array(
+    [[0, 1, 2, 9, 12], [0, 4, 0, 14, 7], [1, 3, 3, 12, 13], [2, 0, 5, 8, 15]],
+    "float32",
+)
+
+
+def detector() -> keras.Model:
+    """Convolutions, plain and deformable, and pooling of four regions."""
+    keras.utils.set_random_seed(3)
+    image = keras.Input((16, 16, 3), batch_size=3)
+    x = keras.layers.Conv2D(8, 3, padding="same", activation="relu")(image)
+    x = DeformableConv2D(
+        12, 3, padding="same", activation="relu", modulation="2sigmoid"
+    )(x)
+    rois = keras.Input((5,), batch_size=4)
+    x = DeformableROIAlign(3, 1.0, sampling_ratio=2)(x, rois)
+    x = keras.layers.Flatten()(x)
+    model = keras.Model([image, rois], keras.layers.Dense(4)(x))
+    rng = np.random.default_rng(0)
+    for variable in model.trainable_variables:
+        if "offset" in variable.path:  # Zeros would be no test.
+            variable.assign(rng.normal(0, 0.05, variable.shape))
+    return model
+
+
+def batch(step: int):
+    rng = np.random.default_rng(step)
+    image = rng.normal(size=(3, 16, 16, 3)).astype("float32")
+    return [image, ROIS], rng.normal(size=(4, 4)).astype("float32")
+
+
+def test_a_model_trains_as_without():
+    losses, weights = [], []
+    for jit_compile in (False, True):
+        model = detector()
+        model.compile("adam", "mse", jit_compile=jit_compile)
+        assert model.jit_compile is jit_compile
+        losses.append(
+            [float(model.train_on_batch(*batch(step))) for step in range(20)]
+        )
+        weights.append(model.get_weights())
+    np.testing.assert_allclose(losses[0][0], losses[1][0], rtol=1e-5)
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
+    assert losses[1][-1] != losses[1][0]
+    for first, second in zip(*weights, strict=True):
+        size = np.abs(first).max()
+        np.testing.assert_allclose(first, second, rtol=0, atol=1e-3 * size)
+
+
+def test_first_gradients_of_a_model():
+    model = detector()
+    inputs, target = batch(0)
+
+    def step(image, rois, target):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((model([image, rois]) - target) ** 2)
+        return loss, tape.gradient(loss, model.trainable_variables)
+
+    operands = [tf.constant(x) for x in (*inputs, target)]
+    compiled = tf.function(step, jit_compile=True)
+    for first, second in zip(
+        tf.nest.flatten(compiled(*operands)),
+        tf.nest.flatten(tf.function(step)(*operands)),
+        strict=True,
+    ):
+        assert np.any(second)
+        size = np.abs(second).max()
+        np.testing.assert_allclose(first, second, rtol=0, atol=1e-5 * size)
+    text = hlo(compiled, *operands)
+    for name in ("DeformableConv2D", "DeformableROIAlign"):
+        assert f'custom_call_target="TfDeform>{name}"' in text
+        assert f'custom_call_target="TfDeform>{name}Grad"' in text
+
+
+def test_keras_compiles_its_train_step():
+    """`fit` runs the custom calls, and does not fall back in silence."""
+    model = detector()
+    model.compile("sgd", "mse", jit_compile=True)
+    inputs, target = batch(0)
+    model.train_on_batch(inputs, target)
+    assert model.jit_compile is True
+    text = hlo(
+        tf.function(model.train_step, jit_compile=True),
+        ([tf.constant(x) for x in inputs], tf.constant(target)),
+    )
+    assert 'custom_call_target="TfDeform>DeformableConv2DGrad"' in text
+    assert 'custom_call_target="TfDeform>DeformableROIAlignGrad"' in text
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_mixed_precision(policy):
+    """Losses are close, and not more: XLA rounds elsewhere than without."""
+    keras.config.set_dtype_policy(policy)
+    losses = []
+    for jit_compile in (False, True):
+        model = detector()
+        model.compile("sgd", "mse", jit_compile=jit_compile)
+        losses.append([float(model.train_on_batch(*batch(0)))] * 2)
+        assert model.jit_compile is jit_compile
+    np.testing.assert_allclose(*losses, rtol=2e-2)
