@@ -71,16 +71,17 @@ class BuildExtension(build_ext):
     def build_extensions(self) -> None:
         cuda = find_cuda()
         folder = os.path.abspath(self.build_temp)
-        core = build.core_steps(folder, cuda)
         # The paths of TensorFlow's headers do not tell its version.
         ops_folder = os.path.join(folder, f"tensorflow-{tf.__version__}")
         ops = build.cxx_steps(OPS_SOURCES, ops_folder, cuda, TENSORFLOW_FLAGS)
         if XLA:
             flags = [*TENSORFLOW_FLAGS, *XLA_FLAGS]
             ops += build.cxx_steps(XLA_SOURCES, ops_folder, cuda, flags)
-        objects = build.compile_all([*core, *ops])
+        core = build.core_steps(folder, cuda)
+        # XLA's headers take longest: not last, or all else would be waiting.
+        objects = build.compile_all([*ops, *core])
         for name, parts, flags in (
-            ("tf_deform._core", objects[: len(core)], ["-lpthread"]),
+            ("tf_deform._core", objects[len(ops) :], ["-lpthread"]),
             ("tf_deform._ops", objects, LINK_FLAGS),
         ):
             build.link(self.get_ext_fullpath(name), parts, cuda, flags)

@@ -16,10 +16,14 @@ package(default_visibility = ["//visibility:public"])
 
 cc_library(
     name = "tensorflow",
-    srcs = ["libtensorflow_framework.so.2"],
+    srcs = {libraries},
     hdrs = glob(["include/**"]),
     defines = {defines},
-    includes = ["include"],
+    includes = [
+        "include",
+        "include/external/farmhash_archive/src",  # for XLA's headers
+        "include/external/highwayhash",
+    ],
 )
 
 exports_files(["python"])
@@ -38,13 +42,15 @@ def _installed_tensorflow_impl(repository_ctx):
              "Received: %s\n%s" % (python, result.stderr))
     lines = result.stdout.strip().split("\n")[-3:]
     repository_ctx.symlink(lines[0], "include")
-    repository_ctx.symlink(
-        lines[1] + "/libtensorflow_framework.so.2",
-        "libtensorflow_framework.so.2",
-    )
+    libraries = ["libtensorflow_framework.so.2", "libtensorflow_cc.so.2"]
+    for library in libraries:
+        repository_ctx.symlink(lines[1] + "/" + library, library)
     repository_ctx.file("python", "#!/bin/sh\nexec '%s' \"$@\"\n" % python)
     defines = [flag[2:] for flag in lines[2].split("|")]
-    repository_ctx.file("BUILD", _BUILD.format(defines = repr(defines)))
+    repository_ctx.file("BUILD", _BUILD.format(
+        defines = repr(defines),
+        libraries = repr(libraries),
+    ))
 
 installed_tensorflow = repository_rule(
     implementation = _installed_tensorflow_impl,

@@ -88,7 +88,7 @@ def test_both_builds_take_the_same_sources():
     root = pathlib.Path(__file__).parent.parent
     setup = (root / "setup.py").read_text() + (root / "cc/build.py").read_text()
     bazel = (root / "BUILD").read_text()
-    for glob in ("cc/core/*.cc", "cc/tf/*.cc"):
+    for glob in ("cc/core/*.cc", "cc/tf/*.cc", "cc/xla/*.cc"):
         assert f'"{glob}"' in setup
         assert f'"{glob}"' in bazel
 

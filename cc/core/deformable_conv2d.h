@@ -83,8 +83,8 @@ struct DeformableConv2DGradients {
 
 namespace cpu {
 
-// Bytes of scratch that Forward needs: at most 4 MiB a worker. `params`
-// validated.
+// Bytes of scratch that Forward needs: at most 4 MiB a worker, and never less
+// for more workers. `params` validated.
 int64_t WorkspaceBytes(const DeformableConv2DParams& params, DataType type,
                        int num_workers);
 

@@ -91,7 +91,8 @@ namespace cpu {
 
 // Bytes of scratch that Forward needs: with more than one group cell, as many
 // images as fit in 4 MiB a worker, but at least one, repacked so that a cell's
-// channels lie side by side; and less than 4 MiB a worker. `params` validated.
+// channels lie side by side; and less than 4 MiB a worker. Never less for more
+// workers. `params` validated.
 int64_t WorkspaceBytes(const DeformablePSROIPoolParams& params, DataType type,
                        int num_workers);
 

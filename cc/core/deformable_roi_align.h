@@ -82,7 +82,8 @@ struct DeformableROIAlignGradients {
 namespace cpu {
 
 // Bytes of scratch that Forward needs: less than 4 MiB a worker unless bins
-// have more than 100000 samples along an axis. `params` validated.
+// have more than 100000 samples along an axis; never less for more workers.
+// `params` validated.
 int64_t WorkspaceBytes(const DeformableROIAlignParams& params, DataType type,
                        int num_workers);
 

@@ -420,9 +420,12 @@ def _prepare_roi(
     ]
     shapes = [None if array is None else array.shape for array in operands]
     gradient = None if grad_output is None else grad_output.shape
+    attributes = dict(attributes)
+    bad_rois_are_padding = attributes.pop("bad_rois_are_padding", False)
     params = validate_roi(op, *shapes, gradient, **attributes)
     pointers = ROIOperands(
-        *(None if a is None else a.ctypes.data for a in operands)
+        *(None if a is None else a.ctypes.data for a in operands),
+        bad_rois_are_padding,
     )
     return operands, pointers, params, coordinates
 

@@ -559,6 +559,19 @@ def test_batch_index_is_checked_and_never_followed(bad, corner):
             assert "rois[5, 0]=" in str(caught)
         else:
             assert not gradients["displacement"][5].any()
+        # Callers that cannot take an error get what padding gives.
+        outputs, gradients = [], []
+        padding = rois.copy()
+        padding[5, 0] = -1
+        for given in (rois, padding):
+            operands = (inputs, given, offset)
+            more = dict(common, bad_rois_are_padding=True)
+            outputs.append(forward(*operands, **more))
+            gradients.append(backward(*operands, output_grad, **more))
+        np.testing.assert_array_equal(*outputs)
+        assert outputs[0][4].any() and not outputs[0][5].any()
+        for name in ("inputs", "displacement"):
+            np.testing.assert_array_equal(*(g[name] for g in gradients))
 
 
 def test_more_elements_than_32_bits_can_count():
