@@ -32,6 +32,8 @@
 // groups so small that products would be mostly zeros (depthwise). They are
 // also the plain version that the others are tested against.
 
+#include <type_traits>
+
 #include "cc/core/checks.h"
 #include "cc/core/deformable_columns_cuda-inl.h"
 #include "cc/core/deformable_conv2d_data_cuda-inl.h"
@@ -207,25 +209,19 @@ bool IsDirect(const Geometry& g) {
 }
 
 // Calls body(tf32) for what `stream` allows: a constant of the language.
-template <bool kValue>
-struct Bool {
-  static constexpr bool value = kValue;
-};
 template <typename T, typename Body>
 Status WithTf32(const CudaStream& stream, const Body& body) {
   if constexpr (sizeof(T) == 4) {
-    if (stream.allow_tf32) return body(Bool<true>());
+    if (stream.allow_tf32) return body(std::true_type());
   }
-  return body(Bool<false>());
+  return body(std::false_type());
 }
 
 // Calls body(N) for the filters of a block: 64, 128, or on the tensor cores 256
 // where that leaves blocks enough for the largest GPUs. Wide blocks sample less
 // often.
 template <int kValue>
-struct Int {
-  static constexpr int value = kValue;
-};
+using Int = std::integral_constant<int, kValue>;
 template <typename T, typename Body>
 Status WithFilters(int64_t filters, int64_t blocks_of_256, const Body& body) {
   constexpr int64_t kBlocks = 132;

@@ -403,7 +403,7 @@ __global__ void __launch_bounds__(kOrderedThreads)
     const bool touches = s.flags != 0 && top + 1 >= row_begin && top < row_end;
     const unsigned votes = __ballot_sync(0xffffffffu, touches);
     if (lane == 0) counts[warp] = __popc(votes);
-    __syncthreads();
+    __syncthreads();  // and nobody is busy with the list before
     int place = __popc(votes & ((1u << lane) - 1)), total = 0;
     for (int w = 0; w < kOrderedThreads / 32; ++w) {
       if (w < warp) place += counts[w];
@@ -430,7 +430,6 @@ __global__ void __launch_bounds__(kOrderedThreads)
                     corners.steps[k] + channel] += corners.weights[k] * share;
       }
     }
-    __syncthreads();
   }
 }
 
