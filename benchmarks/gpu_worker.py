@@ -741,62 +741,60 @@ def set_precision(precision: str) -> None:
 def run_unit(
     setup: Any, suite: str, precision: str, job: dict[str, Any], seconds: float
 ) -> list[dict[str, Any]]:
-    """Checks and times all contenders of a case; one row for each pass."""
+    """Checks and times all contenders of a case; one row for each."""
     device = DEVICES[job["device"]]
     started = time.monotonic()
     set_precision(precision)
-    rows: list[dict[str, Any]] = []
+    rows: dict[str, dict[str, Any]] = {}
     calls = {}
     for name, make in setup.contenders(precision).items():
         differences: dict[str, float] = {}
-        error, contender = None, None
+        error = None
+        row = {
+            "suite": suite,
+            "shape": str(setup.case),
+            "precision": precision,
+            "contender": name,
+            "flop": {pass_: flop(suite, setup.case, pass_) for pass_ in PASSES},
+        }
         try:
             contender = make()
+            if name == TfDeform.name:
+                row["workspace_mib"] = contender.workspace_mib
             expected = setup.expected(name)
             if expected is not None:
                 differences = compare(contender, expected)
-                device.synchronize()
                 # torchvision computes coordinates and sums in 16 bits: how
                 # far it is off is shown, and no reason not to time it.
                 if name != "torchvision" or precision in ("float32", "tf32"):
                     error = wrong(differences, precision)
+            if error is None:
+                calls |= {
+                    (name, pass_): getattr(contender, pass_) for pass_ in PASSES
+                }
+        # One contender's failure is its row's, not the run's.
         except Exception as failure:
             error = first_line(failure)
             device.synchronize()  # a dead device ends the process here
-        for pass_ in PASSES:
-            rows.append(
-                {
-                    "suite": suite,
-                    "shape": str(setup.case),
-                    "precision": precision,
-                    "pass": pass_,
-                    "contender": name,
-                    "flop": flop(suite, setup.case, pass_),
-                    "difference": {
-                        key: None if math.isinf(value) else value
-                        for key, value in differences.items()
-                    },
-                    "error": error,
-                }
-            )
-            if isinstance(contender, TfDeform):
-                rows[-1]["workspace_mib"] = contender.workspace_mib
-            if error is None:
-                calls[name, pass_] = getattr(contender, pass_)
+        row["difference"] = {
+            key: None if math.isinf(value) else value
+            for key, value in differences.items()
+        }
+        row["error"] = error
+        rows[name] = row
     if not calls:
-        return rows
+        return list(rows.values())
     mode = "launches"
     if not job["eager"]:
         calls, mode = graphs(device, calls)
     left = seconds - (time.monotonic() - started)
     samples, launches = take_turns(device, calls, job["repeats"], left)
-    for row in rows:
-        key = row["contender"], row["pass"]
-        if samples.get(key):
-            times = [1e-3 * ms for ms in samples[key]]
-            row |= {"mode": mode, "launches": launches[key]}
-            row["time"] = summary(times, None)
-    return rows
+    for (name, pass_), times in samples.items():
+        rows[name]["mode"] = mode
+        if times:
+            rows[name][pass_] = summary([1e-3 * ms for ms in times], None)
+            rows[name][pass_]["launches"] = launches[name, pass_]
+    return list(rows.values())
 
 
 def peaks(job: dict[str, Any]) -> dict[str, float]:
