@@ -258,6 +258,8 @@ def document(report: dict[str, Any]) -> str:
     """The whole result as Markdown."""
     machine, versions = report["machine"], report["versions"]
     lines = [f"`{report['command']}`, {report['date'][:10]}:"]
+    if report["emulated"]:
+        lines.append("EMULATED on the CPU: times and goals mean nothing.")
     lines.append(
         f"{machine.get('gpu')} (compute capability "
         f"{machine.get('capability')}, driver {machine.get('driver')}); nvcc "
@@ -463,6 +465,7 @@ class Run:
         self.options = options
         self.budget = Budget(60 * options.minutes)
         self.core = options.core and os.path.abspath(options.core)
+        self.emulated = os.environ.get("TF_DEFORM_EMULATED_CORE")
         self.report: dict[str, Any] = {
             "complete": False,
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(
@@ -471,6 +474,7 @@ class Run:
             "command": shlex.join(
                 ["python3", "benchmarks/gpu_check.py", *sys.argv[1:]]
             ),
+            "emulated": options.emulate,
             "machine": {},
             "versions": {},
             "peaks": {},
@@ -510,6 +514,8 @@ class Run:
         result = {"TF_DEFORM_TEST_GPU": "0" if self.options.emulate else "1"}
         if self.core:
             result["TF_DEFORM_CORE"] = self.core
+        if self.emulated:
+            result["TF_DEFORM_EMULATED_CORE"] = self.emulated
         return result
 
     def worker(
@@ -579,28 +585,37 @@ class Run:
         """Makes the core, unless there is one."""
         folder = os.path.join(ROOT, "build", "gpu_check")
         os.makedirs(folder, exist_ok=True)
-        if self.core:
-            return True
         core = os.path.join(folder, "_core.so")
-        command = [sys.executable, os.path.join(ROOT, "cc", "build.py")]
-        command += ["--output", core]
-        command += ["--objects", os.path.join(folder, "objects")]
+        commands = []
         environment = {}
-        if self.options.emulate:
-            environment["TF_DEFORM_NVCC"] = "0"
-        elif not self.options.all_architectures:
-            capability = self.report["machine"]["capability"]
-            command += ["--architectures", capability.replace(".", "")]
+        if not self.core:
+            command = [sys.executable, os.path.join(ROOT, "cc", "build.py")]
+            command += ["--output", core]
+            command += ["--objects", os.path.join(folder, "objects")]
+            if self.options.emulate:
+                environment["TF_DEFORM_NVCC"] = "0"
+            elif not self.options.all_architectures:
+                capability = self.report["machine"]["capability"]
+                command += ["--architectures", capability.replace(".", "")]
+            commands.append(command)
+        if self.options.emulate and not self.emulated:
+            self.emulated = os.path.join(folder, "emulated.so")
+            script = f"import gpu; gpu.build_emulated({self.emulated!r})"
+            commands.append([sys.executable, "-c", script])
+            environment["PYTHONPATH"] = os.path.join(ROOT, "tests", "core")
         started = time.monotonic()
-        status, _ = run(
-            command,
-            self.budget.left(LAST_S),
-            self.path("build.log"),
-            **environment,
-        )
+        status: int | None = 0
+        for command in commands:
+            if status == 0:
+                status, _ = run(
+                    command,
+                    self.budget.left(LAST_S),
+                    self.path("build.log"),
+                    **environment,
+                )
         spent = f"{time.monotonic() - started:.0f} s"
         if status == 0:
-            self.core = core
+            self.core = self.core or core
             self.close("build", spent)
         else:
             how = "not finished" if status is None else "failed, see build.log"
@@ -653,14 +668,16 @@ class Run:
         # may not be there: answers to that are no errors.
         command = [program, "--tool", tool, "--report-api-errors", "no"]
         command += ["--error-exitcode", str(CHECK_FAILED), "--print-limit", "9"]
-        status, last = run(
+        log = self.path(f"{tool}.log")
+        status, _ = run(
             [*command, *PYTEST, *chosen],
             seconds,
-            self.path(f"{tool}.log"),
+            log,
             PYTORCH_NO_CUDA_MEMORY_CACHING="1",
             **self.environment(),
         )
-        self.close(tool, *judge_check(status, last, len(chosen)))
+        with open(log, errors="replace") as file:
+            self.close(tool, *judge_check(status, file.read(), len(chosen)))
 
     def table(self, units: list[tuple[str, str, str]]) -> None:
         """Compares and times; a unit that ends the process costs its own."""
@@ -758,14 +775,22 @@ def few(lines: list[str], each: int) -> list[str]:
     return [line for cases in chosen.values() for line in cases]
 
 
-def judge_check(status: int | None, last: str, tests: int) -> tuple[str, bool]:
+_FOUND = re.compile(r"=+ (Invalid|Error|Race|.*hazard)", re.MULTILINE)
+
+
+def judge_check(
+    status: int | None, printed: str, tests: int
+) -> tuple[str, bool]:
     """What a run under compute-sanitizer says, and if that is a failure."""
-    if "Device not supported" in last:
+    if "Device not supported" in printed:
         return "not run: the tool does not support this device", False
+    summaries = re.findall(r"=+ (.*SUMMARY.*)", printed)
     if status is None:
-        return "not finished in time; nothing found until then", False
-    summaries = [line for line in last.splitlines() if "SUMMARY" in line]
-    text = summaries[-1].strip("= ") if summaries else f"exit status {status}"
+        # The tool prints what it finds as it finds it.
+        found = bool(_FOUND.search(printed))
+        text = "errors until then" if found else "nothing found until then"
+        return f"not finished in time; {text} ({tests} tests)", found
+    text = summaries[-1] if summaries else f"exit status {status}"
     return f"{text} ({tests} tests)", status != 0
 
 
