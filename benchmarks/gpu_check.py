@@ -370,8 +370,10 @@ def run(
             for line in process.stdout:
                 heard = time.monotonic()
                 if on_line and line.startswith(RESULT):
-                    on_line(line.removeprefix(RESULT))
-                    continue
+                    # Libraries may have written into the middle of it.
+                    with contextlib.suppress(json.JSONDecodeError):
+                        on_line(line.removeprefix(RESULT))
+                        continue
                 last.append(line)
                 print(f"  {line.rstrip()}", flush=True)
                 if file:
@@ -425,7 +427,6 @@ def builder() -> Any:
     path = os.path.join(ROOT, "cc", "build.py")
     spec = importlib.util.spec_from_file_location("build", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules["build"] = module  # its dataclasses look there
     spec.loader.exec_module(module)
     return module
 
@@ -656,8 +657,11 @@ class Run:
             self.report["dropped"].append(f"{tool}: no time was left")
             self.close(tool, "not run: no time was left")
             return
+        # Tests with tensors of gigabytes would take all the time.
         status, listed = run_quietly(
-            [*PYTEST, "--collect-only", *files], 60, **self.environment()
+            [*PYTEST, "--collect-only", "-k", "not 32_bits", *files],
+            60,
+            **self.environment(),
         )
         chosen = few(listed.splitlines(), CHECK_CASES[tool])
         if status != 0 or not chosen:

@@ -17,6 +17,11 @@ import pytest
 SCRIPT = pathlib.Path(gpu_check.__file__)
 
 
+@pytest.fixture(autouse=True)
+def clean_keras() -> None:
+    """Overrides the fixture of the same name: no TensorFlow is needed here."""
+
+
 def row(contender: str, forward: float | None, **fields: object) -> dict:
     """A row as gpu_worker.py makes it; `both` takes three times as long."""
     made = {
