@@ -8,7 +8,8 @@ RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 SOURCES := $(wildcard cc/*/*.cc cc/*/*.cu cc/*/*.h)
 
-.PHONY: help install demo demo-full test benchmark lint format bazel clean
+.PHONY: help install demo demo-full test benchmark gpu-check gpu-check-tf lint \
+	format bazel clean
 
 help:
 	@echo "make demo       train a segmentation model and a detector, plain and"
@@ -16,6 +17,10 @@ help:
 	@echo "make demo-full  the same with more models and three seeds"
 	@echo "make test       run all tests"
 	@echo "make benchmark  time the ops beside their peers"
+	@echo "make gpu-check  test and time the GPU kernels: needs a GPU, nvcc and"
+	@echo "                PyTorch, and nothing of TensorFlow"
+	@echo "make gpu-check-tf"
+	@echo "                run TensorFlow's tests on a GPU"
 	@echo "make lint       check style;  make format  mend it"
 	@echo "make bazel      build and test the core with Bazel"
 	@echo "make clean      remove what was built (not results in runs/)"
@@ -49,6 +54,15 @@ test: $(INSTALLED)
 
 benchmark: $(INSTALLED)
 	$(RUN) benchmarks/run.py
+
+# For a machine without TensorFlow: no environment of ours, nothing installed.
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK)
+
+gpu-check-tf: $(INSTALLED)
+	TF_DEFORM_TEST_DEVICE=/GPU:0 $(RUN) -m pytest tests/gpu_test.py \
+		tests/deformable_*_test.py tests/roi_layers_test.py \
+		tests/xla_test.py
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every test file shares: quiet logs, a clean Keras, fresh processes."""
+"""What every test file shares: quiet logs, a clean Keras, fresh processes.
+
+And where TensorFlow runs: on the CPU or, with the environment variable
+TF_DEFORM_TEST_DEVICE=/GPU:0, on that device (`make gpu-check-tf`).
+"""
 
 import os
 import pathlib
@@ -10,6 +14,63 @@ from collections.abc import Callable, Iterator
 import pytest
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+DEVICE = os.environ.get("TF_DEFORM_TEST_DEVICE")
+if DEVICE is None and os.environ.get("TF_DEFORM_TEST_GPU") != "1":
+    # TensorFlow would place everything on a GPU, if it saw one.
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+
+# Many tests want the same bits twice, or float32 to be just that. What holds
+# without these settings is tested in gpu_test.py.
+_SETTINGS = """
+import tensorflow
+tensorflow.config.experimental.enable_op_determinism()
+tensorflow.config.experimental.enable_tensor_float_32_execution(False)
+"""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "cpu_only(reason): what is tested holds on the CPU alone"
+    )
+    if DEVICE is None:
+        return
+    import tensorflow as tf
+
+    import tf_deform
+
+    name = DEVICE.removeprefix("/").removeprefix("device:")
+    devices = [device.name for device in tf.config.list_logical_devices()]
+    if f"/device:{name}" not in devices:
+        raise pytest.UsageError(
+            f"Expected TensorFlow to see TF_DEFORM_TEST_DEVICE={DEVICE}. "
+            f"Received: {', '.join(devices)}. On a machine with a GPU, "
+            "`pip install 'tensorflow[and-cuda]'` brings what TensorFlow needs "
+            "to see it."
+        )
+    if name.startswith("GPU") and not tf_deform.is_built_with_cuda():
+        raise pytest.UsageError(
+            "Expected a tf_deform with GPU kernels. Received: one that was "
+            "built without nvcc; see TF_DEFORM_NVCC in CONTRIBUTING.md."
+        )
+    exec(_SETTINGS, {})
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    mark = item.get_closest_marker("cpu_only")
+    if mark and DEVICE and "GPU" in DEVICE:
+        pytest.skip(f"on the CPU only: {mark.kwargs['reason']}")
+
+
+@pytest.fixture(autouse=True)
+def device() -> Iterator[None]:
+    """Runs the test where TF_DEFORM_TEST_DEVICE says."""
+    if DEVICE is None:
+        yield
+        return
+    import tensorflow as tf
+
+    with tf.device(DEVICE):
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -24,31 +85,42 @@ def clean_keras() -> Iterator[None]:
     keras.config.set_dtype_policy("float32")
 
 
+def _run_python(script: str, *arguments: object, **environment: object) -> str:
+    import tf_deform
+
+    home = str(pathlib.Path(tf_deform.__file__).parent.parent)
+    path = [home, os.environ.get("PYTHONPATH", "")]
+    result = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, path)),
+            **{name: str(value) for name, value in environment.items()},
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
 @pytest.fixture
 def run_python() -> Callable[..., str]:
     """Runs a script in a process of its own and returns what it printed.
 
-    It imports the same `tf_deform` as the tests do.
+    It imports the same `tf_deform` as the tests do, and has their settings.
     """
-    import tf_deform
-
-    home = str(pathlib.Path(tf_deform.__file__).parent.parent)
 
     def run(script: str, *arguments: object, **environment: object) -> str:
-        path = [home, os.environ.get("PYTHONPATH", "")]
-        result = subprocess.run(
-            [sys.executable, "-c", script, *map(str, arguments)],
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(filter(None, path)),
-                **{name: str(value) for name, value in environment.items()},
-            },
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert result.returncode == 0, result.stderr
-        return result.stdout
+        settings = _SETTINGS if DEVICE else ""
+        return _run_python(settings + script, *arguments, **environment)
 
     return run
+
+
+@pytest.fixture
+def run_python_as_it_is() -> Callable[..., str]:
+    """The same with TensorFlow's own settings."""
+    return _run_python

@@ -917,6 +917,7 @@ def test_many_calls_at_once():
             np.testing.assert_array_equal(actual, wanted)
 
 
+@pytest.mark.cpu_only(reason="a GPU's kernels do not wait for the pool")
 def test_calls_that_wait_for_the_pool():
     """Longer than a caller sleeps while others keep the pool's threads busy."""
     rng = np.random.default_rng(0)
@@ -1071,6 +1072,7 @@ for dtype in ("float32", "bfloat16"):
 """
 
 
+@pytest.mark.cpu_only(reason="a GPU has no such threads; see gpu_test.py")
 def test_results_are_bitwise_equal_for_any_number_of_threads(run_python):
     one, two, three = (
         run_python(_HASHES, TF_NUM_INTRAOP_THREADS=n) for n in (1, 2, 3)

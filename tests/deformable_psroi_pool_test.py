@@ -738,6 +738,7 @@ for dtype in ("float32", "bfloat16"):
 """
 
 
+@pytest.mark.cpu_only(reason="a GPU has no such threads; see gpu_test.py")
 def test_results_are_bitwise_equal_for_any_number_of_threads(run_python):
     one, three = (run_python(_HASHES, TF_NUM_INTRAOP_THREADS=n) for n in (1, 3))
     assert len(set(one.splitlines())) == 2 * 2 * 3

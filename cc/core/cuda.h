@@ -13,7 +13,10 @@ namespace cuda {
 // (1000 * major + 10 * minor, 0: there is none). The error names both.
 Status JudgeDriver(int driver, int runtime);
 
-// The same of this machine's driver and this build's runtime.
+// Whether a GPU of that compute capability runs this build's code.
+Status JudgeGpu(int major, int minor);
+
+// The same of this machine's driver, this build's runtime and the current GPU.
 Status CheckDriver();
 
 }  // namespace cuda

@@ -15,6 +15,11 @@ TF_DEFORM_C_API int TfDeformCudaJudgeDriver(int driver, int runtime,
                 message_size);
 }
 
+TF_DEFORM_C_API int TfDeformCudaJudgeGpu(int major, int minor, char* message,
+                                         int64_t message_size) {
+  return Report(tf_deform::cuda::JudgeGpu(major, minor), message, message_size);
+}
+
 TF_DEFORM_C_API int TfDeformCudaCheckDriver(char* message,
                                             int64_t message_size) {
   return Report(tf_deform::cuda::CheckDriver(), message, message_size);

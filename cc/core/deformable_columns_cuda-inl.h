@@ -61,40 +61,64 @@ __device__ __forceinline__ Accumulator<T> ColumnAt(
   return s.mask * sum;
 }
 
-// The four corners of a sample in a pack of channels.
+// A sample, as one thread reads packs of its channels.
 template <typename T>
-struct CornerPacks {
-  Pack<T, kPack<T>> at[4];
+struct PackReader {
+  static constexpr int kWords = 4;
 
-  // Zeros for corners outside the image, and for all if not `exists`.
-  __device__ __forceinline__ void Load(const Geometry& g, const Operands<T>& in,
-                                       const Sample<Accumulator<T>>& s,
-                                       int channel, bool exists) {
-    const Corners<Accumulator<T>> corners(g, s);
+  const T* corner;  // the top left one's first channel for this thread
+  uint32_t flags;
+  float weights[4], mask;
+  Pack<uint32_t, kWords> at[4];  // the corners' pack
+
+  // `first` is the thread's first channel of a panel.
+  __device__ __forceinline__ void Locate(const Geometry& g,
+                                         const Operands<T>& in,
+                                         const Sample<float>& s, int first) {
+    const Corners<float> corners(g, s);
+    corner = in.inputs + s.corner + first;
+    flags = s.flags;
+    mask = s.mask;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) weights[i] = corners.weights[i];
+  }
+
+  // `channel` is the panel's first. Zeros for corners outside the image, and
+  // for all if not `exists`.
+  __device__ __forceinline__ void Load(const Geometry& g, int channel,
+                                       bool exists) {
+    const int64_t row = g.width * g.channels;
+    const int64_t steps[4] = {0, g.channels, row, row + g.channels};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       at[i] = {};
-      if (exists && (s.flags >> i & 1) != 0) {
-        at[i] = *reinterpret_cast<const Pack<T, kPack<T>>*>(
-            in.inputs + s.corner + corners.steps[i] + channel);
+      if (exists && (flags >> i & 1) != 0) {
+        at[i] = *reinterpret_cast<const Pack<uint32_t, kWords>*>(
+            corner + steps[i] + channel);
       }
     }
   }
 
-  // mask * sample, 0 if not `exists`.
-  __device__ __forceinline__ Pack<T, kPack<T>> Mix(
-      const Geometry& g, const Sample<Accumulator<T>>& s, bool exists) const {
-    const Corners<Accumulator<T>> corners(g, s);
-    Pack<T, kPack<T>> mixed = {};
+  // mask * sample, 0 if not `exists`; as tf32 if kTf32.
+  template <bool kTf32>
+  __device__ __forceinline__ Pack<uint32_t, kWords> Mix(bool exists) const {
+    Pack<uint32_t, kWords> mixed = {};
     if (!exists) return mixed;
 #pragma unroll
-    for (int j = 0; j < kPack<T>; ++j) {
-      Accumulator<T> sum = 0;
+    for (int w = 0; w < kWords; ++w) {
+      float sums[2] = {0, 0};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        sum += corners.weights[i] * Widen(at[i].values[j]);
+      for (int j = 0; j < Word<T>::kCount; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          sums[j] += weights[i] * Word<T>::At(at[i].values[w], j);
+        }
+        sums[j] *= mask;
       }
-      Narrow(s.mask * sum, &mixed.values[j]);
+      mixed.values[w] = Word<T>::Of(sums[0], sums[1]);
+      if constexpr (kTf32) {
+        mixed.values[w] = FloatToTf32(BitsToFloat(mixed.values[w]));
+      }
     }
     return mixed;
   }
@@ -127,58 +151,62 @@ __device__ __forceinline__ void CopyPanel(const T* from, int64_t row_stride,
 }
 
 // Shared memory of MultiplyColumns.
-template <typename T, typename Sums>
+template <typename T, typename Sums, int kPlan>
 struct ColumnBuffers {
   alignas(16) T a[2][Sums::A::kElements];
   alignas(16) T b[3][Sums::B::kElements];
-  Sample<Accumulator<T>> plans[2][Sums::A::kRows];
+  Sample<float> plans[2][kPlan];
 };
 
 // sums += the columns times the other operand, over all steps of `at`, a cursor
 // with
 //   bool Done() const            no step here, nor any after it
 //   void Next()                  to the next step
-//   bool IsNewPlan() const       its samples are not those of the step before
-//   Pixel<E> PixelOf(int row) const, int tap, field    its samples
+//   static constexpr int kPlan   samples that are located together,
+//   Pixel<float> PixelOf(int i) const, int tap, field    these samples
+//   bool IsNewPlan() const       they are not those of the step before
+//   int PlanRow() const          the first of them that belongs to this step
+//   static constexpr bool kKeepsRows    it stays the same until they change
 //   int channel, count           the panel's channels
 //   void CopyOther(T* to) const  copies the other operand's panel
 // There is at least one step.
 template <typename T, typename Sums, typename Cursor>
-__device__ __forceinline__ void MultiplyColumns(const Geometry& g,
-                                                const Operands<T>& in,
-                                                Cursor at,
-                                                ColumnBuffers<T, Sums>* shared,
-                                                Sums* sums) {
-  using E = Accumulator<T>;
+__device__ __forceinline__ void MultiplyColumns(
+    const Geometry& g, const Operands<T>& in, Cursor at,
+    ColumnBuffers<T, Sums, Cursor::kPlan>* shared, Sums* sums) {
   using Shape = typename Sums::A;
   constexpr int kBlock = Sums::kThreads;
   constexpr int kLoads = Shape::kRows * Shape::kPacks / kBlock;
   static_assert(Shape::kRows * Shape::kPacks % kBlock == 0,
                 "all threads sample");
-  static_assert(Shape::kRows <= kBlock, "a thread locates one sample");
+  static_assert(Cursor::kPlan <= kBlock, "a thread locates one sample");
   const int thread = threadIdx.x;
-  const bool plans = thread < Shape::kRows;
+  const bool plans = thread < Cursor::kPlan;
 
   const auto read = [&](const Cursor& step) {
-    return Displacement<E>::Read(step.PixelOf(thread), step.field, in.offset,
-                                 in.mask);
+    return Displacement<float>::Read(step.PixelOf(thread), step.field,
+                                     in.offset, in.mask);
   };
-  const auto locate = [&](const Cursor& step, const Displacement<E>& d) {
-    return Sample<E>::template Locate<uint32_t>(g, step.PixelOf(thread),
-                                                step.tap, d);
+  const auto locate = [&](const Cursor& step, const Displacement<float>& d) {
+    return Sample<float>::template Locate<uint32_t>(g, step.PixelOf(thread),
+                                                    step.tap, d);
   };
-  CornerPacks<T> corners[kLoads];
-  const auto load = [&](const Cursor& step, const Sample<E>* plan) {
+  PackReader<T> readers[kLoads];
+  const auto load = [&](const Cursor& step, const Sample<float>* plan,
+                        bool is_new) {
+    if (!in.packed_channels) return;
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const int pack = thread + i * kBlock;
       const int first = pack % Shape::kPacks * kPack<T>;
-      corners[i].Load(g, in, plan[pack / Shape::kPacks], step.channel + first,
-                      in.packed_channels && first < step.count);
+      if (is_new || !Cursor::kKeepsRows) {
+        readers[i].Locate(g, in, plan[step.PlanRow() + pack / Shape::kPacks],
+                          first);
+      }
+      readers[i].Load(g, step.channel, first < step.count);
     }
   };
-
-  const auto mix = [&](const Cursor& step, const Sample<E>* plan, T* to) {
+  const auto mix = [&](const Cursor& step, const Sample<float>* plan, T* to) {
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const int pack = thread + i * kBlock;
@@ -186,17 +214,19 @@ __device__ __forceinline__ void MultiplyColumns(const Geometry& g,
       const int first = pack % Shape::kPacks * kPack<T>;
       T* const target = to + row * Shape::kStride + first;
       if (in.packed_channels) {
-        *reinterpret_cast<Pack<T, kPack<T>>*>(target) =
-            corners[i].Mix(g, plan[row], first < step.count);
+        *reinterpret_cast<Pack<uint32_t, 4>*>(target) =
+            readers[i].template Mix<Sums::kIsTf32>(first < step.count);
         continue;
       }
       // Channels that do not come in packs are read when they are wanted.
 #pragma unroll 1
       for (int j = 0; j < kPack<T>; ++j) {
-        E value = 0;
+        float value = 0;
         if (first + j < step.count) {
-          value = ColumnAt(g, in, plan[row], step.channel + first + j);
+          value = ColumnAt(g, in, plan[step.PlanRow() + row],
+                           step.channel + first + j);
         }
+        if constexpr (Sums::kIsTf32) value = BitsToFloat(FloatToTf32(value));
         Narrow(value, target + j);
       }
     }
@@ -209,26 +239,27 @@ __device__ __forceinline__ void MultiplyColumns(const Geometry& g,
   if (plans) shared->plans[0][thread] = locate(at, read(at));
   at.CopyOther(shared->b[0]);
   CommitCopies();
-  Displacement<E> pending = {};
+  Displacement<float> pending = {};
   if (!next.Done()) {
     next.CopyOther(shared->b[1]);
     if (plans && next.IsNewPlan()) pending = read(next);
   }
   CommitCopies();
   __syncthreads();
-  load(at, shared->plans[0]);
+  load(at, shared->plans[0], true);
 
   int plan = 0, stage = 0;  // of step `at`
   for (int parity = 0; !at.Done(); parity ^= 1) {
     T* const a = shared->a[parity];
     mix(at, shared->plans[plan], a);
     const bool is_new = !next.Done() && next.IsNewPlan();
-    if (is_new && plans)
+    if (is_new && plans) {
       shared->plans[plan ^ 1][thread] = locate(next, pending);
+    }
     WaitCopies<1>();
     __syncthreads();
     if (is_new) plan ^= 1;
-    if (!next.Done()) load(next, shared->plans[plan]);
+    if (!next.Done()) load(next, shared->plans[plan], is_new);
     if (!after.Done()) {
       after.CopyOther(shared->b[stage == 0 ? 2 : stage - 1]);
       if (plans && after.IsNewPlan()) pending = read(after);

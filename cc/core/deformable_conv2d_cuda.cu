@@ -32,6 +32,8 @@
 // groups so small that products would be mostly zeros (depthwise). They are
 // also the plain version that the others are tested against.
 
+#include <type_traits>
+
 #include "cc/core/checks.h"
 #include "cc/core/deformable_columns_cuda-inl.h"
 #include "cc/core/deformable_conv2d_data_cuda-inl.h"
@@ -52,31 +54,48 @@ struct ForwardCursor {
   int64_t group, filters;      // of the block
   bool packed;
   int tap, field, channel, count;  // see IsDirect
+  int run_end;                     // of the channels that share an offset group
   bool is_new;
-
-  // At a tap's channel, inside the group.
-  __device__ void Go(int to_tap, int to_channel) {
-    tap = to_tap;
-    channel = to_channel;
-    const int64_t end = (group + 1) * g->group_channels;
-    count = static_cast<int>(
-        ChannelPiece::At<uint32_t>(*g, channel, end, kInner<T>).count);
-    const int of_step = static_cast<int>(
-        Quotient<uint32_t>(channel, g->offset_channels) * g->taps + tap);
-    is_new = of_step != field;
-    field = of_step;
-  }
 
   __device__ int FirstChannel() const {
     return static_cast<int>(group * g->group_channels);
   }
+
+  // To a run of channels, inside the group.
+  __device__ void Enter(int to_tap, int to_channel) {
+    tap = to_tap;
+    channel = to_channel;
+    const int64_t end = (group + 1) * g->group_channels;
+    run_end = to_channel +
+              static_cast<int>(
+                  ChannelPiece::At<uint32_t>(*g, to_channel, end, end).count);
+    const int of_run = static_cast<int>(
+        Quotient<uint32_t>(channel, g->offset_channels) * g->taps + tap);
+    is_new = of_run != field;
+    field = of_run;
+    count = Count();
+  }
+  __device__ int Count() const {
+    return run_end - channel < kInner<T> ? run_end - channel : kInner<T>;
+  }
+
+  static constexpr int kPlan = kForwardPixels;
+  static constexpr bool kKeepsRows = true;
+  __device__ int PlanRow() const { return 0; }
   __device__ bool Done() const { return tap == g->taps; }
   __device__ void Next() {
     if (Done()) return;
-    const int64_t end = (group + 1) * g->group_channels;
-    if (channel + count < end) return Go(tap, channel + count);
-    if (tap + 1 < g->taps) return Go(tap + 1, FirstChannel());
-    tap = static_cast<int>(g->taps);
+    channel += count;
+    if (channel < run_end) {
+      is_new = false;
+      count = Count();
+    } else if (channel < (group + 1) * g->group_channels) {
+      Enter(tap, channel);
+    } else if (tap + 1 < g->taps) {
+      Enter(tap + 1, FirstChannel());
+    } else {
+      tap = static_cast<int>(g->taps);
+    }
   }
   __device__ bool IsNewPlan() const { return is_new; }
   __device__ const Pixel<float>& PixelOf(int row) const { return pixels[row]; }
@@ -89,7 +108,7 @@ struct ForwardCursor {
 
 template <typename T, typename Sums>
 struct ForwardBuffers {
-  ColumnBuffers<T, Sums> columns;
+  ColumnBuffers<T, Sums, kForwardPixels> columns;
   Pixel<float> pixels[kForwardPixels];
 };
 
@@ -97,19 +116,18 @@ struct ForwardBuffers {
 template <typename T>
 __device__ __forceinline__ void StorePair(float first, float second,
                                           bool aligned, int64_t count, T* to) {
-  if (aligned && count >= 2) {
-    Pack<T, 2> pair;
-    Narrow(first, &pair.values[0]);
-    Narrow(second, &pair.values[1]);
-    *reinterpret_cast<Pack<T, 2>*>(to) = pair;
-    return;
+  if constexpr (Word<T>::kCount == 2) {
+    if (aligned && count >= 2) {
+      *reinterpret_cast<uint32_t*>(to) = Word<T>::Of(first, second);
+      return;
+    }
   }
   if (count >= 1) Narrow(first, to);
   if (count >= 2) Narrow(second, to + 1);
 }
 
 template <typename T, bool kTf32, int kN>
-using ForwardSums = Product<T, kTf32, kForwardPixels, kN, true, false>;
+using ForwardSums = Product<T, kTf32, kForwardPixels, kN, true, false, true>;
 
 template <typename T, bool kTf32, int kN>
 __global__ void __launch_bounds__(ForwardSums<T, kTf32, kN>::kThreads)
@@ -133,7 +151,7 @@ __global__ void __launch_bounds__(ForwardSums<T, kTf32, kN>::kThreads)
   at.filters = Min(kN, g.group_filters - filter);
   at.packed = in.packed_filters;
   at.field = -1;
-  at.Go(0, at.FirstChannel());
+  at.Enter(0, at.FirstChannel());
   // A pixel is read by the thread that writes it.
   if (threadIdx.x < kForwardPixels) {
     shared->pixels[threadIdx.x] =
@@ -207,31 +225,30 @@ bool IsDirect(const Geometry& g) {
 }
 
 // Calls body(tf32) for what `stream` allows: a constant of the language.
-template <bool kValue>
-struct Bool {
-  static constexpr bool value = kValue;
-};
 template <typename T, typename Body>
 Status WithTf32(const CudaStream& stream, const Body& body) {
   if constexpr (sizeof(T) == 4) {
-    if (stream.allow_tf32) return body(Bool<true>());
+    if (stream.allow_tf32) return body(std::true_type());
   }
-  return body(Bool<false>());
+  return body(std::false_type());
 }
 
-// Calls body(N) for the filters of a block: 64, 128, or on the tensor cores 256
-// where that leaves blocks enough for the largest GPUs. Wide blocks sample less
-// often.
+// Calls body(N) for the filters of a block: 64, 128, or for 16-bit types 256,
+// which samples half as often as 128 and so takes about 1.5 times as long (by
+// instructions), not twice. There are `tiles` blocks for each N filters; the
+// largest GPUs work on 132 at once.
 template <int kValue>
-struct Int {
-  static constexpr int value = kValue;
-};
+using Int = std::integral_constant<int, kValue>;
 template <typename T, typename Body>
-Status WithFilters(int64_t filters, int64_t blocks_of_256, const Body& body) {
-  constexpr int64_t kBlocks = 132;
+Status WithFilters(int64_t filters, int64_t tiles, const Body& body) {
+  const auto rounds = [=](int64_t n) {
+    return CeilDiv(tiles * CeilDiv(filters, n), 132);
+  };
   if (filters <= 64) return body(Int<64>());
   if constexpr (sizeof(T) == 2) {
-    if (filters > 128 && blocks_of_256 >= kBlocks) return body(Int<256>());
+    if (filters > 128 && 3 * rounds(256) <= 2 * rounds(128)) {
+      return body(Int<256>());
+    }
   }
   return body(Int<128>());
 }
@@ -253,17 +270,15 @@ Status ForwardOf(const DeformableConv2DParams& params,
     const int64_t tiles = CeilDiv(g.total_pixels, kForwardPixels) * g.groups;
     const bool pairs = IsAligned(to, 2 * sizeof(T)) && g.group_filters % 2 == 0;
     return WithTf32<T>(stream, [&](auto tf32) {
-      return WithFilters<T>(
-          g.group_filters, tiles * CeilDiv(g.group_filters, 256),
-          [&](auto filters) {
-            constexpr int kN = decltype(filters)::value;
-            constexpr bool kTf32 = decltype(tf32)::value;
-            using Sums = ForwardSums<T, kTf32, kN>;
-            return Launch("ForwardKernel", ForwardKernel<T, kTf32, kN>,
-                          tiles * CeilDiv(g.group_filters, kN), Sums::kThreads,
-                          sizeof(ForwardBuffers<T, Sums>), stream, g, in, pairs,
-                          to);
-          });
+      return WithFilters<T>(g.group_filters, tiles, [&](auto filters) {
+        constexpr int kN = decltype(filters)::value;
+        constexpr bool kTf32 = decltype(tf32)::value;
+        using Sums = ForwardSums<T, kTf32, kN>;
+        return Launch("ForwardKernel", ForwardKernel<T, kTf32, kN>,
+                      tiles * CeilDiv(g.group_filters, kN), Sums::kThreads,
+                      sizeof(ForwardBuffers<T, Sums>), stream, g, in, pairs,
+                      to);
+      });
     });
   }
   return Status();
@@ -412,7 +427,7 @@ Status KernelOf(const Geometry& g, const Operands<T>& in, const T* grad_output,
             constexpr bool kTf32 = decltype(tf32)::value;
             using Sums = KernelSums<T, kTf32, kN>;
             return Launch("KernelKernel", KernelKernel<T, kTf32, kN>, blocks,
-                          Sums::kThreads, sizeof(ColumnBuffers<T, Sums>),
+                          Sums::kThreads, sizeof(KernelBuffers<T, kTf32, kN>),
                           stream, g, in, grad_output, work,
                           CountChannelPieces(g), parts, to);
           }));

@@ -56,6 +56,27 @@ __device__ __forceinline__ void PassOn(const Geometry& g, const Operands<T>& in,
     }
   }
   const Corners<E> corners(g, s);
+  // Read before anything is added: additions are not waited for.
+  const bool wants_sums = out.offset != nullptr || out.mask != nullptr;
+  E values[4][4];  // [corner][channel]
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const T* from = in.inputs + s.corner + corners.steps[i] + channel;
+    const bool exists = wants_sums && (s.flags >> i & 1) != 0;
+    if (packed) {
+      Pack<T, 4> pack = {};
+      if (exists && count > 0) {
+        pack = *reinterpret_cast<const Pack<T, 4>*>(from);
+      }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) values[i][j] = Widen(pack.values[j]);
+    } else {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        values[i][j] = exists && j * apart < count ? Widen(from[j * apart]) : 0;
+      }
+    }
+  }
   if (out.inputs != nullptr) {
     E share[4];
 #pragma unroll
@@ -79,26 +100,7 @@ __device__ __forceinline__ void PassOn(const Geometry& g, const Operands<T>& in,
       }
     }
   }
-  if (out.offset == nullptr && out.mask == nullptr) return;
-  E values[4][4];  // [corner][channel]
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const T* from = in.inputs + s.corner + corners.steps[i] + channel;
-    const bool exists = (s.flags >> i & 1) != 0;
-    if (packed) {
-      Pack<T, 4> pack = {};
-      if (exists && count > 0) {
-        pack = *reinterpret_cast<const Pack<T, 4>*>(from);
-      }
-#pragma unroll
-      for (int j = 0; j < 4; ++j) values[i][j] = Widen(pack.values[j]);
-    } else {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        values[i][j] = exists && j * apart < count ? Widen(from[j * apart]) : 0;
-      }
-    }
-  }
+  if (!wants_sums) return;
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     if (j * apart >= count) continue;
@@ -151,12 +153,13 @@ struct ChannelPiece {
 constexpr int kDataPixels = 128;    // of a block
 constexpr int kDataChannels = 128;  // of a product: 4 for each lane of a warp
 
-// Columns are padded so that a warp's rows start in different banks.
-constexpr int kDataStride = kDataChannels + 4;
+// Columns are padded so that what a warp writes at once, eight rows of four
+// pairs, lies in different banks.
+constexpr int kDataStride = kDataChannels + 8;
 
 template <typename T, bool kTf32>
 struct DataBuffers {
-  using Sums = Product<T, kTf32, kDataPixels, kDataChannels, true, true>;
+  using Sums = Product<T, kTf32, kDataPixels, kDataChannels, true, true, false>;
 
   union {
     struct {
@@ -243,7 +246,8 @@ __global__ void __launch_bounds__(DataBuffers<T, kTf32>::Sums::kThreads)
         });
     __syncthreads();
 
-    const int mine = in.packed_channels ? 4 * lane : lane;
+    const bool packed = in.packed_channels && kAddsFour;
+    const int mine = packed ? 4 * lane : lane;
     for (int i = 0; i < kRows; ++i) {
       const int row = i * kWarps + warp;
       const Sample<float> s = shared->plan[row];
@@ -252,12 +256,11 @@ __global__ void __launch_bounds__(DataBuffers<T, kTf32>::Sums::kThreads)
       float column[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        column[j] = columns[in.packed_channels ? j : 32 * j];
+        column[j] = columns[packed ? j : 32 * j];
       }
       SampleSums<float> sample = {0, 0, 0};
       PassOn(g, in, out, s, (first + row - out.first) * g.taps + tap,
-             piece.channel + mine, piece.count - mine, in.packed_channels,
-             column, &sample);
+             piece.channel + mine, piece.count - mine, packed, column, &sample);
       if (out.offset == nullptr && out.mask == nullptr) continue;
       sample.OfWarp();
       if (lane == i) {
@@ -403,7 +406,7 @@ __global__ void __launch_bounds__(kOrderedThreads)
     const bool touches = s.flags != 0 && top + 1 >= row_begin && top < row_end;
     const unsigned votes = __ballot_sync(0xffffffffu, touches);
     if (lane == 0) counts[warp] = __popc(votes);
-    __syncthreads();
+    __syncthreads();  // and nobody is busy with the list before
     int place = __popc(votes & ((1u << lane) - 1)), total = 0;
     for (int w = 0; w < kOrderedThreads / 32; ++w) {
       if (w < warp) place += counts[w];
@@ -430,7 +433,6 @@ __global__ void __launch_bounds__(kOrderedThreads)
                     corners.steps[k] + channel] += corners.weights[k] * share;
       }
     }
-    __syncthreads();
   }
 }
 

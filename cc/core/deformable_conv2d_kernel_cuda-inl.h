@@ -20,11 +20,12 @@ struct KernelParts {
 
   // `blocks` work on a part. With a single part nothing has to be summed.
   KernelParts(const Geometry& g, int64_t blocks, int64_t element_bytes) {
-    constexpr int64_t kBlocks = 264;  // enough for the largest GPUs
-    constexpr int64_t kLeast = 512;   // pixels
+    // Two rounds of the largest GPUs, which work on 132 at once; not one more.
+    constexpr int64_t kBlocks = 264;
+    constexpr int64_t kLeast = 512;  // pixels
     constexpr int64_t kWorkspace = int64_t{64} << 20;
     const int64_t bytes = g.taps * g.group_channels * g.filters * element_bytes;
-    const int64_t parts = Min(Min(CeilDiv(kBlocks, blocks), kWorkspace / bytes),
+    const int64_t parts = Min(Min(kBlocks / blocks, kWorkspace / bytes),
                               CeilDiv(g.total_pixels, kLeast));
     pixels = RoundUp(CeilDiv(g.total_pixels, Max(1, parts)), 32);
     count = CeilDiv(g.total_pixels, pixels);
@@ -53,16 +54,23 @@ struct KernelCursor {
   const Geometry* g;
   const T* grad_output;  // at the block's first filter
   int64_t pixel, end;    // output pixels
+  int in_plan;           // of them, the step's first
   int tap, field, channel, count;
   int64_t filters;  // of the block
   bool packed;
 
   __device__ bool Done() const { return pixel >= end; }
-  __device__ void Next() { pixel += kInner<T>; }
-  __device__ bool IsNewPlan() const { return true; }
-  __device__ Pixel<float> PixelOf(int row) const {
-    if (pixel + row >= end) return {0, 0, 0, -1};
-    return Pixel<float>::At<uint32_t>(*g, pixel + row);
+  static constexpr int kPlan = Sums::kThreads;
+  static constexpr bool kKeepsRows = false;
+  __device__ void Next() {
+    pixel += kInner<T>;
+    in_plan = (in_plan + kInner<T>) % kPlan;
+  }
+  __device__ bool IsNewPlan() const { return in_plan == 0; }
+  __device__ int PlanRow() const { return in_plan; }
+  __device__ Pixel<float> PixelOf(int i) const {
+    if (pixel - in_plan + i >= end) return {0, 0, 0, -1};
+    return Pixel<float>::At<uint32_t>(*g, pixel - in_plan + i);
   }
   __device__ void CopyOther(T* to) const {
     CopyPanel<typename Sums::B, Sums::kThreads>(
@@ -76,7 +84,10 @@ struct KernelCursor {
 // of every part, [part][tap][channel][filter]; null: there is a single one,
 // written to `gradient`.
 template <typename T, bool kTf32, int kN>
-using KernelSums = Product<T, kTf32, kKernelChannels, kN, false, false>;
+using KernelSums = Product<T, kTf32, kKernelChannels, kN, false, false, true>;
+template <typename T, bool kTf32, int kN>
+using KernelBuffers = ColumnBuffers<T, KernelSums<T, kTf32, kN>,
+                                    KernelSums<T, kTf32, kN>::kThreads>;
 
 template <typename T, bool kTf32, int kN>
 __global__ void __launch_bounds__(KernelSums<T, kTf32, kN>::kThreads)
@@ -85,7 +96,7 @@ __global__ void __launch_bounds__(KernelSums<T, kTf32, kN>::kThreads)
                  T* gradient) {
   using Sums = KernelSums<T, kTf32, kN>;
   auto* const shared =
-      reinterpret_cast<ColumnBuffers<T, Sums>*>(SharedMemory());
+      reinterpret_cast<KernelBuffers<T, kTf32, kN>*>(SharedMemory());
   int64_t rest = blockIdx.x;
   const auto take = [&rest](int64_t size) {
     const int64_t quotient = Quotient<uint32_t>(rest, size);
@@ -111,6 +122,7 @@ __global__ void __launch_bounds__(KernelSums<T, kTf32, kN>::kThreads)
   at.grad_output = grad_output + first_filter;
   at.pixel = part * work.pixels;
   at.end = Min(at.pixel + work.pixels, g.total_pixels);
+  at.in_plan = 0;
   at.tap = static_cast<int>(tap);
   at.field = static_cast<int>(
       Quotient<uint32_t>(piece.channel, g.offset_channels) * g.taps + tap);

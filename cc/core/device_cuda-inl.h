@@ -37,6 +37,21 @@ __device__ __forceinline__ uint16_t FloatToBFloat16(float value) {
   return __bfloat16_as_ushort(__float2bfloat16_rn(value));
 }
 
+// Two numbers in a word, the first in the low half.
+__device__ __forceinline__ uint32_t FloatsToHalfs(float first, float second) {
+  const __half2 pair = __floats2half2_rn(first, second);
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof(bits));
+  return bits;
+}
+__device__ __forceinline__ uint32_t FloatsToBFloat16s(float first,
+                                                      float second) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof(bits));
+  return bits;
+}
+
 // The nearest number of 10 bits of mantissa, as the tensor cores want it.
 __device__ __forceinline__ uint32_t FloatToTf32(float value) {
   uint32_t bits;
@@ -122,9 +137,18 @@ __device__ __forceinline__ void AddAtomically(float* to, float value) {
 __device__ __forceinline__ void AddAtomically(double* to, double value) {
   atomicAdd(to, value);
 }
+#if __CUDA_ARCH__ >= 900 && \
+    (__CUDACC_VER_MAJOR__ > 12 || __CUDACC_VER_MINOR__ >= 1)
+#define TF_DEFORM_ADDS_FOUR 1
+#else
+#define TF_DEFORM_ADDS_FOUR 0
+#endif
+// Whether the device adds four at once: else lanes of a warp had better add to
+// neighbours.
+constexpr bool kAddsFour = TF_DEFORM_ADDS_FOUR;
 __device__ __forceinline__ void AddAtomically(float* to,
                                               const float (&values)[4]) {
-#if __CUDA_ARCH__ >= 900
+#if TF_DEFORM_ADDS_FOUR
   asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(to),
                "f"(values[0]), "f"(values[1]), "f"(values[2]), "f"(values[3])
                : "memory");
@@ -149,6 +173,7 @@ inline int Multiprocessors() {
   if (cudaGetDevice(&device) != cudaSuccess ||
       cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) !=
           cudaSuccess) {
+    (void)cudaGetLastError();
     return 1;
   }
   return count;
@@ -156,6 +181,7 @@ inline int Multiprocessors() {
 
 inline Status ToStatus(cudaError_t error, const char* call) {
   if (error == cudaSuccess) return Status();
+  (void)cudaGetLastError();  // or the next call would be blamed for it
   return Internal("%s failed: %s (%s)", call, cudaGetErrorString(error),
                   cudaGetErrorName(error));
 }
@@ -255,6 +281,40 @@ __device__ __forceinline__ void Narrow(float value, BFloat16* to) {
 template <typename T, int kN>
 struct alignas(sizeof(T) * kN) Pack {
   T values[kN];
+};
+
+// The elements of 32 bits. Packs that wait in registers are kept as words:
+// packs of 16-bit elements are taken apart as soon as they have been read,
+// which waits for memory.
+template <typename T>
+struct Word;
+template <>
+struct Word<float> {
+  static constexpr int kCount = 1;
+  __device__ static float At(uint32_t word, int) { return BitsToFloat(word); }
+  __device__ static uint32_t Of(float value, float) {
+    return FloatToBits(value);
+  }
+};
+template <>
+struct Word<Half> {
+  static constexpr int kCount = 2;
+  __device__ static float At(uint32_t word, int i) {
+    return HalfToFloat(static_cast<uint16_t>(word >> 16 * i));
+  }
+  __device__ static uint32_t Of(float first, float second) {
+    return FloatsToHalfs(first, second);
+  }
+};
+template <>
+struct Word<BFloat16> {
+  static constexpr int kCount = 2;
+  __device__ static float At(uint32_t word, int i) {
+    return BitsToFloat(i == 0 ? word << 16 : word & 0xffff0000u);
+  }
+  __device__ static uint32_t Of(float first, float second) {
+    return FloatsToBFloat16s(first, second);
+  }
 };
 
 // Elements in 16 bytes.

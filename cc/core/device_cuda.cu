@@ -13,11 +13,12 @@ namespace cuda {
 namespace {
 
 Status Failed(const char* what, cudaError_t error) {
-  return Internal(
-      "Expected the CUDA runtime to tell the version of %s. "
-      "Received: %s",
-      what, cudaGetErrorString(error));
+  (void)cudaGetLastError();  // or the next call would be blamed for it
+  return Internal("Expected the CUDA runtime to tell %s. Received: %s", what,
+                  cudaGetErrorString(error));
 }
+
+constexpr int kDevices = 64;  // whose verdict is remembered
 
 }  // namespace
 
@@ -37,16 +38,39 @@ Status JudgeDriver(int driver, int runtime) {
       driver > 0 ? "Update" : "Install");
 }
 
+Status JudgeGpu(int major, int minor) {
+  if (major >= 8) return Status();
+  return Internal(
+      "Expected a GPU of compute capability 8.0 or newer. Received: %d.%d. "
+      "Place the op on a newer one, or on the CPU: tf.device('/CPU:0')",
+      major, minor);
+}
+
 Status CheckDriver() {
-  static std::atomic<bool> is_good{false};
-  if (is_good.load(std::memory_order_relaxed)) return Status();
-  int driver, runtime;
+  static std::atomic<bool> is_good[kDevices];  // all false
+  int driver, runtime, device, major, minor;
   cudaError_t error = cudaDriverGetVersion(&driver);
-  if (error != cudaSuccess) return Failed("the driver", error);
+  if (error != cudaSuccess) return Failed("the driver's version", error);
   error = cudaRuntimeGetVersion(&runtime);
-  if (error != cudaSuccess) return Failed("itself", error);
-  const Status status = JudgeDriver(driver, runtime);
-  if (status.ok()) is_good.store(true, std::memory_order_relaxed);
+  if (error != cudaSuccess) return Failed("its own version", error);
+  TF_DEFORM_RETURN_IF_ERROR(JudgeDriver(driver, runtime));
+  error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return Failed("the current GPU", error);
+  const bool remembers = device < kDevices;
+  if (remembers && is_good[device].load(std::memory_order_relaxed)) {
+    return Status();
+  }
+  error =
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor,
+                                   device);
+  }
+  if (error != cudaSuccess) return Failed("what the GPU can do", error);
+  const Status status = JudgeGpu(major, minor);
+  if (remembers && status.ok()) {
+    is_good[device].store(true, std::memory_order_relaxed);
+  }
   return status;
 }
 

@@ -27,22 +27,25 @@ template <typename T, int kOuter, bool kInnerLast>
 struct Panel {
   static constexpr int kRows = kInnerLast ? kOuter : kInner<T>;
   static constexpr int kColumns = kInnerLast ? kInner<T> : kOuter;
-  static constexpr int kStride = kColumns + kPack<T>;
+  static constexpr int kStride =
+      kColumns + (!kInnerLast && sizeof(T) == 4 ? 2 : 1) * kPack<T>;
   static constexpr int kElements = kRows * kStride;
   static constexpr int kPacks = kColumns / kPack<T>;  // of a row
 };
 
-// What A and B of a product are: `kTf32` counts for float alone.
+// What A and B of a product are. `kTf32` counts for float alone; A is rounded
+// already if it `kIsColumns`.
 template <typename T, bool kTf32, int kM, int kN, bool kAInnerLast,
-          bool kBInnerLast>
+          bool kBInnerLast, bool kIsColumns>
 struct Product;
 
 // On the tensor cores: 16 warps, 4 x 4, or 8 x 2 for narrow sums, each with a
 // part of 16 x 8 pieces. With half as many a thread's sums and the columns that
 // are under way would not fit in its registers.
 template <typename T, bool kTf32, int kM, int kN, bool kAInnerLast,
-          bool kBInnerLast>
+          bool kBInnerLast, bool kIsColumns>
 struct TensorProduct {
+  static constexpr bool kIsTf32 = kTf32;
   using A = Panel<T, kM, kAInnerLast>;
   using B = Panel<T, kN, kBInnerLast>;
   static constexpr int kThreads = 512;               // of the block
@@ -149,7 +152,7 @@ struct TensorProduct {
                   outer + lane / 4 + 8 * outer_part]);
       }
     }
-    if constexpr (kTf32) {
+    if constexpr (kTf32 && (kIsB || !kIsColumns)) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) to[i] = FloatToTf32(BitsToFloat(to[i]));
     }
@@ -177,14 +180,16 @@ struct TensorProduct {
 };
 
 template <typename T, bool kTf32, int kM, int kN, bool kAInnerLast,
-          bool kBInnerLast>
-struct Product : TensorProduct<T, kTf32, kM, kN, kAInnerLast, kBInnerLast> {};
+          bool kBInnerLast, bool kIsColumns>
+struct Product
+    : TensorProduct<T, kTf32, kM, kN, kAInnerLast, kBInnerLast, kIsColumns> {};
 
 // In float: 16 x 16 threads. Where an operand's inner dimension is last a
 // thread's rows are 16 apart, where it is first they come in fours; either way
 // a load is 16 bytes and free of conflicts.
-template <int kM, int kN, bool kAInnerLast, bool kBInnerLast>
-struct Product<float, false, kM, kN, kAInnerLast, kBInnerLast> {
+template <int kM, int kN, bool kAInnerLast, bool kBInnerLast, bool kIsColumns>
+struct Product<float, false, kM, kN, kAInnerLast, kBInnerLast, kIsColumns> {
+  static constexpr bool kIsTf32 = false;
   using A = Panel<float, kM, kAInnerLast>;
   using B = Panel<float, kN, kBInnerLast>;
   static constexpr int kThreads = 256;                       // of the block

@@ -393,3 +393,39 @@ def test_columns_that_do_not_fit_in_the_workspace():
         for options in ({}, {"deterministic": True})
     ]
     assert_close(made[1]["inputs"], made[0]["inputs"], "float32", "inputs")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape, filters, groups",
+    [
+        ((2, 100, 168, 256), 256, 1),
+        ((64, 14, 14, 512), 512, 1),
+        ((1, 7, 7, 2048), 2048, 1),  # a kernel larger than the workspace
+        ((8, 56, 56, 512), 512, 512),
+        ((16, 400, 672, 256), 8, 1),  # gradients of images, too
+    ],
+)
+def test_workspace_is_bounded(dtype, shape, filters, groups):
+    kernel = (3, 3, shape[3] // groups, filters)
+    offset = (*shape[:3], 18)
+    params = core.validate(shape, kernel, offset, padding="same")
+    one = 0
+    if dtype in ("float16", "bfloat16"):
+        one = 4 * int(np.prod(shape[1:]))  # the float image of one gradient
+    everything = core.Pointers(1, 1, 1, None)
+    for deterministic in (False, True):
+        options = gpu.stream(deterministic=deterministic)
+        size = gpu.workspace_bytes(
+            f"{OP}BackwardWorkspaceBytes",
+            ctypes.byref(params),
+            core.DTYPES[dtype],
+            ctypes.byref(everything),
+            ctypes.byref(options),
+        )
+        image = one if one > 2**26 else min(2**26, shape[0] * one)
+        assert size <= 2**26 + image
+    size = gpu.workspace_bytes(
+        f"{OP}WorkspaceBytes", ctypes.byref(params), core.DTYPES[dtype]
+    )
+    assert size == 0

@@ -56,6 +56,14 @@ def test_no_driver_is_an_error():
     assert "Install" in text and "CPU" in text
 
 
+def test_an_old_gpu_is_an_error_that_names_both():
+    for version in ((8, 0), (8, 9), (9, 0), (12, 1)):
+        assert call("TfDeformCudaJudgeGpu", *version) == (0, "")
+    code, text = call("TfDeformCudaJudgeGpu", 7, 5)
+    assert code == INTERNAL
+    assert "8.0" in text and "7.5" in text and "CPU" in text
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_a_gpu_call_without_a_driver_returns_the_verdict(op):
     expected = call("TfDeformCudaCheckDriver")

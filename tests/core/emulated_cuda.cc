@@ -20,6 +20,7 @@ namespace cuda {
 
 Status CheckDriver() { return Status(); }
 Status JudgeDriver(int, int) { return Status(); }
+Status JudgeGpu(int, int) { return Status(); }
 
 }  // namespace cuda
 

@@ -286,6 +286,13 @@ inline uint16_t FloatToBFloat16(float value) {
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+inline uint32_t FloatsToHalfs(float first, float second) {
+  return FloatToHalf(first) | uint32_t{FloatToHalf(second)} << 16;
+}
+inline uint32_t FloatsToBFloat16s(float first, float second) {
+  return FloatToBFloat16(first) | uint32_t{FloatToBFloat16(second)} << 16;
+}
+
 inline uint32_t FloatToTf32(float value) {
   uint32_t bits;
   memcpy(&bits, &value, 4);
@@ -394,6 +401,7 @@ inline void MultiplyTf32(float (&sums)[4], const uint32_t (&a)[4],
   });
 }
 
+constexpr bool kAddsFour = true;
 template <typename E>
 void AddAtomically(E* to, E value) {
   *to += value;
