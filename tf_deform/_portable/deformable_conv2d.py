@@ -20,6 +20,7 @@ from tf_deform._portable.shapes import (
     fail,
     sizes,
     to_index,
+    with_rank,
 )
 
 
@@ -149,6 +150,10 @@ def deformable_conv2d(
     boundary: str,
 ) -> tf.Tensor:
     """See `tf_deform.ops.deformable_conv2d`; called as the op is."""
+    inputs = with_rank(inputs, 4)
+    kernel = with_rank(kernel, 4)
+    offset = with_rank(offset, 4)
+    mask = [with_rank(tensor, 4) for tensor in mask]
     padding, boundary = (tf.compat.as_str(x) for x in (padding, boundary))
     top, bottom, left, right = explicit_paddings or (0, 0, 0, 0)
     pads = ((top, bottom), (left, right))
@@ -240,7 +245,8 @@ def deformable_conv2d(
     if offset_groups > 1:
         group = tf.range(offset_groups, dtype=tf.int64)
         group = tf.reshape(
-            tf.tile(group[:, tf.newaxis], (1, taps)), (offset_groups * taps,)
+            tf.tile(tf.expand_dims(group, 1), (1, taps)),
+            (offset_groups * taps,),
         )
         index = index * offset_groups + group
     corners = [
@@ -256,7 +262,8 @@ def deformable_conv2d(
     weights = tf.reshape(tf.stack(weights, -1), split)
     if known:
         pieces = zip(
-            tf.unstack(index, axis=2),
+            # LiteRT does not unstack 64-bit integers.
+            [index[:, :, tap] for tap in range(taps)],
             tf.unstack(weights, axis=2),
             tf.unstack(kernel),
             strict=True,

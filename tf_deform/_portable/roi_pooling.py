@@ -83,9 +83,9 @@ def _find_taps(
     read = tf.range(reads)
 
     # (bins, samples, reads): which sample reads what.
-    below = (slot[..., tf.newaxis] == read) & counts[..., tf.newaxis]
-    above = (slot[..., tf.newaxis] + 1 == read) & moves[..., tf.newaxis]
-    low, distance = low[..., tf.newaxis], distance[..., tf.newaxis]
+    below = (tf.expand_dims(slot, -1) == read) & tf.expand_dims(counts, -1)
+    above = (tf.expand_dims(slot, -1) + 1 == read) & tf.expand_dims(moves, -1)
+    low, distance = tf.expand_dims(low, -1), tf.expand_dims(distance, -1)
     none = tf.zeros_like(distance)
     weight = tf.where(below, 1 - distance, none)
     weight += tf.where(above, distance, none)
@@ -158,7 +158,7 @@ def pool(
     exists &= image == tf.floor(image)
     for corner in range(1, 5):
         exists &= finite(rois[:, corner])
-    rois = tf.where(exists[:, tf.newaxis], rois, tf.zeros_like(rois))
+    rois = tf.where(tf.expand_dims(exists, 1), rois, tf.zeros_like(rois))
     exists &= tf.cast(size[0] * size[1] > 0, tf.bool)
 
     shape = (num_rois, 1, 1, 1)
@@ -180,10 +180,10 @@ def pool(
             most = tf.reduce_max(tf.concat([where.samples, [1]], 0))
             most = tf.cast(most, tf.int32)
         sample = tf.cast(tf.range(most), real)
-        place = place[..., tf.newaxis]
-        place += (sample + phase) * step[..., tf.newaxis]
+        place = tf.expand_dims(place, -1)
+        place += (sample + phase) * tf.expand_dims(step, -1)
         there = tf.reshape(exists & fits, shape)
-        there &= sample < number[..., tf.newaxis]
+        there &= sample < tf.expand_dims(number, -1)
         # For every bin, displaced or not.
         there |= tf.zeros((1, bins, classes, 1), tf.bool)
         there = tf.reshape(there, (total, most))
@@ -217,12 +217,12 @@ def pool(
     )
     origin += tf.range(to_index(classes), dtype=tf.int64)
     y, x = taps
-    row = tf.cast(y.place, tf.int64)[:, :, tf.newaxis]
-    col = tf.cast(x.place, tf.int64)[:, tf.newaxis, :]
+    row = tf.expand_dims(tf.cast(y.place, tf.int64), 2)
+    col = tf.expand_dims(tf.cast(x.place, tf.int64), 1)
     index = tf.reshape(origin, (total, 1, 1)) + (row * width + col) * pixel
     read = (row >= 0) & (col >= 0)
     index = tf.where(read, index, tf.cast(zeros, tf.int64))
-    weights = (y.weight * share)[:, :, tf.newaxis] * x.weight[:, tf.newaxis, :]
+    weights = tf.expand_dims(y.weight * share, 2) * tf.expand_dims(x.weight, 1)
     reads = tf.shape(y.weight)[1] * tf.shape(x.weight)[1]
     output = weighted_sum(
         maps,

@@ -19,7 +19,7 @@ def weighted_sum(
     """
     # Unlike that of `tf.gather`, the gradient is a dense tensor at once: sums
     # over several calls then need no list of all that each of them read.
-    read = tf.gather_nd(rows, index[..., tf.newaxis])
+    read = tf.gather_nd(rows, tf.expand_dims(index, -1))
     # A product of matrices, as the product of two tensors would be as large as
     # `read` once more.
-    return tf.matmul(weights[:, tf.newaxis, :], read)[:, 0, :]
+    return tf.squeeze(tf.matmul(tf.expand_dims(weights, 1), read), 1)

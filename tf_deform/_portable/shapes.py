@@ -46,11 +46,16 @@ def check_factor(parts: Sequence[float], zero_allowed: bool, name: str) -> None:
         )
 
 
+def with_rank(tensor: tf.Tensor, rank: int) -> tf.Tensor:
+    """Leaves the judgement of an unknown rank to the graph that runs."""
+    if tensor.shape.rank is None:
+        return tf.ensure_shape(tensor, (None,) * rank)
+    return tensor
+
+
 def check_rank(tensor: tf.Tensor, name: str, axes: str) -> Shape:
     """The shape of a tensor with as many dimensions as `axes` names."""
     rank = len(axes.split(": ")[0].split(", "))
-    if tensor.shape.rank is None:
-        return (None,) * rank
     shape = tuple(tensor.shape.as_list())
     if len(shape) != rank:
         fail(

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tf_deform._implementation import check_implementation
 from tf_deform.ops._arguments import Pair, coordinate_type, integer, pair
 from tf_deform.ops.deformable_conv2d import (
     canonical_padding,
@@ -66,6 +67,8 @@ class DeformableConv2D(keras.layers.Conv2D):
         boundary: "zeros" or "clamp", see `tf_deform.ops.deformable_conv2d`.
         offset_dilation_rate: Dilation of the branch's convolution; None is
             `dilation_rate`. Its taps are centred where the layer's are.
+        implementation: "native", or "portable" for stock TensorFlow ops; see
+            `tf_deform.implementation`.
         **kwargs: `name`, `dtype`, `trainable`, and so on, as in
             `keras.layers.Conv2D`.
 
@@ -110,6 +113,7 @@ class DeformableConv2D(keras.layers.Conv2D):
         modulation: str | None = None,
         boundary: str = "zeros",
         offset_dilation_rate: int | Sequence[int] | None = None,
+        implementation: str = "native",
         **kwargs: Any,
     ):
         # Keras would cast offsets to the compute dtype: `call` casts itself.
@@ -138,6 +142,7 @@ class DeformableConv2D(keras.layers.Conv2D):
         self.offset_groups = integer(offset_groups, "offset_groups")
         self.modulation = modulation
         self.boundary = check_boundary(boundary)
+        self.implementation = check_implementation(implementation)
         self.offset_dilation_rate = (
             None
             if offset_dilation_rate is None
@@ -182,6 +187,7 @@ class DeformableConv2D(keras.layers.Conv2D):
             dilation_rate=self.dilation_rate,
             offset_groups=self.offset_groups,
             boundary=self.boundary,
+            implementation=self.implementation,
         )
 
     def _to_channels_last(self, value: Any) -> Any:
@@ -438,4 +444,5 @@ class DeformableConv2D(keras.layers.Conv2D):
             "modulation": self.modulation,
             "boundary": self.boundary,
             "offset_dilation_rate": self.offset_dilation_rate,
+            "implementation": self.implementation,
         }

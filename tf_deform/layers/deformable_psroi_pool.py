@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tf_deform._implementation import check_implementation
 from tf_deform.layers._roi_layer import (
     DisplacedROILayer,
     branch_value,
@@ -61,6 +62,8 @@ class DeformablePSROIPooling(keras.layers.Layer):
         num_classes: Number of contiguous runs of output channels with
             displacements of their own, made by the branch; divides
             `output_dim`. A given `trans` tells its own number.
+        implementation: "native", or "portable" for stock TensorFlow ops; see
+            `tf_deform.implementation`.
         **kwargs: `name`, `dtype`, `trainable`, and so on.
 
     Call arguments:
@@ -94,6 +97,7 @@ class DeformablePSROIPooling(keras.layers.Layer):
         sample_per_part: int = 4,
         trans_std: float = 0.1,
         num_classes: int = 1,
+        implementation: str = "native",
         **kwargs: Any,
     ):
         # Keras would cast regions to the compute dtype: `call` casts itself.
@@ -117,6 +121,7 @@ class DeformablePSROIPooling(keras.layers.Layer):
         self.sample_per_part = positive(sample_per_part, "sample_per_part")
         self.trans_std = check_factor(trans_std, "trans_std")
         self.num_classes = positive(num_classes, "num_classes")
+        self.implementation = check_implementation(implementation)
         if self.output_dim % self.num_classes:
             raise ValueError(
                 "Expected `output_dim` to be a multiple of `num_classes`. "
@@ -160,6 +165,7 @@ class DeformablePSROIPooling(keras.layers.Layer):
             part_size=self.part_size,
             sample_per_part=self.sample_per_part,
             trans_std=self.trans_std,
+            implementation=self.implementation,
         )
 
     def _run_branch(
@@ -177,6 +183,7 @@ class DeformablePSROIPooling(keras.layers.Layer):
             spatial_scale=self.spatial_scale,
             pooled_size=self.part_size,
             sample_per_part=self.sample_per_part,
+            implementation=self.implementation,
         )
 
     def _check_trans_inputs(
@@ -251,6 +258,7 @@ class DeformablePSROIPooling(keras.layers.Layer):
             "sample_per_part": self.sample_per_part,
             "trans_std": self.trans_std,
             "num_classes": self.num_classes,
+            "implementation": self.implementation,
         }
 
 
@@ -286,6 +294,8 @@ class DeformableROIPooling(DisplacedROILayer):
         sample_per_part: Samples of a bin along each axis.
         trans_std: Factor of the displacements.
         units: Sizes of the branch's hidden layers, none by default.
+        implementation: "native", or "portable" for stock TensorFlow ops; see
+            `tf_deform.implementation`.
         **kwargs: `name`, `dtype`, `trainable`, and so on.
 
     Call arguments:
@@ -313,9 +323,12 @@ class DeformableROIPooling(DisplacedROILayer):
         sample_per_part: int = 4,
         trans_std: float = 0.1,
         units: Sequence[int] = (),
+        implementation: str = "native",
         **kwargs: Any,
     ):
-        super().__init__(pooled_size, spatial_scale, units, **kwargs)
+        super().__init__(
+            pooled_size, spatial_scale, units, implementation, **kwargs
+        )
         self.sample_per_part = positive(sample_per_part, "sample_per_part")
         self.trans_std = check_factor(trans_std, "trans_std")
 
@@ -332,6 +345,7 @@ class DeformableROIPooling(DisplacedROILayer):
             group_size=1,
             sample_per_part=self.sample_per_part,
             trans_std=self.trans_std,
+            implementation=self.implementation,
         )
 
     def get_config(self) -> dict[str, Any]:
