@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from tf_deform._portable.sampling import weighted_sum
 from tf_deform._portable.shapes import (
+    MAX_EXTENT,
     Shape,
     Size,
     at_least,
@@ -72,7 +73,8 @@ def _check(
     check_channels(inputs_shape)
     if 0 in kernel_shape:
         fail(
-            "Expected every dimension of `kernel` to be at least 1. Received: "
+            "Expected every dimension of `kernel` to be at least 1 and its "
+            f"height and width at most {MAX_EXTENT}. Received: "
             f"kernel.shape={kernel_shape}"
         )
     shapes = f"inputs.shape={inputs_shape}, kernel.shape={kernel_shape}"
