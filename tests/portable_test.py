@@ -363,7 +363,9 @@ def calls():
 
 
 @pytest.mark.parametrize("known", ["channels", "rank", "nothing"])
-@pytest.mark.parametrize("call", calls(), ids=lambda call: call[0].__name__)
+@pytest.mark.parametrize(
+    "call", list(calls()), ids=lambda call: call[0].__name__
+)
 def test_dynamic_shapes(call, known):
     function, operands, options = call
 
@@ -393,7 +395,9 @@ def test_dynamic_shapes(call, known):
     )
 
 
-@pytest.mark.parametrize("call", calls(), ids=lambda call: call[0].__name__)
+@pytest.mark.parametrize(
+    "call", list(calls()), ids=lambda call: call[0].__name__
+)
 def test_static_shapes_are_those_of_the_native_op(call):
     function, operands, options = call
 

@@ -198,7 +198,7 @@ def deformable_conv2d(
         )
         tap = tf.range(taps)
         tap = tap // kernel_w if axis == 0 else tap % kernel_w
-        tap = tf.cast(tap * dilations[axis], real)
+        tap = tf.cast(tap, real) * dilations[axis]
         positions.append((line + tf.tile(tap, (offset_groups,)), out))
     (y, out_h), (x, out_w) = positions
     out_h, out_w = either(out_h, given[1]), either(out_w, given[2])
