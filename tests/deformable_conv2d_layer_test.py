@@ -133,6 +133,7 @@ def test_signature_is_that_of_conv2d():
         "modulation": None,
         "boundary": "zeros",
         "offset_dilation_rate": None,
+        "implementation": "native",
     }
     assert list(ours)[: len(theirs)] == list(theirs)
     for name, parameter in theirs.items():

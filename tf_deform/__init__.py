@@ -3,6 +3,13 @@
 
 from tf_deform import layers, ops
 from tf_deform._build_info import VERSION as __version__
+from tf_deform._implementation import implementation
 from tf_deform._loader import is_built_with_cuda
 
-__all__ = ["__version__", "is_built_with_cuda", "layers", "ops"]
+__all__ = [
+    "__version__",
+    "implementation",
+    "is_built_with_cuda",
+    "layers",
+    "ops",
+]

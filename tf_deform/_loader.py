@@ -3,6 +3,7 @@
 
 import functools
 import os
+import warnings
 from types import ModuleType
 
 import tensorflow as tf
@@ -17,6 +18,8 @@ except ImportError as error:
     ) from error
 
 LIBRARY = os.path.join(os.path.dirname(__file__), "_ops.so")
+IMPLEMENTATIONS = ("native", "portable")
+VARIABLE = "TF_DEFORM_IMPLEMENTATION"
 
 
 def is_built_with_cuda() -> bool:
@@ -29,7 +32,7 @@ def is_built_with_cuda() -> bool:
         True or False. It says nothing about this machine: a package with GPU
         kernels also works where there is no GPU.
     """
-    return _build_info.CUDA_VERSION is not None
+    return _build_info.CUDA_VERSION is not None and os.path.exists(LIBRARY)
 
 
 def supports_jit() -> bool:
@@ -64,13 +67,41 @@ def check_version(built: str, installed: str) -> None:
 
 
 @functools.cache
-def op_library() -> ModuleType:
-    """The module of the ops' generated Python wrappers."""
-    check_version(_build_info.TENSORFLOW_VERSION, tf.__version__)
-    if not os.path.exists(LIBRARY):
-        raise ImportError(
-            f"Expected the ops of tf_deform at {LIBRARY}. Received: no such "
-            "file. Run `pip install .` (or `pip install -e .`) in the "
-            "project's folder."
+def forced() -> str | None:
+    """The implementation that the environment asks for, or None."""
+    value = os.environ.get(VARIABLE) or None
+    if value not in (None, *IMPLEMENTATIONS):
+        raise ValueError(
+            f'Expected the environment variable {VARIABLE} to be "native", '
+            f'"portable" or not set. Received: {value!r}'
         )
-    return tf.load_op_library(LIBRARY)
+    return value
+
+
+@functools.cache
+def op_library() -> ModuleType | None:
+    """The module of the ops' generated Python wrappers.
+
+    None where the portable implementation stands in for them: on a platform
+    for which there is no binary, or because the environment says so.
+    """
+    if forced() == "portable":
+        return None
+    if os.path.exists(LIBRARY):
+        check_version(_build_info.TENSORFLOW_VERSION, tf.__version__)
+        return tf.load_op_library(LIBRARY)
+    text = (
+        f"Expected the native ops of tf_deform at {LIBRARY}. Received: no such "
+        "file. Run `pip install .` (or `pip install -e .`) in the project's "
+        "folder"
+    )
+    if forced() == "native":
+        raise ImportError(f"{text}, or unset {VARIABLE}.")
+    warnings.warn(
+        f"{text}, or set {VARIABLE}=portable if this is meant. Until then "
+        "stock TensorFlow ops are used, which give the same results but are "
+        "slower and take more memory.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return None

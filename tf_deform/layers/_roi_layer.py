@@ -9,6 +9,7 @@ import keras
 import tensorflow as tf
 
 from tf_deform import _loader
+from tf_deform._implementation import check_implementation
 from tf_deform.ops._arguments import (
     Pair,
     coordinate_type,
@@ -80,6 +81,7 @@ class DisplacedROILayer(keras.layers.Layer):
         pooled_size: int | Sequence[int],
         spatial_scale: float,
         units: Sequence[int],
+        implementation: str,
         **kwargs: Any,
     ):
         # Keras would cast regions to the compute dtype: `call` casts itself.
@@ -95,6 +97,7 @@ class DisplacedROILayer(keras.layers.Layer):
                 f"{units!r} of type {type(units).__name__}"
             )
         self.units = tuple(positive(size, "units") for size in units)
+        self.implementation = check_implementation(implementation)
         self.offset_kernel = None
         self.offset_bias = None
         self._hidden = []
@@ -208,4 +211,5 @@ class DisplacedROILayer(keras.layers.Layer):
             "pooled_size": self.pooled_size,
             "spatial_scale": self.spatial_scale,
             "units": self.units,
+            "implementation": self.implementation,
         }

@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 
 from tf_deform import _loader
+from tf_deform._implementation import check_implementation
 from tf_deform.ops._arguments import Pair, coordinate_type, integer, pair
 from tf_deform.ops.deformable_conv2d import (
     canonical_padding,
@@ -67,6 +68,8 @@ class DeformableConv2D(keras.layers.Conv2D):
         boundary: "zeros" or "clamp", see `tf_deform.ops.deformable_conv2d`.
         offset_dilation_rate: Dilation of the branch's convolution; None is
             `dilation_rate`. Its taps are centred where the layer's are.
+        implementation: "native", or "portable" for stock TensorFlow ops; see
+            `tf_deform.implementation`.
         **kwargs: `name`, `dtype`, `trainable`, and so on, as in
             `keras.layers.Conv2D`.
 
@@ -111,6 +114,7 @@ class DeformableConv2D(keras.layers.Conv2D):
         modulation: str | None = None,
         boundary: str = "zeros",
         offset_dilation_rate: int | Sequence[int] | None = None,
+        implementation: str = "native",
         **kwargs: Any,
     ):
         # Keras would cast offsets to the compute dtype: `call` casts itself.
@@ -139,6 +143,7 @@ class DeformableConv2D(keras.layers.Conv2D):
         self.offset_groups = integer(offset_groups, "offset_groups")
         self.modulation = modulation
         self.boundary = check_boundary(boundary)
+        self.implementation = check_implementation(implementation)
         self.offset_dilation_rate = (
             None
             if offset_dilation_rate is None
@@ -183,6 +188,7 @@ class DeformableConv2D(keras.layers.Conv2D):
             dilation_rate=self.dilation_rate,
             offset_groups=self.offset_groups,
             boundary=self.boundary,
+            implementation=self.implementation,
         )
 
     def _to_channels_last(self, value: Any) -> Any:
@@ -439,4 +445,5 @@ class DeformableConv2D(keras.layers.Conv2D):
             "modulation": self.modulation,
             "boundary": self.boundary,
             "offset_dilation_rate": self.offset_dilation_rate,
+            "implementation": self.implementation,
         }

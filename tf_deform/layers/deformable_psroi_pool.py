@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 
 from tf_deform import _loader
+from tf_deform._implementation import check_implementation
 from tf_deform.layers._roi_layer import (
     DisplacedROILayer,
     branch_value,
@@ -62,6 +63,8 @@ class DeformablePSROIPooling(keras.layers.Layer):
         num_classes: Number of contiguous runs of output channels with
             displacements of their own, made by the branch; divides
             `output_dim`. A given `trans` tells its own number.
+        implementation: "native", or "portable" for stock TensorFlow ops; see
+            `tf_deform.implementation`.
         **kwargs: `name`, `dtype`, `trainable`, and so on.
 
     Call arguments:
@@ -95,6 +98,7 @@ class DeformablePSROIPooling(keras.layers.Layer):
         sample_per_part: int = 4,
         trans_std: float = 0.1,
         num_classes: int = 1,
+        implementation: str = "native",
         **kwargs: Any,
     ):
         # Keras would cast regions to the compute dtype: `call` casts itself.
@@ -118,6 +122,7 @@ class DeformablePSROIPooling(keras.layers.Layer):
         self.sample_per_part = positive(sample_per_part, "sample_per_part")
         self.trans_std = check_factor(trans_std, "trans_std")
         self.num_classes = positive(num_classes, "num_classes")
+        self.implementation = check_implementation(implementation)
         if self.output_dim % self.num_classes:
             raise ValueError(
                 "Expected `output_dim` to be a multiple of `num_classes`. "
@@ -161,6 +166,7 @@ class DeformablePSROIPooling(keras.layers.Layer):
             part_size=self.part_size,
             sample_per_part=self.sample_per_part,
             trans_std=self.trans_std,
+            implementation=self.implementation,
         )
 
     def _run_branch(
@@ -178,6 +184,7 @@ class DeformablePSROIPooling(keras.layers.Layer):
             spatial_scale=self.spatial_scale,
             pooled_size=self.part_size,
             sample_per_part=self.sample_per_part,
+            implementation=self.implementation,
         )
 
     def _check_trans_inputs(
@@ -252,6 +259,7 @@ class DeformablePSROIPooling(keras.layers.Layer):
             "sample_per_part": self.sample_per_part,
             "trans_std": self.trans_std,
             "num_classes": self.num_classes,
+            "implementation": self.implementation,
         }
 
 
@@ -287,6 +295,8 @@ class DeformableROIPooling(DisplacedROILayer):
         sample_per_part: Samples of a bin along each axis.
         trans_std: Factor of the displacements.
         units: Sizes of the branch's hidden layers, none by default.
+        implementation: "native", or "portable" for stock TensorFlow ops; see
+            `tf_deform.implementation`.
         **kwargs: `name`, `dtype`, `trainable`, and so on.
 
     Call arguments:
@@ -314,9 +324,12 @@ class DeformableROIPooling(DisplacedROILayer):
         sample_per_part: int = 4,
         trans_std: float = 0.1,
         units: Sequence[int] = (),
+        implementation: str = "native",
         **kwargs: Any,
     ):
-        super().__init__(pooled_size, spatial_scale, units, **kwargs)
+        super().__init__(
+            pooled_size, spatial_scale, units, implementation, **kwargs
+        )
         self.sample_per_part = positive(sample_per_part, "sample_per_part")
         self.trans_std = check_factor(trans_std, "trans_std")
 
@@ -333,6 +346,7 @@ class DeformableROIPooling(DisplacedROILayer):
             group_size=1,
             sample_per_part=self.sample_per_part,
             trans_std=self.trans_std,
+            implementation=self.implementation,
         )
 
     def get_config(self) -> dict[str, Any]:

@@ -46,6 +46,8 @@ class DeformableROIAlign(DisplacedROILayer):
             size of the region.
         gamma: Factor of the displacements.
         units: Sizes of the branch's hidden layers, none by default.
+        implementation: "native", or "portable" for stock TensorFlow ops; see
+            `tf_deform.implementation`.
         **kwargs: `name`, `dtype`, `trainable`, and so on.
 
     Call arguments:
@@ -72,9 +74,12 @@ class DeformableROIAlign(DisplacedROILayer):
         sampling_ratio: int = 0,
         gamma: float = 0.1,
         units: Sequence[int] = (),
+        implementation: str = "native",
         **kwargs: Any,
     ):
-        super().__init__(pooled_size, spatial_scale, units, **kwargs)
+        super().__init__(
+            pooled_size, spatial_scale, units, implementation, **kwargs
+        )
         self.sampling_ratio = integer(sampling_ratio, "sampling_ratio")
         self.gamma = check_factor(gamma, "gamma")
 
@@ -89,6 +94,7 @@ class DeformableROIAlign(DisplacedROILayer):
             spatial_scale=self.spatial_scale,
             sampling_ratio=self.sampling_ratio,
             gamma=self.gamma,
+            implementation=self.implementation,
         )
 
     def get_config(self) -> dict[str, Any]:

@@ -7,6 +7,9 @@ from typing import Any
 import tensorflow as tf
 
 from tf_deform import _loader
+from tf_deform._implementation import choose
+from tf_deform._portable import deformable_conv2d as portable
+from tf_deform._portable.gradients import second_gradients
 from tf_deform.ops._arguments import (
     Pair,
     coordinate_type,
@@ -22,6 +25,16 @@ from tf_deform.ops._arguments import (
 _library = _loader.op_library()
 
 BOUNDARIES = ("zeros", "clamp")
+
+# What the op and its gradient op have in common.
+_ATTRIBUTES = (
+    "strides",
+    "padding",
+    "explicit_paddings",
+    "dilations",
+    "offset_groups",
+    "boundary",
+)
 
 Padding = str | tuple[Pair, Pair]
 
@@ -85,6 +98,7 @@ def deformable_conv2d(
     dilation_rate: int | Sequence[int] = 1,
     offset_groups: int = 1,
     boundary: str = "zeros",
+    implementation: str = "native",
 ) -> tf.Tensor:
     """2-D convolution whose taps are displaced pixel by pixel.
 
@@ -135,13 +149,15 @@ def deformable_conv2d(
             sample counts where `0 <= y < height` and `0 <= x < width`, and
             the last row and column are held (the original release of Dai et
             al.). A sample that does not count is 0 and has no gradient.
+        implementation: "native", or "portable" for stock TensorFlow ops; see
+            `tf_deform.implementation`.
 
     Returns:
         `(batch, out_h, out_w, filters)`, of the type of `inputs`.
         Differentiable with respect to `inputs`, `kernel`, `offset` and
-        `mask`, once. `out_h` is `ceil(height / stride_h)` for "same" and
-        `(height + top + bottom - dilation_h * (kernel_h - 1) - 1) // stride_h
-        + 1` otherwise; `out_w` likewise.
+        `mask`, any number of times. `out_h` is `ceil(height / stride_h)` for
+        "same" and `(height + top + bottom - dilation_h * (kernel_h - 1) - 1)
+        // stride_h + 1` otherwise; `out_w` likewise.
 
     Raises:
         TypeError: A tensor of another type, or an argument that should be
@@ -161,7 +177,12 @@ def deformable_conv2d(
         )
     coordinates = coordinate_type(inputs.dtype)
     masks = [] if mask is None else [to_coordinates(mask, coordinates, "mask")]
-    return _library.tf_deform_deformable_conv2d(
+    run = choose(
+        implementation,
+        "tf_deform_deformable_conv2d",
+        portable.deformable_conv2d,
+    )
+    return run(
         inputs,
         kernel,
         to_coordinates(offset, coordinates, "offset"),
@@ -177,26 +198,34 @@ def _deformable_conv2d_grad(
     """Gradients of the operands that a tape asks for."""
     operands = list(op.inputs)
     wanted = wanted_gradients(op)
-    names = (
-        "strides",
-        "padding",
-        "explicit_paddings",
-        "dilations",
-        "offset_groups",
-        "boundary",
-    )
     gradients = _library.tf_deform_deformable_conv2d_grad(
         *operands[:3],
         operands[3:],
         grad_output,
         wanted=wanted,
-        **{name: op.get_attr(name) for name in names},
+        **{name: op.get_attr(name) for name in _ATTRIBUTES},
     )
     flat = [*gradients[:3], *gradients.grad_mask]
     return [
         gradient if wanted[index] else None
         for index, gradient in enumerate(flat)
     ]
+
+
+@tf.RegisterGradient("TfDeform>DeformableConv2DGrad")
+def _deformable_conv2d_grad_grad(
+    op: tf.Operation, *grads: tf.Tensor | None
+) -> list[tf.Tensor | None]:
+    """Gradients of the gradients, in stock TensorFlow ops."""
+    attributes = {name: op.get_attr(name) for name in _ATTRIBUTES}
+    return second_gradients(
+        op,
+        grads,
+        lambda inputs, kernel, offset, *mask: portable.deformable_conv2d(
+            inputs, kernel, offset, mask, **attributes
+        ),
+        sources=range(len(op.inputs) - 1),
+    )
 
 
 def infer_output_shape(

@@ -7,6 +7,9 @@ from typing import Any
 import tensorflow as tf
 
 from tf_deform import _loader
+from tf_deform._implementation import choose
+from tf_deform._portable import deformable_psroi_pool as portable
+from tf_deform._portable.gradients import second_gradients
 from tf_deform.ops._arguments import (
     coordinate_type,
     integer,
@@ -19,6 +22,17 @@ from tf_deform.ops._arguments import (
 )
 
 _library = _loader.op_library()
+
+# What the op and its gradient op have in common.
+_ATTRIBUTES = (
+    "output_dim",
+    "spatial_scale",
+    "pooled_size",
+    "group_size",
+    "part_size",
+    "sample_per_part",
+    "trans_std",
+)
 
 
 def deformable_psroi_pool(
@@ -34,6 +48,7 @@ def deformable_psroi_pool(
     sample_per_part: int = 4,
     trans_std: float = 0.1,
     return_count: bool = False,
+    implementation: str = "native",
 ) -> Any:
     """Mean of samples in the displaced bins of regions of interest.
 
@@ -87,11 +102,14 @@ def deformable_psroi_pool(
         sample_per_part: Samples of a bin along each axis.
         trans_std: Factor of the displacements, 0 or more.
         return_count: Whether to return also how many samples count.
+        implementation: "native", or "portable" for stock TensorFlow ops; see
+            `tf_deform.implementation`.
 
     Returns:
         `(num_rois, pooled_h, pooled_w, output_dim)`, of the type of `inputs`,
-        differentiable with respect to `inputs` and `trans`, once; with
-        `return_count` a pair of this and the counts, of its shape, float32.
+        differentiable with respect to `inputs` and `trans`, any number of
+        times; with `return_count` a pair of this and the counts, of its shape,
+        float32.
 
     Raises:
         TypeError: A tensor of another type, or an argument that should be a
@@ -117,7 +135,12 @@ def deformable_psroi_pool(
     )
     inputs = to_inputs(inputs)
     coordinates = coordinate_type(inputs.dtype)
-    output, count = _library.tf_deform_deformable_psroi_pool(
+    run = choose(
+        implementation,
+        "tf_deform_deformable_psroi_pool",
+        portable.deformable_psroi_pool,
+    )
+    output, count = run(
         inputs,
         to_rois(rois, coordinates),
         [] if trans is None else [to_coordinates(trans, coordinates, "trans")],
@@ -133,25 +156,32 @@ def _deformable_psroi_pool_grad(
     """Gradients of inputs and trans, if a tape asks for them."""
     inputs, rois, *trans = op.inputs
     wanted = wanted_gradients(op)
-    names = (
-        "output_dim",
-        "spatial_scale",
-        "pooled_size",
-        "group_size",
-        "part_size",
-        "sample_per_part",
-        "trans_std",
-    )
     gradients = _library.tf_deform_deformable_psroi_pool_grad(
         inputs,
         rois,
         trans,
         grad_output,
         wanted=[wanted[0], *wanted[2:]],
-        **{name: op.get_attr(name) for name in names},
+        **{name: op.get_attr(name) for name in _ATTRIBUTES},
     )
     flat = [gradients.grad_inputs, None, *gradients.grad_trans]
     return [
         gradient if wanted[index] else None
         for index, gradient in enumerate(flat)
     ]
+
+
+@tf.RegisterGradient("TfDeform>DeformablePSROIPoolGrad")
+def _deformable_psroi_pool_grad_grad(
+    op: tf.Operation, *grads: tf.Tensor | None
+) -> list[tf.Tensor | None]:
+    """Gradients of the gradients, in stock TensorFlow ops."""
+    attributes = {name: op.get_attr(name) for name in _ATTRIBUTES}
+    return second_gradients(
+        op,
+        grads,
+        lambda inputs, rois, *trans: portable.deformable_psroi_pool(
+            inputs, rois, trans, **attributes
+        )[0],
+        sources=(0, 2)[: len(grads)],
+    )

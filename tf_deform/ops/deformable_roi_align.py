@@ -6,6 +6,9 @@ from collections.abc import Sequence
 import tensorflow as tf
 
 from tf_deform import _loader
+from tf_deform._implementation import choose
+from tf_deform._portable import deformable_roi_align as portable
+from tf_deform._portable.gradients import second_gradients
 from tf_deform.ops._arguments import (
     coordinate_type,
     integer,
@@ -19,6 +22,9 @@ from tf_deform.ops._arguments import (
 
 _library = _loader.op_library()
 
+# What the op and its gradient op have in common.
+_ATTRIBUTES = ("pooled_size", "spatial_scale", "sampling_ratio", "gamma")
+
 
 def deformable_roi_align(
     inputs: tf.Tensor,
@@ -29,6 +35,7 @@ def deformable_roi_align(
     spatial_scale: float,
     sampling_ratio: int = 0,
     gamma: float = 0.1,
+    implementation: str = "native",
 ) -> tf.Tensor:
     """Mean of samples in the displaced bins of regions of interest, unrounded.
 
@@ -69,11 +76,13 @@ def deformable_roi_align(
             for each ROI, `ceil(size / pooled_h)`, but at most
             `ceil(2 * height / pooled_h)`; along x likewise.
         gamma: Factor of the displacements, 0 or more.
+        implementation: "native", or "portable" for stock TensorFlow ops; see
+            `tf_deform.implementation`.
 
     Returns:
         `(num_rois, pooled_h, pooled_w, channels)`, of the type of `inputs`;
         0 for a bin without samples. Differentiable with respect to `inputs`
-        and `offset`, once.
+        and `offset`, any number of times.
 
     Raises:
         TypeError: A tensor of another type, or an argument that should be a
@@ -91,7 +100,12 @@ def deformable_roi_align(
     )
     inputs = to_inputs(inputs)
     coordinates = coordinate_type(inputs.dtype)
-    return _library.tf_deform_deformable_roi_align(
+    run = choose(
+        implementation,
+        "tf_deform_deformable_roi_align",
+        portable.deformable_roi_align,
+    )
+    return run(
         inputs,
         to_rois(rois, coordinates),
         []
@@ -108,17 +122,32 @@ def _deformable_roi_align_grad(
     """Gradients of inputs and offset, if a tape asks for them."""
     inputs, rois, *offset = op.inputs
     wanted = wanted_gradients(op)
-    names = ("pooled_size", "spatial_scale", "sampling_ratio", "gamma")
     gradients = _library.tf_deform_deformable_roi_align_grad(
         inputs,
         rois,
         offset,
         grad_output,
         wanted=[wanted[0], *wanted[2:]],
-        **{name: op.get_attr(name) for name in names},
+        **{name: op.get_attr(name) for name in _ATTRIBUTES},
     )
     flat = [gradients.grad_inputs, None, *gradients.grad_offset]
     return [
         gradient if wanted[index] else None
         for index, gradient in enumerate(flat)
     ]
+
+
+@tf.RegisterGradient("TfDeform>DeformableROIAlignGrad")
+def _deformable_roi_align_grad_grad(
+    op: tf.Operation, *grads: tf.Tensor | None
+) -> list[tf.Tensor | None]:
+    """Gradients of the gradients, in stock TensorFlow ops."""
+    attributes = {name: op.get_attr(name) for name in _ATTRIBUTES}
+    return second_gradients(
+        op,
+        grads,
+        lambda inputs, rois, *offset: portable.deformable_roi_align(
+            inputs, rois, offset, **attributes
+        ),
+        sources=(0, 2)[: len(grads)],
+    )

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pooling of regions of interest in stock TensorFlow.
+
+A bin's samples form a grid, and whether a sample counts is decided along each
+axis alone. So the sum of its bilinear samples is a sum over rows and columns,
+
+    weight(row) * weight(column) * pixel
+
+with weight(row) the sum of the bilinear weights of that row over the samples.
+Where samples lie less than a pixel apart, many share a row: a bin of 4x4
+samples, 2 pixels wide, reads 16 pixels so, not 64.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from tf_deform._portable.sampling import weighted_sum
+from tf_deform._portable.shapes import Size, to_index
+
+
+class Axis(NamedTuple):
+    """One axis of the regions, in map pixels; tensors are (num_rois,)."""
+
+    start: tf.Tensor  # Of the first bin.
+    size: tf.Tensor
+    bin: tf.Tensor  # From one bin to the next.
+    step: tf.Tensor  # From one sample to the next.
+    samples: tf.Tensor  # Of a bin.
+
+
+class _Taps(NamedTuple):
+    """Rows (or columns) that bins read; tensors are (bins, reads)."""
+
+    place: tf.Tensor  # Which; -1 for none.
+    weight: tf.Tensor
+    count: tf.Tensor  # (bins, 1): samples that count.
+
+
+def constant(parts: Sequence[float], dtype: tf.DType) -> tf.Tensor:
+    """A number from the float32s that sum up to it."""
+    total = sum(float(np.float32(part)) for part in parts)
+    return tf.constant(total, dtype)
+
+
+def finite(values: tf.Tensor) -> tf.Tensor:
+    return tf.abs(values) <= values.dtype.max
+
+
+def _find_taps(
+    place: tf.Tensor, exists: tf.Tensor, size: Size, margin: float
+) -> _Taps:
+    """What bins read along an axis.
+
+    Args:
+        place: `(bins, samples)`: where samples lie.
+        exists: Of this shape: which of them there are.
+        size: Pixels of the axis.
+        margin: A sample counts up to this far outside of `[0, size - 1]`.
+    """
+    last = tf.cast(size - 1, place.dtype)
+    counts = exists & (place >= -margin) & (place <= last + margin)
+    # Elsewhere the coordinate is clamped, and has no derivative.
+    moves = counts & (place >= 0) & (place < last)
+    distance = tf.where(moves, place, tf.zeros_like(place))
+    low = tf.floor(distance)
+    distance -= low
+    low = tf.where(counts & (place >= last), last, low)
+
+    # Reads are numbered from the bin's first row to its last if these are
+    # fewer than two for each sample, else two for each sample.
+    first = tf.reduce_min(tf.where(counts, low, last + 1), 1, keepdims=True)
+    end = tf.reduce_max(tf.where(counts, low, -1), 1, keepdims=True) + 2
+    pairs = 2 * tf.range(tf.shape(place)[1])
+    most = tf.cast(2 * tf.shape(place)[1], place.dtype)
+    dense = end - first <= most
+    slot = tf.where(dense, low - first, tf.cast(pairs, place.dtype))
+    # One more, as the largest of no numbers is not one everywhere.
+    reads = tf.reshape(tf.where(dense, end - first, most), (-1,))
+    reads = tf.reduce_max(tf.concat([reads, [1]], 0))
+    read = tf.range(reads)
+
+    # (bins, samples, reads): which sample reads what.
+    below = (tf.expand_dims(slot, -1) == read) & tf.expand_dims(counts, -1)
+    above = (tf.expand_dims(slot, -1) + 1 == read) & tf.expand_dims(moves, -1)
+    low, distance = tf.expand_dims(low, -1), tf.expand_dims(distance, -1)
+    none = tf.zeros_like(distance)
+    weight = tf.where(below, 1 - distance, none)
+    weight += tf.where(above, distance, none)
+    place = tf.where(below, low, tf.where(above, low + 1, none - 1))
+    return _Taps(
+        tf.reduce_max(place, 1),
+        tf.reduce_sum(weight, 1),
+        tf.reduce_sum(tf.cast(counts, weight.dtype), 1, keepdims=True),
+    )
+
+
+def pool(
+    inputs: tf.Tensor,
+    rois: tf.Tensor,
+    displacements: tf.Tensor | None,
+    *,
+    image_size: Sequence[Size],
+    num_rois: Size,
+    channels: Size,
+    pooled_size: Sequence[int],
+    cells: Size,
+    cell_of_bin: np.ndarray,
+    part_of_bin: np.ndarray,
+    locate: Callable[[tf.Tensor, tf.Tensor, int], Axis],
+    displace: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
+    samples: int | None,
+    phase: float,
+    margin: float,
+    mean_of_all: bool,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Means over the samples of bins, and how many samples count.
+
+    Args:
+        inputs: `(batch, height, width, channels * cells)`, the cell last.
+        rois: `(num_rois, 5)`, of the coordinate type.
+        displacements: `(num_rois, parts, classes, 2)`, or None.
+        image_size: Batch, height, width.
+        num_rois: Number of ROIs.
+        channels: Of the output.
+        pooled_size: Bins of a ROI.
+        cells: Of position-sensitive maps.
+        cell_of_bin: The cell that each bin reads.
+        part_of_bin: Which displacements each bin has.
+        locate: Where the bins of ROIs are that begin and end there, along
+            axis 0 (y) or 1 (x).
+        displace: From displacements, and sizes of ROIs, to map pixels.
+        samples: Of a bin along each axis; None: the ROIs say it.
+        phase: Of a bin's first sample, in steps.
+        margin: A sample counts up to this far outside of the map.
+        mean_of_all: Whether samples outside count, as zeros.
+
+    Returns:
+        Twice `(num_rois, pooled_h, pooled_w, channels)`, of the coordinate
+        type.
+    """
+    real = rois.dtype
+    batch, *size = image_size
+    bins = pooled_size[0] * pooled_size[1]
+    classes = 1
+    if displacements is not None:
+        classes = displacements.shape[2] or tf.shape(displacements)[2]
+        if not np.array_equal(part_of_bin, np.arange(displacements.shape[1])):
+            displacements = tf.gather(displacements, part_of_bin, axis=1)
+    total = num_rois * bins * classes
+
+    # What is no place becomes the corner of an image, and reads nothing.
+    rois = tf.stop_gradient(rois)
+    image = rois[:, 0]
+    exists = (image >= 0) & (image < tf.cast(batch, real))
+    exists &= image == tf.floor(image)
+    for corner in range(1, 5):
+        exists &= finite(rois[:, corner])
+    rois = tf.where(tf.expand_dims(exists, 1), rois, tf.zeros_like(rois))
+    exists &= tf.cast(size[0] * size[1] > 0, tf.bool)
+
+    shape = (num_rois, 1, 1, 1)
+    taps, counts = [], []
+    for axis in (0, 1):
+        where = locate(rois[:, 2 - axis], rois[:, 4 - axis], axis)
+        # A ROI too large for its type: no sample would lie inside.
+        fits = finite(where.size)
+        where = Axis(*(tf.where(fits, x, tf.zeros_like(x)) for x in where))
+        index = np.indices(pooled_size)[axis].reshape(1, bins, 1)
+        start, roi_size, bin_size, step, number = (
+            tf.reshape(x, shape[:3]) for x in where
+        )
+        place = tf.constant(index, real) * bin_size + start
+        if displacements is not None:
+            place += displace(displacements[..., axis], roi_size)
+        most = samples
+        if most is None:  # One more, as some ROIs may have none.
+            most = tf.reduce_max(tf.concat([where.samples, [1]], 0))
+            most = tf.cast(most, tf.int32)
+        sample = tf.cast(tf.range(most), real)
+        place = tf.expand_dims(place, -1)
+        place += (sample + phase) * tf.expand_dims(step, -1)
+        there = tf.reshape(exists & fits, shape)
+        there &= sample < tf.expand_dims(number, -1)
+        # For every bin, displaced or not.
+        there |= tf.zeros((1, bins, classes, 1), tf.bool)
+        there = tf.reshape(there, (total, most))
+        place = tf.reshape(place, (total, most))
+        taps.append(_find_taps(place, there, size[axis], margin))
+        counts.append(
+            tf.reshape(
+                tf.broadcast_to(number, (num_rois, bins, classes)), (total, 1)
+            )
+            if mean_of_all
+            else taps[axis].count
+        )
+    count = counts[0] * counts[1]
+    share = tf.where(count > 0, 1 / tf.maximum(count, 1), tf.zeros_like(count))
+
+    # Rows of `maps`: image, row, column, cell, class; a last one of zeros.
+    height, width = (to_index(x) for x in size)
+    depth = channels // classes
+    maps = tf.cast(inputs, real)
+    if not (isinstance(cells, int) and cells == 1):
+        maps = tf.reshape(maps, (batch * size[0] * size[1], channels, cells))
+        maps = tf.transpose(maps, (0, 2, 1))
+    maps = tf.reshape(maps, (-1, depth))
+    maps = tf.pad(maps, ((0, 1), (0, 0)))
+    pixel = to_index(cells * classes)
+    zeros = to_index(batch) * height * width * pixel
+    image = tf.reshape(tf.cast(rois[:, 0], tf.int64), shape[:3])
+    origin = image * (height * width * pixel)
+    origin += tf.constant(cell_of_bin.reshape(1, bins, 1), tf.int64) * to_index(
+        classes
+    )
+    origin += tf.range(to_index(classes), dtype=tf.int64)
+    y, x = taps
+    row = tf.expand_dims(tf.cast(y.place, tf.int64), 2)
+    col = tf.expand_dims(tf.cast(x.place, tf.int64), 1)
+    index = tf.reshape(origin, (total, 1, 1)) + (row * width + col) * pixel
+    read = (row >= 0) & (col >= 0)
+    index = tf.where(read, index, tf.cast(zeros, tf.int64))
+    weights = tf.expand_dims(y.weight * share, 2) * tf.expand_dims(x.weight, 1)
+    reads = tf.shape(y.weight)[1] * tf.shape(x.weight)[1]
+    output = weighted_sum(
+        maps,
+        tf.reshape(index, (total, reads)),
+        tf.reshape(weights, (total, reads)),
+    )
+    shape = (num_rois, *pooled_size, channels)
+    count = tf.reshape(tf.tile(count, (1, depth)), shape)
+    return tf.reshape(output, shape), count

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all ops have in common: reading rows, and adding them up."""
+
+import tensorflow as tf
+
+
+def weighted_sum(
+    rows: tf.Tensor, index: tf.Tensor, weights: tf.Tensor
+) -> tf.Tensor:
+    """For each sample, the sum of the rows that it reads.
+
+    Args:
+        rows: `(number of rows, channels)`.
+        index: `(samples, reads)`, int64: which rows.
+        weights: `(samples, reads)`, of the type of `rows`.
+
+    Returns:
+        `(samples, channels)`.
+    """
+    # Unlike that of `tf.gather`, the gradient is a dense tensor at once: sums
+    # over several calls then need no list of all that each of them read.
+    read = tf.gather_nd(rows, tf.expand_dims(index, -1))
+    # A product of matrices, as the product of two tensors would be as large as
+    # `read` once more.
+    return tf.squeeze(tf.matmul(tf.expand_dims(weights, 1), read), 1)

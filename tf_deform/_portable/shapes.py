@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Judgements of attributes and shapes, with the texts of the native ops.
+
+Only the mistakes that people make: what fits in 64 bits is judged in C++.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+MAX_EXTENT = 2**31 - 1
+
+# A size: known, or found when the graph runs.
+Size = int | tf.Tensor
+# A shape as far as it is known.
+Shape = tuple[int | None, ...]
+
+
+def fail(text: str) -> None:
+    """Raises what the native op would: its kernel, or its shape function."""
+    if tf.executing_eagerly():
+        raise tf.errors.InvalidArgumentError(None, None, text)
+    raise ValueError(text)
+
+
+def check_attribute(values: Sequence[int], least: int, name: str) -> None:
+    for value in values:
+        if not least <= value <= MAX_EXTENT:
+            fail(
+                f"Expected `{name}` to hold integers from {least} to "
+                f"{MAX_EXTENT}. Received: {value}"
+            )
+
+
+def check_factor(parts: Sequence[float], zero_allowed: bool, name: str) -> None:
+    value = math.fsum(parts)
+    if not (
+        math.isfinite(value) and (value >= 0 if zero_allowed else value > 0)
+    ):
+        fail(
+            f"Expected `{name}` to be a finite number "
+            f"{'of at least' if zero_allowed else 'above'} 0. Received: "
+            f"{value:g}"
+        )
+
+
+def with_rank(tensor: tf.Tensor, rank: int) -> tf.Tensor:
+    """Leaves the judgement of an unknown rank to the graph that runs."""
+    if tensor.shape.rank is None:
+        return tf.ensure_shape(tensor, (None,) * rank)
+    return tensor
+
+
+def check_rank(tensor: tf.Tensor, name: str, axes: str) -> Shape:
+    """The shape of a tensor with as many dimensions as `axes` names."""
+    rank = len(axes.split(": ")[0].split(", "))
+    shape = tuple(tensor.shape.as_list())
+    if len(shape) != rank:
+        fail(
+            f"Expected `{name}` to have rank {rank} ({axes}). Received: "
+            f"{name}.shape={shape}"
+        )
+    return shape
+
+
+def check_dimension(
+    shape: Shape,
+    axis: int,
+    expected: int | None,
+    name: str,
+    quantity: str,
+    meaning: str,
+) -> None:
+    if None not in (shape[axis], expected) and shape[axis] != expected:
+        fail(
+            f"Expected `{name}` to have {quantity} {expected} ({meaning}). "
+            f"Received: {name}.shape={shape}"
+        )
+
+
+def check_inputs(inputs: tf.Tensor, axes: str) -> Shape:
+    """The shape of `inputs`, with height and width that fit in 32 bits."""
+    shape = check_rank(inputs, "inputs", axes)
+    if max(size or 0 for size in shape[1:3]) > MAX_EXTENT:
+        fail(
+            f"Expected height and width of `inputs` to be at most {MAX_EXTENT}."
+            f" Received: inputs.shape={shape}"
+        )
+    return shape
+
+
+def check_channels(shape: Shape) -> None:
+    if shape[3] == 0:
+        fail(
+            "Expected `inputs` to have at least 1 channel. Received: "
+            f"inputs.shape={shape}"
+        )
+
+
+def check_rois(rois: tf.Tensor) -> Shape:
+    meaning = "batch_index, x1, y1, x2, y2"
+    shape = check_rank(rois, "rois", f"num_rois, 5: {meaning}")
+    check_dimension(shape, 1, 5, "rois", "a last dimension of", meaning)
+    return shape
+
+
+def check_displacements(
+    shape: Shape,
+    name: str,
+    num_rois: int | None,
+    size: Sequence[int],
+    meaning: str,
+) -> None:
+    for axis, expected, quantity, source in (
+        (0, num_rois, "a first dimension of", "the number of ROIs"),
+        (1, size[0], "height", meaning),
+        (2, size[1], "width", meaning),
+    ):
+        check_dimension(shape, axis, expected, name, quantity, source)
+
+
+def sizes(tensor: tf.Tensor, shape: Shape) -> list[Size]:
+    """Dimensions as numbers where known, else as scalar int32 tensors."""
+    if None not in shape:
+        return list(shape)
+    dynamic = tf.shape(tensor)
+    return [
+        dynamic[axis] if size is None else size
+        for axis, size in enumerate(shape)
+    ]
+
+
+def either(*candidates: Any) -> Any:
+    """The first that is a number, or the first of all."""
+    known = [size for size in candidates if isinstance(size, int)]
+    return known[0] if known else candidates[0]
+
+
+def at_least(value: Size, least: int) -> Size:
+    if isinstance(value, int):
+        return max(value, least)
+    return tf.maximum(value, least)
+
+
+def to_index(value: Size) -> Size:
+    """A size that is about to be multiplied by others, in 64 bits."""
+    return value if isinstance(value, int) else tf.cast(value, tf.int64)
