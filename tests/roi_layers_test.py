@@ -312,6 +312,7 @@ def test_signatures_are_those_of_the_design():
         "sample_per_part": 4,
         "trans_std": 0.1,
         "num_classes": 1,
+        "implementation": "native",
     }
     assert of(DeformableROIPooling.__init__) == {
         "pooled_size": required,
@@ -319,6 +320,7 @@ def test_signatures_are_those_of_the_design():
         "sample_per_part": 4,
         "trans_std": 0.1,
         "units": (),
+        "implementation": "native",
     }
     assert of(DeformableROIAlign.__init__) == {
         "pooled_size": required,
@@ -326,6 +328,7 @@ def test_signatures_are_those_of_the_design():
         "sampling_ratio": 0,
         "gamma": 0.1,
         "units": (),
+        "implementation": "native",
     }
     given = {"inputs": required, "rois": required, "offset": None}
     assert of(DeformableROIPooling.call) == given
@@ -1095,6 +1098,7 @@ EVERYTHING = {
         "sample_per_part": 3,
         "trans_std": 0.7,
         "num_classes": 2,
+        "implementation": "portable",
     },
     "pool": {
         "pooled_size": (3, 4),
@@ -1102,6 +1106,7 @@ EVERYTHING = {
         "sample_per_part": 3,
         "trans_std": 0.7,
         "units": (8, 4),
+        "implementation": "portable",
     },
     "align": {
         "pooled_size": (3, 4),
@@ -1109,6 +1114,7 @@ EVERYTHING = {
         "sampling_ratio": 3,
         "gamma": 0.7,
         "units": (8, 4),
+        "implementation": "portable",
     },
 }
 
