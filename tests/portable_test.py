@@ -521,6 +521,38 @@ def test_bad_calls_of_pooling(name, changes, in_graph):
     assert received == text("native")
 
 
+@pytest.mark.parametrize(
+    ("name", "shapes"),
+    [
+        ("conv2d", [(2, 5, 6, 4), (3, 3, 4, 2), (2, 4, 3, 18)]),
+        ("conv2d", [(2, 5, 6, 4), (3, 3, 4, 2), (2, 1, 1, 18)]),
+        ("conv2d", [(2, 5, 6, 4), (3, 3, 4, 2), (1, 3, 4, 18)]),
+        ("conv2d", [(2, 5, 6, 4), (3, 3, 4, 2), (2, 3, 4, 18), (2, 3, 4, 1)]),
+        ("conv2d", [(2, 5, 6, 4), (3, 3, 4, 2), (2, 3, 4, 18), (2, 4, 3, 9)]),
+        ("psroi_pool", [(2, 5, 6, 18), (4, 6)]),
+        ("psroi_pool", [(2, 5, 6, 18), (4, 5), (4, 2, 3, 2)]),
+        ("psroi_pool", [(2, 5, 6, 18), (4, 5), (1, 3, 2, 2)]),
+        ("roi_align", [(2, 5, 6, 4), (4, 5), (4, 2, 3, 2)]),
+        ("roi_align", [(2, 5, 6, 4), (4, 5), (4, 3, 2, 1)]),
+    ],
+    ids=str,
+)
+def test_what_the_graph_does_not_know_is_refused_when_it_runs(name, shapes):
+    """Never spread or laid out anew: no silent wrong answer."""
+    function = ops.deformable_conv2d if name == "conv2d" else ROI_OPS[name][0]
+    options = {}
+    if name != "conv2d":
+        options = dict(pooled_size=(3, 2), spatial_scale=1.0)
+    if name == "psroi_pool":
+        options["output_dim"] = 3
+    graph = tf.function(
+        lambda *x: function(*x, implementation="portable", **options),
+        input_signature=[tf.TensorSpec(None)] * len(shapes),
+    )
+    with pytest.raises((ValueError, tf.errors.OpError)):
+        graph(*(tf.zeros(shape) for shape in shapes))
+
+
 # Which implementation runs.
 
 

@@ -21,7 +21,7 @@ from tf_deform._portable.shapes import (
     fail,
     sizes,
     to_index,
-    with_rank,
+    with_shape,
 )
 
 
@@ -152,10 +152,10 @@ def deformable_conv2d(
     boundary: str,
 ) -> tf.Tensor:
     """See `tf_deform.ops.deformable_conv2d`; called as the op is."""
-    inputs = with_rank(inputs, 4)
-    kernel = with_rank(kernel, 4)
-    offset = with_rank(offset, 4)
-    mask = [with_rank(tensor, 4) for tensor in mask]
+    inputs = with_shape(inputs, None, None, None, None)
+    kernel = with_shape(kernel, None, None, None, None)
+    offset = with_shape(offset, None, None, None, None)
+    mask = [with_shape(tensor, None, None, None, None) for tensor in mask]
     padding, boundary = (tf.compat.as_str(x) for x in (padding, boundary))
     top, bottom, left, right = explicit_paddings or (0, 0, 0, 0)
     pads = ((top, bottom), (left, right))

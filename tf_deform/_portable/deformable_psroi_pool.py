@@ -18,7 +18,7 @@ from tf_deform._portable.shapes import (
     either,
     fail,
     sizes,
-    with_rank,
+    with_shape,
 )
 
 
@@ -85,9 +85,9 @@ def deformable_psroi_pool(
     trans_std: Sequence[float],
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """See `tf_deform.ops.deformable_psroi_pool`; called as the op is."""
-    inputs = with_rank(inputs, 4)
-    rois = with_rank(rois, 2)
-    trans = [with_rank(tensor, 4) for tensor in trans]
+    inputs = with_shape(inputs, None, None, None, None)
+    rois = with_shape(rois, None, 5)
+    trans = [with_shape(tensor, None, *part_size, None) for tensor in trans]
     check_factor(spatial_scale, False, "spatial_scale")
     check_factor(trans_std, True, "trans_std")
     check_attribute([output_dim], 1, "output_dim")

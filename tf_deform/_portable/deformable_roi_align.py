@@ -19,7 +19,7 @@ from tf_deform._portable.shapes import (
     check_rois,
     either,
     sizes,
-    with_rank,
+    with_shape,
 )
 
 
@@ -38,9 +38,9 @@ def deformable_roi_align(
     With a number of samples that depends on the ROI, all bins read as many
     pixels as the largest one needs.
     """
-    inputs = with_rank(inputs, 4)
-    rois = with_rank(rois, 2)
-    offset = [with_rank(tensor, 4) for tensor in offset]
+    inputs = with_shape(inputs, None, None, None, None)
+    rois = with_shape(rois, None, 5)
+    offset = [with_shape(tensor, None, *pooled_size, 2) for tensor in offset]
     check_factor(spatial_scale, False, "spatial_scale")
     check_factor(gamma, True, "gamma")
     check_attribute(pooled_size, 1, "pooled_size")

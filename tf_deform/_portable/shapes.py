@@ -46,11 +46,18 @@ def check_factor(parts: Sequence[float], zero_allowed: bool, name: str) -> None:
         )
 
 
-def with_rank(tensor: tf.Tensor, rank: int) -> tf.Tensor:
-    """Leaves the judgement of an unknown rank to the graph that runs."""
-    if tensor.shape.rank is None:
-        return tf.ensure_shape(tensor, (None,) * rank)
-    return tensor
+def with_shape(tensor: tf.Tensor, *expected: int | None) -> tf.Tensor:
+    """Leaves the judgement of what is not known yet to the graph that runs."""
+    shape = tensor.shape
+    if shape.rank is None:
+        return tf.ensure_shape(tensor, expected)
+    if shape.rank != len(expected):
+        return tensor
+    merged = [
+        want if size is None else size
+        for size, want in zip(shape, expected, strict=True)
+    ]
+    return tensor if merged == list(shape) else tf.ensure_shape(tensor, merged)
 
 
 def check_rank(tensor: tf.Tensor, name: str, axes: str) -> Shape:
