@@ -429,3 +429,41 @@ def test_workspace_is_bounded(dtype, shape, filters, groups):
         f"{OP}WorkspaceBytes", ctypes.byref(params), core.DTYPES[dtype]
     )
     assert size == 0
+
+
+@pytest.mark.skipif(gpu.ON_GPU, reason="counts on memory that is never touched")
+@pytest.mark.parametrize("groups", [1, 8])
+def test_more_elements_than_32_bits_can_count(groups):
+    """The corners lie beyond 2^31 elements; the image is not all there."""
+    shape = (1, 3, 89478500, 8)
+    pixel = shape[2] - 40
+    image = np.zeros(shape, np.float16)  # 4 GB, of which some KB get real
+    assert image.size > 2**31
+    rng = np.random.default_rng(0)
+    image[0, 1:, pixel:] = rng.normal(size=(2, 40, 8))
+    kernel = np.float16(rng.normal(size=(2, 2, 8 // groups, 8)))
+    attributes = dict(padding="valid", strides=(1, pixel + 2))
+    params = core.validate(shape, kernel.shape, None, **attributes)
+    field = (1, params.out_h, params.out_w)
+    offset = np.float32(rng.integers(2, 15, (*field, 8)) / 16)
+    output = gpu.Tensor(shape=(*field, 8), dtype=np.float16)
+    tensors = [gpu.Tensor(kernel), gpu.Tensor(offset)]
+    pointers = core.Pointers(
+        image.ctypes.data, *(tensor.pointer for tensor in tensors), None
+    )
+    gpu.call(
+        f"{OP}Forward",
+        [
+            ctypes.byref(params),
+            core.DTYPES["float16"],
+            ctypes.byref(pointers),
+            None,
+            ctypes.c_void_p(output.pointer),
+            ctypes.byref(gpu.stream()),
+        ],
+    )
+    expected = core.forward(
+        image, kernel, offset, dtype="float16", **attributes
+    )
+    assert np.abs(expected[:, :, -1]).max() > 0.1
+    assert_close(output.numpy(), np.float64(expected), "float16", "output")

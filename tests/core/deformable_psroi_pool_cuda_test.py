@@ -210,6 +210,6 @@ def test_more_images_than_the_workspace_holds(deterministic):
     assert roi_gpu.workspace_bytes == 2 * operands[0][0].nbytes
 
 
-@pytest.mark.skipif(not gpu.ON_GPU, reason="of 4 GB")
+@pytest.mark.skipif(not gpu.ON_GPU, reason="4 GB take minutes emulated")
 def test_more_elements_than_32_bits_can_count():
     core_test.test_more_elements_than_32_bits_can_count()
