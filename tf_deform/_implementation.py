@@ -3,13 +3,15 @@
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from tf_deform import _loader
 
-_asked_for: contextvars.ContextVar[str | None] = contextvars.ContextVar(
-    "tf_deform_implementation", default=None
+# Or, while a model is exported to another runtime, what stands for an op there,
+# by the native op's name; stock ops stand for all others.
+_asked_for: contextvars.ContextVar[str | Mapping[str, Callable] | None] = (
+    contextvars.ContextVar("tf_deform_implementation", default=None)
 )
 
 
@@ -58,14 +60,37 @@ def implementation(implementation: str) -> Iterator[None]:
         _asked_for.reset(token)
 
 
+@contextlib.contextmanager
+def for_other_runtime(functions: Mapping[str, Callable]) -> Iterator[None]:
+    """Switches all ops to `functions`, by the op's name, or to stock ops."""
+    token = _asked_for.set(functions)
+    try:
+        yield
+    finally:
+        _asked_for.reset(token)
+
+
+@contextlib.contextmanager
+def explaining():
+    yield
+
+
+def is_for_other_runtime() -> bool:
+    """Whether what is traced now will be run by something else."""
+    return isinstance(_asked_for.get(), Mapping)
+
+
 def choose(implementation: Any, name: str, portable: Callable) -> Callable:
     """The native op of this name, or the portable function.
 
     Both are called alike, with the op's inputs and attributes.
     """
     check_implementation(implementation)
+    asked_for = _asked_for.get()
+    if isinstance(asked_for, Mapping):
+        return asked_for.get(name, portable)
     library = _loader.op_library()
-    wanted = _asked_for.get() or _loader.forced() or implementation
+    wanted = asked_for or _loader.forced() or implementation
     if library is None or wanted == "portable":
         return portable
     return getattr(library, name)

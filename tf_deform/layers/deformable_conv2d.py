@@ -8,7 +8,10 @@ import keras
 import tensorflow as tf
 
 from tf_deform import _loader
-from tf_deform._implementation import check_implementation
+from tf_deform._implementation import (
+    check_implementation,
+    is_for_other_runtime,
+)
 from tf_deform.ops._arguments import Pair, coordinate_type, integer, pair
 from tf_deform.ops.deformable_conv2d import (
     canonical_padding,
@@ -277,7 +280,9 @@ class DeformableConv2D(keras.layers.Conv2D):
         kernel = tf.cast(self.offset_kernel, self.compute_dtype)
         # oneDNN's convolution of no pixels has the wrong shape.
         size = inputs.shape.num_elements()
-        if size is None:
+        if is_for_other_runtime():
+            fields = self._convolve(inputs, kernel)
+        elif size is None:
             fields = tf.cond(
                 tf.size(inputs) > 0,
                 lambda: self._convolve(inputs, kernel),

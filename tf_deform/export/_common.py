@@ -1,0 +1,464 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all exports share: the function, the file, the check of the file."""
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import inspect
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+# Inputs or outputs by name.
+Arrays = dict[str, np.ndarray]
+# Tells what is being done inside of it.
+Stage = Callable[[str], contextlib.AbstractContextManager[None]]
+
+# Sizes to try where a dimension may be any: of batches, heights, widths, and
+# of what comes after.
+_BATCHES, *_SIZES = (2, 3), (64, 96), (96, 64), (5, 6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What an export wrote, and how it was checked.
+
+    Attributes:
+        path: File or folder that was written.
+        size: Its size in bytes.
+        differences: For each output, the largest absolute difference between
+            what was written and the model, divided by the output's largest
+            magnitude, over all inputs that were tried.
+        shapes: Shapes of the inputs that were tried.
+    """
+
+    path: pathlib.Path
+    size: int
+    differences: dict[str, float]
+    shapes: list[dict[str, tuple[int, ...]]]
+
+    def __str__(self) -> str:
+        found = ", ".join(f"{k} {v:.2g}" for k, v in self.differences.items())
+        return (
+            f"{self.path}: {self.size / 2**20:.1f} MiB, outputs differ from "
+            f"the model's, relative to the largest of each, by: {found}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What is exported: a function of tensors, and the tensors' names.
+
+    Attributes:
+        run: The function, called with one tensor for each of `inputs`.
+        inputs: Shape, type and name of its arguments.
+        model: The Keras model, or None if a `tf.function` is exported.
+    """
+
+    run: Callable[..., Any]
+    inputs: list[tf.TensorSpec]
+    model: keras.Model | None
+
+    def flat(self, *arguments: Any) -> dict[str, tf.Tensor]:
+        """The outputs by name, which `name_outputs` makes."""
+        return name_outputs(self.run(*arguments))
+
+    def trace(self, function: Callable[..., Any]) -> Any:
+        """A `tf.function`, traced once, of `inputs` as arguments."""
+        # As the user's own tf.function would be; Keras' layers need none.
+        traced = tf.function(function, self.inputs, self.model is None)
+        traced.get_concrete_function()
+        return traced
+
+    def layers(self) -> list[keras.layers.Layer]:
+        return self.model._flatten_layers() if self.model is not None else []
+
+    def tolerance(self) -> float:
+        """Largest difference to expect, relative to the largest number."""
+        sixteen = ("float16", "bfloat16")
+        if any(layer.compute_dtype in sixteen for layer in self.layers()):
+            return 3e-2  # Kernels may round in other places.
+        return 1e-3
+
+    @contextlib.contextmanager
+    def in_float32(self) -> Iterator[None]:
+        """Layers with a mixed policy compute in float32 inside of it."""
+        policies = [(x, x.dtype_policy) for x in self.layers()]
+        try:
+            for layer, policy in policies:
+                if policy.compute_dtype != policy.variable_dtype:
+                    layer.dtype_policy = policy.variable_dtype
+            yield
+        finally:
+            for layer, policy in policies:
+                layer.dtype_policy = policy
+
+
+def name_outputs(outputs: Any) -> dict[str, Any]:
+    """A flat dictionary: keys joined by "_", "output_0" for a lone tensor."""
+    if not isinstance(outputs, Mapping):
+        several = isinstance(outputs, list | tuple)
+        outputs = {"output": outputs if several else [outputs]}
+    flat = keras.tree.flatten_with_path(outputs)
+    return {"_".join(map(str, path)): value for path, value in flat}
+
+
+def find_source(
+    model: Any, input_signature: Sequence[tf.TensorSpec] | None
+) -> Source:
+    """The function that a model is.
+
+    Raises:
+        TypeError: Neither a Keras model nor a `tf.function`.
+        ValueError: The shapes of its arguments are not known.
+    """
+    if isinstance(model, tf.types.experimental.PolymorphicFunction):
+        function = model.python_function
+        signature = input_signature or model.input_signature
+        if signature is None:
+            raise ValueError(
+                "Expected `input_signature`, or a tf.function with one. "
+                f"Received: {model!r} without"
+            )
+        names = list(inspect.signature(function).parameters)
+        return Source(function, _name_inputs(signature, names), None)
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            "Expected `model` to be a keras.Model or a tf.function. Received: "
+            f"{model!r}"
+        )
+    known = getattr(model, "inputs", None)
+    if known is None and input_signature is None:
+        raise ValueError(
+            "Expected `input_signature` for a model that is not made of layers "
+            f"between keras.Inputs. Received: {type(model).__name__} without"
+        )
+    names = [tensor.name for tensor in known or []]
+    if input_signature is None:
+        input_signature = [
+            tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in known
+        ]
+    structure = getattr(model, "_inputs_struct", None)
+
+    def run(*arguments: tf.Tensor) -> Any:
+        if structure is not None:
+            arguments = [keras.tree.pack_sequence_as(structure, arguments)]
+        return model(*arguments, training=False)
+
+    return Source(run, _name_inputs(input_signature, names), model)
+
+
+def _name_inputs(
+    signature: Sequence[Any], names: Sequence[str]
+) -> list[tf.TensorSpec]:
+    """The signature with names that can be argument names, all different."""
+    specs: list[tf.TensorSpec] = []
+    for index, spec in enumerate(signature):
+        if not isinstance(spec, tf.TensorSpec):
+            raise TypeError(
+                "Expected `input_signature` to be a flat list of "
+                f"tf.TensorSpec. Received: {spec!r}"
+            )
+        known = names[index] if index < len(names) else f"input_{index}"
+        name = re.sub(r"\W", "_", spec.name or known)
+        if name in [other.name for other in specs]:
+            name += f"_{index}"
+        specs.append(tf.TensorSpec(spec.shape, spec.dtype, name))
+    return specs
+
+
+class Sample(NamedTuple):
+    """Inputs that were tried, and what the model makes of them; by name."""
+
+    given: Arrays
+    expected: Arrays
+
+
+def run_model(source: Source, sample: Any) -> list[Sample]:
+    """Runs the model on the user's inputs, or on random ones.
+
+    Random ones have two sizes where a dimension may have any.
+
+    Raises:
+        ValueError: Inputs that do not fit, or that the model does not take.
+    """
+    specs = source.inputs
+    if sample is None:
+        rng = np.random.default_rng(0)
+        fixed = all(spec.shape.is_fully_defined() for spec in specs)
+        tried = [
+            [_make_random(spec, variant, rng) for spec in specs]
+            for variant in range(1 if fixed else 2)
+        ]
+    else:
+        tried = [_read_sample(specs, sample)]
+    samples = []
+    for values in tried:
+        given = {
+            spec.name: value for spec, value in zip(specs, values, strict=True)
+        }
+        try:
+            expected = source.flat(*map(tf.constant, values))
+        except (ValueError, tf.errors.InvalidArgumentError) as error:
+            origin = "made up" if sample is None else "given"
+            raise ValueError(
+                "Expected `sample` to hold inputs that the model takes. "
+                f"Received: {_shapes(given)} ({origin}), for which it raised: "
+                f"{error}"
+            ) from error
+        expected = {name: np.asarray(x) for name, x in expected.items()}
+        samples.append(Sample(given, expected))
+    return samples
+
+
+def _shapes(arrays: Arrays) -> dict[str, tuple[int, ...]]:
+    return {name: value.shape for name, value in arrays.items()}
+
+
+def _read_sample(
+    specs: Sequence[tf.TensorSpec], sample: Any
+) -> list[np.ndarray]:
+    names = [spec.name for spec in specs]
+    if isinstance(sample, Mapping):
+        if set(sample) != set(names):
+            raise ValueError(
+                f"Expected `sample` to have the keys {names}. Received: "
+                f"{list(sample)}"
+            )
+        sample = [sample[name] for name in names]
+    elif not isinstance(sample, list | tuple):
+        sample = [sample]
+    if len(sample) != len(specs):
+        raise ValueError(
+            f"Expected `sample` to hold {len(specs)} arrays, for {names}. "
+            f"Received: {len(sample)}"
+        )
+    return [
+        np.asarray(value, spec.dtype.as_numpy_dtype)
+        for value, spec in zip(sample, specs, strict=True)
+    ]
+
+
+def _make_random(
+    spec: tf.TensorSpec, variant: int, rng: np.random.Generator
+) -> np.ndarray:
+    if spec.shape.rank is None or spec.dtype == tf.string:
+        raise ValueError(
+            "Expected `sample`, as nothing can be made up for an input of "
+            f"unknown rank or of strings. Received: {spec}"
+        )
+    choices = [_BATCHES, *_SIZES][: spec.shape.rank]
+    choices += [_SIZES[-1]] * (spec.shape.rank - len(choices))
+    shape = [
+        choice[variant] if size is None else size
+        for size, choice in zip(spec.shape, choices, strict=True)
+    ]
+    dtype = spec.dtype
+    if dtype.is_floating:
+        return rng.random(shape).astype(dtype.as_numpy_dtype)
+    if dtype == tf.uint8:
+        return rng.integers(0, 256, shape, "uint8")
+    return rng.integers(0, 2, shape).astype(dtype.as_numpy_dtype)
+
+
+def compare(
+    samples: Sequence[Sample],
+    run: Callable[[Arrays], Mapping[str, Any]],
+    path: pathlib.Path,
+    tolerance: float,
+) -> dict[str, float]:
+    """Compares what was written with the model.
+
+    Args:
+        samples: What the model made of which inputs.
+        run: Runs what was written.
+        path: Where it will be, for errors.
+        tolerance: Largest difference allowed.
+
+    Returns:
+        `Report.differences`.
+
+    Raises:
+        RuntimeError: They differ by more, or it does not run.
+    """
+    differences: dict[str, float] = {}
+    for given, expected in samples:
+        try:
+            received = run(given)
+        except Exception as error:
+            raise RuntimeError(
+                f"Expected {path} to run with inputs of the shapes "
+                f"{_shapes(given)}. Received: {error}. Nothing was written"
+            ) from error
+        for name, array in expected.items():
+            found = _difference(array, received[name])
+            differences[name] = max(found, differences.get(name, 0.0))
+    name = max(differences, key=differences.get)
+    if not differences[name] <= tolerance:
+        raise RuntimeError(
+            f"Expected {path} to give what the model gives, to {tolerance:g} "
+            f"of the largest number. Received: a difference of "
+            f"{differences[name]:.2g} in {name!r}. Nothing was written. Pass "
+            "`sample` with inputs as the model will see them, or `tolerance`"
+        )
+    return differences
+
+
+def export(
+    model: Any,
+    path: str | os.PathLike,
+    write: Callable[[Source, pathlib.Path, Stage], None],
+    load: Callable[[pathlib.Path], Callable[[Arrays], Mapping[str, Any]]],
+    *,
+    check: Callable[[Source, pathlib.Path, pathlib.Path, float], None]
+    | None = None,
+    folder: bool = False,
+    mixed: bool = False,
+    input_signature: Sequence[tf.TensorSpec] | None,
+    sample: Any,
+    tolerance: float | None,
+    verbose: bool,
+) -> Report:
+    """What the public functions have in common.
+
+    Args:
+        write: Writes the model to a path.
+        load: From that path to a function that runs what was written.
+        check: Checks what else was written.
+        folder: Whether a folder is written, not a file.
+        mixed: Whether layers with a mixed policy keep it.
+    """
+    path = pathlib.Path(path)
+    source = find_source(model, input_signature)
+    stage = functools.partial(_stage, verbose=verbose)
+    with contextlib.ExitStack() as stack:
+        partial = stack.enter_context(_writing(path, folder))
+        if not mixed:
+            stack.enter_context(source.in_float32())
+        if tolerance is None:
+            tolerance = source.tolerance()
+        with stage("Running the model"):
+            samples = run_model(source, sample)
+        write(source, partial, stage)
+        with stage(f"Running {path.name} and comparing"):
+            run = load(partial)
+            differences = compare(samples, run, path, tolerance)
+            if check is not None:
+                check(source, partial, path, tolerance)
+        size = _measure_size(partial)
+    shapes = [_shapes(given) for given, _ in samples]
+    report = Report(path, size, differences, shapes)
+    if verbose:
+        print(report, flush=True)
+    return report
+
+
+def _difference(expected: np.ndarray, received: Any) -> float:
+    """Largest difference, relative to the largest number; inf: not alike."""
+    received = np.asarray(received)
+    if expected.shape != received.shape:
+        return np.inf
+    if expected.dtype.kind in "OSU":
+        return 0.0 if np.array_equal(expected, received) else np.inf
+    expected, received = (x.astype("float64") for x in (expected, received))
+    same = (expected == received) | (np.isnan(expected) & np.isnan(received))
+    if same.all():
+        return 0.0
+    with np.errstate(invalid="ignore", divide="ignore"):
+        delta = np.where(same, 0, np.abs(expected - received))
+        largest = np.abs(expected[np.isfinite(expected)]).max(initial=0)
+        ratio = delta.max() / largest
+    return float(ratio) if np.isfinite(delta).all() else np.inf
+
+
+@contextlib.contextmanager
+def _writing(path: pathlib.Path, folder: bool) -> Iterator[pathlib.Path]:
+    """A path to write to; what is there takes the place of `path` at the end.
+
+    Whatever happens before the end leaves `path` as it was.
+
+    Raises:
+        OSError: `path` cannot be written, or is something else.
+    """
+    if folder:
+        replaceable = not path.exists() or (
+            path.is_dir()
+            and ((path / "saved_model.pb").exists() or not any(path.iterdir()))
+        )
+        kind = "a new or empty folder, or one with a SavedModel"
+    else:
+        replaceable = not path.is_dir()
+        kind = "a file"
+    if not replaceable:
+        raise FileExistsError(
+            f"Expected `path` to be {kind}. Received: {path}, which is "
+            f"{'a folder with other things' if path.is_dir() else 'a file'}"
+        )
+    try:
+        # Beside it, so that it can be moved there in one step.
+        scratch = tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent)
+    except OSError as error:
+        raise type(error)(
+            error.errno,
+            "Expected `path` to be in a folder that can be written. Received: "
+            f"{error.strerror}",
+            str(path),
+        ) from error
+    try:
+        partial = pathlib.Path(scratch) / path.name
+        yield partial
+        if folder and path.exists():
+            path.rename(pathlib.Path(scratch) / "before")
+        partial.replace(path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _measure_size(path: pathlib.Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+@contextlib.contextmanager
+def _stage(text: str, verbose: bool) -> Iterator[None]:
+    """Tells what is being done, and how long it took."""
+    if verbose:
+        print(f"{text} ... ", end="", flush=True)
+    start = time.perf_counter()
+    try:
+        yield
+    except BaseException:
+        if verbose:
+            print("failed", flush=True)
+        raise
+    if verbose:
+        print(f"{time.perf_counter() - start:.1f} s", flush=True)
+
+
+def require(extra: str, *modules: str) -> list[Any]:
+    """Imports optional packages.
+
+    Raises:
+        ImportError: One is missing; names the extra that brings it.
+    """
+    found = []
+    for module in modules:
+        try:
+            found.append(importlib.import_module(module))
+        except ImportError as error:
+            raise ImportError(
+                f"Expected the package {module.split('.')[0]!r} for this "
+                f"export. Received: {error}. Run `pip install "
+                f"'tf-deform[{extra}]'`"
+            ) from error
+    return found

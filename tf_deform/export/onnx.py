@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models as ONNX files, with the standard's deformable convolution."""
+
+import collections
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from tf_deform import _implementation, _loader
+from tf_deform._portable.deformable_conv2d import deformable_conv2d
+from tf_deform.export import _common
+
+# The first version of the standard with DeformConv, and the last one tried.
+MIN_OPSET, MAX_OPSET = 19, 22
+# The newest that tf2onnx writes.
+_CONVERTER_OPSET = 18
+# Where DeformConv is until the model has been raised to a newer opset.
+_DOMAIN = "tf_deform"
+_OP = "TfDeform>DeformableConv2D"
+_NAME = "tf_deform_deformable_conv2d"
+
+
+def onnx(
+    model: Any,
+    path: str | os.PathLike,
+    opset: int = MIN_OPSET,
+    *,
+    input_signature: Sequence[tf.TensorSpec] | None = None,
+    sample: Any = None,
+    tolerance: float | None = None,
+    verbose: bool = True,
+) -> _common.Report:
+    """Writes a model as an ONNX file, and compares it with the model.
+
+    A deformable convolution becomes the standard's `DeformConv`; one with
+    `boundary="clamp"`, and the pooling of regions, which the standard does not
+    have, are made of its other operators. Inputs and outputs keep TensorFlow's
+    layout, channels last, and their names; batch and sizes may be any where
+    the model's may. onnxruntime runs the file as it is; OpenVINO needs the
+    extension in `examples/openvino_extension.py`. A Keras model's layers with
+    a mixed policy are exported in float32.
+
+    Args:
+        model: A Keras model, or a `tf.function` of tensors.
+        path: File to write. One that is there is replaced, at the end and in
+            one step.
+        opset: Version of the standard, 19 to 22.
+        input_signature: Shape, type and name of the model's inputs, such as
+            uint8 images for a model of float ones. None: as the model says,
+            which a subclassed one does not.
+        sample: Values for the inputs, an array, list or dictionary, with which
+            the file is compared with the model. None: random ones, from 0 to 1
+            or, for uint8, to 255; of two sizes where sizes are unknown.
+        tolerance: Largest difference allowed, relative to the largest number
+            of an output. None: 1e-3, or .03 for a model in 16 bits.
+        verbose: Whether to print what is being done, and the report.
+
+    Returns:
+        The report: path, size in bytes, differences by output.
+
+    Raises:
+        ImportError: onnx, onnxruntime or tf2onnx is missing: `pip install
+            'tf-deform[onnx]'`.
+        TypeError, ValueError: A model that cannot be exported, or another
+            opset.
+        OSError: `path` cannot be written.
+        RuntimeError: What was written differs from the model; or there are no
+            native ops, without which a model cannot be traced for ONNX.
+    """
+    if not isinstance(opset, int) or not MIN_OPSET <= opset <= MAX_OPSET:
+        raise ValueError(
+            f"Expected `opset` to be from {MIN_OPSET}, the first with "
+            f"DeformConv, to {MAX_OPSET}. Received: {opset!r}"
+        )
+    runtime, *_ = _common.require("onnx", "onnxruntime", "onnx", "tf2onnx")
+
+    def write(
+        source: _common.Source, file: pathlib.Path, stage: _common.Stage
+    ) -> None:
+        with (
+            stage("Tracing"),
+            _implementation.for_other_runtime({_NAME: _standard}),
+        ):
+            function = source.trace(source.flat)
+        with stage("Converting to ONNX"):
+            proto = _raise_opset(_convert(function), opset)
+            file.write_bytes(proto.SerializeToString())
+
+    def load(file: pathlib.Path) -> Callable[[_common.Arrays], Any]:
+        session = runtime.InferenceSession(
+            file, providers=["CPUExecutionProvider"]
+        )
+        names = [output.name for output in session.get_outputs()]
+        return lambda given: dict(
+            zip(names, session.run(names, given), strict=True)
+        )
+
+    return _common.export(
+        model,
+        path,
+        write,
+        load,
+        input_signature=input_signature,
+        sample=sample,
+        tolerance=tolerance,
+        verbose=verbose,
+    )
+
+
+def _standard(
+    inputs: tf.Tensor,
+    kernel: tf.Tensor,
+    offset: tf.Tensor,
+    mask: Sequence[tf.Tensor],
+    **attributes: Any,
+) -> tf.Tensor:
+    """The native op as DeformConv can express it, or else stock ops.
+
+    DeformConv has explicit paddings, "zeros", and one type for everything.
+    """
+    known = kernel.shape.is_fully_defined() and inputs.shape[3] is not None
+    if attributes["boundary"] != "zeros" or not known:
+        return deformable_conv2d(inputs, kernel, offset, mask, **attributes)
+    dtype = inputs.dtype
+    inputs, kernel = (tf.cast(x, offset.dtype) for x in (inputs, kernel))
+    if attributes["padding"] == "SAME":
+        attributes |= {"padding": "EXPLICIT"}
+        inputs, paddings = _pad_same(
+            inputs, kernel, attributes["strides"], attributes["dilations"]
+        )
+        attributes["explicit_paddings"] = paddings
+    outputs = getattr(_loader.op_library(), _NAME)(
+        inputs, kernel, offset, mask, **attributes
+    )
+    return tf.cast(outputs, dtype)
+
+
+def _pad_same(
+    inputs: tf.Tensor,
+    kernel: tf.Tensor,
+    strides: Sequence[int],
+    dilations: Sequence[int],
+) -> tuple[tf.Tensor, list[int]]:
+    """Padding "same": numbers, or zeros around inputs of unknown size."""
+    paddings, pixels = [], [(0, 0)]
+    for axis, stride in enumerate(strides):
+        span = dilations[axis] * (kernel.shape[axis] - 1) + 1
+        size = inputs.shape[1 + axis]
+        dynamic = size is None and stride > 1
+        if dynamic:
+            size = tf.shape(inputs)[1 + axis]
+            total = tf.maximum((size - 1) // stride * stride + span - size, 0)
+        elif stride > 1:
+            total = max((size - 1) // stride * stride + span - size, 0)
+        else:
+            total = span - 1
+        before_and_after = (total // 2, total - total // 2)
+        paddings.extend((0, 0) if dynamic else before_and_after)
+        pixels.append(before_and_after if dynamic else (0, 0))
+    # Padding by what is not known yet loses the channels.
+    shape = [None, None, None, inputs.shape[3]]
+    inputs = tf.ensure_shape(tf.pad(inputs, [*pixels, (0, 0)]), shape)
+    return inputs, paddings
+
+
+def _convert(function: Any) -> Any:
+    """The model in opset 18, and DeformConv in a domain of its own."""
+    import onnx
+    import tf2onnx
+
+    try:
+        proto, _ = tf2onnx.convert.from_function(
+            function,
+            function.input_signature,
+            opset=_CONVERTER_OPSET,
+            custom_op_handlers={_OP: (_convert_node, [])},
+            extra_opset=[onnx.helper.make_opsetid(_DOMAIN, 1)],
+        )
+    except Exception as error:
+        raise ValueError(
+            f"Expected a model that tf2onnx converts. Received: {error}"
+        ) from error
+    # What it does not know it leaves as it is.
+    unknown = collections.defaultdict(list)
+    for node in _walk(proto.graph):
+        if node.domain in ("", "ai.onnx") and not onnx.defs.has(node.op_type):
+            unknown[node.op_type].append(node.name)
+    if unknown:
+        found = ", ".join(
+            f"{kind} ({', '.join(names[:3])})"
+            for kind, names in unknown.items()
+        )
+        raise ValueError(
+            "Expected a model made of operations that ONNX has. Received: "
+            f"{found}"
+        )
+    return proto
+
+
+def _walk(graph: Any) -> Iterator[Any]:
+    """The nodes of a graph and of the graphs inside of it."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _walk(attribute.g)
+            for subgraph in attribute.graphs:
+                yield from _walk(subgraph)
+
+
+def _convert_node(ctx: Any, node: Any, name: str, _: Any) -> None:
+    """Puts DeformConv, channels first, in the place of the native op."""
+
+    def transpose(tensor: str, *axes: int) -> str:
+        made = ctx.make_node(
+            "Transpose", [tensor], {"perm": axes}, op_name_scope=name
+        )
+        return made.output[0]
+
+    def integers(attribute: str) -> list[int]:
+        return list(node.get_attr(attribute).ints)
+
+    inputs, kernel, offset, *mask = node.input
+    kernel_h, kernel_w, group_channels, _ = ctx.get_shape(kernel)
+    top, bottom, left, right = integers("explicit_paddings") or (0, 0, 0, 0)
+    attributes = {
+        "kernel_shape": [kernel_h, kernel_w],
+        "strides": integers("strides"),
+        "pads": [top, left, bottom, right],
+        "dilations": integers("dilations"),
+        "group": ctx.get_shape(inputs)[3] // group_channels,
+        "offset_group": node.get_attr("offset_groups").i,
+    }
+    # Between offset and mask: no bias. The offsets' order is the same.
+    operands = [
+        transpose(inputs, 0, 3, 1, 2),
+        transpose(kernel, 3, 2, 0, 1),
+        transpose(offset, 0, 3, 1, 2),
+        *(["", transpose(mask[0], 0, 3, 1, 2)] if mask else []),
+    ]
+    shapes, dtypes = node.output_shapes, node.output_dtypes
+    outputs = node.output
+    ctx.remove_node(node.name)
+    made = ctx.make_node(
+        "DeformConv", operands, attributes, op_name_scope=name, domain=_DOMAIN
+    )
+    ctx.make_node(
+        "Transpose",
+        [made.output[0]],
+        {"perm": (0, 2, 3, 1)},
+        outputs=outputs,
+        shapes=shapes,
+        dtypes=dtypes,
+        op_name_scope=name,
+    )
+
+
+def _raise_opset(proto: Any, opset: int) -> Any:
+    """The model in a newer opset, with DeformConv as the standard's."""
+    import onnx
+
+    proto = onnx.version_converter.convert_version(proto, opset)
+    for node in _walk(proto.graph):
+        if node.domain == _DOMAIN:
+            node.domain = ""
+    kept = [item for item in proto.opset_import if item.domain != _DOMAIN]
+    del proto.opset_import[:]
+    proto.opset_import.extend(kept)
+    onnx.checker.check_model(proto, full_check=True)
+    return proto

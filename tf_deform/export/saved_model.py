@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models as SavedModels, with native ops or with stock TensorFlow's alone."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+from tensorflow.core.protobuf import saved_model_pb2
+
+from tf_deform import _implementation
+from tf_deform.export import _common
+
+NAMESPACE = "TfDeform>"
+
+
+def saved_model(
+    model: Any,
+    path: str | os.PathLike,
+    implementation: str = "native",
+    *,
+    input_signature: Sequence[tf.TensorSpec] | None = None,
+    image_bytes: bool | Callable[[tf.Tensor], tf.Tensor] | None = None,
+    sample: Any = None,
+    tolerance: float | None = None,
+    verbose: bool = True,
+) -> _common.Report:
+    """Writes a model as a SavedModel, and compares it with the model.
+
+    Its endpoints are "serve", which returns what the model returns; the
+    signature "serving_default", which takes and returns tensors by name; and,
+    for a model of one image, "serve_image_bytes", which takes a `(batch,)`
+    string tensor of JPEG, PNG, GIF or BMP files.
+
+    A program that loads a native SavedModel needs the ops: `import tf_deform`;
+    or, where the package is not installed, `tf.load_op_library` (in C,
+    `TF_LoadLibrary`) with the path that `python -m tf_deform` prints. Without
+    them TensorFlow's error names the op
+    `TfDeform>ImportTfDeformOrLoadItsOpLibrary`. A portable one needs nothing
+    but TensorFlow; it is slower and takes more memory.
+
+    Args:
+        model: A Keras model, or a `tf.function` of tensors.
+        path: Folder to write. A SavedModel that is there is replaced, at the
+            end and in one step; nothing else is.
+        implementation: "native" or "portable"; of all layers and functions in
+            the model, whatever their own arguments say.
+        input_signature: Shape, type and name of the model's inputs. None: as
+            the model says, which a subclassed one does not.
+        image_bytes: How an image becomes the model's input: a function from
+            `(height, width, channels)` uint8 to one element of its batch.
+            True, or None for a model with one input `(batch, height, width, 1
+            or 3)`: resized to the model's size if it has one (bilinear,
+            antialiased), else all images of a batch must have one size;
+            numbers from 0 to 255. False: no such endpoint.
+        sample: Values for the inputs, an array, list or dictionary, with which
+            the SavedModel is compared with the model. None: random ones, from
+            0 to 1 or, for uint8, to 255; of two sizes where sizes are unknown.
+        tolerance: Largest difference allowed, relative to the largest number
+            of an output. None: 1e-3, or .03 for a model in 16 bits.
+        verbose: Whether to print what is being done, and the report.
+
+    Returns:
+        The report: path, size in bytes, differences by output.
+
+    Raises:
+        TypeError, ValueError: A model that cannot be exported, or an unknown
+            option.
+        OSError: `path` cannot be written.
+        RuntimeError: What was written differs from the model.
+    """
+    _implementation.check_implementation(implementation)
+
+    def write_all(
+        source: _common.Source, folder: pathlib.Path, stage: _common.Stage
+    ) -> None:
+        with (
+            stage("Tracing and writing"),
+            _implementation.implementation(implementation),
+            _implementation.explaining(),
+        ):
+            write(source, folder, _find_fit(source, image_bytes))
+        if implementation == "portable":
+            check_portable(folder)
+
+    def check(
+        source: _common.Source,
+        folder: pathlib.Path,
+        path: pathlib.Path,
+        tolerance: float,
+    ) -> None:
+        fit = _find_fit(source, image_bytes)
+        if fit is not None:
+            loaded = tf.saved_model.load(folder)
+            _compare_image_bytes(source, fit, loaded, path, tolerance)
+
+    return _common.export(
+        model,
+        path,
+        write_all,
+        _load,
+        check=check,
+        folder=True,
+        mixed=True,
+        input_signature=input_signature,
+        sample=sample,
+        tolerance=tolerance,
+        verbose=verbose,
+    )
+
+
+def _load(folder: pathlib.Path) -> Callable[[_common.Arrays], Any]:
+    serve = tf.saved_model.load(folder).signatures["serving_default"]
+    return lambda given: serve(**tf.nest.map_structure(tf.constant, given))
+
+
+def _find_fit(
+    source: _common.Source, image_bytes: bool | Callable | None
+) -> Callable[[tf.Tensor], tf.Tensor] | None:
+    """From the pixels of an image to an element of the model's batch."""
+    if image_bytes is False:
+        return None
+    spec = source.inputs[0]
+    one_image = (
+        len(source.inputs) == 1
+        and spec.shape.rank == 4
+        and spec.shape[3] in (1, 3)
+        and spec.dtype != tf.string
+    )
+    if not one_image:
+        if image_bytes is None:
+            return None
+        raise ValueError(
+            "Expected a model of one image, (batch, height, width, 1 or 3), "
+            f"for `image_bytes`. Received: {source.inputs}"
+        )
+    size = spec.shape[1:3]
+
+    def fit(pixels: tf.Tensor) -> tf.Tensor:
+        if size.is_fully_defined():
+            pixels = tf.image.resize(pixels, size, antialias=True)
+            pixels = tf.clip_by_value(tf.round(pixels), 0, 255)
+        return tf.ensure_shape(tf.cast(pixels, spec.dtype), spec.shape[1:])
+
+    return image_bytes if callable(image_bytes) else fit
+
+
+def write(
+    source: _common.Source,
+    folder: pathlib.Path,
+    fit: Callable[[tf.Tensor], tf.Tensor] | None = None,
+) -> None:
+    """Traces the endpoints, and writes the folder."""
+    serve = source.trace(source.run)
+    # A signature takes no nested outputs.
+    flat = source.trace(lambda *inputs: _common.name_outputs(serve(*inputs)))
+    holder = tf.Module()
+    holder.serve = serve
+    holder.weights = list(serve.get_concrete_function().variables)
+    signatures = {"serving_default": flat.get_concrete_function()}
+    if fit is not None:
+        holder.serve_image_bytes = _from_bytes(source, serve, fit)
+    tf.saved_model.save(holder, str(folder), signatures)
+
+
+def _from_bytes(
+    source: _common.Source, serve: Callable, fit: Callable
+) -> Callable[[tf.Tensor], Any]:
+    spec = source.inputs[0]
+
+    def decode(data: tf.Tensor) -> tf.Tensor:
+        pixels = tf.io.decode_image(
+            data, channels=spec.shape[3], expand_animations=False
+        )
+        return fit(tf.ensure_shape(pixels, (None, None, spec.shape[3])))
+
+    def serve_image_bytes(image_bytes: tf.Tensor) -> Any:
+        element = tf.TensorSpec(spec.shape[1:], spec.dtype)
+        return serve(
+            tf.map_fn(decode, image_bytes, fn_output_signature=element)
+        )
+
+    return tf.function(
+        serve_image_bytes,
+        [tf.TensorSpec((None,), "string", "image_bytes")],
+        autograph=False,
+    )
+
+
+def check_portable(folder: pathlib.Path) -> None:
+    """Raises a ValueError if a SavedModel holds ops of this package."""
+    proto = saved_model_pb2.SavedModel()
+    proto.ParseFromString((folder / "saved_model.pb").read_bytes())
+    graph = proto.meta_graphs[0].graph_def
+    for nodes in (graph.node, *(f.node_def for f in graph.library.function)):
+        for node in nodes:
+            if node.op.startswith(NAMESPACE):
+                raise ValueError(
+                    "Expected a model of which all functions can be traced "
+                    f"anew. Received: one with {node.op} in {node.name!r}, "
+                    "inside a tf.function that was traced before with native "
+                    "ops. Export before it is called, or load the model anew"
+                )
+
+
+def _compare_image_bytes(
+    source: _common.Source,
+    fit: Callable[[tf.Tensor], tf.Tensor],
+    loaded: Any,
+    path: pathlib.Path,
+    tolerance: float,
+) -> None:
+    """Compares on PNG files."""
+
+    def run(given: _common.Arrays) -> dict[str, tf.Tensor]:
+        files = [tf.io.encode_png(pixels) for pixels in given["pixels"]]
+        return _common.name_outputs(loaded.serve_image_bytes(tf.stack(files)))
+
+    spec = tf.TensorSpec(source.inputs[0].shape, "uint8", "pixels")
+    from_pixels = dataclasses.replace(
+        source,
+        run=lambda images: source.run(tf.stack([fit(x) for x in images])),
+        inputs=[spec],
+    )
+    samples = _common.run_model(from_pixels, None)
+    _common.compare(samples, run, path, tolerance)
