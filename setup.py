@@ -146,6 +146,12 @@ setup(
         "keras>=3.15,<4",
     ],
     extras_require={
+        "onnx": [
+            "tf2onnx>=1.17,<2",
+            "onnx>=1.19,<2",
+            "onnxruntime>=1.27,<2",
+        ],
+        "litert": ["ai-edge-litert>=2.1,<3"],
         "examples": [
             "scikit-learn>=1.5,<2",
             "scikit-image>=0.25,<0.27",
@@ -154,10 +160,11 @@ setup(
             "scipy>=1.13,<2",
             "faster-coco-eval>=1.7,<2",
             "h5py>=3.11,<4",
+            "tf-deform[onnx]",
+            "tf-deform[litert]",
         ],
         "benchmark": [
-            "onnx>=1.19,<2",
-            "onnxruntime>=1.27,<2",
+            "tf-deform[onnx]",
             "openvino>=2025.0,<2027",
         ],
         "test": [

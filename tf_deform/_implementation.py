@@ -24,6 +24,15 @@ def check_implementation(implementation: Any) -> str:
     return implementation
 
 
+def require_native_ops() -> None:
+    if _loader.op_library() is None:
+        raise RuntimeError(
+            "Expected native ops. Received: a process in which they are not "
+            f"loaded, see the environment variable {_loader.VARIABLE} and the "
+            f"file {_loader.LIBRARY}"
+        )
+
+
 @contextlib.contextmanager
 def implementation(implementation: str) -> Iterator[None]:
     """Switches all functions and layers that are called inside.
@@ -47,12 +56,8 @@ def implementation(implementation: str) -> Iterator[None]:
         RuntimeError: "native" where there are no native ops.
     """
     check_implementation(implementation)
-    if implementation == "native" and _loader.op_library() is None:
-        raise RuntimeError(
-            "Expected native ops for `implementation('native')`. Received: a "
-            "process in which they are not loaded, see the environment "
-            f"variable {_loader.VARIABLE} and the file {_loader.LIBRARY}"
-        )
+    if implementation == "native":
+        require_native_ops()
     token = _asked_for.set(implementation)
     try:
         yield

@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from tf_deform import _implementation, _loader
@@ -75,6 +76,7 @@ def onnx(
             f"Expected `opset` to be from {MIN_OPSET}, the first with "
             f"DeformConv, to {MAX_OPSET}. Received: {opset!r}"
         )
+    _implementation.require_native_ops()
     runtime, *_ = _common.require("onnx", "onnxruntime", "onnx", "tf2onnx")
 
     def write(
@@ -119,51 +121,17 @@ def _standard(
 ) -> tf.Tensor:
     """The native op as DeformConv can express it, or else stock ops.
 
-    DeformConv has explicit paddings, "zeros", and one type for everything.
+    DeformConv has the boundary "zeros", and one type for everything.
     """
     known = kernel.shape.is_fully_defined() and inputs.shape[3] is not None
     if attributes["boundary"] != "zeros" or not known:
         return deformable_conv2d(inputs, kernel, offset, mask, **attributes)
     dtype = inputs.dtype
     inputs, kernel = (tf.cast(x, offset.dtype) for x in (inputs, kernel))
-    if attributes["padding"] == "SAME":
-        attributes |= {"padding": "EXPLICIT"}
-        inputs, paddings = _pad_same(
-            inputs, kernel, attributes["strides"], attributes["dilations"]
-        )
-        attributes["explicit_paddings"] = paddings
     outputs = getattr(_loader.op_library(), _NAME)(
         inputs, kernel, offset, mask, **attributes
     )
     return tf.cast(outputs, dtype)
-
-
-def _pad_same(
-    inputs: tf.Tensor,
-    kernel: tf.Tensor,
-    strides: Sequence[int],
-    dilations: Sequence[int],
-) -> tuple[tf.Tensor, list[int]]:
-    """Padding "same": numbers, or zeros around inputs of unknown size."""
-    paddings, pixels = [], [(0, 0)]
-    for axis, stride in enumerate(strides):
-        span = dilations[axis] * (kernel.shape[axis] - 1) + 1
-        size = inputs.shape[1 + axis]
-        dynamic = size is None and stride > 1
-        if dynamic:
-            size = tf.shape(inputs)[1 + axis]
-            total = tf.maximum((size - 1) // stride * stride + span - size, 0)
-        elif stride > 1:
-            total = max((size - 1) // stride * stride + span - size, 0)
-        else:
-            total = span - 1
-        before_and_after = (total // 2, total - total // 2)
-        paddings.extend((0, 0) if dynamic else before_and_after)
-        pixels.append(before_and_after if dynamic else (0, 0))
-    # Padding by what is not known yet loses the channels.
-    shape = [None, None, None, inputs.shape[3]]
-    inputs = tf.ensure_shape(tf.pad(inputs, [*pixels, (0, 0)]), shape)
-    return inputs, paddings
 
 
 def _convert(function: Any) -> Any:
@@ -225,15 +193,19 @@ def _convert_node(ctx: Any, node: Any, name: str, _: Any) -> None:
 
     inputs, kernel, offset, *mask = node.input
     kernel_h, kernel_w, group_channels, _ = ctx.get_shape(kernel)
-    top, bottom, left, right = integers("explicit_paddings") or (0, 0, 0, 0)
     attributes = {
         "kernel_shape": [kernel_h, kernel_w],
         "strides": integers("strides"),
-        "pads": [top, left, bottom, right],
         "dilations": integers("dilations"),
         "group": ctx.get_shape(inputs)[3] // group_channels,
         "offset_group": node.get_attr("offset_groups").i,
     }
+    if node.get_attr_str("padding") == "SAME":
+        attributes["auto_pad"] = "SAME_UPPER"  # `_pad_same` takes it away.
+    else:
+        paddings = integers("explicit_paddings") or (0, 0, 0, 0)
+        top, bottom, left, right = paddings
+        attributes["pads"] = [top, left, bottom, right]
     # Between offset and mask: no bias. The offsets' order is the same.
     operands = [
         transpose(inputs, 0, 3, 1, 2),
@@ -258,10 +230,86 @@ def _convert_node(ctx: Any, node: Any, name: str, _: Any) -> None:
     )
 
 
+def _pad_same(graph: Any) -> None:
+    """Pads explicitly where "same" is not known to an operator.
+
+    DeformConv does not have it, onnxruntime's Conv not with dilations.
+    """
+    from onnx import helper
+
+    nodes = []
+    for node in graph.node:
+        attributes = {
+            item.name: helper.get_attribute_value(item)
+            for item in node.attribute
+        }
+        dilations = attributes.get("dilations", [1])
+        if attributes.get("auto_pad") == b"SAME_UPPER" and (
+            node.domain == _DOMAIN
+            or (node.op_type == "Conv" and max(dilations) > 1)
+        ):
+            kept = [x for x in node.attribute if x.name != "auto_pad"]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+            strides = attributes.get("strides") or [1] * len(dilations)
+            spans = [
+                dilation * (size - 1) + 1
+                for dilation, size in zip(
+                    dilations, attributes["kernel_shape"], strict=True
+                )
+            ]
+            if max(strides) == 1:
+                before = [(span - 1) // 2 for span in spans]
+                after = [span // 2 for span in spans]  # Together span - 1.
+                pads = helper.make_attribute("pads", before + after)
+                node.attribute.append(pads)
+            else:
+                nodes += _pad_unknown_size(node, spans, strides)
+        nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _pad_unknown_size(
+    node: Any, spans: Sequence[int], strides: Sequence[int]
+) -> list[Any]:
+    """Operators that pad a node's inputs as "same" says.
+
+    Of `size` pixels the last stride begins at the last multiple of `stride`
+    below `size`, `rest` pixels before the end: it lacks `span - rest`.
+    """
+    from onnx import helper, numpy_helper
+
+    nodes = []
+
+    def make(kind: str, *inputs: str | Sequence[int], **attributes: Any) -> str:
+        operands = []
+        for operand in inputs:
+            if not isinstance(operand, str):
+                value = numpy_helper.from_array(np.array(operand, "int64"))
+                operand = make("Constant", value=value)
+            operands.append(operand)
+        name = f"{node.name}_same_{len(nodes)}"
+        nodes.append(
+            helper.make_node(kind, operands, [name], name, **attributes)
+        )
+        return name
+
+    rest = make("Mod", make("Shape", node.input[0], start=2), strides)
+    rest = make("Where", make("Equal", rest, [0]), strides, rest)
+    total = make("Max", make("Sub", spans, rest), [0])
+    before = make("Div", total, [2])
+    after = make("Sub", total, before)
+    pads = make("Concat", [0, 0], before, [0, 0], after, axis=0)
+    node.input[0] = make("Pad", node.input[0], pads)
+    return nodes
+
+
 def _raise_opset(proto: Any, opset: int) -> Any:
     """The model in a newer opset, with DeformConv as the standard's."""
     import onnx
 
+    _pad_same(proto.graph)
     proto = onnx.version_converter.convert_version(proto, opset)
     for node in _walk(proto.graph):
         if node.domain == _DOMAIN:
