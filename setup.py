@@ -151,7 +151,7 @@ setup(
             "onnx>=1.19,<2",
             "onnxruntime>=1.27,<2",
         ],
-        "litert": ["ai-edge-litert>=2.1,<3"],
+        "litert": ["ai-edge-litert>=2.3,<3"],
         "examples": [
             "scikit-learn>=1.5,<2",
             "scikit-image>=0.25,<0.27",
