@@ -4,12 +4,19 @@
 import contextlib
 import contextvars
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
+
+import tensorflow as tf
 
 from tf_deform import _loader
 
 _asked_for: contextvars.ContextVar[str | None] = contextvars.ContextVar(
     "tf_deform_implementation", default=None
+)
+# The graphs that have the marker, inside `explaining`; otherwise None.
+_explained: contextvars.ContextVar[set[tf.Graph] | None] = (
+    contextvars.ContextVar("tf_deform_explained", default=None)
 )
 
 
@@ -58,6 +65,31 @@ def implementation(implementation: str) -> Iterator[None]:
         _asked_for.reset(token)
 
 
+@contextlib.contextmanager
+def explaining() -> Iterator[None]:
+    """Marks every graph traced inside that has native ops.
+
+    The first of them comes after an op whose name tells what to do: it is what
+    TensorFlow names where the graph is loaded without the library. See
+    cc/tf/marker_op.cc.
+    """
+    token = _explained.set(set())
+    try:
+        yield
+    finally:
+        _explained.reset(token)
+
+
+def _mark(library: ModuleType) -> None:
+    explained = _explained.get()
+    if explained is None or tf.executing_eagerly():
+        return
+    graph = tf.compat.v1.get_default_graph()
+    if graph not in explained:
+        explained.add(graph)
+        library.tf_deform_import_tf_deform_or_load_its_op_library()
+
+
 def choose(implementation: Any, name: str, portable: Callable) -> Callable:
     """The native op of this name, or the portable function.
 
@@ -68,4 +100,5 @@ def choose(implementation: Any, name: str, portable: Callable) -> Callable:
     wanted = _asked_for.get() or _loader.forced() or implementation
     if library is None or wanted == "portable":
         return portable
+    _mark(library)
     return getattr(library, name)
