@@ -67,12 +67,12 @@ gpu-check-tf: $(INSTALLED)
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES)
+	$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES) tests/serve.c
 
 format: $(INSTALLED)
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
-	$(VENV)/bin/clang-format -i $(SOURCES)
+	$(VENV)/bin/clang-format -i $(SOURCES) tests/serve.c
 
 bazel: $(INSTALLED)
 	PYTHON="$(abspath $(RUN))" bazel build //...

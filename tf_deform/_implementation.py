@@ -4,7 +4,10 @@
 import contextlib
 import contextvars
 from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
 from typing import Any
+
+import tensorflow as tf
 
 from tf_deform import _loader
 
@@ -12,6 +15,10 @@ from tf_deform import _loader
 # by the native op's name; stock ops stand for all others.
 _asked_for: contextvars.ContextVar[str | Mapping[str, Callable] | None] = (
     contextvars.ContextVar("tf_deform_implementation", default=None)
+)
+# The graphs that have the marker, inside `explaining`; otherwise None.
+_explained: contextvars.ContextVar[set[tf.Graph] | None] = (
+    contextvars.ContextVar("tf_deform_explained", default=None)
 )
 
 
@@ -75,14 +82,34 @@ def for_other_runtime(functions: Mapping[str, Callable]) -> Iterator[None]:
         _asked_for.reset(token)
 
 
-@contextlib.contextmanager
-def explaining():
-    yield
-
-
 def is_for_other_runtime() -> bool:
     """Whether what is traced now will be run by something else."""
     return isinstance(_asked_for.get(), Mapping)
+
+
+@contextlib.contextmanager
+def explaining() -> Iterator[None]:
+    """Marks every graph traced inside that has native ops.
+
+    The first of them comes after an op whose name tells what to do: it is what
+    TensorFlow names where the graph is loaded without the library. See
+    cc/tf/marker_op.cc.
+    """
+    token = _explained.set(set())
+    try:
+        yield
+    finally:
+        _explained.reset(token)
+
+
+def _mark(library: ModuleType) -> None:
+    explained = _explained.get()
+    if explained is None or tf.executing_eagerly():
+        return
+    graph = tf.compat.v1.get_default_graph()
+    if graph not in explained:
+        explained.add(graph)
+        library.tf_deform_import_tf_deform_or_load_its_op_library()
 
 
 def choose(implementation: Any, name: str, portable: Callable) -> Callable:
@@ -98,4 +125,5 @@ def choose(implementation: Any, name: str, portable: Callable) -> Callable:
     wanted = asked_for or _loader.forced() or implementation
     if library is None or wanted == "portable":
         return portable
+    _mark(library)
     return getattr(library, name)

@@ -168,6 +168,15 @@ tensorflow::Status FromNode(tensorflow::OpKernelConstruction* construction,
   return tensorflow::Status();
 }
 
+// What XLA compiles the ops for.
+std::vector<absl::string_view> Devices() {
+  std::vector<absl::string_view> devices = {tensorflow::DEVICE_CPU_XLA_JIT};
+#ifdef TF_DEFORM_CUDA
+  devices.push_back(tensorflow::DEVICE_GPU_XLA_JIT);
+#endif
+  return devices;
+}
+
 // A shape whose dimensions are known, or unknown as in ShapeText.
 Shape ToShape(const xla::Shape& shape) {
   Shape result;
@@ -494,14 +503,10 @@ XlaRegistrar::XlaRegistrar(
     tensorflow::OpKernel* (*make)(tensorflow::OpKernelConstruction*),
     XLA_FFI_Error* (*on_host)(XLA_FFI_CallFrame*),
     XLA_FFI_Error* (*on_cuda)(XLA_FFI_CallFrame*)) {
-  std::vector<absl::string_view> devices = {tensorflow::DEVICE_CPU_XLA_JIT};
-#ifdef TF_DEFORM_CUDA
-  devices.push_back(tensorflow::DEVICE_GPU_XLA_JIT);
-#endif
   // One registration for all types: XLA takes no second one for a device.
   tensorflow::XlaOpRegistrar(
       tensorflow::XlaOpRegistrationBuilder::Name(op)
-          .Device(devices)
+          .Device(Devices())
           .TypeConstraint("T", {tensorflow::DT_HALF, tensorflow::DT_BFLOAT16,
                                 tensorflow::DT_FLOAT, tensorflow::DT_DOUBLE})
           .TypeConstraint("Tcoord",
@@ -513,6 +518,14 @@ XlaRegistrar::XlaRegistrar(
 #else
   static_cast<void>(on_cuda);
 #endif
+}
+
+XlaRegistrar::XlaRegistrar(
+    const char* op,
+    tensorflow::OpKernel* (*make)(tensorflow::OpKernelConstruction*)) {
+  tensorflow::XlaOpRegistrar(
+      tensorflow::XlaOpRegistrationBuilder::Name(op).Device(Devices()).Build(
+          make));
 }
 
 }  // namespace tf_deform

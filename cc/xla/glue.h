@@ -128,6 +128,9 @@ struct XlaRegistrar {
                tensorflow::OpKernel* (*make)(tensorflow::OpKernelConstruction*),
                XLA_FFI_Error* (*on_host)(XLA_FFI_CallFrame*),
                XLA_FFI_Error* (*on_cuda)(XLA_FFI_CallFrame*));
+  // An op without attributes that compiles into nothing.
+  XlaRegistrar(const char* op, tensorflow::OpKernel* (*make)(
+                                   tensorflow::OpKernelConstruction*));
 };
 
 // Registers the op `name`, whose calls are of the class Call.

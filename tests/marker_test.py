@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The op in exported graphs whose name tells what to do without the library."""
+
+import contextlib
+import pathlib
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorflow.core.protobuf import saved_model_pb2
+
+import tf_deform
+from tf_deform import _implementation, _loader
+
+# In people's SavedModels: it stays as it is.
+MARKER = "TfDeform>ImportTfDeformOrLoadItsOpLibrary"
+ROIS = np.float32([[0, 1, 2, 9, 12], [1, 4, 0, 14, 7], [-1, 0, 0, 9, 9]])
+
+
+def random(*shape: int, seed: int = 0) -> np.ndarray:
+    values = np.random.default_rng(seed).normal(size=shape)
+    return values.astype(np.float32)
+
+
+def convolve(inputs: tf.Tensor) -> tf.Tensor:
+    """A deformable convolution of images of 4 channels to 4 channels."""
+    shape = tf.shape(inputs)
+    offset = tf.fill(tf.concat([shape[:3], [18]], 0), 0.3)
+    return tf_deform.ops.deformable_conv2d(
+        inputs, random(3, 3, 4, 4), offset, padding="same"
+    )
+
+
+def nested(inputs: tf.Tensor) -> tf.Tensor:
+    """In a function inside a function, and after its call."""
+    inner = tf.function(lambda x: convolve(x) + 1)
+    return convolve(tf.function(lambda x: inner(x) * 2)(inputs))
+
+
+def branches(inputs: tf.Tensor) -> tf.Tensor:
+    return tf.cond(
+        tf.reduce_sum(inputs) > 1e9,
+        lambda: convolve(inputs),
+        lambda: convolve(inputs + 1),
+    )
+
+
+def loop(inputs: tf.Tensor) -> tf.Tensor:
+    return tf.while_loop(
+        lambda i, x: i < 3, lambda i, x: (i + 1, convolve(x)), (0, inputs)
+    )[1]
+
+
+def layers() -> keras.Model:
+    """All of them; the convolution's branch is in a `tf.cond`."""
+    image = keras.Input((None, None, 4))
+    rois = keras.Input((5,))
+    x = tf_deform.layers.DeformableConv2D(
+        8, 3, padding="same", modulation="2sigmoid"
+    )(image)
+    pooled = [
+        tf_deform.layers.DeformablePSROIPooling(2, 2, 1.0)(
+            x, rois, trans_inputs=x
+        ),
+        tf_deform.layers.DeformableROIPooling(2, 1.0)(x, rois),
+        tf_deform.layers.DeformableROIAlign(2, 1.0)(x, rois),
+    ]
+    model = keras.Model([image, rois], keras.layers.Concatenate()(pooled))
+    for seed, variable in enumerate(model.trainable_variables):
+        variable.assign(0.1 * random(*variable.shape, seed=seed))
+    return model
+
+
+IMAGES = tf.TensorSpec((None, None, None, 4), tf.float32, "image")
+CASES = {
+    "function": convolve,
+    "nested": nested,
+    "branches": branches,
+    "loop": loop,
+    "layers": layers,
+}
+
+
+def arguments(name: str) -> list:
+    image = random(2, 15, 14, 4)
+    return [[image, ROIS]] if name == "layers" else [image]
+
+
+def export(name: str, folder: pathlib.Path, context) -> np.ndarray:
+    """Exports under `context`; returns the result for `arguments`."""
+    if name == "layers":
+        model = layers()
+        with context:
+            model.export(folder, verbose=False)
+        return model(*arguments(name)).numpy()
+    module = tf.Module()
+    with context:
+        module.serve = tf.function(CASES[name], input_signature=[IMAGES])
+        tf.saved_model.save(module, folder)
+    return tf.function(CASES[name])(*arguments(name)).numpy()
+
+
+def graph_of(folder: pathlib.Path):
+    model = saved_model_pb2.SavedModel()
+    model.ParseFromString((folder / "saved_model.pb").read_bytes())
+    return model.meta_graphs[0].graph_def
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A folder with all cases, and what they give."""
+    folder = tmp_path_factory.mktemp("exported")
+    results = {
+        name: export(name, folder / name, _implementation.explaining())
+        for name in CASES
+    }
+    return folder, results
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_function_begins_with_it(name, exported):
+    """TensorFlow looks ops up in this order."""
+    folder, _ = exported
+    graph = graph_of(folder / name)
+    assert not any(node.op.startswith("TfDeform>") for node in graph.node)
+    found = [
+        [node.op for node in function.node_def if "TfDeform>" in node.op]
+        for function in graph.library.function
+    ]
+    found = [ops for ops in found if ops]
+    assert found
+    for ops in found:
+        assert ops[0] == MARKER
+        assert len(ops) > 1
+        assert MARKER not in ops[1:]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_exported_models_load_where_the_package_is_imported(name, exported):
+    folder, results = exported
+    model = tf.saved_model.load(folder / name)
+    np.testing.assert_array_equal(model.serve(*arguments(name)), results[name])
+
+
+# Arguments: the folder of the models, the library. Prints what TensorFlow says
+# without it, and with it writes results.
+BARE = """
+import pathlib
+import sys
+
+sys.modules["tf_deform"] = None
+try:
+    import tf_deform
+except ImportError:
+    pass
+else:
+    sys.exit("Expected tf_deform not to be found.")
+import numpy as np
+import tensorflow as tf
+
+folder, library = pathlib.Path(sys.argv[1]), sys.argv[2]
+names = sys.argv[3:]
+for name in names:
+    try:
+        tf.saved_model.load(folder / name)
+        print(name, "loaded")
+    except Exception as error:
+        print(name, str(error).splitlines()[0])
+tf.load_op_library(library)
+for name in names:
+    model = tf.saved_model.load(folder / name)
+    arguments = np.load(folder / f"{name}.npy", allow_pickle=True)
+    np.save(folder / f"{name}_result.npy", model.serve(*arguments))
+"""
+
+
+def test_without_the_package(exported, run_python):
+    """The text tells what to do, and what it says is enough."""
+    folder, results = exported
+    # To see that the text is the marker's merit.
+    export("function", folder / "unmarked", contextlib.nullcontext())
+    names = [*CASES, "unmarked"]
+    for name in names:
+        values = np.empty(1, object)
+        values[0] = arguments(name)[0]
+        np.save(folder / f"{name}.npy", values)
+    printed = run_python(BARE, folder, _loader.LIBRARY, *names).splitlines()
+    assert len(printed) == len(names)
+    for name, line in zip(names, printed, strict=True):
+        op = "TfDeform>DeformableConv2D" if name == "unmarked" else MARKER
+        assert line.startswith(f"{name} Op type not registered '{op}'"), line
+        np.testing.assert_array_equal(
+            np.load(folder / f"{name}_result.npy"),
+            results["function" if name == "unmarked" else name],
+        )
+
+
+def markers(function, *operands) -> int:
+    graph = tf.function(function).get_concrete_function(*operands).graph
+    return sum(node.type == MARKER for node in graph.get_operations())
+
+
+def test_only_native_ops_in_graphs_are_marked():
+    image = random(1, 5, 6, 4)
+    assert markers(convolve, image) == 0
+    with _implementation.explaining():
+        assert markers(lambda x: convolve(convolve(x)), image) == 1
+        assert markers(lambda x: x + 1, image) == 0
+        with tf_deform.implementation("portable"):
+            assert markers(convolve, image) == 0
+        # Nothing is traced here.
+        convolve(image)
+    assert markers(convolve, image) == 0
+
+
+def test_it_never_runs():
+    """TensorFlow prunes it: what is served costs nothing more."""
+    v1 = tf.compat.v1
+    received = v1.RunMetadata()
+    with v1.Session(graph=tf.Graph()) as session:
+        image = v1.placeholder(tf.float32, (1, 5, 6, 4))
+        with _implementation.explaining():
+            output = convolve(tf.function(nested)(image))
+        session.run(
+            output,
+            {image: random(1, 5, 6, 4)},
+            options=v1.RunOptions(trace_level=v1.RunOptions.FULL_TRACE),
+            run_metadata=received,
+        )
+    ran = [
+        f"{node.node_name} {node.timeline_label}"
+        for device in received.step_stats.dev_stats
+        for node in device.node_stats
+    ]
+    assert any("TfDeform>DeformableConv2D" in name for name in ran)
+    assert not any(MARKER in name for name in ran)
+
+
+def test_it_runs_where_it_is_not_pruned():
+    """In eager mode, or if somebody asks for it."""
+    marker = (
+        _loader.op_library().tf_deform_import_tf_deform_or_load_its_op_library
+    )
+    assert marker() is None
+
+    @tf.function
+    def function(x):
+        with tf.control_dependencies([marker()]):
+            return x + 1
+
+    assert function(tf.constant(1)) == 2
+
+
+@pytest.mark.skipif(
+    not _loader.supports_jit(), reason="built without the bridge to XLA"
+)
+@pytest.mark.parametrize("name", ["function", "nested", "branches", "loop"])
+def test_inside_xla(name):
+    image = random(2, 15, 14, 4)
+    with _implementation.explaining():
+        compiled = tf.function(CASES[name], jit_compile=True)
+        graph = compiled.get_concrete_function(image).graph.as_graph_def()
+    assert MARKER in str(graph)
+    plain = tf.function(CASES[name], jit_compile=True)
+    np.testing.assert_array_equal(compiled(image), plain(image))
