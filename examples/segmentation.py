@@ -9,7 +9,8 @@ for the same number of steps on the same batches, and leaves in the folder:
     metrics.json        every number that was printed
     predictions.png     predictions beside the truth
     sampling.png        where the last two convolutions look
-    saved_model/        the deformable model, for serving (see `serve.py`)
+    saved_model/, saved_model_portable/, model.onnx, model.tflite
+                        the deformable model, for serving (see `serve.py`)
     runs/               one folder per arm and seed
 
 An interrupted call, repeated, resumes: an arm that is done is not trained
@@ -22,14 +23,12 @@ import itertools
 import json
 import os
 import pathlib
-import subprocess
-import sys
-import tempfile
 
 # TensorFlow's start-up notes would bury the table.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import digit_scenes
+import exports
 import keras
 import numpy as np
 import pictures
@@ -156,40 +155,6 @@ def pairs(arms: list[str]) -> list[tuple[str, str]]:
     ]
 
 
-def export(
-    model: keras.Model, images: np.ndarray, folder: pathlib.Path
-) -> dict:
-    """Exports a model, runs it in a fresh process and compares.
-
-    Args:
-        model: model to export.
-        images: `(batch, 64, 64, 1)` uint8, what both run on.
-        folder: receives `saved_model/`.
-
-    Returns:
-        The largest absolute difference of a logit, the largest absolute logit
-        for comparison, and the share of pixels given the same class.
-    """
-    model.export(folder / "saved_model", format="tf_saved_model", verbose=False)
-    serve = pathlib.Path(__file__).with_name("serve.py")
-    with tempfile.TemporaryDirectory() as scratch:
-        given = pathlib.Path(scratch) / "images.npy"
-        answer = pathlib.Path(scratch) / "logits.npy"
-        np.save(given, images)
-        subprocess.run(
-            [sys.executable, serve, folder / "saved_model", given, answer],
-            check=True,
-        )
-        there = np.load(answer)
-    here = model(images, training=False).numpy()
-    return {
-        "images": len(images),
-        "max_abs_difference": float(np.abs(here - there).max()),
-        "max_abs_logit": float(np.abs(here).max()),
-        "same_class": float(np.mean(here.argmax(-1) == there.argmax(-1))),
-    }
-
-
 def draw(
     models: dict[str, keras.Model],
     images: np.ndarray,
@@ -268,18 +233,15 @@ def run(
     )
     coco = json.loads((args.data / args.part / "instances.json").read_text())
     draw(models, images, masks, coco["annotations"], args.out)
-    exported = export(models[args.arms[-1]], images[:100], args.out)
+    exported = exports.export_all(models[args.arms[-1]], images[:100], args.out)
     print(
-        f"\n{args.arms[-1]} as a SavedModel in a fresh process: logits differ "
-        f"by at most {exported['max_abs_difference']:.2g} (the largest is "
-        f"{exported['max_abs_logit']:.3g}), "
-        f"{100 * exported['same_class']:.2f} % of the pixels get the same "
-        "class"
+        f"\n{args.arms[-1]} exported; differences of logits, relative to the "
+        "largest:\n\n" + exports.report(exported, len(images[:100]))
     )
-    runs.write_metrics(args, results, compared, saved_model=exported)
+    runs.write_metrics(args, results, compared, exports=exported)
     print(
         f"\nWritten to {args.out}: metrics.json, predictions.png, "
-        "sampling.png, saved_model"
+        f"sampling.png, {', '.join(exported)}"
     )
 
 

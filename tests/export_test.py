@@ -10,6 +10,7 @@ number.
 import importlib.util
 import os
 import pathlib
+import subprocess
 import sys
 
 import keras
@@ -437,14 +438,27 @@ def encode(images, kind="png"):
     return tf.stack([encoder(image) for image in images])
 
 
-@pytest.mark.parametrize("kind", ["native", "portable"])
-def test_saved_models_in_a_process_of_their_own(kind, run_python, tmp_path):
+@pytest.mark.parametrize(
+    "kind,prepare",
+    [
+        ("native", "import sys, tf_deform"),
+        ("native", WITHOUT_PACKAGE + "import tensorflow as tf\n{load}"),
+        ("portable", WITHOUT_PACKAGE),
+    ],
+    ids=["import", "load_op_library", "nothing"],
+)
+def test_saved_models_in_a_process_of_their_own(
+    kind, prepare, run_python, tmp_path
+):
     model = small_model((16, 20), dtype="uint8")
     report = write(kind, model, tmp_path / "model")
     image = random(3, 16, 20, 3, dtype="uint8")
     np.save(tmp_path / "image.npy", image)
+    command = [sys.executable, "-m", "tf_deform"]
+    library = subprocess.run(command, capture_output=True, text=True).stdout
+    load = f"tf.load_op_library({library.strip()!r})"
     run_python(
-        ("import sys, tf_deform" if kind == "native" else WITHOUT_PACKAGE)
+        prepare.format(load=load)
         + """
 import numpy as np
 import tensorflow as tf
@@ -465,6 +479,23 @@ np.save(sys.argv[3], outputs)
     received = np.load(tmp_path / "outputs.npy")
     exact = 0.0 if kind == "native" else CLOSE
     assert_close(received, model(image, training=False), exact)
+
+
+def test_without_the_ops_the_error_says_what_to_do(run_python, tmp_path):
+    write("native", small_model((16, 20)), tmp_path / "model")
+    said = run_python(
+        WITHOUT_PACKAGE
+        + """
+import tensorflow as tf
+
+try:
+    tf.saved_model.load(sys.argv[1])
+except Exception as error:
+    print(error)
+""",
+        tmp_path / "model",
+    )
+    assert "'TfDeform>ImportTfDeformOrLoadItsOpLibrary'" in said
 
 
 def test_image_bytes(tmp_path):

@@ -35,7 +35,6 @@ def test_writes_everything_that_it_promises(finished):
     out, printed = finished
     for name in ("metrics.json", "predictions.png", "sampling.png"):
         assert (out / name).stat().st_size > 0
-    assert (out / "saved_model" / "saved_model.pb").exists()
     metrics = json.loads((out / "metrics.json").read_text())
     arms = {result["arm"]: result for result in metrics["results"]}
     assert set(arms) == {"plain", "dcn-v2"}
@@ -44,8 +43,16 @@ def test_writes_everything_that_it_promises(finished):
         assert result["ms_per_step"] > 0
     assert arms["dcn-v2"]["parameters"] > arms["plain"]["parameters"]
     assert "| dcn-v2 |" in printed
-    saved = metrics["saved_model"]
-    assert saved["max_abs_difference"] <= 1e-4 * saved["max_abs_logit"]
+    exported = metrics["exports"]
+    assert set(exported) == {
+        "saved_model",
+        "saved_model_portable",
+        "model.onnx",
+        "model.tflite",
+    }
+    for name, differences in exported.items():
+        assert (out / name).exists()
+        assert differences["output_0"] <= 1e-4
 
 
 def test_a_finished_run_is_not_trained_again(finished):
