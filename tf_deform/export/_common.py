@@ -323,7 +323,7 @@ def export(
     check: Callable[[Source, pathlib.Path, pathlib.Path, float], None]
     | None = None,
     folder: bool = False,
-    mixed: bool = False,
+    in_tensorflow: bool = False,
     input_signature: Sequence[tf.TensorSpec] | None,
     sample: Any,
     tolerance: float | None,
@@ -336,18 +336,21 @@ def export(
         load: From that path to a function that runs what was written.
         check: Checks what else was written.
         folder: Whether a folder is written, not a file.
-        mixed: Whether layers with a mixed policy keep it.
+        in_tensorflow: Whether TensorFlow will run it, as it runs the model: on
+            the same device, and with mixed precision.
     """
     path = pathlib.Path(path)
     source = find_source(model, input_signature)
     stage = functools.partial(_stage, verbose=verbose)
     with contextlib.ExitStack() as stack:
         partial = stack.enter_context(_writing(path, folder))
-        if not mixed:
+        if not in_tensorflow:
             stack.enter_context(source.in_float32())
         if tolerance is None:
             tolerance = source.tolerance()
-        with stage("Running the model"):
+        # A GPU may round products to TF32.
+        device = None if in_tensorflow else "/CPU:0"
+        with stage("Running the model"), tf.device(device):
             samples = run_model(source, sample)
         write(source, partial, stage)
         with stage(f"Running {path.name} and comparing"):

@@ -103,7 +103,7 @@ def saved_model(
         _load,
         check=check,
         folder=True,
-        mixed=True,
+        in_tensorflow=True,
         input_signature=input_signature,
         sample=sample,
         tolerance=tolerance,
