@@ -69,7 +69,14 @@ def make_server(
                 tf.TensorSpec((2,), "float32"),
             ),
         )
-        found = model.detect(images)
+        # Without an image TensorFlow's convolutions give the wrong shape: with
+        # none, detect in a blank one.
+        count = tf.shape(images)[0]
+        blank = tf.cast(count == 0, "int32")
+        found = model.detect(
+            tf.pad(images, ((0, blank), (0, 0), (0, 0), (0, 0)))
+        )
+        found = {name: value[:count] for name, value in found.items()}
         scale = tf.tile(tf.reverse(full / inner, (-1,)), (1, 2))
         limits = tf.tile(tf.reverse(full, (-1,)), (1, 2))
         boxes = tf.minimum(found["boxes"] * scale[:, None], limits[:, None])
