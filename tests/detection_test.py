@@ -49,10 +49,10 @@ def random_images(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 
 
-def make_detector(arm: str) -> detector.Detector:
+def make_detector(arm: str, image_size: int | None = 64) -> detector.Detector:
     """A detector that displaces and has opinions, as if it had been trained."""
     keras.utils.set_random_seed(2)
-    model = detector.Detector(arm)
+    model = detector.Detector(arm, image_size=image_size)
     for variable in model.trainable_variables:
         if "offset" in variable.path:
             variable.assign(tf.random.normal(variable.shape, stddev=0.1))
@@ -148,8 +148,9 @@ def test_of_equal_scores_the_first_comes_first(jit_compile):
 @pytest.mark.skipif(
     not _loader.supports_jit(), reason="built without the bridge to XLA"
 )
-def test_xla_detects_the_same():
-    model = make_detector("both")
+@pytest.mark.parametrize("image_size", [64, None])
+def test_xla_detects_the_same(image_size):
+    model = make_detector("both", image_size)
     images = random_images(2, 64, 64, 1)
     compiled = tf.function(model, jit_compile=True)(images)
     outputs = model(images)
@@ -162,6 +163,60 @@ def test_xla_detects_the_same():
     np.testing.assert_array_equal(compiled["labels"], found["labels"])
     np.testing.assert_allclose(compiled["boxes"], found["boxes"], atol=1e-3)
     np.testing.assert_allclose(compiled["scores"], found["scores"], atol=1e-4)
+
+
+def test_any_image_size_is_the_same_network(tmp_path):
+    fixed, free = make_detector("both"), detector.Detector("both", 11, None)
+    fixed.save_weights(tmp_path / "fixed.weights.h5")
+    free.load_weights(tmp_path / "fixed.weights.h5")
+    images = random_images(2, 64, 64, 1)
+    truth = {
+        "boxes": tf.constant([[(9, 9, 30, 40)], [(50, 50, 99, 99)]], "float32"),
+        "labels": tf.constant([[3], [10]]),
+    }
+    losses = []
+    for model in (fixed, free):
+        outputs = model(images)
+        losses.append(model.compute_loss(y=truth, y_pred=outputs))
+    np.testing.assert_array_equal(*losses)
+    found = fixed.detect(images)
+    for name, value in free.detect(images).items():
+        np.testing.assert_array_equal(value, found[name])
+    free.save(tmp_path / "free.keras")
+    again = keras.saving.load_model(tmp_path / "free.keras")
+    for name, value in again.detect(images).items():
+        np.testing.assert_array_equal(value, found[name])
+    with pytest.raises(ValueError, match="`image_size`.*Received.*None"):
+        export.make_server(free, CATEGORIES)
+
+
+@pytest.mark.parametrize(
+    "height, width", [(96, 48), (32, 128), (4, 4), (4, 12), (30, 45), (1, 1)]
+)
+def test_images_of_any_size(height, width):
+    model = make_detector("both", None)
+    images = random_images(2, height, width, 1)
+    outputs = model(images)
+    cells = -(-height // detector.STRIDE), -(-width // detector.STRIDE)
+    anchors = detector.make_anchors(*cells).numpy()
+    assert outputs["objectness"].shape == (2, len(anchors))
+    middles = anchors.reshape(*cells, -1, 2, 2).mean(axis=(2, 3))
+    np.testing.assert_allclose(middles[0, 0], (2, 2))
+    np.testing.assert_allclose(
+        middles[-1, -1], (4 * cells[1] - 2, 4 * cells[0] - 2)
+    )
+    proposals = outputs["proposals"].numpy()
+    assert np.all(proposals[:, 0, 2:] > 0)
+    assert np.all(proposals[..., 2:] <= 4 * np.array(cells[::-1]))
+    found = model.detect(images)
+    assert np.all(found["valid"].numpy() > 0)
+    assert np.all(found["boxes"].numpy() >= 0)
+    assert np.all(found["boxes"].numpy()[..., 2:] <= (width, height))
+    truth = {
+        "boxes": tf.constant([[(0, 0, width, height)]] * 2, "float32"),
+        "labels": tf.fill((2, 1), 4),
+    }
+    assert np.isfinite(model.compute_loss(y=truth, y_pred=outputs))
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +291,7 @@ def test_a_detector_survives_saving(tmp_path):
         np.testing.assert_array_equal(again.detect(images)[name], value)
     with pytest.raises(ValueError, match="Expected `arm`.*Received: 'other'"):
         detector.Detector("other")
-    with pytest.raises(ValueError, match="multiple of 4. Received: 30"):
+    with pytest.raises(ValueError, match="multiple of 4 or None. Received: 30"):
         detector.Detector("plain", image_size=30)
 
 

@@ -53,7 +53,16 @@ def make_server(
         - "class_ids": `(batch, n)` int32, ids of COCO categories;
         - "labels": `(batch, n)` string, their names;
         - "valid": `(batch,)` int32, how many of the `n` are detections.
+
+    Raises:
+        ValueError: if the model takes images of any size, and so gives none to
+            fit images into.
     """
+    if model.image_size is None:
+        raise ValueError(
+            "Expected a model with a fixed `image_size` to serve. Received: "
+            "image_size=None"
+        )
     categories = sorted(categories, key=lambda item: item["id"])
     ids = [0, *(item["id"] for item in categories)]
     names = ["", *(item["name"] for item in categories)]
