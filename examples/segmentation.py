@@ -51,7 +51,21 @@ LEARNING_RATE = 0.016
 BACKGROUND_WEIGHT = 0.5
 
 
-def build_model(arm: str) -> keras.Model:
+@keras.saving.register_keras_serializable(package="tf_deform_examples")
+class Enlarge(keras.layers.UpSampling2D):
+    """Bilinear enlargement of maps of which the graph does not know the size.
+
+    Keras 3.15's own layer asks whether the new size is positive, which has no
+    answer while a graph is made (keras-team/keras#22079).
+    """
+
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        return tf.image.resize(inputs, tf.shape(inputs)[1:3] * self.size)
+
+
+def build_model(
+    arm: str, image_size: int | None = digit_scenes.IMAGE_SIZE
+) -> keras.Model:
     """Returns an untrained model of one arm.
 
     All arms are one network: two convolutions of stride 2, three more at a
@@ -61,10 +75,13 @@ def build_model(arm: str) -> keras.Model:
 
     Args:
         arm: one of `ARMS`.
+        image_size: height and width of the images in pixels, a multiple of 4;
+            or None for images of any height and width that are multiples of 4.
+            It has no part in the weights.
 
     Returns:
-        A model from `(batch, 64, 64, 1)` uint8 gray values to
-        `(batch, 64, 64, 11)` float32 logits.
+        A model from `(batch, height, width, 1)` uint8 gray values to
+        `(batch, height, width, 11)` float32 logits.
     """
     # The wide arm has at least as many parameters as any deformable one.
     narrow, wide = (28, 56) if arm == "plain-wide" else (24, 48)
@@ -89,8 +106,9 @@ def build_model(arm: str) -> keras.Model:
         )(x)
         return keras.layers.ReLU()(keras.layers.BatchNormalization()(x))
 
-    size = digit_scenes.IMAGE_SIZE
-    inputs = keras.Input((size, size, 1), dtype="uint8", name="image")
+    inputs = keras.Input(
+        (image_size, image_size, 1), dtype="uint8", name="image"
+    )
     x = keras.layers.Rescaling(1 / 255)(inputs)
     x = block(x, keras.layers.Conv2D, narrow, "conv1", strides=2)
     x = block(x, keras.layers.Conv2D, wide, "conv2", strides=2)
@@ -100,7 +118,8 @@ def build_model(arm: str) -> keras.Model:
     x = block(x, convolution, wide, "conv4")
     x = block(x, convolution, wide, "conv5")
     x = keras.layers.Conv2D(digit_scenes.NUM_CLASSES, 1, name="score")(x)
-    x = keras.layers.UpSampling2D(4, interpolation="bilinear")(x)
+    enlarge = Enlarge if image_size is None else keras.layers.UpSampling2D
+    x = enlarge(4, interpolation="bilinear")(x)
     return keras.Model(inputs, x, name=arm.replace("-", "_"))
 
 

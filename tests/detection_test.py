@@ -19,6 +19,8 @@ import pytest
 import tensorflow as tf
 from detection import detector, export, train
 
+from tf_deform import _loader
+
 FOLDER = pathlib.Path(train.__file__).parent
 SMALL = ["--train", "64", "--val", "4", "--test", "8"]
 SHORT = ["--steps", "20", "--epoch-steps", "2"]
@@ -45,6 +47,176 @@ def encode(pixels: np.ndarray, kind: str, mode: str | None = None) -> bytes:
 
 def random_images(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+
+
+def make_detector(arm: str, image_size: int | None = 64) -> detector.Detector:
+    """A detector that displaces and has opinions, as if it had been trained."""
+    keras.utils.set_random_seed(2)
+    model = detector.Detector(arm, image_size=image_size)
+    for variable in model.trainable_variables:
+        if "offset" in variable.path:
+            variable.assign(tf.random.normal(variable.shape, stddev=0.1))
+        elif "score_maps/kernel" in variable.path:
+            variable.assign(10 * variable)
+    return model
+
+
+def random_boxes(*shape: int) -> np.ndarray:
+    """Boxes of all sizes in an image of 64 pixels, cut at its edges."""
+    rng = np.random.default_rng(len(shape))
+    middles, sizes = rng.uniform(-4, 68, (2, *shape, 2))
+    corners = (middles - sizes / 4, middles + sizes / 4)
+    return np.concatenate(corners, axis=-1).clip(0, 64).astype("float32")
+
+
+def random_scores(*shape: int) -> np.ndarray:
+    """Scores of which no two are the same."""
+    count = int(np.prod(shape))
+    scores = np.random.default_rng(1).permutation(count) / count
+    return scores.reshape(shape).astype("float32")
+
+
+def whole_boxes() -> np.ndarray:
+    """Boxes with small integers: many equal ones, overlaps of just a half."""
+    starts, sizes = np.random.default_rng(3).integers(1, 4, (2, 3, 12, 2))
+    return np.concatenate((starts, starts + sizes), axis=-1).astype("float32")
+
+
+# Boxes, scores of a few classes, the number wanted, the largest overlap, and
+# the score to exceed. No two boxes have the same score, for which the native op
+# knows no order, unless they are the same box.
+CHOICES = {
+    "random": (random_boxes(3, 100), random_scores(3, 100, 4), 30, 0.5, 0.2),
+    "one-image": (random_boxes(1, 64), random_scores(1, 64, 1), 9, 0.7, 0.0),
+    "no-image": (np.zeros((0, 5, 4)), np.zeros((0, 5, 2)), 3, 0.5, 0.1),
+    "none-above": (random_boxes(2, 20), random_scores(2, 20, 3), 7, 0.5, 1.0),
+    "at-the-score": (random_boxes(1, 4), np.full((1, 4, 1), 0.5), 3, 0.5, 0.5),
+    "few": (random_boxes(2, 3), random_scores(2, 3, 2), 20, 0.5, 0.1),
+    "twins": (
+        np.repeat(whole_boxes(), 2, axis=1),
+        np.repeat(random_scores(3, 12, 1), 2, axis=1),
+        20,
+        0.5,
+        0.1,
+    ),
+    "half": (whole_boxes(), random_scores(3, 12, 5), 20, 0.5, 0.1),
+    "disjoint": (whole_boxes(), random_scores(3, 12, 1), 12, 0.0, 0.1),
+    "anything": (whole_boxes(), random_scores(3, 12, 1), 12, 1.0, 0.1),
+    "points": (np.zeros((2, 6, 4)), random_scores(2, 6, 2), 9, 0.5, 0.1),
+    "padding": (np.full((1, 6, 4), -1), random_scores(1, 6, 2), 9, 0.5, 0.1),
+    "logits": (random_boxes(2, 30), 9 * random_scores(2, 30, 1) - 5, 8, 0.7),
+}
+
+
+@pytest.mark.parametrize("how", ["eager", "graph", "xla"])
+@pytest.mark.parametrize("choice", CHOICES)
+def test_suppression_is_that_of_the_native_op(choice, how):
+    boxes, scores, size, *limits = CHOICES[choice]
+    boxes = tf.constant(boxes, "float32")
+    scores = tf.constant(scores, "float32")
+    oracle = tf.image.combined_non_max_suppression(
+        boxes[:, :, None], scores, size, size, *limits, clip_boxes=False
+    )
+
+    def suppress(boxes, scores):
+        return detector.suppress(boxes, scores, size, *limits)
+
+    if how != "eager":
+        suppress = tf.function(
+            suppress,
+            [tf.TensorSpec((None, *x.shape[1:])) for x in (boxes, scores)],
+            jit_compile=how == "xla",
+        )
+    for got, want in zip(suppress(boxes, scores), oracle, strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_of_equal_scores_the_first_comes_first(jit_compile):
+    boxes = tf.constant([[(i, 0, i + 2, 2) for i in range(8)]], "float32")
+    suppress = tf.function(
+        lambda boxes: detector.suppress(boxes, tf.ones((1, 8, 2)), 9, 0.3),
+        jit_compile=jit_compile,
+    )
+    # Neighbours overlap by a third.
+    chosen, _, classes, valid = suppress(boxes)
+    assert chosen[0, :, 0].numpy().tolist() == [0, 2, 4, 6, 0, 2, 4, 6, 0]
+    assert classes[0].numpy().tolist() == [0] * 4 + [1] * 4 + [0]
+    assert valid.numpy().tolist() == [8]
+
+
+@pytest.mark.skipif(
+    not _loader.supports_jit(), reason="built without the bridge to XLA"
+)
+@pytest.mark.parametrize("image_size", [64, None])
+def test_xla_detects_the_same(image_size):
+    model = make_detector("both", image_size)
+    images = random_images(2, 64, 64, 1)
+    compiled = tf.function(model, jit_compile=True)(images)
+    outputs = model(images)
+    for name in ("objectness", "proposals", "logits", "box_deltas"):
+        np.testing.assert_allclose(compiled[name], outputs[name], atol=1e-4)
+    compiled = tf.function(model.detect, jit_compile=True)(images)
+    found = model.detect(images)
+    assert np.all(found["valid"].numpy() > 3)
+    np.testing.assert_array_equal(compiled["valid"], found["valid"])
+    np.testing.assert_array_equal(compiled["labels"], found["labels"])
+    np.testing.assert_allclose(compiled["boxes"], found["boxes"], atol=1e-3)
+    np.testing.assert_allclose(compiled["scores"], found["scores"], atol=1e-4)
+
+
+def test_any_image_size_is_the_same_network(tmp_path):
+    fixed, free = make_detector("both"), detector.Detector("both", 11, None)
+    fixed.save_weights(tmp_path / "fixed.weights.h5")
+    free.load_weights(tmp_path / "fixed.weights.h5")
+    images = random_images(2, 64, 64, 1)
+    truth = {
+        "boxes": tf.constant([[(9, 9, 30, 40)], [(50, 50, 99, 99)]], "float32"),
+        "labels": tf.constant([[3], [10]]),
+    }
+    losses = []
+    for model in (fixed, free):
+        outputs = model(images)
+        losses.append(model.compute_loss(y=truth, y_pred=outputs))
+    np.testing.assert_array_equal(*losses)
+    found = fixed.detect(images)
+    for name, value in free.detect(images).items():
+        np.testing.assert_array_equal(value, found[name])
+    free.save(tmp_path / "free.keras")
+    again = keras.saving.load_model(tmp_path / "free.keras")
+    for name, value in again.detect(images).items():
+        np.testing.assert_array_equal(value, found[name])
+    with pytest.raises(ValueError, match="`image_size`.*Received.*None"):
+        export.make_server(free, CATEGORIES)
+
+
+@pytest.mark.parametrize(
+    "height, width", [(96, 48), (32, 128), (4, 4), (4, 12), (30, 45), (1, 1)]
+)
+def test_images_of_any_size(height, width):
+    model = make_detector("both", None)
+    images = random_images(2, height, width, 1)
+    outputs = model(images)
+    cells = -(-height // detector.STRIDE), -(-width // detector.STRIDE)
+    anchors = detector.make_anchors(*cells).numpy()
+    assert outputs["objectness"].shape == (2, len(anchors))
+    middles = anchors.reshape(*cells, -1, 2, 2).mean(axis=(2, 3))
+    np.testing.assert_allclose(middles[0, 0], (2, 2))
+    np.testing.assert_allclose(
+        middles[-1, -1], (4 * cells[1] - 2, 4 * cells[0] - 2)
+    )
+    proposals = outputs["proposals"].numpy()
+    assert np.all(proposals[:, 0, 2:] > 0)
+    assert np.all(proposals[..., 2:] <= 4 * np.array(cells[::-1]))
+    found = model.detect(images)
+    assert np.all(found["valid"].numpy() > 0)
+    assert np.all(found["boxes"].numpy() >= 0)
+    assert np.all(found["boxes"].numpy()[..., 2:] <= (width, height))
+    truth = {
+        "boxes": tf.constant([[(0, 0, width, height)]] * 2, "float32"),
+        "labels": tf.fill((2, 1), 4),
+    }
+    assert np.isfinite(model.compute_loss(y=truth, y_pred=outputs))
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +291,7 @@ def test_a_detector_survives_saving(tmp_path):
         np.testing.assert_array_equal(again.detect(images)[name], value)
     with pytest.raises(ValueError, match="Expected `arm`.*Received: 'other'"):
         detector.Detector("other")
-    with pytest.raises(ValueError, match="multiple of 4. Received: 30"):
+    with pytest.raises(ValueError, match="multiple of 4 or None. Received: 30"):
         detector.Detector("plain", image_size=30)
 
 

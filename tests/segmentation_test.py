@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The segmentation example from end to end, on few scenes and few steps."""
+"""The segmentation example: its model, and runs from end to end."""
 
 import json
 import pathlib
@@ -8,7 +8,14 @@ import subprocess
 import sys
 import time
 
+import digit_scenes
+import keras
+import numpy as np
 import pytest
+import segmentation
+import tensorflow as tf
+
+from tf_deform import _loader
 
 SCRIPT = pathlib.Path(__file__).parent.parent / "examples" / "segmentation.py"
 SMALL = ["--train", "64", "--val", "4", "--test", "8"]
@@ -29,6 +36,47 @@ def finished(tmp_path_factory) -> tuple[pathlib.Path, str]:
     """A run of both default arms, and what it printed."""
     out = tmp_path_factory.mktemp("segmentation") / "run"
     return out, run(out, "--steps", "6")
+
+
+def random_images(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+
+
+def make_model(image_size: int | None) -> keras.Model:
+    """A deformable model that displaces, as if it had been trained."""
+    keras.utils.set_random_seed(2)
+    model = segmentation.build_model("dcn-v2", image_size)
+    for variable in model.trainable_variables:
+        if "offset" in variable.path:
+            variable.assign(tf.random.normal(variable.shape, stddev=0.1))
+    return model
+
+
+@pytest.mark.skipif(
+    not _loader.supports_jit(), reason="built without the bridge to XLA"
+)
+@pytest.mark.parametrize("image_size", [64, None])
+def test_xla_gives_the_same_logits(image_size):
+    model = make_model(image_size)
+    images = random_images(2, 64, 64, 1)
+    compiled = tf.function(model, jit_compile=True)(images)
+    np.testing.assert_allclose(compiled, model(images), atol=1e-4)
+
+
+def test_any_image_size_is_the_same_network(tmp_path):
+    fixed, free = make_model(64), segmentation.build_model("dcn-v2", None)
+    fixed.save_weights(tmp_path / "fixed.weights.h5")
+    free.load_weights(tmp_path / "fixed.weights.h5")
+    free.save(tmp_path / "free.keras")
+    free = keras.saving.load_model(tmp_path / "free.keras")
+    predict = tf.function(
+        lambda images: free(images, training=False),
+        [tf.TensorSpec((None, None, None, 1), "uint8")],
+    )
+    images = random_images(2, 64, 64, 1)
+    np.testing.assert_array_equal(predict(images), fixed(images))
+    logits = predict(random_images(2, 48, 80, 1))
+    assert logits.shape == (2, 48, 80, digit_scenes.NUM_CLASSES)
 
 
 def test_writes_everything_that_it_promises(finished):

@@ -4,10 +4,10 @@
 Source: Dai et al. 2016, "R-FCN", arXiv:1605.06409; Dai et al. 2017,
 "Deformable Convolutional Networks", arXiv:1703.06211.
 
-Every shape inside is static but for the batch, so that one graph trains,
-evaluates and exports: an image has as many proposals as any other, and those
-that are missing are padding. Boxes are `(x1, y1, x2, y2)` in pixels, x2 and y2
-beyond the last pixel; a padding box is -1 throughout, as Keras pads boxes.
+One graph trains, evaluates, compiles with XLA and exports to ONNX and LiteRT:
+an image has as many proposals as any other, and those that are missing are
+padding. Boxes are `(x1, y1, x2, y2)` in pixels, x2 and y2 beyond the last
+pixel; a padding box is -1 throughout, as Keras pads boxes.
 """
 
 import functools
@@ -17,6 +17,9 @@ import tensorflow as tf
 from keras.utils import bounding_boxes
 
 import tf_deform
+
+# A dimension: an integer where the graph knows it, else a scalar tensor.
+Size = int | tf.Tensor
 
 ARMS = ("plain", "dcn", "dpool", "both")
 
@@ -43,28 +46,33 @@ MAX_DELTA = 10.0  # In these units: exp(2) times the size.
 MAX_DETECTIONS = 20
 DETECTION_OVERLAP = 0.5
 MIN_SCORE = 0.01
+# Below all scores, of what is no box. It is finite, since exported to ONNX
+# `tf.where(c, x, y)` may become `c * x + (1 - c) * y`.
+NO_SCORE = tf.float32.min
 
 
-def make_anchors(image_size: int) -> tf.Tensor:
-    """Returns `(cells * cells * anchors, 4)` float32 boxes around all cells."""
-    middles = STRIDE * (tf.range(image_size // STRIDE, dtype="float32") + 0.5)
-    y, x = tf.meshgrid(middles, middles, indexing="ij")
-    centers = tf.stack((x, y), axis=-1)[:, :, None]
-    sizes = tf.broadcast_to(
-        tf.constant(ANCHORS, "float32"), (*y.shape, len(ANCHORS), 2)
+def make_anchors(rows: Size, columns: Size) -> tf.Tensor:
+    """Returns `(rows * columns * anchors, 4)` boxes around all cells."""
+    x, y = (
+        STRIDE * (tf.range(cells, dtype="float32") + 0.5)
+        for cells in (columns, rows)
     )
-    centers = tf.broadcast_to(centers, sizes.shape)
+    centers = tf.stack(tf.meshgrid(x, y), axis=-1)[:, :, None]
+    sizes = tf.constant(ANCHORS, "float32")
     boxes = tf.concat((centers - sizes / 2, centers + sizes / 2), axis=-1)
     return tf.reshape(boxes, (-1, 4))
 
 
-def decode(anchors: tf.Tensor, deltas: tf.Tensor, image_size: int) -> tf.Tensor:
+def decode(
+    anchors: tf.Tensor, deltas: tf.Tensor, height: Size, width: Size
+) -> tf.Tensor:
     """Returns the boxes that deltas make of anchors, cut at the image's edge.
 
     Args:
         anchors: `(n, 4)` or `(batch, n, 4)` boxes.
         deltas: `(batch, n, 4)`.
-        image_size: height and width of the image in pixels.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
 
     Returns:
         `(batch, n, 4)` finite boxes for any finite deltas.
@@ -76,7 +84,8 @@ def decode(anchors: tf.Tensor, deltas: tf.Tensor, image_size: int) -> tf.Tensor:
         box_format="xyxy",
         variance=VARIANCE,
     )
-    return tf.clip_by_value(boxes, 0, image_size)
+    corner = tf.cast((width, height, width, height), "float32")
+    return tf.clip_by_value(boxes, 0, corner)
 
 
 def encode(anchors: tf.Tensor, boxes: tf.Tensor) -> tf.Tensor:
@@ -111,13 +120,84 @@ def match(
     )
 
 
+def suppress(
+    boxes: tf.Tensor,
+    scores: tf.Tensor,
+    size: int,
+    max_overlap: float,
+    min_score: float = NO_SCORE,
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Chooses the best boxes, less those that overlap a better of their class.
+
+    It is `tf.image.combined_non_max_suppression`, which XLA and LiteRT lack, in
+    ops that these and ONNX have. (`tf.image.non_max_suppression_padded` they
+    have too. It drops boxes at the largest overlap, not only above it, and
+    boxes that are a point at 0, 0, and here takes three times as long.) Of
+    equal scores that of the first class comes first, then that of the first
+    box.
+
+    Args:
+        boxes: `(batch, n, 4)` boxes, the same for all classes.
+        scores: `(batch, n, classes)`; n and classes are static.
+        size: number of boxes to choose.
+        max_overlap: largest intersection over union with a better box.
+        min_score: what a score must exceed.
+
+    Returns:
+        `(batch, size, 4)` boxes, `(batch, size)` scores and int32 classes, the
+        best first, and int32 `(batch,)`, how many there are: the rest is 0.
+    """
+    count, classes = scores.shape[1:]
+    boxes = tf.tile(boxes, (1, classes, 1))
+    scores = tf.reshape(tf.transpose(scores, (0, 2, 1)), (-1, classes * count))
+    scores = tf.where(scores > min_score, scores, NO_SCORE)
+    x1, y1, x2, y2 = tf.unstack(boxes, axis=-1)
+    area = (x2 - x1) * (y2 - y1)
+    measures = tf.stack((x1, y1, x2, y2, area), axis=-1)
+    index = tf.range(classes * count)
+    class_index = index // count
+    steps = tf.range(size)
+
+    # One box after the other, as a matrix of all overlaps takes longer: most
+    # boxes are never chosen.
+    def choose(step, scores, chosen, found):
+        score, best = tf.math.top_k(scores)
+        left, top, right, bottom, best_area = tf.split(
+            tf.gather(measures, best[:, 0], batch_dims=1), 5, axis=-1
+        )
+        width = tf.minimum(x2, right) - tf.maximum(x1, left)
+        height = tf.minimum(y2, bottom) - tf.maximum(y1, top)
+        # Not above 0 if the boxes are apart; and 0 / 0 is above nothing.
+        common = tf.nn.relu(width) * height
+        overlap = common / (best_area + area - common)
+        gone = (overlap > max_overlap) & (class_index == best // count)
+        now = steps == step
+        return (
+            step + 1,
+            tf.where(gone | (index == best), NO_SCORE, scores),
+            tf.where(now, best, chosen),
+            tf.where(now, score, found),
+        )
+
+    batch = tf.shape(scores)[0]
+    _, _, chosen, found = tf.while_loop(
+        lambda step, *_: step < size,
+        choose,
+        (0, scores, tf.zeros((batch, size), "int32"), tf.zeros((batch, size))),
+    )
+    real = found > NO_SCORE
+    boxes = tf.gather(boxes, chosen, batch_dims=1)
+    return (
+        tf.where(real[..., None], boxes, 0.0),
+        tf.where(real, found, 0.0),
+        tf.where(real, chosen // count, 0),
+        tf.reduce_sum(tf.cast(real, "int32"), axis=-1),
+    )
+
+
 @keras.saving.register_keras_serializable(package="tf_deform_examples")
 class Proposals(keras.layers.Layer):
     """Boxes where objects may be: the best anchors, moved and thinned out."""
-
-    def __init__(self, image_size: int, **kwargs):
-        super().__init__(**kwargs)
-        self.image_size = image_size
 
     def compute_output_shape(self, objectness_shape, deltas_shape):
         return (objectness_shape[0], PROPOSALS, 4)
@@ -126,28 +206,30 @@ class Proposals(keras.layers.Layer):
         """Chooses proposals, which do not pass gradients on.
 
         Args:
-            objectness: `(batch, n)` logits of the anchors.
-            deltas: `(batch, n, 4)`.
+            objectness: `(batch, rows, columns, anchors)` logits.
+            deltas: `(batch, rows, columns, 4 * anchors)`.
 
         Returns:
             `(batch, PROPOSALS, 4)` boxes, the best first, then padding.
         """
-        scores, best = tf.math.top_k(
-            tf.stop_gradient(objectness), min(CANDIDATES, objectness.shape[1])
+        _, rows, columns, count = keras.ops.shape(objectness)
+        count = rows * columns * count
+        objectness = tf.reshape(tf.stop_gradient(objectness), (-1, count))
+        deltas = tf.reshape(tf.stop_gradient(deltas), (-1, count, 4))
+        # A small image has fewer anchors than candidates.
+        objectness = tf.pad(
+            objectness, ((0, 0), (0, CANDIDATES)), constant_values=NO_SCORE
         )
-        anchors = tf.gather(make_anchors(self.image_size), best)
-        deltas = tf.gather(tf.stop_gradient(deltas), best, batch_dims=1)
-        boxes = decode(anchors, deltas, self.image_size)
-        found = tf.image.combined_non_max_suppression(
-            boxes[:, :, None],
-            tf.sigmoid(scores)[..., None],
-            max_output_size_per_class=PROPOSALS,
-            max_total_size=PROPOSALS,
-            iou_threshold=PROPOSAL_OVERLAP,
-            clip_boxes=False,
+        scores, best = tf.math.top_k(objectness, CANDIDATES)
+        best = tf.minimum(best, count - 1)
+        anchors = tf.gather(make_anchors(rows, columns), best)
+        deltas = tf.gather(deltas, best, batch_dims=1)
+        boxes = decode(anchors, deltas, STRIDE * rows, STRIDE * columns)
+        boxes, _, _, valid = suppress(
+            boxes, scores[..., None], PROPOSALS, PROPOSAL_OVERLAP
         )
-        real = tf.sequence_mask(found.valid_detections, PROPOSALS)
-        return tf.where(real[..., None], found.nmsed_boxes, -1.0)
+        real = tf.sequence_mask(valid, PROPOSALS)
+        return tf.where(real[..., None], boxes, -1.0)
 
 
 @keras.saving.register_keras_serializable(package="tf_deform_examples")
@@ -187,9 +269,9 @@ class RegionHead(keras.layers.Layer):
         """Judges regions.
 
         Args:
-            score_maps: `(batch, cells, cells, num_classes * BINS**2)`.
-            box_maps: `(batch, cells, cells, 4 * BINS**2)`.
-            features: `(batch, cells, cells, channels)`, from which the
+            score_maps: `(batch, rows, columns, num_classes * BINS**2)`.
+            box_maps: `(batch, rows, columns, 4 * BINS**2)`.
+            features: `(batch, rows, columns, channels)`, from which the
                 displacements of bins are made.
             boxes: `(batch, n, 4)` regions.
 
@@ -231,32 +313,39 @@ def to_rois(boxes: tf.Tensor) -> tf.Tensor:
 
 @keras.saving.register_keras_serializable(package="tf_deform_examples")
 class Detector(keras.Model):
-    """A Deformable R-FCN for small square images.
+    """A Deformable R-FCN for small images.
 
     The backbone is two convolutions of stride 2 and three more; in the arms
     "dcn" and "both" the last two of them are deformable. In the arms "dpool"
     and "both" the bins of a region move. All else is the same.
 
-    Called with `(batch, image_size, image_size, 1)` uint8 gray values, it
-    returns what the losses need; see `detect` for detections.
+    Called with `(batch, height, width, 1)` uint8 gray values, it returns what
+    the losses need; see `detect` for detections.
 
     Args:
         arm: one of `ARMS`.
         num_classes: number of classes, background included.
         image_size: height and width of the images in pixels, a multiple of
-            `STRIDE`.
+            `STRIDE`; or None for images of any height and width. It has no
+            part in the weights.
     """
 
     def __init__(
-        self, arm: str, num_classes: int = 11, image_size: int = 64, **kwargs
+        self,
+        arm: str,
+        num_classes: int = 11,
+        image_size: int | None = 64,
+        **kwargs,
     ):
         if arm not in ARMS:
             raise ValueError(
                 f"Expected `arm` to be one of {ARMS}. Received: {arm!r}"
             )
-        if image_size < STRIDE or image_size % STRIDE:
+        if image_size is not None and (
+            image_size < STRIDE or image_size % STRIDE
+        ):
             raise ValueError(
-                f"Expected `image_size` to be a multiple of {STRIDE}. "
+                f"Expected `image_size` to be a multiple of {STRIDE} or None. "
                 f"Received: {image_size}"
             )
         convolution = keras.layers.Conv2D
@@ -298,9 +387,9 @@ class Detector(keras.Model):
             x, len(ANCHORS), "objectness", bias_initializer=rarely
         )
         deltas = score(x, 4 * len(ANCHORS), "anchor_deltas")
+        proposals = Proposals(name="proposals")(objectness, deltas)
         objectness = keras.layers.Reshape((-1,))(objectness)
         deltas = keras.layers.Reshape((-1, 4))(deltas)
-        proposals = Proposals(image_size, name="proposals")(objectness, deltas)
 
         score_maps = score(features, num_classes * BINS**2, "score_maps")
         box_maps = score(features, 4 * BINS**2, "box_maps")
@@ -357,25 +446,27 @@ class Detector(keras.Model):
             training: not used.
         """
         # What lies outside of the image altogether becomes padding.
+        _, rows, columns, _ = keras.ops.shape(y_pred["maps"][0])
         objects = bounding_boxes.clip_to_image_size(
-            y, self.image_size, self.image_size
+            y, STRIDE * rows, STRIDE * columns
         )
         labels = objects["labels"]
         truth = tf.where(labels[..., None] > 0, objects["boxes"], -1.0)
         losses = {
-            **self._anchor_losses(truth, y_pred),
+            **self._anchor_losses(make_anchors(rows, columns), truth, y_pred),
             **self._proposal_losses(truth, labels, y_pred),
         }
         for name, loss in losses.items():
             self.trackers[name].update_state(loss)
         return tf.add_n(list(losses.values()))
 
-    def _anchor_losses(self, truth: tf.Tensor, y_pred: dict) -> dict:
+    def _anchor_losses(
+        self, anchors: tf.Tensor, truth: tf.Tensor, y_pred: dict
+    ) -> dict:
         """Focal loss of all anchors, box loss of those that are an object's.
 
         Both are sums, divided by the number of anchors that are an object's.
         """
-        anchors = make_anchors(self.image_size)
         overlaps, overlap, index = match(
             tf.repeat(anchors[None], tf.shape(truth)[0], axis=0), truth
         )
@@ -431,38 +522,27 @@ class Detector(keras.Model):
         """Detects objects.
 
         Args:
-            images: `(batch, image_size, image_size, 1)` uint8 gray values.
+            images: `(batch, height, width, 1)` uint8 gray values, one image or
+                more.
 
         Returns:
             "boxes" `(batch, MAX_DETECTIONS, 4)` in pixels, "scores" and int32
             "labels" `(batch, MAX_DETECTIONS)`, the best first, and int32
             "valid" `(batch,)`: how many of them are detections, the rest is 0.
         """
-        # Without an image TensorFlow's convolutions give the wrong shape: with
-        # none, detect in a blank one.
-        count = tf.shape(images)[0]
-        blank = tf.cast(count == 0, "int32")
-        images = tf.pad(images, [[0, blank], [0, 0], [0, 0], [0, 0]])
+        _, height, width, _ = keras.ops.shape(images)
         outputs = self(images, training=False)
         proposals = outputs["proposals"]
-        boxes = decode(proposals, outputs["box_deltas"], self.image_size)
+        boxes = decode(proposals, outputs["box_deltas"], height, width)
         scores = tf.nn.softmax(outputs["logits"])[..., 1:]
         scores = tf.where(proposals[..., 2:3] < 0, 0.0, scores)
-        found = tf.image.combined_non_max_suppression(
-            boxes[:, :, None],
-            scores,
-            max_output_size_per_class=MAX_DETECTIONS,
-            max_total_size=MAX_DETECTIONS,
-            iou_threshold=DETECTION_OVERLAP,
-            score_threshold=MIN_SCORE,
-            clip_boxes=False,
+        boxes, scores, classes, valid = suppress(
+            boxes, scores, MAX_DETECTIONS, DETECTION_OVERLAP, MIN_SCORE
         )
-        valid = found.valid_detections
-        labels = tf.cast(found.nmsed_classes, "int32") + 1
         real = tf.sequence_mask(valid, MAX_DETECTIONS)
         return {
-            "boxes": found.nmsed_boxes[:count],
-            "scores": found.nmsed_scores[:count],
-            "labels": tf.where(real, labels, 0)[:count],
-            "valid": valid[:count],
+            "boxes": boxes,
+            "scores": scores,
+            "labels": tf.where(real, classes + 1, 0),
+            "valid": valid,
         }

@@ -53,7 +53,16 @@ def make_server(
         - "class_ids": `(batch, n)` int32, ids of COCO categories;
         - "labels": `(batch, n)` string, their names;
         - "valid": `(batch,)` int32, how many of the `n` are detections.
+
+    Raises:
+        ValueError: if the model takes images of any size, and so gives none to
+            fit images into.
     """
+    if model.image_size is None:
+        raise ValueError(
+            "Expected a model with a fixed `image_size` to serve. Received: "
+            "image_size=None"
+        )
     categories = sorted(categories, key=lambda item: item["id"])
     ids = [0, *(item["id"] for item in categories)]
     names = ["", *(item["name"] for item in categories)]
@@ -69,7 +78,14 @@ def make_server(
                 tf.TensorSpec((2,), "float32"),
             ),
         )
-        found = model.detect(images)
+        # Without an image TensorFlow's convolutions give the wrong shape: with
+        # none, detect in a blank one.
+        count = tf.shape(images)[0]
+        blank = tf.cast(count == 0, "int32")
+        found = model.detect(
+            tf.pad(images, ((0, blank), (0, 0), (0, 0), (0, 0)))
+        )
+        found = {name: value[:count] for name, value in found.items()}
         scale = tf.tile(tf.reverse(full / inner, (-1,)), (1, 2))
         limits = tf.tile(tf.reverse(full, (-1,)), (1, 2))
         boxes = tf.minimum(found["boxes"] * scale[:, None], limits[:, None])
