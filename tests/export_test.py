@@ -158,11 +158,12 @@ def test_uint8_for_a_model_of_floats(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_given_offsets(kind, tmp_path):
+@pytest.mark.parametrize("boundary", ["zeros", "clamp"])
+def test_given_offsets(kind, boundary, tmp_path):
     inputs = keras.Input((None, None, 4), name="inputs")
     offset = keras.Input((None, None, 18), name="offset")
     modulator = keras.Input((None, None, 9), name="modulator")
-    layer = DeformableConv2D(3, 3, padding="same")
+    layer = DeformableConv2D(3, 3, padding="same", boundary=boundary)
     model = keras.Model(
         [inputs, offset, modulator], layer(inputs, offset, modulator)
     )
@@ -225,6 +226,8 @@ def test_pooling(kind, layer, tmp_path):
         "features": random(3, 17, 21, 18, seed=1),
         "rois": make_rois(3, 13, seed=1),
     }
+    # No regions, each in its way.
+    given["rois"][[1, 2, 3, 5], [1, 2, 3, 4]] = np.nan, np.inf, -np.inf, 1e30
     received = run(kind, tmp_path / "model", given)["output_0"]
     assert_close(received, model(list(given.values())))
     assert not received[given["rois"][:, 0] < 0].any()

@@ -144,7 +144,11 @@ def _convert(function: Any) -> Any:
             function,
             function.input_signature,
             opset=_CONVERTER_OPSET,
-            custom_op_handlers={_OP: (_convert_node, [])},
+            custom_op_handlers={
+                _OP: (_convert_node, []),
+                "Select": (_convert_where, []),
+                "SelectV2": (_convert_where, []),
+            },
             extra_opset=[onnx.helper.make_opsetid(_DOMAIN, 1)],
         )
     except Exception as error:
@@ -228,6 +232,18 @@ def _convert_node(ctx: Any, node: Any, name: str, _: Any) -> None:
         dtypes=dtypes,
         op_name_scope=name,
     )
+
+
+def _convert_where(ctx: Any, node: Any, name: str, _: Any) -> None:
+    """Chooses, where tf2onnx would add products with 0 and 1.
+
+    What is not chosen may be NaN or infinite: zero times that is NaN.
+    """
+    from tf2onnx.onnx_opset import controlflow
+
+    node.set_attr("handles_nan", 1)
+    controlflow.Select.version_9(ctx, node)
+    del node.attr["handles_nan"]
 
 
 def _pad_same(graph: Any) -> None:
