@@ -46,9 +46,6 @@ MAX_DELTA = 10.0  # In these units: exp(2) times the size.
 MAX_DETECTIONS = 20
 DETECTION_OVERLAP = 0.5
 MIN_SCORE = 0.01
-# Below all scores, of what is no box. It is finite, since exported to ONNX
-# `tf.where(c, x, y)` may become `c * x + (1 - c) * y`.
-NO_SCORE = tf.float32.min
 
 
 def make_anchors(rows: Size, columns: Size) -> tf.Tensor:
@@ -125,72 +122,50 @@ def suppress(
     scores: tf.Tensor,
     size: int,
     max_overlap: float,
-    min_score: float = NO_SCORE,
+    min_score: float = 0.0,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
     """Chooses the best boxes, less those that overlap a better of their class.
 
-    It is `tf.image.combined_non_max_suppression`, which XLA and LiteRT lack, in
-    ops that these and ONNX have. (`tf.image.non_max_suppression_padded` they
-    have too. It drops boxes at the largest overlap, not only above it, and
-    boxes that are a point at 0, 0, and here takes three times as long.) Of
-    equal scores that of the first class comes first, then that of the first
-    box.
+    What `tf.image.combined_non_max_suppression` does, which XLA, LiteRT and
+    ONNX do not have. Of equal scores the first class's comes first.
 
     Args:
         boxes: `(batch, n, 4)` boxes, the same for all classes.
-        scores: `(batch, n, classes)`; n and classes are static.
+        scores: `(batch, n, classes)`, at least 0; classes are static.
         size: number of boxes to choose.
-        max_overlap: largest intersection over union with a better box.
+        max_overlap: intersection over union with a better box from which on a
+            box is dropped.
         min_score: what a score must exceed.
 
     Returns:
         `(batch, size, 4)` boxes, `(batch, size)` scores and int32 classes, the
         best first, and int32 `(batch,)`, how many there are: the rest is 0.
     """
-    count, classes = scores.shape[1:]
-    boxes = tf.tile(boxes, (1, classes, 1))
-    scores = tf.reshape(tf.transpose(scores, (0, 2, 1)), (-1, classes * count))
-    scores = tf.where(scores > min_score, scores, NO_SCORE)
-    x1, y1, x2, y2 = tf.unstack(boxes, axis=-1)
-    area = (x2 - x1) * (y2 - y1)
-    measures = tf.stack((x1, y1, x2, y2, area), axis=-1)
-    index = tf.range(classes * count)
-    class_index = index // count
-    steps = tf.range(size)
-
-    # One box after the other, as a matrix of all overlaps takes longer: most
-    # boxes are never chosen.
-    def choose(step, scores, chosen, found):
-        score, best = tf.math.top_k(scores)
-        left, top, right, bottom, best_area = tf.split(
-            tf.gather(measures, best[:, 0], batch_dims=1), 5, axis=-1
-        )
-        width = tf.minimum(x2, right) - tf.maximum(x1, left)
-        height = tf.minimum(y2, bottom) - tf.maximum(y1, top)
-        # Not above 0 if the boxes are apart; and 0 / 0 is above nothing.
-        common = tf.nn.relu(width) * height
-        overlap = common / (best_area + area - common)
-        gone = (overlap > max_overlap) & (class_index == best // count)
-        now = steps == step
-        return (
-            step + 1,
-            tf.where(gone | (index == best), NO_SCORE, scores),
-            tf.where(now, best, chosen),
-            tf.where(now, score, found),
-        )
-
-    batch = tf.shape(scores)[0]
-    _, _, chosen, found = tf.while_loop(
-        lambda step, *_: step < size,
-        choose,
-        (0, scores, tf.zeros((batch, size), "int32"), tf.zeros((batch, size))),
+    classes = scores.shape[-1]
+    scores = tf.transpose(scores, (0, 2, 1))
+    chosen, valid = tf.image.non_max_suppression_padded(
+        tf.repeat(boxes[:, None], classes, axis=1),
+        scores,
+        size,
+        max_overlap,
+        min_score,
+        pad_to_max_output_size=True,
+        canonicalized_coordinates=True,
+        tile_size=size,
     )
-    real = found > NO_SCORE
-    boxes = tf.gather(boxes, chosen, batch_dims=1)
+    # Of all classes' boxes the best.
+    scores = tf.gather(scores, chosen, batch_dims=2)
+    scores = tf.where(tf.sequence_mask(valid, size), scores, 0.0)
+    scores, best = tf.math.top_k(tf.reshape(scores, (-1, classes * size)), size)
+    chosen = tf.reshape(chosen, (-1, classes * size))
+    boxes = tf.gather(
+        boxes, tf.gather(chosen, best, batch_dims=1), batch_dims=1
+    )
+    real = scores > 0
     return (
         tf.where(real[..., None], boxes, 0.0),
-        tf.where(real, found, 0.0),
-        tf.where(real, chosen // count, 0),
+        scores,
+        tf.where(real, best // size, 0),
         tf.reduce_sum(tf.cast(real, "int32"), axis=-1),
     )
 
@@ -217,10 +192,8 @@ class Proposals(keras.layers.Layer):
         objectness = tf.reshape(tf.stop_gradient(objectness), (-1, count))
         deltas = tf.reshape(tf.stop_gradient(deltas), (-1, count, 4))
         # A small image has fewer anchors than candidates.
-        objectness = tf.pad(
-            objectness, ((0, 0), (0, CANDIDATES)), constant_values=NO_SCORE
-        )
-        scores, best = tf.math.top_k(objectness, CANDIDATES)
+        scores = tf.pad(tf.sigmoid(objectness), ((0, 0), (0, CANDIDATES)))
+        scores, best = tf.math.top_k(scores, CANDIDATES)
         best = tf.minimum(best, count - 1)
         anchors = tf.gather(make_anchors(rows, columns), best)
         deltas = tf.gather(deltas, best, batch_dims=1)
