@@ -14,14 +14,12 @@ import numpy as np
 
 from tf_deform import export
 
-# What is written, and how.
+# The file or folder that each writes.
 FORMATS = {
-    "saved_model": export.saved_model,
-    "saved_model_portable": functools.partial(
-        export.saved_model, implementation="portable"
-    ),
-    "model.onnx": export.onnx,
-    "model.tflite": export.litert,
+    "native": "saved_model",
+    "portable": "saved_model_portable",
+    "onnx": "model.onnx",
+    "litert": "model.tflite",
 }
 
 
@@ -29,7 +27,7 @@ def export_all(
     model: keras.Model | Callable[..., Any],
     images: np.ndarray,
     folder: pathlib.Path,
-    names: tuple[str, ...] = tuple(FORMATS),
+    formats: tuple[str, ...] = tuple(FORMATS),
 ) -> dict[str, dict[str, float]]:
     """Writes a model in several formats and runs each in a fresh process.
 
@@ -37,39 +35,52 @@ def export_all(
         model: a model of one input, or a `tf.function`.
         images: its input, for which all of them are compared.
         folder: receives the files.
-        names: which of `FORMATS`.
+        formats: which of `FORMATS`.
 
     Returns:
         For each file and each output the largest absolute difference from
-        what the model gives here, relative to the largest number.
+        what the model gives here, relative to the largest number; of integers
+        the share that differs.
     """
     outputs = model(images)
     if not isinstance(outputs, dict):
         outputs = {"output_0": outputs}
-    serve = pathlib.Path(__file__).with_name("serve.py")
+    expected = {name: np.asarray(value) for name, value in outputs.items()}
     differences = {}
-    for name in names:
-        FORMATS[name](model, folder / name, sample=images, verbose=False)
-        native = ["--native"] if name == "saved_model" else []
-        with tempfile.TemporaryDirectory() as scratch:
-            given = pathlib.Path(scratch) / "images.npy"
-            answer = pathlib.Path(scratch) / "outputs.npz"
-            np.save(given, images)
-            subprocess.run(
-                [sys.executable, serve, folder / name, given, answer, *native],
-                check=True,
-            )
-            there = dict(np.load(answer))
-        differences[name] = {
-            key: float(
-                np.abs(there[key].astype("float64") - value).max()
-                / max(np.abs(value).max(), 1e-30)
-            )
-            for key, value in keras.tree.map_structure(
-                np.asarray, outputs
-            ).items()
+    for kind in formats:
+        path = folder / FORMATS[kind]
+        if kind in ("native", "portable"):
+            write = functools.partial(export.saved_model, implementation=kind)
+        else:
+            write = getattr(export, kind)
+        write(model, path, sample=images, verbose=False)
+        there = run_alone(path, images, native=kind == "native")
+        differences[path.name] = {
+            name: difference(value, there[name])
+            for name, value in expected.items()
         }
     return differences
+
+
+def run_alone(
+    path: pathlib.Path, images: np.ndarray, native: bool
+) -> dict[str, np.ndarray]:
+    """Runs an exported model with `serve.py` in a fresh process."""
+    serve = pathlib.Path(__file__).with_name("serve.py")
+    with tempfile.TemporaryDirectory() as scratch:
+        given = pathlib.Path(scratch) / "images.npy"
+        answer = pathlib.Path(scratch) / "outputs.npz"
+        np.save(given, images)
+        command = [sys.executable, serve, path, given, answer]
+        subprocess.run(command + ["--native"] * native, check=True)
+        return dict(np.load(answer))
+
+
+def difference(expected: np.ndarray, received: np.ndarray) -> float:
+    if expected.dtype.kind in "iu":
+        return float(np.mean(expected != received))
+    largest = np.abs(expected).max()
+    return float(np.abs(expected - received).max() / largest)
 
 
 def report(differences: dict[str, dict[str, float]], images: int) -> str:

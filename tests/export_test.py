@@ -20,7 +20,7 @@ import onnxruntime
 import openvino
 import pytest
 import tensorflow as tf
-from ai_edge_litert.interpreter import Interpreter
+from exported import CLOSE, FORMATS, assert_close, random, run, write
 
 from tf_deform import export
 from tf_deform.export import _common
@@ -31,45 +31,11 @@ from tf_deform.layers import (
     DeformableROIPooling,
 )
 
-CLOSE = 1e-5
-FORMATS = ("native", "portable", "onnx", "litert")
 # As much as a process has where the package is not installed.
 WITHOUT_PACKAGE = """
 import sys
 sys.modules["tf_deform"] = None
 """
-
-
-def write(kind, model, path, **arguments):
-    """Exports, without a word."""
-    arguments = {"verbose": False, **arguments}
-    if kind in ("native", "portable"):
-        return export.saved_model(model, path, kind, **arguments)
-    return getattr(export, kind)(model, path, **arguments)
-
-
-def run(kind, path, inputs):
-    """Runs what was exported; inputs and outputs by name."""
-    if kind == "onnx":
-        session = onnxruntime.InferenceSession(path)
-        names = [output.name for output in session.get_outputs()]
-        return dict(zip(names, session.run(names, inputs), strict=True))
-    if kind == "litert":
-        interpreter = Interpreter(str(path))
-        return interpreter.get_signature_runner("serving_default")(**inputs)
-    loaded = tf.saved_model.load(path)
-    outputs = loaded.signatures["serving_default"](
-        **{name: tf.constant(value) for name, value in inputs.items()}
-    )
-    return {name: value.numpy() for name, value in outputs.items()}
-
-
-def assert_close(received, expected, tolerance=CLOSE):
-    expected = np.asarray(expected)
-    assert received.shape == expected.shape
-    assert received.dtype == expected.dtype
-    largest = np.abs(expected).max(initial=0)
-    np.testing.assert_allclose(received, expected, 0, tolerance * largest)
 
 
 def randomise(model, scale=0.3):
@@ -81,13 +47,6 @@ def randomise(model, scale=0.3):
             values = 1 + np.abs(values)
         weight.assign(values)
     return model
-
-
-def random(*shape, seed=0, dtype="float32"):
-    rng = np.random.default_rng(seed)
-    if dtype == "uint8":
-        return rng.integers(0, 256, shape, dtype)
-    return rng.normal(size=shape).astype(dtype)
 
 
 def small_model(size=(None, None), channels=3, dtype="float32", **arguments):
@@ -316,7 +275,7 @@ def count_nodes(path, kind):
     return sum(node.op_type == kind for node in nodes)
 
 
-@pytest.mark.parametrize("opset", [19, 22])
+@pytest.mark.parametrize("opset", [19, 20, 21, 22])
 def test_onnx_has_the_standards_operator(opset, tmp_path):
     model = small_model(offset_groups=4, groups=2, strides=(1, 2))
     write("onnx", model, tmp_path / "model.onnx", opset=opset)
@@ -692,8 +651,32 @@ def test_bad_arguments(tmp_path):
         write("onnx", model, path, sample=[1, 2])
     with pytest.raises(ValueError, match="to have the keys"):
         write("onnx", model, path, sample={"images": 1})
-    with pytest.raises(ValueError, match="inputs that the model takes"):
-        write("onnx", model, path, sample=random(1, 15, 20, 3))
+    for sample in (
+        random(1, 15, 20, 3),
+        random(16, 20, 3),
+        np.full((1, 16, 20, 3), "1"),
+        np.zeros((1, 16, 20, 3), "complex64"),
+    ):
+        with pytest.raises(ValueError, match="an array of shape.*float32"):
+            write("onnx", model, path, sample=sample)
+    pixels = small_model((16, 20), dtype="uint8")
+    for value in (0.5, -1, 256):
+        with pytest.raises(ValueError, match="values of the type uint8"):
+            write("onnx", pixels, path, sample=np.full((1, 16, 20, 3), value))
+    write("onnx", pixels, path, sample=np.full((1, 16, 20, 3), 255.0))
+    path.unlink()
+    narrow = tf.function(
+        lambda x: model(tf.pad(x, ((0, 0), (0, 0), (0, 4), (0, 0)))),
+        [tf.TensorSpec((None, None, 16, 3))],
+    )
+    with pytest.raises(ValueError, match="inputs that the model takes.*given"):
+        write("onnx", narrow, path, sample=random(1, 15, 16, 3))
+    with pytest.raises(TypeError, match="a list of tf.TensorSpec"):
+        write("onnx", model, path, input_signature=[])
+    with pytest.raises(TypeError, match="`tolerance` to be a number"):
+        write("litert", model, path, tolerance="1")
+    with pytest.raises(TypeError, match="`image_bytes` to be a function"):
+        write("native", model, path, image_bytes="yes")
     # Made-up numbers are no regions.
     with pytest.raises(ValueError, match=r"Expected `sample`.*made up"):
         write("onnx", pooling_model("align"), path)
@@ -703,17 +686,210 @@ def test_bad_arguments(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_functions_that_were_traced_before(tmp_path):
-    """They hold native ops for good; an export must not hide it."""
-    layer = DeformableConv2D(3, 3)
+@pytest.mark.parametrize("kind", FORMATS)
+def test_functions_that_were_traced_before(kind, tmp_path):
+    """They hold native ops, and are traced anew."""
+    layer = DeformableConv2D(3, 3, boundary="clamp")
     spec = tf.TensorSpec((None, 8, 9, 2), "float32", "x")
     inner = tf.function(layer, [spec], autograph=False)
-    inner(random(2, 8, 9, 2))
+    x = random(2, 8, 9, 2)
+    expected = inner(x)
     outer = tf.function(lambda x: inner(x), [spec])
-    for kind in ("portable", "litert"):
-        with pytest.raises(ValueError, match="traced before with native ops"):
-            write(kind, outer, tmp_path / "model")
-    write("native", outer, tmp_path / "model")
+    write(kind, outer, tmp_path / "model")
+    received = run(kind, tmp_path / "model", {"x": x})
+    assert_close(received["output_0"], expected)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_functions_that_cannot_be_traced_anew(kind, tmp_path):
+    """An export must not hide that native ops are left."""
+
+    class Conditional(keras.layers.Layer):
+        """Has a function that Autograph must read, which Keras' are not."""
+
+        def __init__(self, boundary):
+            super().__init__()
+            self.convolution = DeformableConv2D(2, 3, boundary=boundary)
+            self.function = tf.function(self.double_if_large)
+
+        def double_if_large(self, x):
+            y = self.convolution(x)
+            if tf.reduce_max(y) > 1:
+                y *= 2.0
+            return y
+
+        def call(self, inputs):
+            return self.function(inputs)
+
+    image = keras.Input((8, 9, 2), name="image")
+    model = keras.Model(image, Conditional("clamp")(image))
+    x = random(2, 8, 9, 2)
+    expected = model(x)
+    if kind == "native":
+        write(kind, model, tmp_path / "model")
+        received = run(kind, tmp_path / "model", {"image": x})
+        assert np.array_equal(received["output_0"], expected)
+        return
+    # Traced when the model was called; not in TensorFlow's cache for this one.
+    with pytest.raises(ValueError, match="TfDeform>|traced"):
+        write(kind, model, tmp_path / "model")
+    assert os.listdir(tmp_path) == []
+
+
+# What models are made of besides.
+
+
+def assert_exports(kind, model, path, *inputs, names=None):
+    report = write(kind, model, path)
+    keys = names or list(report.shapes[0])
+    received = run(kind, path, dict(zip(keys, inputs, strict=True)))
+    expected = model(*inputs) if names else model(inputs[0], training=False)
+    assert_close(received["output_0"], expected)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_layers_around(kind, tmp_path):
+    """Constants, groups, gelu, dilations, strides beyond the kernel."""
+    image = keras.Input((None, None, 4), name="image")
+    mean, variance = [0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 1.0, 0.5]
+    x = keras.layers.Normalization(mean=mean, variance=variance)(image)
+    x = keras.layers.Conv2D(6, 3, groups=2, padding="same")(x)
+    x = keras.layers.Activation("gelu")(x)
+    x = keras.layers.Conv2D(6, 3, dilation_rate=2, padding="same")(x)
+    x = keras.layers.Conv2D(6, 1, strides=2, padding="same")(x)
+    x = DeformableConv2D(6, 2, strides=3, padding="same")(x)
+    x = keras.layers.Conv2D(5, 2, strides=(3, 2), padding="same")(x)
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    model = randomise(keras.Model(image, x), 0.2)
+    for size in ((40, 31), (37, 48)):
+        assert_exports(kind, model, tmp_path / "model", random(2, *size, 4))
+
+
+@pytest.mark.parametrize("kernel,stride", [(1, 4), (3, 8), (2, 5)])
+def test_onnx_pads_where_strides_leave_pixels(kernel, stride, tmp_path):
+    image = keras.Input((None, None, 3), name="image")
+    x = DeformableConv2D(4, kernel, strides=stride, padding="same")(image)
+    model = randomise(keras.Model(image, x))
+    for height in range(stride, 2 * stride + 1):
+        image = random(1, height, 23, 3, seed=height)
+        assert_exports("onnx", model, tmp_path / "model", image)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_loops(kind, tmp_path):
+    layer = DeformableConv2D(2, 3, strides=1, padding="same")
+    x = random(2, 8, 9, 2)
+    layer(x)
+    spec = tf.TensorSpec((None, None, None, 2), "float32", "x")
+
+    @tf.function(input_signature=[spec])
+    def function(x):
+        for _ in tf.range(tf.shape(x)[0]):
+            x = layer(x) + 0.5 * x
+        return x
+
+    assert_exports(kind, function, tmp_path / "model", x, names=["x"])
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_sequential_models_take_any_batch(kind, tmp_path):
+    model = keras.Sequential([DeformableConv2D(3, 3), keras.layers.ReLU()])
+    model(random(2, 8, 9, 2))
+    assert_exports(kind, model, tmp_path / "model", random(5, 8, 9, 2))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_classes(kind, tmp_path):
+    """Of integers it counts how many differ, not by how much."""
+    model = small_model((16, 20))
+    logits = model.get_layer("deformable").output
+    large = keras.ops.any(logits > 0.5, axis=-1)
+    best = keras.ops.cast(keras.ops.top_k(logits, 1)[1], "int64")
+    classes = keras.Model(model.inputs, {"large": large, "best": best})
+    report = write(kind, classes, tmp_path / "model")
+    assert set(report.differences) == {"large", "best"}
+    image = random(3, 16, 20, 3)
+    received = run(kind, tmp_path / "model", {"image": image})
+    expected = classes(image, training=False)
+    for name, value in expected.items():
+        assert np.array_equal(received[name], value)
+
+
+def test_names_that_meet(tmp_path):
+    spec = tf.TensorSpec((None, 4), "float32", "x")
+    path = tmp_path / "model"
+
+    def function(outputs):
+        return tf.function(outputs, [spec])
+
+    twice = function(lambda x: {"a": [x + 1, x + 3], "a_0": x + 2})
+    none = function(lambda x: {"a": x, "b": None})
+    for bad in (twice, none, function(lambda x: {})):
+        for kind in FORMATS:
+            with pytest.raises(ValueError, match="Expected .*output"):
+                write(kind, bad, path)
+    with pytest.raises(ValueError, match="other names than the inputs'"):
+        write("onnx", function(lambda x: {"x": 2 * x}), path)
+    assert os.listdir(tmp_path) == []
+    x = random(3, 4)
+    for kind in FORMATS:
+        # Passed through.
+        path = tmp_path / kind
+        write(kind, function(lambda x: [x, x]), path)
+        received = run(kind, path, {"x": x})
+        assert np.array_equal(received["output_0"], x)
+        assert np.array_equal(received["output_1"], x)
+        a = keras.Input((4,), name="self")
+        b = keras.Input((4,), name="größe")
+        c = keras.Input((4,), name="gr e")
+        model = keras.Model([a, b, c], a + 2 * b + 3 * c)
+        names = list(write(kind, model, path).shapes[0])
+        assert len(set(names)) == 3
+        values = [random(3, 4, seed=i) for i in range(3)]
+        received = run(kind, path, dict(zip(names, values, strict=True)))
+        assert_close(received["output_0"], model(values))
+
+
+def test_tables(tmp_path):
+    text = keras.Input((1,), dtype="string", name="text")
+    model = keras.Model(text, keras.layers.StringLookup(vocabulary=["a"])(text))
+    sample = np.array([["a"], ["b"]])
+    with pytest.raises(ValueError, match="all resources are variables"):
+        write("native", model, tmp_path / "model", sample=sample)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_swap_that_fails_leaves_what_was_there(when, tmp_path, monkeypatch):
+    model = small_model((16, 20))
+    write("native", model, tmp_path / "model")
+    replace = pathlib.Path.replace
+
+    def interrupt(self, target):
+        if when == "after":
+            replace(self, target)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "replace", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            write("native", model, tmp_path / "model")
+    assert os.listdir(tmp_path) == ["model"]
+    image = random(1, 16, 20, 3)
+    received = run("native", tmp_path / "model", {"image": image})
+    assert_close(received["output_0"], model(image, training=False))
+
+
+def test_links_and_the_folder_itself(tmp_path, monkeypatch):
+    model = small_model((16, 20))
+    (tmp_path / "link").symlink_to(tmp_path / "target.onnx")
+    report = write("onnx", model, tmp_path / "link")
+    assert report.path == tmp_path / "target.onnx"
+    assert (tmp_path / "link").is_symlink()
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    write("native", model, ".")
+    assert (tmp_path / "empty" / "saved_model.pb").exists()
 
 
 def test_what_is_said(tmp_path, capsys):
@@ -738,7 +914,7 @@ def test_what_is_said(tmp_path, capsys):
 
 def test_differences():
     """The number that is reported, and what is no number."""
-    compare = _common._difference
+    compare = _common.measure_difference
     values = np.array([1.0, -4.0, np.nan, np.inf])
     assert compare(values, values) == 0
     assert compare(values, values + [0, 1, 0, 0]) == 0.25
@@ -747,7 +923,9 @@ def test_differences():
     assert compare(values, values[:3]) == np.inf
     assert compare(np.zeros(2), np.ones(2)) == np.inf
     assert compare(np.zeros((0, 3)), np.zeros((0, 3))) == 0
-    assert compare(np.array([b"a"]), np.array([b"b"])) == np.inf
+    assert compare(np.array([b"a", b"b"]), np.array(["a", "c"])) == 0.5
+    assert compare(np.array([1, 2, 300, 4]), np.array([1, 2, 3, 4])) == 0.25
+    assert compare(np.array([True, False]), np.array([True, True])) == 0.5
 
 
 def test_native_models_need_native_ops(run_python, tmp_path):

@@ -11,6 +11,8 @@ leaves in the folder:
     detections.png    detections beside the truth
     parts.png         how deformable pooling moves the bins of regions
     saved_model/      the most deformable model, for serving (see `serve.py`)
+    saved_model_portable/, model.onnx, model.tflite
+                      the same from arrays of pixels (see `../serve.py`)
     runs/             one folder per arm and seed
 
 An interrupted call, repeated, resumes with the same numbers to the bit.
@@ -32,6 +34,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # What this example shares with the other ones lies one folder above.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
+import exports
 import faster_coco_eval
 import keras
 import numpy as np
@@ -246,10 +249,25 @@ def run(
         f"{exported['max_box_difference']:.2g} pixels, scores by at most "
         f"{exported['max_score_difference']:.2g}"
     )
-    runs.write_metrics(
-        args, results, compared, comparable=not poor, saved_model=exported
+    pixels = held_out.batch(100).take(1).get_single_element()[0].numpy()
+    others = exports.export_all(
+        model.detect, pixels, args.out, ("portable", "onnx", "litert")
     )
-    print(f"\nWritten to {args.out}: {', '.join(written)}, saved_model")
+    print(
+        "and in other formats (differences relative to the largest; of labels "
+        "and valid the share that differs):\n\n"
+        + exports.report(others, len(pixels))
+    )
+    runs.write_metrics(
+        args,
+        results,
+        compared,
+        comparable=not poor,
+        saved_model=exported,
+        exports=others,
+    )
+    written += ["saved_model", *others]
+    print(f"\nWritten to {args.out}: {', '.join(written)}")
 
 
 def main() -> None:

@@ -38,7 +38,8 @@ class Report:
         size: Its size in bytes.
         differences: For each output, the largest absolute difference between
             what was written and the model, divided by the output's largest
-            magnitude, over all inputs that were tried.
+            magnitude, over all inputs that were tried. Of integers, truth
+            values and strings: the share of those that differ.
         shapes: Shapes of the inputs that were tried.
     """
 
@@ -73,22 +74,40 @@ class Source:
         """The outputs by name, which `name_outputs` makes."""
         return name_outputs(self.run(*arguments))
 
-    def trace(self, function: Callable[..., Any]) -> Any:
-        """A `tf.function`, traced once, of `inputs` as arguments."""
+    def trace(self, function: Callable[..., Any], inline: bool) -> Any:
+        """A `tf.function`, traced once, of `inputs` as arguments.
+
+        Args:
+            function: What is traced.
+            inline: Whether functions inside become part of it, as other
+                runtimes want them: traced anew, whatever they hold, and not
+                compiled by XLA (Keras' convolutions with groups are).
+        """
         # As the user's own tf.function would be; Keras' layers need none.
         traced = tf.function(function, self.inputs, self.model is None)
+        if inline:
+            before = tf.config.functions_run_eagerly()
+            tf.config.run_functions_eagerly(True)
+            try:
+                traced.get_concrete_function()
+                return traced
+            except tf.errors.OperatorNotAllowedInGraphError:
+                pass  # A function inside lives by Autograph: it has to stay.
+            finally:
+                tf.config.run_functions_eagerly(before)
         traced.get_concrete_function()
         return traced
 
     def layers(self) -> list[keras.layers.Layer]:
+        # Also those inside of layers, which `keras.Model.layers` leaves out.
         return self.model._flatten_layers() if self.model is not None else []
 
     def tolerance(self) -> float:
         """Largest difference to expect, relative to the largest number."""
         sixteen = ("float16", "bfloat16")
         if any(layer.compute_dtype in sixteen for layer in self.layers()):
-            return 3e-2  # Kernels may round in other places.
-        return 1e-3
+            return 3e-2  # A few roundings of bfloat16, 2^-8 each.
+        return 1e-3  # Float32 in another order, through many layers.
 
     @contextlib.contextmanager
     def in_float32(self) -> Iterator[None]:
@@ -96,7 +115,8 @@ class Source:
         policies = [(x, x.dtype_policy) for x in self.layers()]
         try:
             for layer, policy in policies:
-                if policy.compute_dtype != policy.variable_dtype:
+                mixed = policy.compute_dtype != policy.variable_dtype
+                if mixed and type(policy) is keras.DTypePolicy:
                     layer.dtype_policy = policy.variable_dtype
             yield
         finally:
@@ -105,12 +125,31 @@ class Source:
 
 
 def name_outputs(outputs: Any) -> dict[str, Any]:
-    """A flat dictionary: keys joined by "_", "output_0" for a lone tensor."""
+    """A flat dictionary: keys joined by "_", "output_0" for a lone tensor.
+
+    Raises:
+        ValueError: No outputs, none of a name, or two of one name.
+    """
+    structure = outputs
     if not isinstance(outputs, Mapping):
         several = isinstance(outputs, list | tuple)
         outputs = {"output": outputs if several else [outputs]}
-    flat = keras.tree.flatten_with_path(outputs)
-    return {"_".join(map(str, path)): value for path, value in flat}
+    named = {}
+    for path, value in keras.tree.flatten_with_path(outputs):
+        name = "_".join(map(str, path))
+        if value is None or name in named:
+            raise ValueError(
+                "Expected outputs that are tensors with a name each. Received: "
+                f"{name!r} {'twice' if name in named else 'is None'} in "
+                f"{structure!r}"
+            )
+        # Of its own, also if it is one of the inputs.
+        named[name] = tf.identity(value)
+    if not named:
+        raise ValueError(
+            f"Expected at least one output. Received: {structure!r}"
+        )
+    return named
 
 
 def find_source(
@@ -138,6 +177,7 @@ def find_source(
             f"{model!r}"
         )
     known = getattr(model, "inputs", None)
+    sequential = isinstance(model, keras.Sequential)
     if known is None and input_signature is None:
         raise ValueError(
             "Expected `input_signature` for a model that is not made of layers "
@@ -148,11 +188,15 @@ def find_source(
         input_signature = [
             tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in known
         ]
-    structure = getattr(model, "_inputs_struct", None)
+        if sequential:
+            # Its batch is that of the first call.
+            spec = input_signature[0]
+            shape = [None, *spec.shape[1:]]
+            input_signature = [tf.TensorSpec(shape, spec.dtype)]
 
     def run(*arguments: tf.Tensor) -> Any:
-        if structure is not None:
-            arguments = [keras.tree.pack_sequence_as(structure, arguments)]
+        if known is not None and not sequential:
+            arguments = [keras.tree.pack_sequence_as(model.input, arguments)]
         return model(*arguments, training=False)
 
     return Source(run, _name_inputs(input_signature, names), model)
@@ -162,7 +206,12 @@ def _name_inputs(
     signature: Sequence[Any], names: Sequence[str]
 ) -> list[tf.TensorSpec]:
     """The signature with names that can be argument names, all different."""
-    specs: list[tf.TensorSpec] = []
+    if not isinstance(signature, list | tuple) or not signature:
+        raise TypeError(
+            "Expected `input_signature` to be a list of tf.TensorSpec. "
+            f"Received: {signature!r}"
+        )
+    specs, taken = [], {"self"}
     for index, spec in enumerate(signature):
         if not isinstance(spec, tf.TensorSpec):
             raise TypeError(
@@ -170,9 +219,10 @@ def _name_inputs(
                 f"tf.TensorSpec. Received: {spec!r}"
             )
         known = names[index] if index < len(names) else f"input_{index}"
-        name = re.sub(r"\W", "_", spec.name or known)
-        if name in [other.name for other in specs]:
+        name = re.sub(r"[^A-Za-z0-9_]", "_", spec.name or known)
+        while name in taken:
             name += f"_{index}"
+        taken.add(name)
         specs.append(tf.TensorSpec(spec.shape, spec.dtype, name))
     return specs
 
@@ -244,9 +294,27 @@ def _read_sample(
             f"Received: {len(sample)}"
         )
     return [
-        np.asarray(value, spec.dtype.as_numpy_dtype)
-        for value, spec in zip(sample, specs, strict=True)
+        _cast(value, spec) for value, spec in zip(sample, specs, strict=True)
     ]
+
+
+def _cast(value: Any, spec: tf.TensorSpec) -> np.ndarray:
+    """The value in the type of an input, if it has a place there."""
+    value = np.asarray(value)
+    if spec.dtype == tf.string:
+        array, fits = value.astype(object), value.dtype.kind in "OSU"
+    else:
+        fits = value.dtype.kind in "biuf" or value.dtype == spec.dtype
+        array = value.astype(spec.dtype.as_numpy_dtype) if fits else value
+        if not spec.dtype.is_floating:
+            fits = fits and np.array_equal(array, value)
+    if not (fits and spec.shape.is_compatible_with(array.shape)):
+        raise ValueError(
+            f"Expected `sample` to hold, for {spec.name!r}, an array of shape "
+            f"{spec.shape} with values of the type {spec.dtype.name}. "
+            f"Received: {value.dtype} {value.shape}"
+        )
+    return array
 
 
 def _make_random(
@@ -295,21 +363,21 @@ def compare(
     for given, expected in samples:
         try:
             received = run(given)
+            for name, array in expected.items():
+                found = measure_difference(array, received[name])
+                differences[name] = max(found, differences.get(name, 0.0))
         except Exception as error:
             raise RuntimeError(
                 f"Expected {path} to run with inputs of the shapes "
                 f"{_shapes(given)}. Received: {error}. Nothing was written"
             ) from error
-        for name, array in expected.items():
-            found = _difference(array, received[name])
-            differences[name] = max(found, differences.get(name, 0.0))
     name = max(differences, key=differences.get)
     if not differences[name] <= tolerance:
         raise RuntimeError(
             f"Expected {path} to give what the model gives, to {tolerance:g} "
             f"of the largest number. Received: a difference of "
-            f"{differences[name]:.2g} in {name!r}. Nothing was written. Pass "
-            "`sample` with inputs as the model will see them, or `tolerance`"
+            f"{differences[name]:.2g} in {name!r}. Nothing was written. If "
+            "made-up inputs are the reason, pass `sample`, or `tolerance`"
         )
     return differences
 
@@ -318,10 +386,10 @@ def export(
     model: Any,
     path: str | os.PathLike,
     write: Callable[[Source, pathlib.Path, Stage], None],
-    load: Callable[[pathlib.Path], Callable[[Arrays], Mapping[str, Any]]],
+    load: Callable[
+        [Source, pathlib.Path], Callable[[Arrays], Mapping[str, Any]]
+    ],
     *,
-    check: Callable[[Source, pathlib.Path, pathlib.Path, float], None]
-    | None = None,
     folder: bool = False,
     in_tensorflow: bool = False,
     input_signature: Sequence[tf.TensorSpec] | None,
@@ -334,12 +402,16 @@ def export(
     Args:
         write: Writes the model to a path.
         load: From that path to a function that runs what was written.
-        check: Checks what else was written.
         folder: Whether a folder is written, not a file.
         in_tensorflow: Whether TensorFlow will run it, as it runs the model: on
             the same device, and with mixed precision.
     """
-    path = pathlib.Path(path)
+    if tolerance is not None and not isinstance(tolerance, int | float):
+        raise TypeError(
+            f"Expected `tolerance` to be a number. Received: {tolerance!r}"
+        )
+    # Where links lead, and where "." is.
+    path = pathlib.Path(os.path.realpath(path))
     source = find_source(model, input_signature)
     stage = functools.partial(_stage, verbose=verbose)
     with contextlib.ExitStack() as stack:
@@ -354,10 +426,14 @@ def export(
             samples = run_model(source, sample)
         write(source, partial, stage)
         with stage(f"Running {path.name} and comparing"):
-            run = load(partial)
+            try:
+                run = load(source, partial)
+            except Exception as error:
+                raise RuntimeError(
+                    f"Expected {path} to be loaded by its runtime. Received: "
+                    f"{error}. Nothing was written"
+                ) from error
             differences = compare(samples, run, path, tolerance)
-            if check is not None:
-                check(source, partial, path, tolerance)
         size = _measure_size(partial)
     shapes = [_shapes(given) for given, _ in samples]
     report = Report(path, size, differences, shapes)
@@ -366,13 +442,22 @@ def export(
     return report
 
 
-def _difference(expected: np.ndarray, received: Any) -> float:
-    """Largest difference, relative to the largest number; inf: not alike."""
+def measure_difference(expected: np.ndarray, received: Any) -> float:
+    """Largest difference, relative to the largest number; inf: not alike.
+
+    Of integers, truth values and strings, the share of those that differ.
+    """
     received = np.asarray(received)
     if expected.shape != received.shape:
         return np.inf
-    if expected.dtype.kind in "OSU":
-        return 0.0 if np.array_equal(expected, received) else np.inf
+    if expected.dtype.kind in "OSU":  # One has bytes where the other has text.
+        pairs = zip(expected.flat, received.flat, strict=True)
+        different = [
+            tf.compat.as_str(a) != tf.compat.as_str(b) for a, b in pairs
+        ]
+        return float(np.mean(different or [False]))
+    if expected.dtype.kind in "biu":
+        return float(np.mean(expected != received)) if expected.size else 0.0
     expected, received = (x.astype("float64") for x in (expected, received))
     same = (expected == received) | (np.isnan(expected) & np.isnan(received))
     if same.all():
@@ -388,7 +473,7 @@ def _difference(expected: np.ndarray, received: Any) -> float:
 def _writing(path: pathlib.Path, folder: bool) -> Iterator[pathlib.Path]:
     """A path to write to; what is there takes the place of `path` at the end.
 
-    Whatever happens before the end leaves `path` as it was.
+    Whatever happens before it has leaves `path` as it was.
 
     Raises:
         OSError: `path` cannot be written, or is something else.
@@ -420,9 +505,15 @@ def _writing(path: pathlib.Path, folder: bool) -> Iterator[pathlib.Path]:
     try:
         partial = pathlib.Path(scratch) / path.name
         yield partial
+        before = pathlib.Path(scratch) / "before"
         if folder and path.exists():
-            path.rename(pathlib.Path(scratch) / "before")
-        partial.replace(path)
+            path.rename(before)
+        try:
+            partial.replace(path)
+        except BaseException:
+            if before.exists() and not path.exists():
+                before.rename(path)
+            raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

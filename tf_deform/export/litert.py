@@ -27,10 +27,10 @@ def litert(
     """Writes a model as a LiteRT file, and compares it with the model.
 
     The file holds builtin operations alone: it runs wherever LiteRT does. Its
-    signature "serving_default" takes and returns tensors by name, of any batch
-    and size where the model does. Deformable layers become gathers and
-    products, which take more time and memory than native ops. A Keras model's
-    layers with a mixed policy are exported in float32.
+    signature "serving_default" takes and returns tensors by name, of any size
+    where the model does, and of any batch from 1. Deformable layers become
+    gathers and products, which take more time and memory than native ops. A
+    Keras model's layers with a mixed policy are exported in float32.
 
     Args:
         model: A Keras model, or a `tf.function` of tensors.
@@ -51,13 +51,16 @@ def litert(
     Raises:
         ImportError: ai-edge-litert is missing: `pip install
             'tf-deform[litert]'`.
-        TypeError, ValueError: A model that cannot be exported.
+        TypeError, ValueError: A model that cannot be exported, or an argument
+            that does not fit.
         OSError: `path` cannot be written.
         RuntimeError: What was written differs from the model.
     """
     (interpreter,) = _common.require("litert", "ai_edge_litert.interpreter")
 
-    def load(file: pathlib.Path) -> Callable[[_common.Arrays], Any]:
+    def load(
+        _: _common.Source, file: pathlib.Path
+    ) -> Callable[[_common.Arrays], Any]:
         loaded = interpreter.Interpreter(model_path=str(file))
         runner = loaded.get_signature_runner("serving_default")
         return lambda given: runner(**given)
@@ -81,7 +84,7 @@ def _write(
         with stage("Tracing"), _implementation.for_other_runtime({}):
             # By way of a SavedModel, of which the converter freezes the
             # variables: of a function it made wrong numbers.
-            write(source, pathlib.Path(folder))
+            write(source, pathlib.Path(folder), inline=True)
         check_portable(pathlib.Path(folder))
         with stage("Converting to LiteRT"):
             file.write_bytes(_convert(folder))

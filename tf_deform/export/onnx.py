@@ -65,8 +65,8 @@ def onnx(
     Raises:
         ImportError: onnx, onnxruntime or tf2onnx is missing: `pip install
             'tf-deform[onnx]'`.
-        TypeError, ValueError: A model that cannot be exported, or another
-            opset.
+        TypeError, ValueError: A model that cannot be exported, or an argument
+            that does not fit.
         OSError: `path` cannot be written.
         RuntimeError: What was written differs from the model; or there are no
             native ops, without which a model cannot be traced for ONNX.
@@ -86,12 +86,14 @@ def onnx(
             stage("Tracing"),
             _implementation.for_other_runtime({_NAME: _standard}),
         ):
-            function = source.trace(source.flat)
+            function = source.trace(source.flat, inline=True)
         with stage("Converting to ONNX"):
-            proto = _raise_opset(_convert(function), opset)
+            proto = _raise_opset(_convert(source, function), opset)
             file.write_bytes(proto.SerializeToString())
 
-    def load(file: pathlib.Path) -> Callable[[_common.Arrays], Any]:
+    def load(
+        _: _common.Source, file: pathlib.Path
+    ) -> Callable[[_common.Arrays], Any]:
         session = runtime.InferenceSession(
             file, providers=["CPUExecutionProvider"]
         )
@@ -134,11 +136,19 @@ def _standard(
     return tf.cast(outputs, dtype)
 
 
-def _convert(function: Any) -> Any:
+def _convert(source: _common.Source, function: Any) -> Any:
     """The model in opset 18, and DeformConv in a domain of its own."""
     import onnx
     import tf2onnx
 
+    concrete = function.get_concrete_function()
+    names = {spec.name for spec in source.inputs}
+    both = names & set(concrete.structured_outputs)
+    if both:
+        raise ValueError(
+            "Expected outputs with other names than the inputs'. Received: "
+            f"{sorted(both)} as both"
+        )
     try:
         proto, _ = tf2onnx.convert.from_function(
             function,
@@ -148,6 +158,7 @@ def _convert(function: Any) -> Any:
                 _OP: (_convert_node, []),
                 "Select": (_convert_where, []),
                 "SelectV2": (_convert_where, []),
+                "Erfc": (_convert_erfc, []),
             },
             extra_opset=[onnx.helper.make_opsetid(_DOMAIN, 1)],
         )
@@ -155,6 +166,7 @@ def _convert(function: Any) -> Any:
         raise ValueError(
             f"Expected a model that tf2onnx converts. Received: {error}"
         ) from error
+    _keep_constants(proto.graph, concrete)
     # What it does not know it leaves as it is.
     unknown = collections.defaultdict(list)
     for node in _walk(proto.graph):
@@ -170,6 +182,20 @@ def _convert(function: Any) -> Any:
             f"{found}"
         )
     return proto
+
+
+def _keep_constants(graph: Any, concrete: Any) -> None:
+    """Tensors that the function took from around it are no inputs."""
+    from onnx import numpy_helper
+
+    used = {name for node in _walk(graph) for name in node.input}
+    for outer, inner in concrete.graph.captures:
+        kept = [item for item in graph.input if item.name != inner.name]
+        if len(kept) < len(graph.input) and inner.name in used:
+            value = numpy_helper.from_array(outer.numpy(), inner.name)
+            graph.initializer.append(value)
+        del graph.input[:]
+        graph.input.extend(kept)
 
 
 def _walk(graph: Any) -> Iterator[Any]:
@@ -195,6 +221,11 @@ def _convert_node(ctx: Any, node: Any, name: str, _: Any) -> None:
     def integers(attribute: str) -> list[int]:
         return list(node.get_attr(attribute).ints)
 
+    if node.get_attr_str("boundary") != "zeros":
+        raise ValueError(
+            "Expected a model of which all functions can be traced anew. "
+            f"Received: one with {name!r}, traced before"
+        )
     inputs, kernel, offset, *mask = node.input
     kernel_h, kernel_w, group_channels, _ = ctx.get_shape(kernel)
     attributes = {
@@ -234,6 +265,24 @@ def _convert_node(ctx: Any, node: Any, name: str, _: Any) -> None:
     )
 
 
+def _convert_erfc(ctx: Any, node: Any, name: str, _: Any) -> None:
+    """1 - Erf, of which gelu is made."""
+    dtype, shape = ctx.get_dtype(node.output[0]), ctx.get_shape(node.output[0])
+    outputs, inputs = node.output, list(node.input)
+    ctx.remove_node(node.name)
+    erf = ctx.make_node("Erf", inputs, op_name_scope=name)
+    one = ctx.make_const(f"{name}_one", np.ones((), "float32"))
+    one = ctx.make_node("Cast", [one.output[0]], {"to": dtype})
+    ctx.make_node(
+        "Sub",
+        [one.output[0], erf.output[0]],
+        outputs=outputs,
+        shapes=[shape],
+        dtypes=[dtype],
+        op_name_scope=name,
+    )
+
+
 def _convert_where(ctx: Any, node: Any, name: str, _: Any) -> None:
     """Chooses, where tf2onnx would add products with 0 and 1.
 
@@ -247,27 +296,31 @@ def _convert_where(ctx: Any, node: Any, name: str, _: Any) -> None:
 
 
 def _pad_same(graph: Any) -> None:
-    """Pads explicitly where "same" is not known to an operator.
+    """Pads explicitly where "same" is not what an operator makes of it.
 
-    DeformConv does not have it, onnxruntime's Conv not with dilations.
+    DeformConv does not have it; onnxruntime's Conv not with dilations, and with
+    a stride beyond the kernel it cuts pixels off where it should leave them.
     """
     from onnx import helper
 
     nodes = []
     for node in graph.node:
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                _pad_same(inner)
         attributes = {
             item.name: helper.get_attribute_value(item)
             for item in node.attribute
         }
-        dilations = attributes.get("dilations", [1])
         if attributes.get("auto_pad") == b"SAME_UPPER" and (
-            node.domain == _DOMAIN
-            or (node.op_type == "Conv" and max(dilations) > 1)
+            node.domain == _DOMAIN or node.op_type == "Conv"
         ):
             kept = [x for x in node.attribute if x.name != "auto_pad"]
             del node.attribute[:]
             node.attribute.extend(kept)
-            strides = attributes.get("strides") or [1] * len(dilations)
+            axes = len(attributes["kernel_shape"])
+            strides = attributes.get("strides", [1] * axes)
+            dilations = attributes.get("dilations", [1] * axes)
             spans = [
                 dilation * (size - 1) + 1
                 for dilation, size in zip(
@@ -326,12 +379,23 @@ def _raise_opset(proto: Any, opset: int) -> Any:
     import onnx
 
     _pad_same(proto.graph)
-    proto = onnx.version_converter.convert_version(proto, opset)
+    try:
+        proto = onnx.version_converter.convert_version(proto, opset)
+    except Exception as error:
+        raise ValueError(
+            f"Expected a model that can be raised to opset {opset}. Received: "
+            f"{error}"
+        ) from error
     for node in _walk(proto.graph):
         if node.domain == _DOMAIN:
             node.domain = ""
     kept = [item for item in proto.opset_import if item.domain != _DOMAIN]
     del proto.opset_import[:]
     proto.opset_import.extend(kept)
-    onnx.checker.check_model(proto, full_check=True)
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except Exception as error:
+        raise ValueError(
+            f"Expected a model that ONNX can hold. Received: {error}"
+        ) from error
     return proto

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models as SavedModels, with native ops or with stock TensorFlow's alone."""
 
-import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
@@ -43,16 +43,16 @@ def saved_model(
 
     Args:
         model: A Keras model, or a `tf.function` of tensors.
-        path: Folder to write. A SavedModel that is there is replaced, at the
-            end and in one step; nothing else is.
+        path: Folder to write. A SavedModel that is there is replaced at the
+            end; nothing else is.
         implementation: "native" or "portable"; of all layers and functions in
             the model, whatever their own arguments say.
         input_signature: Shape, type and name of the model's inputs. None: as
             the model says, which a subclassed one does not.
         image_bytes: How an image becomes the model's input: a function from
             `(height, width, channels)` uint8 to one element of its batch.
-            True, or None for a model with one input `(batch, height, width, 1
-            or 3)`: resized to the model's size if it has one (bilinear,
+            True (or None, for a model with one input `(batch, height, width, 1
+            or 3)`): resized to the model's size if it has one (bilinear,
             antialiased), else all images of a batch must have one size;
             numbers from 0 to 255. False: no such endpoint.
         sample: Values for the inputs, an array, list or dictionary, with which
@@ -66,8 +66,8 @@ def saved_model(
         The report: path, size in bytes, differences by output.
 
     Raises:
-        TypeError, ValueError: A model that cannot be exported, or an unknown
-            option.
+        TypeError, ValueError: A model that cannot be exported, or an argument
+            that does not fit.
         OSError: `path` cannot be written.
         RuntimeError: What was written differs from the model.
     """
@@ -81,27 +81,31 @@ def saved_model(
             _implementation.implementation(implementation),
             _implementation.explaining(),
         ):
-            write(source, folder, _find_fit(source, image_bytes))
+            fit = _find_fit(source, image_bytes)
+            write(source, folder, fit, inline=implementation == "portable")
         if implementation == "portable":
             check_portable(folder)
 
-    def check(
-        source: _common.Source,
-        folder: pathlib.Path,
-        path: pathlib.Path,
-        tolerance: float,
-    ) -> None:
+    def load(
+        source: _common.Source, folder: pathlib.Path
+    ) -> Callable[[_common.Arrays], Any]:
+        loaded = tf.saved_model.load(folder)
+        serve = loaded.signatures["serving_default"]
         fit = _find_fit(source, image_bytes)
-        if fit is not None:
-            loaded = tf.saved_model.load(folder)
-            _compare_image_bytes(source, fit, loaded, path, tolerance)
+
+        def run(given: _common.Arrays) -> dict[str, tf.Tensor]:
+            if fit is not None:
+                (images,) = given.values()
+                _check_image_bytes(loaded, fit, images.shape, source)
+            return serve(**tf.nest.map_structure(tf.constant, given))
+
+        return run
 
     return _common.export(
         model,
         path,
         write_all,
-        _load,
-        check=check,
+        load,
         folder=True,
         in_tensorflow=True,
         input_signature=input_signature,
@@ -111,29 +115,29 @@ def saved_model(
     )
 
 
-def _load(folder: pathlib.Path) -> Callable[[_common.Arrays], Any]:
-    serve = tf.saved_model.load(folder).signatures["serving_default"]
-    return lambda given: serve(**tf.nest.map_structure(tf.constant, given))
-
-
 def _find_fit(
     source: _common.Source, image_bytes: bool | Callable | None
 ) -> Callable[[tf.Tensor], tf.Tensor] | None:
     """From the pixels of an image to an element of the model's batch."""
     if image_bytes is False:
         return None
+    if not (image_bytes in (None, True) or callable(image_bytes)):
+        raise TypeError(
+            "Expected `image_bytes` to be a function, True, False or None. "
+            f"Received: {image_bytes!r}"
+        )
     spec = source.inputs[0]
     one_image = (
         len(source.inputs) == 1
         and spec.shape.rank == 4
-        and spec.shape[3] in (1, 3)
+        and spec.shape[3] in (1, 3, 4)
         and spec.dtype != tf.string
     )
+    if image_bytes is None and (not one_image or spec.shape[3] == 4):
+        return None
     if not one_image:
-        if image_bytes is None:
-            return None
         raise ValueError(
-            "Expected a model of one image, (batch, height, width, 1 or 3), "
+            "Expected a model of one image, (batch, height, width, 1, 3 or 4), "
             f"for `image_bytes`. Received: {source.inputs}"
         )
     size = spec.shape[1:3]
@@ -151,18 +155,33 @@ def write(
     source: _common.Source,
     folder: pathlib.Path,
     fit: Callable[[tf.Tensor], tf.Tensor] | None = None,
+    *,
+    inline: bool,
 ) -> None:
-    """Traces the endpoints, and writes the folder."""
-    serve = source.trace(source.run)
+    """Traces the endpoints, and writes the folder; see `Source.trace`."""
+    serve = source.trace(source.run, inline)
     # A signature takes no nested outputs.
-    flat = source.trace(lambda *inputs: _common.name_outputs(serve(*inputs)))
+    flat = source.trace(
+        lambda *inputs: _common.name_outputs(serve(*inputs)), inline=False
+    )
     holder = tf.Module()
     holder.serve = serve
-    holder.weights = list(serve.get_concrete_function().variables)
+    # Those that a function inside a layer uses are the model's alone.
+    own = source.model.weights if source.model is not None else []
+    holder.weights = [
+        *serve.get_concrete_function().variables,
+        *(weight.value for weight in own),
+    ]
     signatures = {"serving_default": flat.get_concrete_function()}
     if fit is not None:
         holder.serve_image_bytes = _from_bytes(source, serve, fit)
-    tf.saved_model.save(holder, str(folder), signatures)
+    try:
+        tf.saved_model.save(holder, str(folder), signatures)
+    except AssertionError as error:
+        raise ValueError(
+            "Expected a model of which all resources are variables. Received: "
+            f"one with others, such as tables ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def _from_bytes(
@@ -205,24 +224,24 @@ def check_portable(folder: pathlib.Path) -> None:
                 )
 
 
-def _compare_image_bytes(
-    source: _common.Source,
-    fit: Callable[[tf.Tensor], tf.Tensor],
+def _check_image_bytes(
     loaded: Any,
-    path: pathlib.Path,
-    tolerance: float,
+    fit: Callable[[tf.Tensor], tf.Tensor],
+    shape: Sequence[int],
+    source: _common.Source,
 ) -> None:
-    """Compares on PNG files."""
-
-    def run(given: _common.Arrays) -> dict[str, tf.Tensor]:
-        files = [tf.io.encode_png(pixels) for pixels in given["pixels"]]
-        return _common.name_outputs(loaded.serve_image_bytes(tf.stack(files)))
-
-    spec = tf.TensorSpec(source.inputs[0].shape, "uint8", "pixels")
-    from_pixels = dataclasses.replace(
-        source,
-        run=lambda images: source.run(tf.stack([fit(x) for x in images])),
-        inputs=[spec],
-    )
-    samples = _common.run_model(from_pixels, None)
-    _common.compare(samples, run, path, tolerance)
+    """Compares the endpoint for files with the one for tensors."""
+    pixels = np.random.default_rng(0).integers(0, 256, shape, "uint8")
+    files = tf.stack([tf.io.encode_png(image) for image in pixels])
+    received = _common.name_outputs(loaded.serve_image_bytes(files))
+    images = tf.stack([fit(tf.constant(image)) for image in pixels])
+    expected = _common.name_outputs(loaded.serve(images))
+    for name, value in expected.items():
+        difference = _common.measure_difference(
+            np.asarray(value), received[name]
+        )
+        if not difference <= source.tolerance():
+            raise RuntimeError(
+                "Expected `serve_image_bytes` to give what `serve` gives. "
+                f"Received: a difference of {difference:.2g} in {name!r}"
+            )
