@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import digit_scenes
+import exports
 import h5py
 import keras
 import numpy as np
@@ -415,6 +416,13 @@ def parse_arguments(
         default=100,
         help="steps that one progress bar counts, and at most lost by an "
         "interruption (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--formats",
+        nargs="*",
+        choices=tuple(exports.FORMATS),
+        default=tuple(exports.FORMATS),
+        help="what the most deformable model is exported to (default: all)",
     )
     parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--arms", nargs="+", choices=arms)

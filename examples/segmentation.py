@@ -252,16 +252,16 @@ def run(
     )
     coco = json.loads((args.data / args.part / "instances.json").read_text())
     draw(models, images, masks, coco["annotations"], args.out)
-    exported = exports.export_all(models[args.arms[-1]], images[:100], args.out)
+    exported = exports.export_all(
+        models[args.arms[-1]], images[:100], args.out, args.formats
+    )
     print(
         f"\n{args.arms[-1]} exported; differences of logits, relative to the "
-        "largest:\n\n" + exports.report(exported, len(images[:100]))
+        f"largest:\n\n{exports.report(exported)}"
     )
     runs.write_metrics(args, results, compared, exports=exported)
-    print(
-        f"\nWritten to {args.out}: metrics.json, predictions.png, "
-        f"sampling.png, {', '.join(exported)}"
-    )
+    written = ["metrics.json", "predictions.png", "sampling.png", *exported]
+    print(f"\nWritten to {args.out}: {', '.join(written)}")
 
 
 def main() -> None:

@@ -355,6 +355,15 @@ def test_writes_everything_that_it_promises(finished):
     # Twenty steps teach nothing, and it says so.
     assert metrics["comparable"] is False
     assert "Too poor to be compared" in printed
+    assert set(metrics["exports"]) == {
+        "saved_model_portable",
+        "model.onnx",
+        "model.tflite",
+    }
+    for name, differences in metrics["exports"].items():
+        assert (out / name).exists()
+        # What they are is asked in demo_formats_test.py.
+        assert set(differences) == {"boxes", "scores", "labels", "valid"}
     saved = metrics["saved_model"]
     assert saved["detections"] > 0
     assert saved["max_box_difference"] <= 1e-3
@@ -441,7 +450,7 @@ def test_a_killed_run_resumes_to_the_same_bits(finished, tmp_path):
     killed = tmp_path / "killed"
     folder = pathlib.Path("runs") / "both-seed0"
     process = subprocess.Popen(
-        command(killed, "--arms", "both", *SHORT),
+        command(killed, "--arms", "both", *SHORT, "--formats"),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -453,7 +462,7 @@ def test_a_killed_run_resumes_to_the_same_bits(finished, tmp_path):
     process.wait()
     assert state.exists()
     assert not (killed / folder / "result.json").exists()
-    printed = run(killed, "--arms", "both", *SHORT)
+    printed = run(killed, "--arms", "both", *SHORT, "--formats")
     assert "from step 0 to 20" not in printed
 
     logs, results, weights = [], [], []

@@ -251,12 +251,14 @@ def run(
     )
     pixels = held_out.batch(100).take(1).get_single_element()[0].numpy()
     others = exports.export_all(
-        model.detect, pixels, args.out, ("portable", "onnx", "litert")
+        model.detect,
+        pixels,
+        args.out,
+        [kind for kind in args.formats if kind != "native"],
     )
     print(
-        "and in other formats (differences relative to the largest; of labels "
-        "and valid the share that differs):\n\n"
-        + exports.report(others, len(pixels))
+        "and in other formats; differences relative to the largest, of labels "
+        f"and valid the share that differs:\n\n{exports.report(others)}"
     )
     runs.write_metrics(
         args,
