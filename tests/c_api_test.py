@@ -14,7 +14,8 @@ import pytest
 import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
-from tf_deform import _implementation, _loader
+from tf_deform import _loader
+from tf_deform.export import saved_model
 from tf_deform.layers import (
     DeformableConv2D,
     DeformablePSROIPooling,
@@ -148,8 +149,7 @@ def export(name: str, folder: pathlib.Path) -> Exported:
         # Nothing stays at zero; variances stay positive.
         noise = 0.1 * random(*variable.shape, seed=seed)
         variable.assign(np.abs(noise + variable.numpy()))
-    with _implementation.explaining():
-        model.export(folder / name, verbose=False)
+    saved_model(model, folder / name, sample=arrays, verbose=False)
     saved = saved_model_pb2.SavedModel()
     saved.ParseFromString((folder / name / "saved_model.pb").read_bytes())
     signature = saved.meta_graphs[0].signature_def["serving_default"]
