@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -253,3 +254,26 @@ def test_golden_saved_models_load(name):
     model = tf.saved_model.load(GOLDEN / name)
     for received, expected in zip(model(*arrays[:3]), arrays[3:], strict=True):
         np.testing.assert_allclose(received, expected, rtol=1e-4, atol=1e-4)
+
+
+def write_golden_export(folder: pathlib.Path) -> None:
+    """How `golden/exported_1` was made; never to be made anew."""
+    image = keras.Input((9, 8, 2), name="image")
+    layer = tf_deform.layers.DeformableConv2D(3, 3, modulation="2sigmoid")
+    model = keras.Model(image, layer(image))
+    rng = np.random.default_rng(0)
+    for weight in model.weights:
+        weight.assign(rng.normal(size=weight.shape))
+    tf_deform.export.saved_model(model, folder, image_bytes=False)
+    images = rng.normal(size=(2, 9, 8, 2)).astype(np.float32)
+    outputs = model(images).numpy()
+    np.savez_compressed(folder / "expected.npz", images, outputs)
+
+
+def test_a_golden_export_loads():
+    """Written once by `write_golden_export`, with the op that explains."""
+    with np.load(GOLDEN / "exported_1" / "expected.npz") as file:
+        images, expected = (file[key] for key in file.files)
+    model = tf.saved_model.load(GOLDEN / "exported_1")
+    received = model.serve(images)
+    np.testing.assert_allclose(received, expected, rtol=1e-4, atol=1e-4)
