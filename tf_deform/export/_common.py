@@ -19,6 +19,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+# What the names of this package's ops begin with.
+NAMESPACE = "TfDeform>"
 # Inputs or outputs by name.
 Arrays = dict[str, np.ndarray]
 # Tells what is being done inside of it.
@@ -122,6 +124,16 @@ class Source:
         finally:
             for layer, policy in policies:
                 layer.dtype_policy = policy
+
+
+def explain_stale(op: str, node: str) -> ValueError:
+    """The error for a native op that tracing anew did not reach."""
+    return ValueError(
+        "Expected a model of which all functions can be traced anew. Received: "
+        f"one with {op} in {node!r}, inside a tf.function that was traced "
+        "before with native ops. Export before it is called, or load the model "
+        "anew"
+    )
 
 
 def name_outputs(outputs: Any) -> dict[str, Any]:

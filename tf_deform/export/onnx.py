@@ -20,7 +20,7 @@ MIN_OPSET, MAX_OPSET = 19, 22
 _CONVERTER_OPSET = 18
 # Where DeformConv is until the model has been raised to a newer opset.
 _DOMAIN = "tf_deform"
-_OP = "TfDeform>DeformableConv2D"
+_OP = _common.NAMESPACE + "DeformableConv2D"
 _NAME = "tf_deform_deformable_conv2d"
 
 
@@ -170,6 +170,8 @@ def _convert(source: _common.Source, function: Any) -> Any:
     # What it does not know it leaves as it is.
     unknown = collections.defaultdict(list)
     for node in _walk(proto.graph):
+        if node.op_type.startswith(_common.NAMESPACE):
+            raise _common.explain_stale(node.op_type, node.name)
         if node.domain in ("", "ai.onnx") and not onnx.defs.has(node.op_type):
             unknown[node.op_type].append(node.name)
     if unknown:
@@ -222,10 +224,7 @@ def _convert_node(ctx: Any, node: Any, name: str, _: Any) -> None:
         return list(node.get_attr(attribute).ints)
 
     if node.get_attr_str("boundary") != "zeros":
-        raise ValueError(
-            "Expected a model of which all functions can be traced anew. "
-            f"Received: one with {name!r}, traced before"
-        )
+        return  # Not from `_standard`: `_convert` says so.
     inputs, kernel, offset, *mask = node.input
     kernel_h, kernel_w, group_channels, _ = ctx.get_shape(kernel)
     attributes = {

@@ -13,8 +13,6 @@ from tensorflow.core.protobuf import saved_model_pb2
 from tf_deform import _implementation
 from tf_deform.export import _common
 
-NAMESPACE = "TfDeform>"
-
 
 def saved_model(
     model: Any,
@@ -215,13 +213,8 @@ def check_portable(folder: pathlib.Path) -> None:
     graph = proto.meta_graphs[0].graph_def
     for nodes in (graph.node, *(f.node_def for f in graph.library.function)):
         for node in nodes:
-            if node.op.startswith(NAMESPACE):
-                raise ValueError(
-                    "Expected a model of which all functions can be traced "
-                    f"anew. Received: one with {node.op} in {node.name!r}, "
-                    "inside a tf.function that was traced before with native "
-                    "ops. Export before it is called, or load the model anew"
-                )
+            if node.op.startswith(_common.NAMESPACE):
+                raise _common.explain_stale(node.op, node.name)
 
 
 def _check_image_bytes(
