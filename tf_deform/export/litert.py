@@ -11,7 +11,7 @@ from typing import Any
 import tensorflow as tf
 
 from tf_deform import _implementation
-from tf_deform.export import _common
+from tf_deform.export import _common, _source
 from tf_deform.export.saved_model import check_portable, write
 
 
@@ -59,7 +59,7 @@ def litert(
     (interpreter,) = _common.require("litert", "ai_edge_litert.interpreter")
 
     def load(
-        _: _common.Source, file: pathlib.Path
+        _: _source.Source, file: pathlib.Path
     ) -> Callable[[_common.Arrays], Any]:
         loaded = interpreter.Interpreter(model_path=str(file))
         runner = loaded.get_signature_runner("serving_default")
@@ -78,7 +78,7 @@ def litert(
 
 
 def _write(
-    source: _common.Source, file: pathlib.Path, stage: _common.Stage
+    source: _source.Source, file: pathlib.Path, stage: _common.Stage
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
         with stage("Tracing"), _implementation.for_other_runtime({}):

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from tf_deform import _implementation, _loader
 from tf_deform._portable.deformable_conv2d import deformable_conv2d
-from tf_deform.export import _common
+from tf_deform.export import _common, _source
 
 # The first version of the standard with DeformConv, and the last one tried.
 MIN_OPSET, MAX_OPSET = 19, 22
@@ -20,7 +20,7 @@ MIN_OPSET, MAX_OPSET = 19, 22
 _CONVERTER_OPSET = 18
 # Where DeformConv is until the model has been raised to a newer opset.
 _DOMAIN = "tf_deform"
-_OP = _common.NAMESPACE + "DeformableConv2D"
+_OP = _source.NAMESPACE + "DeformableConv2D"
 _NAME = "tf_deform_deformable_conv2d"
 
 
@@ -80,7 +80,7 @@ def onnx(
     runtime, *_ = _common.require("onnx", "onnxruntime", "onnx", "tf2onnx")
 
     def write(
-        source: _common.Source, file: pathlib.Path, stage: _common.Stage
+        source: _source.Source, file: pathlib.Path, stage: _common.Stage
     ) -> None:
         with (
             stage("Tracing"),
@@ -92,7 +92,7 @@ def onnx(
             file.write_bytes(proto.SerializeToString())
 
     def load(
-        _: _common.Source, file: pathlib.Path
+        _: _source.Source, file: pathlib.Path
     ) -> Callable[[_common.Arrays], Any]:
         session = runtime.InferenceSession(
             file, providers=["CPUExecutionProvider"]
@@ -136,7 +136,7 @@ def _standard(
     return tf.cast(outputs, dtype)
 
 
-def _convert(source: _common.Source, function: Any) -> Any:
+def _convert(source: _source.Source, function: Any) -> Any:
     """The model in opset 18, and DeformConv in a domain of its own."""
     import onnx
     import tf2onnx
@@ -170,8 +170,8 @@ def _convert(source: _common.Source, function: Any) -> Any:
     # What it does not know it leaves as it is.
     unknown = collections.defaultdict(list)
     for node in _walk(proto.graph):
-        if node.op_type.startswith(_common.NAMESPACE):
-            raise _common.explain_stale(node.op_type, node.name)
+        if node.op_type.startswith(_source.NAMESPACE):
+            raise _source.explain_stale(node.op_type, node.name)
         if node.domain in ("", "ai.onnx") and not onnx.defs.has(node.op_type):
             unknown[node.op_type].append(node.name)
     if unknown:

@@ -11,7 +11,7 @@ import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
 from tf_deform import _implementation
-from tf_deform.export import _common
+from tf_deform.export import _common, _source
 
 
 def saved_model(
@@ -72,7 +72,7 @@ def saved_model(
     _implementation.check_implementation(implementation)
 
     def write_all(
-        source: _common.Source, folder: pathlib.Path, stage: _common.Stage
+        source: _source.Source, folder: pathlib.Path, stage: _common.Stage
     ) -> None:
         with (
             stage("Tracing and writing"),
@@ -85,7 +85,7 @@ def saved_model(
             check_portable(folder)
 
     def load(
-        source: _common.Source, folder: pathlib.Path
+        source: _source.Source, folder: pathlib.Path
     ) -> Callable[[_common.Arrays], Any]:
         loaded = tf.saved_model.load(folder)
         serve = loaded.signatures["serving_default"]
@@ -114,7 +114,7 @@ def saved_model(
 
 
 def _find_fit(
-    source: _common.Source, image_bytes: bool | Callable | None
+    source: _source.Source, image_bytes: bool | Callable | None
 ) -> Callable[[tf.Tensor], tf.Tensor] | None:
     """From the pixels of an image to an element of the model's batch."""
     if image_bytes is False:
@@ -150,7 +150,7 @@ def _find_fit(
 
 
 def write(
-    source: _common.Source,
+    source: _source.Source,
     folder: pathlib.Path,
     fit: Callable[[tf.Tensor], tf.Tensor] | None = None,
     *,
@@ -160,7 +160,7 @@ def write(
     serve = source.trace(source.run, inline)
     # A signature takes no nested outputs.
     flat = source.trace(
-        lambda *inputs: _common.name_outputs(serve(*inputs)), inline=False
+        lambda *inputs: _source.name_outputs(serve(*inputs)), inline=False
     )
     holder = tf.Module()
     holder.serve = serve
@@ -183,7 +183,7 @@ def write(
 
 
 def _from_bytes(
-    source: _common.Source, serve: Callable, fit: Callable
+    source: _source.Source, serve: Callable, fit: Callable
 ) -> Callable[[tf.Tensor], Any]:
     spec = source.inputs[0]
 
@@ -213,22 +213,22 @@ def check_portable(folder: pathlib.Path) -> None:
     graph = proto.meta_graphs[0].graph_def
     for nodes in (graph.node, *(f.node_def for f in graph.library.function)):
         for node in nodes:
-            if node.op.startswith(_common.NAMESPACE):
-                raise _common.explain_stale(node.op, node.name)
+            if node.op.startswith(_source.NAMESPACE):
+                raise _source.explain_stale(node.op, node.name)
 
 
 def _check_image_bytes(
     loaded: Any,
     fit: Callable[[tf.Tensor], tf.Tensor],
     shape: Sequence[int],
-    source: _common.Source,
+    source: _source.Source,
 ) -> None:
     """Compares the endpoint for files with the one for tensors."""
     pixels = np.random.default_rng(0).integers(0, 256, shape, "uint8")
     files = tf.stack([tf.io.encode_png(image) for image in pixels])
-    received = _common.name_outputs(loaded.serve_image_bytes(files))
+    received = _source.name_outputs(loaded.serve_image_bytes(files))
     images = tf.stack([fit(tf.constant(image)) for image in pixels])
-    expected = _common.name_outputs(loaded.serve(images))
+    expected = _source.name_outputs(loaded.serve(images))
     for name, value in expected.items():
         difference = _common.measure_difference(
             np.asarray(value), received[name]

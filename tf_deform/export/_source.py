@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is exported: a model as a function, and what its tensors are called."""
+
+import contextlib
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+# What the names of this package's ops begin with.
+NAMESPACE = "TfDeform>"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What is exported: a function of tensors, and the tensors' names.
+
+    Attributes:
+        run: The function, called with one tensor for each of `inputs`.
+        inputs: Shape, type and name of its arguments.
+        model: The Keras model, or None if a `tf.function` is exported.
+    """
+
+    run: Callable[..., Any]
+    inputs: list[tf.TensorSpec]
+    model: keras.Model | None
+
+    def flat(self, *arguments: Any) -> dict[str, tf.Tensor]:
+        """The outputs by name, which `name_outputs` makes."""
+        return name_outputs(self.run(*arguments))
+
+    def trace(self, function: Callable[..., Any], inline: bool) -> Any:
+        """A `tf.function`, traced once, of `inputs` as arguments.
+
+        Args:
+            function: What is traced.
+            inline: Whether functions inside become part of it, as other
+                runtimes want them: traced anew, whatever they hold, and not
+                compiled by XLA (Keras' convolutions with groups are).
+        """
+        # As the user's own tf.function would be; Keras' layers need none.
+        traced = tf.function(function, self.inputs, self.model is None)
+        if inline:
+            before = tf.config.functions_run_eagerly()
+            tf.config.run_functions_eagerly(True)
+            try:
+                traced.get_concrete_function()
+                return traced
+            except tf.errors.OperatorNotAllowedInGraphError:
+                pass  # A function inside lives by Autograph: it has to stay.
+            finally:
+                tf.config.run_functions_eagerly(before)
+        traced.get_concrete_function()
+        return traced
+
+    def layers(self) -> list[keras.layers.Layer]:
+        # Also those inside of layers, which `keras.Model.layers` leaves out.
+        return self.model._flatten_layers() if self.model is not None else []
+
+    def tolerance(self) -> float:
+        """Largest difference to expect, relative to the largest number."""
+        sixteen = ("float16", "bfloat16")
+        if any(layer.compute_dtype in sixteen for layer in self.layers()):
+            return 3e-2  # A few roundings of bfloat16, 2^-8 each.
+        return 1e-3  # Float32 in another order, through many layers.
+
+    @contextlib.contextmanager
+    def in_float32(self) -> Iterator[None]:
+        """Layers with a mixed policy compute in float32 inside of it."""
+        policies = [(x, x.dtype_policy) for x in self.layers()]
+        try:
+            for layer, policy in policies:
+                mixed = policy.compute_dtype != policy.variable_dtype
+                if mixed and type(policy) is keras.DTypePolicy:
+                    layer.dtype_policy = policy.variable_dtype
+            yield
+        finally:
+            for layer, policy in policies:
+                layer.dtype_policy = policy
+
+
+def explain_stale(op: str, node: str) -> ValueError:
+    """The error for a native op that tracing anew did not reach."""
+    return ValueError(
+        "Expected a model of which all functions can be traced anew. Received: "
+        f"one with {op} in {node!r}, inside a tf.function that was traced "
+        "before with native ops. Export before it is called, or load the model "
+        "anew"
+    )
+
+
+def name_outputs(outputs: Any) -> dict[str, Any]:
+    """A flat dictionary: keys joined by "_", "output_0" for a lone tensor.
+
+    Raises:
+        ValueError: No outputs, none of a name, or two of one name.
+    """
+    structure = outputs
+    if not isinstance(outputs, Mapping):
+        several = isinstance(outputs, list | tuple)
+        outputs = {"output": outputs if several else [outputs]}
+    named = {}
+    for path, value in keras.tree.flatten_with_path(outputs):
+        name = "_".join(map(str, path))
+        if value is None or name in named:
+            raise ValueError(
+                "Expected outputs that are tensors with a name each. Received: "
+                f"{name!r} {'twice' if name in named else 'is None'} in "
+                f"{structure!r}"
+            )
+        # Of its own, also if it is one of the inputs.
+        named[name] = tf.identity(value)
+    if not named:
+        raise ValueError(
+            f"Expected at least one output. Received: {structure!r}"
+        )
+    return named
+
+
+def find_source(
+    model: Any, input_signature: Sequence[tf.TensorSpec] | None
+) -> Source:
+    """The function that a model is.
+
+    Raises:
+        TypeError: Neither a Keras model nor a `tf.function`.
+        ValueError: The shapes of its arguments are not known.
+    """
+    if isinstance(model, tf.types.experimental.PolymorphicFunction):
+        function = model.python_function
+        signature = input_signature or model.input_signature
+        if signature is None:
+            raise ValueError(
+                "Expected `input_signature`, or a tf.function with one. "
+                f"Received: {model!r} without"
+            )
+        names = list(inspect.signature(function).parameters)
+        return Source(function, _name_inputs(signature, names), None)
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            "Expected `model` to be a keras.Model or a tf.function. Received: "
+            f"{model!r}"
+        )
+    known = getattr(model, "inputs", None)
+    sequential = isinstance(model, keras.Sequential)
+    if known is None and input_signature is None:
+        raise ValueError(
+            "Expected `input_signature` for a model that is not made of layers "
+            f"between keras.Inputs. Received: {type(model).__name__} without"
+        )
+    names = [tensor.name for tensor in known or []]
+    if input_signature is None:
+        input_signature = [
+            tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in known
+        ]
+        if sequential:
+            # Its batch is that of the first call.
+            spec = input_signature[0]
+            shape = [None, *spec.shape[1:]]
+            input_signature = [tf.TensorSpec(shape, spec.dtype)]
+
+    def run(*arguments: tf.Tensor) -> Any:
+        if known is not None and not sequential:
+            arguments = [keras.tree.pack_sequence_as(model.input, arguments)]
+        return model(*arguments, training=False)
+
+    return Source(run, _name_inputs(input_signature, names), model)
+
+
+def _name_inputs(
+    signature: Sequence[Any], names: Sequence[str]
+) -> list[tf.TensorSpec]:
+    """The signature with names that can be argument names, all different."""
+    if not isinstance(signature, list | tuple) or not signature:
+        raise TypeError(
+            "Expected `input_signature` to be a list of tf.TensorSpec. "
+            f"Received: {signature!r}"
+        )
+    specs, taken = [], {"self"}
+    for index, spec in enumerate(signature):
+        if not isinstance(spec, tf.TensorSpec):
+            raise TypeError(
+                "Expected `input_signature` to be a flat list of "
+                f"tf.TensorSpec. Received: {spec!r}"
+            )
+        known = names[index] if index < len(names) else f"input_{index}"
+        name = re.sub(r"[^A-Za-z0-9_]", "_", spec.name or known)
+        while name in taken:
+            name += f"_{index}"
+        taken.add(name)
+        specs.append(tf.TensorSpec(spec.shape, spec.dtype, name))
+    return specs
