@@ -7,6 +7,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 SOURCES := $(wildcard cc/*/*.cc cc/*/*.cu cc/*/*.h)
+TEST_SOURCES := $(wildcard tests/*.c tests/*.cc tests/*/*.cc tests/*/*.h)
 
 .PHONY: help install demo demo-full test benchmark gpu-check gpu-check-tf lint \
 	format bazel clean
@@ -67,12 +68,12 @@ gpu-check-tf: $(INSTALLED)
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES) tests/serve.c
+	$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES) $(TEST_SOURCES)
 
 format: $(INSTALLED)
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
-	$(VENV)/bin/clang-format -i $(SOURCES) tests/serve.c
+	$(VENV)/bin/clang-format -i $(SOURCES) $(TEST_SOURCES)
 
 bazel: $(INSTALLED)
 	PYTHON="$(abspath $(RUN))" bazel build //...

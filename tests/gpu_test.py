@@ -2,18 +2,19 @@
 """The ops on a GPU next to the same in float64 on the CPU.
 
 The other tests run on a GPU too (`make gpu-check-tf`), with settings that make
-results reproducible. Here are the settings that people have.
+results reproducible. Here are the settings that people have. Without a GPU the
+kernels are emulated (emulated_gpu.py), on smaller operands.
 """
 
 import json
 import os
 
+import emulated_gpu
 import pytest
 
+import tf_deform
+
 DEVICE = os.environ.get("TF_DEFORM_TEST_DEVICE")
-pytestmark = pytest.mark.skipif(
-    DEVICE is None, reason="needs a GPU: make gpu-check-tf"
-)
 
 OPS = ("conv", "psroi", "align")
 # Largest error, as a part of the largest value expected.
@@ -25,8 +26,9 @@ TOLERANCE = {
 }
 TF32_TOLERANCE = 4e-3
 
-# Arguments: operator, device, whether tf32 is allowed, whether the same bits
-# are required. Prints a line of JSON for every type, mode and result.
+# Arguments: operator, device, whether it is emulated, whether tf32 is allowed,
+# whether the same bits are required. Prints a line of JSON for every type, mode
+# and result.
 _COMPARE = """
 import json
 import sys
@@ -36,7 +38,7 @@ import tensorflow as tf
 
 from tf_deform import ops
 
-op, device, tf32, deterministic = sys.argv[1:]
+op, device, emulated, tf32, deterministic = sys.argv[1:]
 tf.config.experimental.enable_tensor_float_32_execution(tf32 == "1")
 if deterministic == "1":
     tf.config.experimental.enable_op_determinism()
@@ -44,11 +46,16 @@ if deterministic == "1":
 tf.config.set_soft_device_placement(False)
 
 rng = np.random.default_rng(0)
+# Emulated: still two blocks of pixels.
+image = (3, 9, 5) if emulated == "1" else (3, 19, 17)
+num_rois = 12 if emulated == "1" else 90
 if op == "conv":
-    shapes = [(3, 19, 17, 40), (3, 3, 20, 72), (3, 19, 17, 72), (3, 19, 17, 36)]
+    shapes = [(*image, 40), (3, 3, 20, 72), (*image, 72), (*image, 36)]
+    if emulated == "1":
+        shapes[:2] = [(*image, 16), (3, 3, 8, 20)]
     values = [rng.normal(size=shape) for shape in shapes]
     values[2] = (np.floor(8 * values[2]) + 0.5) / 8
-    grad_output = rng.normal(size=(3, 19, 17, 72))
+    grad_output = rng.normal(size=(*image, shapes[1][-1]))
 
     def function(inputs, kernel, offset, mask):
         return ops.deformable_conv2d(
@@ -56,39 +63,44 @@ if op == "conv":
         )
 
 else:
-    corners = np.floor(rng.uniform(-20, 300, (90, 2, 2)))
-    index = rng.integers(-1, 3, (90, 1))
+    corners = np.floor(rng.uniform(-20, 300, (num_rois, 2, 2)))
+    index = rng.integers(-1, 3, (num_rois, 1))
     rois = np.concatenate([index, corners.min(1), corners.max(1) + 9], axis=1)
     sizes = dict(pooled_size=(5, 4), spatial_scale=1 / 16)
     if op == "psroi":
-        values = [rng.normal(size=(3, 19, 17, 108))]
-        values += [rng.normal(size=(90, 5, 4, 6))]
-        grad_output = rng.normal(size=(90, 5, 4, 12))
+        values = [rng.normal(size=(*image, 108))]
+        values += [rng.normal(size=(num_rois, 5, 4, 6))]
+        grad_output = rng.normal(size=(num_rois, 5, 4, 12))
     else:
-        values = [rng.normal(size=(3, 19, 17, 44))]
-        values += [rng.normal(size=(90, 5, 4, 2))]
-        grad_output = rng.normal(size=(90, 5, 4, 44))
+        values = [rng.normal(size=(*image, 44))]
+        values += [rng.normal(size=(num_rois, 5, 4, 2))]
+        grad_output = rng.normal(size=(num_rois, 5, 4, 44))
 
     def function(inputs, moved):
-        given = tf.cast(rois, moved.dtype)
-        if op == "psroi":
-            return ops.deformable_psroi_pool(
-                inputs, given, moved, output_dim=12, group_size=3, **sizes
-            )
-        return ops.deformable_roi_align(inputs, given, moved, **sizes)
+        given = rois.astype(moved.dtype.as_numpy_dtype)
+        if op == "align":
+            return ops.deformable_roi_align(inputs, given, moved, **sizes)
+        options = dict(output_dim=12, group_size=3, return_count=True)
+        return ops.deformable_psroi_pool(
+            inputs, given, moved, **options, **sizes
+        )
 
 
-def call(operands, grad_output):
+def call(operands, grad_outputs):
     with tf.GradientTape() as tape:
         tape.watch(operands)
-        output = function(*operands)
-    return [output, *tape.gradient(output, operands, grad_output)]
+        outputs = tf.nest.flatten(function(*operands))
+    return outputs + tape.gradient(outputs, operands, grad_outputs)
 
 
 def run(values, grad_output, place, call):
+    grad_outputs = [grad_output]
+    if op == "psroi":  # TensorFlow would fill that of the counts itself
+        grad_outputs.append(np.zeros(grad_output.shape, np.float32))
     with tf.device(place):
         operands = [tf.identity(tf.constant(value)) for value in values]
-        return call(operands, tf.identity(tf.constant(grad_output)))
+        grad_outputs = [tf.identity(tf.constant(g)) for g in grad_outputs]
+        return call(operands, grad_outputs)
 
 
 for dtype in ("float64", "float32", "float16", "bfloat16"):
@@ -102,7 +114,9 @@ for dtype in ("float64", "float32", "float16", "bfloat16"):
     expected = run(exact, given_grad.astype(np.float64), "/CPU:0", call)
     for mode, function_ in (("eager", call), ("graph", tf.function(call))):
         results = run(given, given_grad, device, function_)
-        again = run(given, given_grad, device, function_)
+        again = results
+        if deterministic == "1":
+            again = run(given, given_grad, device, function_)
         for i, (one, two, wanted) in enumerate(zip(results, again, expected)):
             wanted = wanted.numpy()
             error = np.abs(one.numpy().astype(np.float64) - wanted).max()
@@ -119,26 +133,67 @@ for dtype in ("float64", "float32", "float16", "bfloat16"):
 """
 
 
+@emulated_gpu.needs_compiler
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("settings", ["default", "float32", "deterministic"])
 def test_equals_the_cpu_in_float64(op, settings, run_python_as_it_is):
     """By TensorFlow's default, tf32 is allowed and no order of sums is kept."""
-    printed = run_python_as_it_is(
+    run = run_python_as_it_is if DEVICE else emulated_gpu.build().run
+    printed = run(
         _COMPARE,
         op,
-        DEVICE,
+        DEVICE or "/GPU:0",
+        int(DEVICE is None),
         int(settings == "default"),
         int(settings == "deterministic"),
     )
     results = [json.loads(line) for line in printed.splitlines()]
-    num_operands = 4 if op == "conv" else 2
-    assert len(results) == 4 * 2 * (1 + num_operands)
+    num_results = {"conv": 5, "psroi": 4, "align": 3}[op]
+    assert len(results) == 4 * 2 * num_results
     for result in results:
         dtype, *_ = result["what"]
         tolerance = TOLERANCE[dtype]
         if settings == "default" and dtype == "float32":
             tolerance = TF32_TOLERANCE
-        assert result["device"].endswith(DEVICE.lstrip("/")), result
+        assert result["device"].endswith(DEVICE or "GPU:0"), result
         assert result["error"] <= tolerance, result
+        if tolerance == TF32_TOLERANCE and op == "conv":
+            # It is used: all five results come of products.
+            assert result["error"] > 1e-5, result
         if settings == "deterministic":
             assert result["same"], result
+
+
+_WITHOUT_DRIVER = """
+import numpy as np
+import tensorflow as tf
+
+from tf_deform import ops
+
+operands = [np.ones((1, 5, 4, 2), "f"), np.ones((3, 3, 2, 6), "f")]
+operands += [np.zeros((1, 3, 2, 18), "f")]
+for _ in range(2):
+    try:
+        with tf.device("/GPU:0"):
+            ops.deformable_conv2d(*operands)
+    except tf.errors.InternalError as error:
+        print(error.message)
+    with tf.device("/CPU:0"):
+        print(ops.deformable_conv2d(*operands).numpy().sum())
+"""
+
+
+@emulated_gpu.needs_compiler
+@pytest.mark.skipif(DEVICE is not None, reason="there is a driver")
+@pytest.mark.skipif(
+    not tf_deform.is_built_with_cuda(), reason="built without nvcc"
+)
+def test_without_a_driver_the_gpu_fails_and_the_cpu_goes_on():
+    """The real kernels, on a GPU that TensorFlow believes to be there."""
+    printed = emulated_gpu.build().run(_WITHOUT_DRIVER, emulated=False)
+    error, value, *again = printed.splitlines()
+    built = tf_deform._build_info.CUDA_VERSION
+    assert f"Expected a GPU driver for CUDA {built.split('.')[0]}" in error
+    assert f"built with CUDA {built}. Received: no driver" in error
+    assert float(value) == 648.0  # 6 pixels, 6 filters, 9 taps, 2 channels
+    assert again == [error, value]

@@ -451,19 +451,49 @@ def test_more_elements_than_32_bits_can_count(groups):
     pointers = core.Pointers(
         image.ctypes.data, *(tensor.pointer for tensor in tensors), None
     )
+    params_and_type = [ctypes.byref(params), core.DTYPES["float16"]]
+    stream = ctypes.byref(gpu.stream())
     gpu.call(
         f"{OP}Forward",
         [
-            ctypes.byref(params),
-            core.DTYPES["float16"],
-            ctypes.byref(pointers),
-            None,
-            ctypes.c_void_p(output.pointer),
-            ctypes.byref(gpu.stream()),
+            *(*params_and_type, ctypes.byref(pointers), None),
+            *(ctypes.c_void_p(output.pointer), stream),
         ],
     )
-    expected = core.forward(
-        image, kernel, offset, dtype="float16", **attributes
-    )
+    options = dict(dtype="float16", **attributes)
+    expected = core.forward(image, kernel, offset, **options)
     assert np.abs(expected[:, :, -1]).max() > 0.1
     assert_close(output.numpy(), np.float64(expected), "float16", "output")
+
+    # Not that of the inputs: all of it would be written.
+    grad_output = np.float16(rng.normal(size=(*field, 8)))
+    expected = core.backward(
+        *(image, kernel, offset, None, grad_output),
+        wanted=("kernel", "offset"),
+        **options,
+    )
+    made = {
+        name: gpu.Tensor(shape=array.shape, dtype=array.dtype)
+        for name, array in expected.items()
+    }
+    gradients = core.Pointers(
+        None, made["kernel"].pointer, made["offset"].pointer, None
+    )
+    size = gpu.workspace_bytes(
+        f"{OP}BackwardWorkspaceBytes",
+        *(*params_and_type, ctypes.byref(gradients), stream),
+    )
+    workspace, gradient = gpu.workspace(size), gpu.Tensor(grad_output)
+    gpu.call(
+        f"{OP}Backward",
+        [
+            *(*params_and_type, ctypes.byref(pointers)),
+            ctypes.c_void_p(gradient.pointer),
+            ctypes.c_void_p(workspace.pointer),
+            *(ctypes.byref(gradients), stream),
+        ],
+    )
+    for name, dtype in (("kernel", "float16"), ("offset", "float32")):
+        wanted = np.float64(expected[name])
+        assert np.abs(wanted).max() > 0.1
+        assert_close(made[name].numpy(), wanted, dtype, name)

@@ -18,6 +18,7 @@
 #undef _FORTIFY_SOURCE  // its longjmp takes a change of stacks for an error
 #include <setjmp.h>
 #include <ucontext.h>
+#include <xmmintrin.h>
 
 #include <cmath>
 #include <cstdint>
@@ -25,6 +26,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <utility>
 #include <vector>
 
@@ -90,6 +92,7 @@ struct Block {
   jmp_buf scheduler;
   int current = 0;
   bool backwards = false;
+  void* stream = nullptr;  // of the last launch
   void (*body)(void*) = nullptr;
   void* argument = nullptr;
 };
@@ -152,8 +155,21 @@ E Shuffle(E value, int lane) {
   return value;
 }
 
+// Counts them, as a GPU does, in the threads in which TensorFlow does not.
+class Subnormals {
+ public:
+  Subnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ & ~0x8040u); }
+  ~Subnormals() { _mm_setcsr(before_); }
+
+ private:
+  const unsigned before_;
+};
+
 inline void Run(int64_t blocks, int threads, int64_t shared_bytes,
                 void (*body)(void*), void* argument) {
+  static std::mutex one_launch;  // TensorFlow calls from several threads
+  const std::lock_guard<std::mutex> lock(one_launch);
+  const Subnormals subnormals;
   if (block.threads.size() < static_cast<size_t>(threads)) {
     block.threads.resize(threads);
   }
@@ -426,8 +442,9 @@ inline int Multiprocessors() { return 3; }
 
 template <typename... Parameters, typename... Arguments>
 Status Launch(const char*, void (*kernel)(Parameters...), int64_t blocks,
-              int threads, int64_t shared_bytes, const CudaStream&,
+              int threads, int64_t shared_bytes, const CudaStream& stream,
               Arguments... arguments) {
+  emulated::block.stream = stream.stream;
   auto body = [&] { kernel(arguments...); };
   emulated::Run(
       blocks, threads, shared_bytes,

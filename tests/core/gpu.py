@@ -7,16 +7,19 @@ memory comes from PyTorch. Otherwise the same sources, compiled for the host,
 run thread by thread on emulated blocks (emulated_cuda.h).
 """
 
+import contextlib
 import ctypes
+import fcntl
 import functools
-import glob
 import os
 import pathlib
-import shutil
 import subprocess
+import sys
 import tempfile
+from collections.abc import Iterator
 
 import core
+import emulated_nvcc
 import numpy as np
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -41,34 +44,30 @@ def stream(allow_tf32=False, deterministic=False) -> CudaStream:
     return CudaStream(handle, allow_tf32, deterministic)
 
 
+@contextlib.contextmanager
+def emulated_build() -> Iterator[tuple[pathlib.Path, dict[str, str]]]:
+    """A folder for builds with emulated kernels, and their environment.
+
+    What has been compiled there is kept: see cc/build.py.
+    """
+    folder = ROOT / "build" / "emulated"
+    nvcc = emulated_nvcc.install(folder)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        # The CPU's kernels are not what is tested: quickly compiled.
+        yield folder, {**os.environ, "TF_DEFORM_NVCC": nvcc, "CXXFLAGS": "-O1"}
+
+
 def build_emulated(path: str) -> None:
-    """Compiles the kernels for the host into a shared object."""
-    sources = sorted(glob.glob("cc/core/*_cuda.cu", root_dir=ROOT))
-    sources.remove("cc/core/device_cuda.cu")
-    for name in ("*_c", "common", "checks", "rois", "threads"):
-        sources += glob.glob(f"cc/core/{name}.cc", root_dir=ROOT)
-    for name in ("conv2d", "psroi_pool", "roi_align"):
-        sources.append(f"cc/core/deformable_{name}.cc")
-    sources.append("tests/core/emulated_cuda.cc")
-    compiler = os.environ.get("CXX") or shutil.which("c++")
-    flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-I."]
-    flags += ["-Wno-attributes", "-Wno-unknown-pragmas", "-DTF_DEFORM_CUDA"]
-    flags += ["-ffp-contract=off", "-include", "tests/core/emulated_cuda.h"]
-    with tempfile.TemporaryDirectory() as folder:
-        jobs, objects = [], []
-        for i, source in enumerate(sources):
-            objects.append(os.path.join(folder, f"{i}.o"))
-            command = [compiler, *flags, "-x", "c++", "-c", source]
-            jobs.append(
-                subprocess.Popen([*command, "-o", objects[-1]], cwd=ROOT)
-            )
-            while sum(job.poll() is None for job in jobs) >= (
-                os.cpu_count() or 1
-            ):
-                next(job for job in jobs if job.poll() is None).wait()
-        assert all(job.wait() == 0 for job in jobs), "see above"
+    """Makes the core with emulated kernels, a shared object."""
+    with emulated_build() as (folder, environment):
         subprocess.run(
-            [compiler, "-shared", *objects, "-lpthread", "-o", path],
+            [
+                *(sys.executable, "cc/build.py", "--output", path),
+                *("--objects", folder / "temp"),
+            ],
+            cwd=ROOT,
+            env=environment,
             check=True,
         )
 
