@@ -66,37 +66,38 @@ template <typename T>
 struct PackReader {
   static constexpr int kWords = 4;
 
-  const T* corner;  // the top left one's first channel for this thread
+  const T* corner;  // the top left one's first channel that is read next
   uint32_t flags;
   float weights[4], mask;
-  Pack<uint32_t, kWords> at[4];  // the corners' pack
+  Pack<uint32_t, kWords> at[4];  // the corners' pack, 0 outside the image
 
-  // `first` is the thread's first channel of a panel.
+  // `channel` is the thread's first one.
   __device__ __forceinline__ void Locate(const Geometry& g,
                                          const Operands<T>& in,
-                                         const Sample<float>& s, int first) {
+                                         const Sample<float>& s, int channel) {
     const Corners<float> corners(g, s);
-    corner = in.inputs + s.corner + first;
+    corner = in.inputs + s.corner + channel;
     flags = s.flags;
     mask = s.mask;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) weights[i] = corners.weights[i];
+    for (int i = 0; i < 4; ++i) {
+      weights[i] = corners.weights[i];
+      at[i] = {};
+    }
   }
 
-  // `channel` is the panel's first. Zeros for corners outside the image, and
-  // for all if not `exists`.
-  __device__ __forceinline__ void Load(const Geometry& g, int channel,
-                                       bool exists) {
-    const int64_t row = g.width * g.channels;
-    const int64_t steps[4] = {0, g.channels, row, row + g.channels};
+  // Nothing if not `exists`. The next time it will be kInner channels further.
+  __device__ __forceinline__ void Load(const Geometry& g, bool exists) {
+    const uint32_t wanted = exists ? flags : 0;
+    const int64_t steps[4] = {0, g.channels, g.row, g.row + g.channels};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      at[i] = {};
-      if (exists && (flags >> i & 1) != 0) {
-        at[i] = *reinterpret_cast<const Pack<uint32_t, kWords>*>(
-            corner + steps[i] + channel);
+      if ((wanted >> i & 1) != 0) {
+        at[i] =
+            *reinterpret_cast<const Pack<uint32_t, kWords>*>(corner + steps[i]);
       }
     }
+    corner += kInner<T>;
   }
 
   // mask * sample, 0 if not `exists`; as tf32 if kTf32.
@@ -126,27 +127,34 @@ struct PackReader {
 
 // Copies a panel from a matrix in global memory in the background (if not
 // `packed`, in the foreground), zeros past `rows` and `columns`, with kBlock
-// threads.
+// threads. Elements of the panel are counted in 32 bits (see IsDirect).
 template <typename Shape, int kBlock, typename T>
-__device__ __forceinline__ void CopyPanel(const T* from, int64_t row_stride,
-                                          int64_t rows, int64_t columns,
-                                          bool packed, T* to) {
+__device__ __forceinline__ void CopyPanel(const T* from, int row_stride,
+                                          int rows, int columns, bool packed,
+                                          T* to) {
+  static_assert(kBlock % Shape::kPacks == 0, "a thread keeps its column");
+  constexpr int kRows = kBlock / Shape::kPacks;  // at once
+  const int row = static_cast<int>(threadIdx.x) / Shape::kPacks;
+  const int column = static_cast<int>(threadIdx.x) % Shape::kPacks * kPack<T>;
+  const T* source = from + (row * row_stride + column);
+  T* target = to + (row * Shape::kStride + column);
+  if (packed) {
 #pragma unroll
-  for (int first = 0; first < Shape::kRows * Shape::kPacks; first += kBlock) {
-    const int i = first + static_cast<int>(threadIdx.x);
-    if (i >= Shape::kRows * Shape::kPacks) break;
-    const int row = i / Shape::kPacks;
-    const int column = i % Shape::kPacks * kPack<T>;
-    const T* source = from + row * row_stride + column;
-    T* target = to + row * Shape::kStride + column;
-    if (packed) {
-      CopyAsync(target, source, row < rows && column < columns);
-    } else {
-#pragma unroll 1
-      for (int j = 0; j < kPack<T>; ++j) {
-        target[j] = row < rows && column + j < columns ? source[j] : T{};
-      }
+    for (int i = 0; i < Shape::kRows; i += kRows) {
+      if (Shape::kRows % kRows != 0 && row + i >= Shape::kRows) break;
+      CopyAsync(target + i * Shape::kStride, source + i * row_stride,
+                row + i < rows && column < columns);
     }
+    return;
+  }
+#pragma unroll 1
+  for (int i = row; i < Shape::kRows; i += kRows) {
+#pragma unroll 1
+    for (int j = 0; j < kPack<T>; ++j) {
+      target[j] = i < rows && column + j < columns ? source[j] : T{};
+    }
+    source += kRows * row_stride;
+    target += kRows * Shape::kStride;
   }
 }
 
@@ -167,7 +175,8 @@ struct ColumnBuffers {
 //   bool IsNewPlan() const       they are not those of the step before
 //   int PlanRow() const          the first of them that belongs to this step
 //   static constexpr bool kKeepsRows    it stays the same until they change
-//   int channel, count           the panel's channels
+//   int channel, count           the panel's channels; kInner further on if
+//                                neither samples nor rows are new
 //   void CopyOther(T* to) const  copies the other operand's panel
 // There is at least one step.
 template <typename T, typename Sums, typename Cursor>
@@ -201,9 +210,9 @@ __device__ __forceinline__ void MultiplyColumns(
       const int first = pack % Shape::kPacks * kPack<T>;
       if (is_new || !Cursor::kKeepsRows) {
         readers[i].Locate(g, in, plan[step.PlanRow() + pack / Shape::kPacks],
-                          first);
+                          step.channel + first);
       }
-      readers[i].Load(g, step.channel, first < step.count);
+      readers[i].Load(g, first < step.count);
     }
   };
   const auto mix = [&](const Cursor& step, const Sample<float>* plan, T* to) {

@@ -45,34 +45,31 @@ namespace {
 
 constexpr int kForwardPixels = 128;  // of a block
 
-// A step of the forward pass: a tap and channels of the block's group.
+// A step of the forward pass: a tap and channels of the block's group. Its
+// integers have 32 bits (see IsDirect).
 template <typename T, typename Sums>
 struct ForwardCursor {
   const Geometry* g;
   const Pixel<float>* pixels;  // of the block
-  const T* kernel;             // at the block's first filter
-  int64_t group, filters;      // of the block
+  const T* panel;              // the step's rows, at the block's first filter
+  int filters;                 // of the block
   bool packed;
-  int tap, field, channel, count;  // see IsDirect
-  int run_end;                     // of the channels that share an offset group
-  bool is_new;
+  int taps, offset_channels;
+  int first_channel, end_channel;  // of the group
+  int tap, offset_group, channel, count;
+  int run_end;  // of the channels that share an offset group
+  bool is_new;  // whether these are the first of them
+  int field;
 
-  __device__ int FirstChannel() const {
-    return static_cast<int>(group * g->group_channels);
-  }
-
-  // To a run of channels, inside the group.
-  __device__ void Enter(int to_tap, int to_channel) {
+  // To the channels of an offset group, inside the group.
+  __device__ void Enter(int to_tap, int to_offset_group, int to_channel) {
     tap = to_tap;
+    offset_group = to_offset_group;
     channel = to_channel;
-    const int64_t end = (group + 1) * g->group_channels;
-    run_end = to_channel +
-              static_cast<int>(
-                  ChannelPiece::At<uint32_t>(*g, to_channel, end, end).count);
-    const int of_run = static_cast<int>(
-        Quotient<uint32_t>(channel, g->offset_channels) * g->taps + tap);
-    is_new = of_run != field;
-    field = of_run;
+    is_new = true;
+    field = offset_group * taps + tap;
+    run_end = static_cast<int>(
+        Min((offset_group + 1) * offset_channels, end_channel));
     count = Count();
   }
   __device__ int Count() const {
@@ -82,27 +79,27 @@ struct ForwardCursor {
   static constexpr int kPlan = kForwardPixels;
   static constexpr bool kKeepsRows = true;
   __device__ int PlanRow() const { return 0; }
-  __device__ bool Done() const { return tap == g->taps; }
+  __device__ bool Done() const { return tap == taps; }
   __device__ void Next() {
     if (Done()) return;
+    panel += count * g->filters;
     channel += count;
     if (channel < run_end) {
       is_new = false;
       count = Count();
-    } else if (channel < (group + 1) * g->group_channels) {
-      Enter(tap, channel);
-    } else if (tap + 1 < g->taps) {
-      Enter(tap + 1, FirstChannel());
+    } else if (channel < end_channel) {
+      Enter(tap, offset_group + 1, channel);
+    } else if (tap + 1 < taps) {
+      Enter(tap + 1, first_channel / offset_channels, first_channel);
     } else {
-      tap = static_cast<int>(g->taps);
+      tap = taps;
     }
   }
   __device__ bool IsNewPlan() const { return is_new; }
   __device__ const Pixel<float>& PixelOf(int row) const { return pixels[row]; }
   __device__ void CopyOther(T* to) const {
-    const int64_t row = tap * g->group_channels + channel - FirstChannel();
     CopyPanel<typename Sums::B, Sums::kThreads>(
-        kernel + row * g->filters, g->filters, count, filters, packed, to);
+        panel, static_cast<int>(g->filters), count, filters, packed, to);
   }
 };
 
@@ -145,13 +142,16 @@ __global__ void __launch_bounds__(ForwardSums<T, kTf32, kN>::kThreads)
   ForwardCursor<T, Sums> at;
   at.g = &g;
   at.pixels = shared->pixels;
-  at.group = in_tile - tile * g.groups;
-  const int64_t first_filter = at.group * g.group_filters + filter;
-  at.kernel = in.kernel + first_filter;
-  at.filters = Min(kN, g.group_filters - filter);
+  const int64_t group = in_tile - tile * g.groups;
+  const int64_t first_filter = group * g.group_filters + filter;
+  at.panel = in.kernel + first_filter;
+  at.filters = static_cast<int>(Min(kN, g.group_filters - filter));
   at.packed = in.packed_filters;
-  at.field = -1;
-  at.Enter(0, at.FirstChannel());
+  at.taps = static_cast<int>(g.taps);
+  at.offset_channels = static_cast<int>(g.offset_channels);
+  at.first_channel = static_cast<int>(group * g.group_channels);
+  at.end_channel = at.first_channel + static_cast<int>(g.group_channels);
+  at.Enter(0, at.first_channel / at.offset_channels, at.first_channel);
   // A pixel is read by the thread that writes it.
   if (threadIdx.x < kForwardPixels) {
     shared->pixels[threadIdx.x] =
@@ -213,14 +213,15 @@ __global__ void __launch_bounds__(kThreads)
 
 constexpr int64_t kWorkspace = int64_t{64} << 20;
 
-// Products want a few channels and filters a group. Pixels, and what is counted
-// within a pixel, they count in 32 bits.
+// Products want a few channels and filters a group. Pixels, what is counted
+// within a pixel, and the elements of a panel (128 rows of filters at most)
+// they count in 32 bits.
 template <typename T>
 bool IsDirect(const Geometry& g) {
   constexpr int64_t kMost = 0x7fffffff;
   return sizeof(T) == 8 ||
          (g.groups > 1 && (g.group_channels < 4 || g.group_filters < 8)) ||
-         g.channels > kMost || g.filters > kMost || g.fields > kMost ||
+         g.channels > kMost || g.filters > kMost / 128 || g.fields > kMost ||
          g.total_pixels > kMost;
 }
 
@@ -234,7 +235,7 @@ Status WithTf32(const CudaStream& stream, const Body& body) {
 }
 
 // Calls body(N) for the filters of a block: 64, 128, or for 16-bit types 256,
-// which samples half as often as 128 and so takes about 1.5 times as long (by
+// which samples half as often as 128 and so takes about 1.25 times as long (by
 // instructions), not twice. There are `tiles` blocks for each N filters; the
 // largest GPUs work on 132 at once.
 template <int kValue>
@@ -246,7 +247,7 @@ Status WithFilters(int64_t filters, int64_t tiles, const Body& body) {
   };
   if (filters <= 64) return body(Int<64>());
   if constexpr (sizeof(T) == 2) {
-    if (filters > 128 && 3 * rounds(256) <= 2 * rounds(128)) {
+    if (filters > 128 && 5 * rounds(256) <= 4 * rounds(128)) {
       return body(Int<256>());
     }
   }

@@ -21,6 +21,7 @@ struct Geometry {
   int64_t group_filters;    // of one group
   int64_t offset_channels;  // of one offset group
   int64_t fields;           // offset pairs (or masks) of one output pixel
+  int64_t row;              // elements of one row of an input image
   int64_t image;            // elements of one input image
   int64_t pixels;           // of one image's output
   int64_t total_pixels;     // of the batch's output
@@ -46,6 +47,7 @@ struct Geometry {
         group_filters(p.filters / p.groups),
         offset_channels(p.channels / p.offset_groups),
         fields(p.offset_groups * p.kernel_h * p.kernel_w),
+        row(p.width * p.channels),
         image(p.height * p.width * p.channels),
         pixels(p.out_h * p.out_w),
         total_pixels(p.batch * p.out_h * p.out_w),
@@ -174,8 +176,7 @@ struct Corners {
   __host__ __device__ Corners(const Geometry& g, const Sample<E>& s)
       : weights{(1 - s.ly) * (1 - s.lx), (1 - s.ly) * s.lx, s.ly * (1 - s.lx),
                 s.ly * s.lx},
-        steps{0, g.channels, g.width * g.channels, (g.width + 1) * g.channels} {
-  }
+        steps{0, g.channels, g.row, g.row + g.channels} {}
 };
 
 }  // namespace cuda
