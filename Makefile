@@ -50,8 +50,9 @@ demo-full: $(INSTALLED)
 	$(RUN) examples/detection/train.py --out runs/demo/detection \
 		--data runs/demo/scenes --full
 
+# In two processes, most tests using one processor; a file's share what it made.
 test: $(INSTALLED)
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 benchmark: $(INSTALLED)
 	$(RUN) benchmarks/run.py

@@ -169,6 +169,7 @@ setup(
         ],
         "test": [
             "pytest>=8,<10",
+            "pytest-xdist>=3.6,<4",
             "nvidia-cuda-cuobjdump>=13,<14",  # reads what any nvcc made
             "tf-deform[benchmark]",
             "tf-deform[examples]",

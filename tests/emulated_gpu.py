@@ -14,6 +14,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import gpu
 import pytest
@@ -87,15 +88,17 @@ def _run(command: list[object], environment: dict[str, str]) -> None:
 
 @functools.cache
 def build() -> EmulatedGpu:
-    """Builds what has changed since it was last built."""
+    """Builds both; objects are kept for the next time."""
+    # Of this process: others may build at the same time.
+    build.folder = tempfile.TemporaryDirectory()  # removed when it ends
+    plugin = pathlib.Path(build.folder.name, "plugin.so")
+    packages = pathlib.Path(build.folder.name, "packages")
     with gpu.emulated_build() as (folder, environment):
-        plugin, packages = folder / "plugin.so", folder / "packages"
         compiler = os.environ.get("CXX") or "c++"
         command = [compiler, "-O1", "-fPIC", "-shared", "-fvisibility=hidden"]
         command += [*tf.sysconfig.get_compile_flags(), "tests/emulated_gpu.cc"]
         command += [*tf.sysconfig.get_link_flags(), "-o", plugin]
         _run(command, environment)
-        shutil.rmtree(packages, ignore_errors=True)
         command = [sys.executable, "setup.py", "--quiet", "build"]
         command += ["--build-temp", folder / "temp", "--build-lib", packages]
         _run(command, environment)

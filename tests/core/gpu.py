@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import fcntl
 import functools
+import mmap
 import os
 import pathlib
 import subprocess
@@ -86,18 +87,41 @@ def library() -> ctypes.CDLL:
     return ctypes.CDLL(path)
 
 
+def _before_a_wall(num_bytes: int, alignment: int, offset: int):
+    """Memory whose end is the end of what may be read, and where to start.
+
+    Reading 16 bytes or more behind it ends the process.
+    """
+    page = mmap.PAGESIZE
+    occupied = -(-(num_bytes + offset) // alignment) * alignment
+    size = -(-(GUARD + occupied) // page) * page
+    memory = mmap.mmap(-1, size + page)
+    host = np.frombuffer(memory, np.uint8, size)
+    libc = ctypes.CDLL(None, use_errno=True)
+    wall = ctypes.c_void_p(host.ctypes.data + size)
+    none = 0  # PROT_NONE
+    if libc.mprotect(wall, ctypes.c_size_t(page), none) != 0:
+        raise OSError(ctypes.get_errno(), "mprotect")
+    return host, size - occupied + offset
+
+
 class Tensor:
     """Device memory with the bytes of an array, or none: all NaN (0xFF)."""
 
-    def __init__(self, array=None, *, shape=(), dtype=None, offset=0):
+    def __init__(
+        self, array=None, *, shape=(), dtype=None, alignment=16, offset=0
+    ):
+        """It begins `offset` bytes behind a multiple of `alignment`."""
         self.shape = array.shape if array is not None else shape
         self.dtype = np.dtype(array.dtype if array is not None else dtype)
         count = int(np.prod(self.shape, dtype=np.int64))
         self.num_bytes = count * self.dtype.itemsize
-        host = np.full(self.num_bytes + 3 * GUARD, 0xFF, np.uint8)
-        self.start = GUARD + offset  # an offset makes it less aligned
-        if not ON_GPU:
-            self.start += -(host.ctypes.data + GUARD) % GUARD
+        if ON_GPU:
+            host = np.empty(self.num_bytes + 3 * GUARD, np.uint8)
+            self.start = GUARD + offset
+        else:
+            host, self.start = _before_a_wall(self.num_bytes, alignment, offset)
+        host[:] = 0xFF
         if array is not None:
             data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
             host[self.start : self.start + self.num_bytes] = data
@@ -140,4 +164,4 @@ def workspace_bytes(name: str, *arguments) -> int:
 
 
 def workspace(num_bytes: int) -> Tensor:
-    return Tensor(shape=(num_bytes,), dtype=np.uint8)
+    return Tensor(shape=(num_bytes,), dtype=np.uint8, alignment=GUARD)
