@@ -87,7 +87,9 @@ def library() -> ctypes.CDLL:
     return ctypes.CDLL(path)
 
 
-def _before_a_wall(num_bytes: int, alignment: int, offset: int):
+def _before_a_wall(
+    num_bytes: int, alignment: int, offset: int
+) -> tuple[np.ndarray, int]:
     """Memory whose end is the end of what may be read, and where to start.
 
     Reading 16 bytes or more behind it ends the process.
