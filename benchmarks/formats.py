@@ -3,8 +3,8 @@
 
     python benchmarks/formats.py
 
-Each file is compared with the model when it is written, and with the others'
-outputs here, before anything is timed. All take turns, call by call in random
+Each file is compared with the model when it is written, and here once more for
+every batch, before anything is timed. All take turns, call by call in random
 order, in one process, with as many threads each.
 """
 

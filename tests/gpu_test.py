@@ -24,7 +24,7 @@ TOLERANCE = {
     "float16": 4 * 2**-11,
     "bfloat16": 4 * 2**-8,
 }
-TF32_TOLERANCE = 4e-3
+TF32_TOLERANCE = 8 * 2**-11  # tf32 keeps 10 bits of both factors
 
 # Arguments: operator, device, whether it is emulated, whether tf32 is allowed,
 # whether the same bits are required. Prints a line of JSON for every type, mode
