@@ -19,8 +19,6 @@ import tf_deform
 from tf_deform.layers import DeformableConv2D
 from tf_deform.layers._branch import convolve, hand_on_nan
 
-IMPLEMENTATIONS = ["native", "portable"]
-
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape)
@@ -94,9 +92,9 @@ def test_convolution(strides, padding):
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize(
     ("strides", "dilations"),
-    [((1, 1), (1, 1)), ((2, 2), (2, 2)), ((1, 2), (3, 2)), ((2, 1), (3, 1))],
+    [((1, 1), (1, 1)), ((2, 2), (2, 2)), ((2, 1), (3, 2))],
 )
-@pytest.mark.parametrize("padding", PADDINGS, ids=str)
+@pytest.mark.parametrize("padding", PADDINGS[::3], ids=str)
 def test_convolution_of_unknown_sizes(padding, strides, dilations, jit_compile):
     kernel = random(3, 3, 2, 3)
     run = tf.function(
@@ -201,10 +199,9 @@ def empty_results(layer, x, how):
     return step(x)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("how", ["eager", "unknown", "batch", "known", "xla"])
 @pytest.mark.parametrize("config", EMPTY_CONFIGS, ids=str)
-def test_empty(config, how, implementation):
+def test_empty(config, how, implementation="native"):
     """The op's shape, and gradients that are zero but the biases'."""
     layer = DeformableConv2D(
         3, 3, modulation="sigmoid", implementation=implementation, **config
@@ -226,6 +223,11 @@ def test_empty(config, how, implementation):
                 assert not np.any(gradient), size
 
 
+@pytest.mark.parametrize("config", EMPTY_CONFIGS[::2], ids=str)
+def test_empty_in_stock_ops(config):
+    test_empty(config, "unknown", "portable")
+
+
 _EMPTY_WITHOUT_ONEDNN = """
 import sys
 
@@ -234,7 +236,7 @@ import branch_test
 
 for config in branch_test.EMPTY_CONFIGS:
     for how in ("eager", "unknown", "batch"):
-        branch_test.test_empty(config, how, "native")
+        branch_test.test_empty(config, how)
 print("done")
 """
 
@@ -262,13 +264,10 @@ def test_a_small_image_is_an_error(dilation_rate, padding):
             call(np.zeros((1, 2, 9, 2), "float32"))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("size", [(None, None), (None, 9), (8, 9)], ids=str)
 @pytest.mark.parametrize("config", EMPTY_CONFIGS, ids=str)
-def test_no_graph_has_branches(config, size, implementation):
-    layer = DeformableConv2D(
-        3, 3, modulation="sigmoid", implementation=implementation, **config
-    )
+def test_no_graph_has_branches(config, size):
+    layer = DeformableConv2D(3, 3, modulation="sigmoid", **config)
     layer.build((None, *size, 2))
 
     def step(x):
@@ -336,7 +335,6 @@ def test_no_saved_model_has_branches(how, tmp_path):
         np.testing.assert_allclose(y, model(images), 1e-4, 1e-5)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(
     "config",
     [
@@ -346,12 +344,13 @@ def test_no_saved_model_has_branches(how, tmp_path):
         {"padding": "same", "dilation_rate": 2, "groups": 2},
         {"padding": 3, "dilation_rate": (3, 2), "strides": (1, 2)},
         {"padding": "same", "data_format": "channels_first"},
+        {"padding": 2, "dilation_rate": 2, "implementation": "portable"},
     ],
     ids=str,
 )
-def test_gradients_per_example(config, implementation):
+def test_gradients_per_example(config):
     """By `tf.vectorized_map` over a tape: as one by one."""
-    layer = DeformableConv2D(2, 3, implementation=implementation, **config)
+    layer = DeformableConv2D(2, 3, **config)
     shape = [None, None, None, None]
     shape[1 if layer.data_format == "channels_first" else 3] = 4
     model = keras.Sequential([keras.Input(shape[1:]), layer])
@@ -402,8 +401,15 @@ def run_as(model, how):
     )
 
 
-@pytest.mark.parametrize("how", ["eager", "graph", "xla"])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("implementation", "how"),
+    [
+        ("native", "eager"),
+        ("native", "graph"),
+        ("native", "xla"),
+        ("portable", "graph"),
+    ],
+)
 @pytest.mark.parametrize("modulation", [None, "2sigmoid"])
 def test_nan_of_a_pixel(modulation, implementation, how):
     """All outputs of that pixel, and no other's."""
@@ -426,9 +432,16 @@ def test_nan_of_a_pixel(modulation, implementation, how):
     np.testing.assert_array_equal(np.isnan(y), where)
 
 
-@pytest.mark.parametrize("how", ["eager", "graph", "xla"])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("field", [0, 17, 18, 26])
+@pytest.mark.parametrize(
+    ("implementation", "how"),
+    [
+        ("native", "eager"),
+        ("native", "graph"),
+        ("native", "xla"),
+        ("portable", "graph"),
+    ],
+)
+@pytest.mark.parametrize("field", [0, 26])
 def test_nan_of_one_field(field, implementation, how):
     """First and last of the displacements and of the modulation."""
     model = nan_model(implementation, modulation="sigmoid")
@@ -440,8 +453,15 @@ def test_nan_of_one_field(field, implementation, how):
     assert np.all(np.isnan(y))
 
 
-@pytest.mark.parametrize("how", ["eager", "graph", "xla"])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("implementation", "how"),
+    [
+        ("native", "eager"),
+        ("native", "graph"),
+        ("native", "xla"),
+        ("portable", "graph"),
+    ],
+)
 def test_infinity_is_outside(implementation, how):
     """As the op says, also where both infinities are of one pixel."""
     model = nan_model(implementation)
@@ -522,7 +542,8 @@ def test_exports_hand_on_nan(config, kind, tmp_path):
     (name,) = [tensor.name for tensor in model.inputs]
     (y,) = exported.run(kind, path, {name: x}).values()
     np.testing.assert_array_equal(np.isnan(y), expected)
-
+    if config:
+        return
     layer.offset_kernel.assign(np.zeros(layer.offset_kernel.shape))
     layer.offset_bias.assign(np.full(layer.offset_bias.shape, np.inf))
     exported.write(kind, model, path)
