@@ -115,9 +115,11 @@ class DeformableConv2D(keras.layers.Conv2D):
     Returns:
         `(batch, out_h, out_w, filters)`, laid out like `inputs`, in the
         compute dtype. Differentiable with respect to all arguments and
-        weights; weights that are not trainable cost nothing.
+        weights; weights that are not trainable cost nothing. Where the branch
+        predicts NaN the outputs are NaN; a given NaN is outside of the image.
 
     Raises:
+        TypeError: Inputs or arguments of another type.
         ValueError: Arguments or shapes that do not fit.
     """
 
