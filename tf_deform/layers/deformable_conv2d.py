@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tf_deform import _loader
@@ -21,6 +22,11 @@ from tf_deform.ops.deformable_conv2d import (
 )
 
 MODULATIONS = (None, "sigmoid", "2sigmoid")
+# What to do if a file does not have a layer's weights.
+_OF_PLAIN = (
+    ". If the file is that of a model with `Conv2D` in its place: "
+    "`tf_deform.load_plain_weights(model, path)`"
+)
 
 
 @keras.saving.register_keras_serializable(package="tf_deform")
@@ -410,15 +416,35 @@ class DeformableConv2D(keras.layers.Conv2D):
             for name in ("offset_kernel", "offset_bias")
             if name in own
         }
-        if self.built and bool(branch) != (self.offset_kernel is not None):
-            raise ValueError(
-                f"Expected weights of layer {self.name!r} "
-                f"{'without' if branch else 'with'} those of its branch, as "
-                f"it was built. Received: {sorted(store.keys())}"
-            )
+        if self.built:
+            self._check_branch(branch, sorted(store.keys()))
         super().load_own_variables(own)
         for name, value in branch.items():
             getattr(self, name).assign(value)
+
+    def _check_branch(
+        self, branch: dict[str, Any], received: list[str]
+    ) -> None:
+        """Judges what a file has for the branch: all of it, or no branch."""
+        expected = {}
+        if self.offset_kernel is not None:
+            expected = {
+                "offset_kernel": tuple(self.offset_kernel.shape),
+                "offset_bias": tuple(self.offset_bias.shape),
+            }
+        if branch.keys() != expected.keys():
+            raise ValueError(
+                f"Expected weights of layer {self.name!r} "
+                f"{'with' if expected else 'without'} those of its branch, as "
+                f"it was built{' (both of them)' if expected else ''}. "
+                f"Received: {received}{'' if branch else _OF_PLAIN}"
+            )
+        shapes = {name: np.shape(value) for name, value in branch.items()}
+        if shapes != expected:
+            raise ValueError(
+                f"Expected the branch of layer {self.name!r} to have the "
+                f"shapes {expected}. Received: {shapes}"
+            )
 
     def _check_load_own_variables(self, store: Any) -> None:
         if not self.built:
@@ -428,7 +454,7 @@ class DeformableConv2D(keras.layers.Conv2D):
             raise ValueError(
                 f"Expected {expected} weights (kernel and, with use_bias, "
                 f"bias) for layer {self.name!r} besides those of its branch. "
-                f"Received: {sorted(store.keys())}"
+                f"Received: {sorted(store.keys())}{_OF_PLAIN}"
             )
 
     def set_weights(self, weights: Sequence[Any]) -> None:
