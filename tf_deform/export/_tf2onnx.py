@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tf2onnx is told beyond what it knows."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tf_deform.export import _frozen, _source
+
+# The newest opset that tf2onnx writes.
+OPSET = 18
+# Where DeformConv is until the model has been raised to a newer opset.
+DOMAIN = "tf_deform"
+
+
+def convert(concrete: Any) -> Any:
+    """A function as a model in `OPSET`, with DeformConv in `DOMAIN`.
+
+    What tf2onnx does not know it leaves as it is.
+
+    Raises:
+        Exception: What tf2onnx, or one of `HANDLERS`, raises.
+    """
+    from tf2onnx import convert as tf2onnx_convert
+    from tf2onnx import tf_loader
+
+    captured = {inner.name for _, inner in concrete.graph.captures}
+    inputs = [x.name for x in concrete.inputs if x.name not in captured]
+    outputs = [x.name for x in concrete.outputs]
+    names = tf2onnx_convert.tensor_names_from_structed(
+        concrete, inputs, outputs
+    )
+    with tf.device("/CPU:0"):
+        frozen = tf_loader.from_function(concrete, inputs, outputs)
+        if _frozen.keep_captures(frozen, concrete):
+            frozen = tf_loader.tf_optimize(inputs, outputs, frozen)
+        _frozen.specialise(frozen)
+        return _run(frozen, inputs, outputs, names)
+
+
+def _run(
+    frozen: Any, inputs: list[str], outputs: list[str], names: dict[str, str]
+) -> Any:
+    from onnx import helper
+    from tf2onnx import optimizer, tfonnx
+
+    errors: list[Exception] = []
+    with tf.Graph().as_default() as graph:
+        tf.import_graph_def(frozen, name="")
+        made = tfonnx.process_tf_graph(
+            graph,
+            # A handler's error is logged, and the next node's turn comes.
+            continue_on_error=True,
+            opset=OPSET,
+            custom_op_handlers={
+                name: (_tell(handler, errors), [])
+                for name, handler in HANDLERS.items()
+            },
+            extra_opset=[helper.make_opsetid(DOMAIN, 1)],
+            input_names=inputs,
+            output_names=outputs,
+            tensors_to_rename=names,
+        )
+    if errors:
+        raise errors[0]
+    return optimizer.optimize_graph(made).make_model("from TensorFlow")
+
+
+def _tell(handler: Callable, errors: list[Exception]) -> Callable:
+    """The handler, which keeps what it raises: tf2onnx only logs that."""
+
+    def run(ctx: Any, node: Any, name: str, arguments: Any) -> None:
+        try:
+            handler(ctx, node, name, arguments)
+        except Exception as error:
+            errors.append(error)
+            raise
+
+    return run
+
+
+def _convert_deformable_conv2d(ctx: Any, node: Any, name: str, _: Any) -> None:
+    """Puts DeformConv, channels first, in the place of the native op."""
+
+    def transpose(tensor: str, *axes: int) -> str:
+        made = ctx.make_node(
+            "Transpose", [tensor], {"perm": axes}, op_name_scope=name
+        )
+        return made.output[0]
+
+    def integers(attribute: str) -> list[int]:
+        return list(node.get_attr(attribute).ints)
+
+    if node.get_attr_str("boundary") != "zeros":
+        return  # Not from `_standard`: `_convert` says so.
+    inputs, kernel, offset, *mask = node.input
+    kernel_h, kernel_w, group_channels, _ = ctx.get_shape(kernel)
+    attributes = {
+        "kernel_shape": [kernel_h, kernel_w],
+        "strides": integers("strides"),
+        "dilations": integers("dilations"),
+        "group": ctx.get_shape(inputs)[3] // group_channels,
+        "offset_group": node.get_attr("offset_groups").i,
+    }
+    if node.get_attr_str("padding") == "SAME":
+        attributes["auto_pad"] = "SAME_UPPER"  # `_pad_same` takes it away.
+    else:
+        paddings = integers("explicit_paddings") or (0, 0, 0, 0)
+        top, bottom, left, right = paddings
+        attributes["pads"] = [top, left, bottom, right]
+    # Between offset and mask: no bias. The offsets' order is the same.
+    operands = [
+        transpose(inputs, 0, 3, 1, 2),
+        transpose(kernel, 3, 2, 0, 1),
+        transpose(offset, 0, 3, 1, 2),
+        *(["", transpose(mask[0], 0, 3, 1, 2)] if mask else []),
+    ]
+    shapes, dtypes = node.output_shapes, node.output_dtypes
+    outputs = node.output
+    ctx.remove_node(node.name)
+    made = ctx.make_node(
+        "DeformConv", operands, attributes, op_name_scope=name, domain=DOMAIN
+    )
+    ctx.make_node(
+        "Transpose",
+        [made.output[0]],
+        {"perm": (0, 2, 3, 1)},
+        outputs=outputs,
+        shapes=shapes,
+        dtypes=dtypes,
+        op_name_scope=name,
+    )
+
+
+def _convert_erfc(ctx: Any, node: Any, name: str, _: Any) -> None:
+    """1 - Erf, of which gelu is made."""
+    dtype, shape = ctx.get_dtype(node.output[0]), ctx.get_shape(node.output[0])
+    outputs, inputs = node.output, list(node.input)
+    ctx.remove_node(node.name)
+    erf = ctx.make_node("Erf", inputs, op_name_scope=name)
+    one = ctx.make_const(f"{name}_one", np.ones((), "float32"))
+    one = ctx.make_node("Cast", [one.output[0]], {"to": dtype})
+    ctx.make_node(
+        "Sub",
+        [one.output[0], erf.output[0]],
+        outputs=outputs,
+        shapes=[shape],
+        dtypes=[dtype],
+        op_name_scope=name,
+    )
+
+
+def _convert_where(ctx: Any, node: Any, name: str, _: Any) -> None:
+    """Chooses, where tf2onnx would add products with 0 and 1.
+
+    What is not chosen may be NaN or infinite: zero times that is NaN.
+    """
+    from tf2onnx.onnx_opset import controlflow
+
+    node.set_attr("handles_nan", 1)
+    controlflow.Select.version_9(ctx, node)
+    del node.attr["handles_nan"]
+
+
+def _convert_resize(ctx: Any, node: Any, name: str, _: Any) -> None:
+    """Writes the size that is asked for.
+
+    Where it knows the image's size, tf2onnx would write their ratio instead,
+    in float32, of which the product with the old size may be a pixel short.
+    """
+    from tf2onnx.onnx_opset import nn
+
+    if node.type == "ResizeArea":
+        raise ValueError(
+            'Expected a resizing that ONNX has. Received: the method "area", '
+            f'in {name!r}, of which tf2onnx makes "nearest"'
+        )
+    images = node.input[0]
+    shape = ctx.get_shape(images)
+    ctx.set_shape(images, None if shape is None else [-1] * len(shape))
+    nn.Resize.version_11(ctx, node)
+    if shape is not None:
+        ctx.set_shape(images, shape)
+
+
+def _convert_suppression(ctx: Any, node: Any, name: str, _: Any) -> None:
+    """Refuses what is not hard suppression, which is what ONNX has.
+
+    tf2onnx rounds a sigma below 1 to 0.
+    """
+    from tf2onnx.onnx_opset import tensor
+
+    sigma = node.inputs[5]
+    if not sigma.is_const() or sigma.get_tensor_value() != 0:
+        raise ValueError(
+            "Expected non-maximum suppression with a soft_nms_sigma of 0, as "
+            f"ONNX has no other. Received: {name!r} with "
+            + (str(sigma.get_tensor_value()) if sigma.is_const() else "another")
+        )
+    tensor.NonMaxSuppression.version_13(ctx, node)
+
+
+HANDLERS: dict[str, Callable[[Any, Any, str, Any], None]] = {
+    _source.NAMESPACE + "DeformableConv2D": _convert_deformable_conv2d,
+    "Select": _convert_where,
+    "SelectV2": _convert_where,
+    "Erfc": _convert_erfc,
+    "ResizeArea": _convert_resize,
+    "ResizeBicubic": _convert_resize,
+    "ResizeBilinear": _convert_resize,
+    "ResizeNearestNeighbor": _convert_resize,
+    "NonMaxSuppressionV5": _convert_suppression,
+}
