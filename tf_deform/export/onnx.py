@@ -11,7 +11,12 @@ import tensorflow as tf
 
 from tf_deform import _implementation, _loader
 from tf_deform._portable.deformable_conv2d import deformable_conv2d
-from tf_deform.export import _common, _onnx_graph, _source, _tf2onnx
+from tf_deform.export import (
+    _common,
+    _onnx_graph,
+    _onnx_handlers,
+    _source,
+)
 
 # The first version of the standard with DeformConv, and the last one tried.
 MIN_OPSET, MAX_OPSET = 19, 22
@@ -76,7 +81,9 @@ def onnx(
             f"DeformConv, to {MAX_OPSET}. Received: {opset!r}"
         )
     _implementation.require_native_ops()
-    runtime, *_ = _common.require("onnx", "onnxruntime", "onnx", "tf2onnx")
+    runtime, standard, _ = _common.require(
+        "onnx", "onnxruntime", "onnx", "tf2onnx"
+    )
 
     def write(
         source: _source.Source, file: pathlib.Path, stage: _common.Stage
@@ -93,9 +100,13 @@ def onnx(
     def load(
         _: _source.Source, file: pathlib.Path
     ) -> Callable[[_common.Arrays], Any]:
-        session = runtime.InferenceSession(
-            file, providers=["CPUExecutionProvider"]
-        )
+        try:
+            session = runtime.InferenceSession(
+                file, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:
+            types = _name_types(standard.load(file))
+            raise RuntimeError(f"{error}{types}") from error
         names = [output.name for output in session.get_outputs()]
         return lambda given: dict(
             zip(names, session.run(names, given), strict=True)
@@ -152,7 +163,9 @@ def _convert(source: _source.Source, function: Any) -> Any:
             f"{sorted(both)} as both"
         )
     try:
-        proto = _tf2onnx.convert(concrete)
+        proto = _onnx_handlers.convert(concrete)
+    except _onnx_handlers.Refused:
+        raise
     except Exception as error:
         raise ValueError(
             f"Expected a model that tf2onnx converts. Received: {error}"
@@ -160,8 +173,6 @@ def _convert(source: _source.Source, function: Any) -> Any:
     # What it does not know it leaves as it is.
     unknown = collections.defaultdict(list)
     for node in _onnx_graph.walk(proto.graph):
-        if node.op_type.startswith(_source.NAMESPACE):
-            raise _source.explain_stale(node.op_type, node.name)
         if node.domain in ("", "ai.onnx") and not onnx.defs.has(node.op_type):
             unknown[node.op_type].append(node.name)
     if unknown:
@@ -171,6 +182,22 @@ def _convert(source: _source.Source, function: Any) -> Any:
         )
         raise ValueError(
             "Expected a model made of operations that ONNX has. Received: "
-            f"{found}"
+            f"{found}{_onnx_handlers.explain(concrete, unknown)}"
         )
     return proto
+
+
+def _name_types(proto: Any) -> str:
+    """What a model computes in besides float32, for an error."""
+    import onnx
+
+    inferred = onnx.shape_inference.infer_shapes(proto).graph
+    tensors = [*inferred.input, *inferred.output, *inferred.value_info]
+    found = {x.type.tensor_type.elem_type for x in tensors}
+    others = [
+        name
+        for name in ("FLOAT16", "BFLOAT16", "DOUBLE")
+        if onnx.TensorProto.DataType.Value(name) in found
+    ]
+    names = [{"DOUBLE": "FLOAT64"}.get(name, name).lower() for name in others]
+    return f", of a model in {' and '.join(names)}" if names else ""

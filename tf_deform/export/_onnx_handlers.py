@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What tf2onnx is told beyond what it knows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -15,57 +15,76 @@ OPSET = 18
 DOMAIN = "tf_deform"
 
 
+class Refused(ValueError):
+    """What ONNX, or tf2onnx, cannot hold, in words for the user."""
+
+
 def convert(concrete: Any) -> Any:
     """A function as a model in `OPSET`, with DeformConv in `DOMAIN`.
 
     What tf2onnx does not know it leaves as it is.
 
     Raises:
-        Exception: What tf2onnx, or one of `HANDLERS`, raises.
+        Refused: By one of `HANDLERS`.
+        Exception: What one of them, or tf2onnx, raises.
     """
+    from tf2onnx import optimizer
+
+    made = _run(concrete, continue_on_error=True)
+    return optimizer.optimize_graph(made).make_model("from TensorFlow")
+
+
+def explain(concrete: Any, unknown: Iterable[str]) -> str:
+    """Why operations that tf2onnx knows are left, for an error.
+
+    It logs what its handlers raise, and goes on: so it is asked once more.
+    """
+    from tf2onnx import handler
+
+    if set(unknown) & set(handler.tf_op.create_mapping(OPSET, None)):
+        try:
+            _run(concrete, continue_on_error=False)
+        except Exception as error:
+            return f". tf2onnx says: {error}"
+    return ""
+
+
+def _run(concrete: Any, continue_on_error: bool) -> Any:
+    """The graph that tf2onnx makes of a function."""
+    from onnx import helper
     from tf2onnx import convert as tf2onnx_convert
-    from tf2onnx import tf_loader
+    from tf2onnx import tf_loader, tfonnx
 
     captured = {inner.name for _, inner in concrete.graph.captures}
     inputs = [x.name for x in concrete.inputs if x.name not in captured]
     outputs = [x.name for x in concrete.outputs]
-    names = tf2onnx_convert.tensor_names_from_structed(
-        concrete, inputs, outputs
-    )
+    errors: list[Exception] = []
     with tf.device("/CPU:0"):
         frozen = tf_loader.from_function(concrete, inputs, outputs)
         if _frozen.keep_captures(frozen, concrete):
             frozen = tf_loader.tf_optimize(inputs, outputs, frozen)
         _frozen.specialise(frozen)
-        return _run(frozen, inputs, outputs, names)
-
-
-def _run(
-    frozen: Any, inputs: list[str], outputs: list[str], names: dict[str, str]
-) -> Any:
-    from onnx import helper
-    from tf2onnx import optimizer, tfonnx
-
-    errors: list[Exception] = []
-    with tf.Graph().as_default() as graph:
-        tf.import_graph_def(frozen, name="")
-        made = tfonnx.process_tf_graph(
-            graph,
-            # A handler's error is logged, and the next node's turn comes.
-            continue_on_error=True,
-            opset=OPSET,
-            custom_op_handlers={
-                name: (_tell(handler, errors), [])
-                for name, handler in HANDLERS.items()
-            },
-            extra_opset=[helper.make_opsetid(DOMAIN, 1)],
-            input_names=inputs,
-            output_names=outputs,
-            tensors_to_rename=names,
-        )
-    if errors:
-        raise errors[0]
-    return optimizer.optimize_graph(made).make_model("from TensorFlow")
+        with tf.Graph().as_default() as graph:
+            tf.import_graph_def(frozen, name="")
+            try:
+                return tfonnx.process_tf_graph(
+                    graph,
+                    continue_on_error=continue_on_error,
+                    opset=OPSET,
+                    custom_op_handlers={
+                        name: (_tell(handler, errors), [])
+                        for name, handler in HANDLERS.items()
+                    },
+                    extra_opset=[helper.make_opsetid(DOMAIN, 1)],
+                    input_names=inputs,
+                    output_names=outputs,
+                    tensors_to_rename=tf2onnx_convert.tensor_names_from_structed(
+                        concrete, inputs, outputs
+                    ),
+                )
+            finally:
+                if errors:
+                    raise errors[0]
 
 
 def _tell(handler: Callable, errors: list[Exception]) -> Callable:
@@ -94,7 +113,7 @@ def _convert_deformable_conv2d(ctx: Any, node: Any, name: str, _: Any) -> None:
         return list(node.get_attr(attribute).ints)
 
     if node.get_attr_str("boundary") != "zeros":
-        return  # Not from `_standard`: `_convert` says so.
+        _refuse_stale(ctx, node, name, _)  # Not from `export.onnx`.
     inputs, kernel, offset, *mask = node.input
     kernel_h, kernel_w, group_channels, _ = ctx.get_shape(kernel)
     attributes = {
@@ -173,7 +192,7 @@ def _convert_resize(ctx: Any, node: Any, name: str, _: Any) -> None:
     from tf2onnx.onnx_opset import nn
 
     if node.type == "ResizeArea":
-        raise ValueError(
+        raise Refused(
             "Expected a resizing that ONNX has. Received: the method "
             f"'area' in {name!r}, of which tf2onnx makes 'nearest'"
         )
@@ -263,7 +282,7 @@ def _convert_suppression(ctx: Any, node: Any, name: str, _: Any) -> None:
 
     sigma = node.inputs[5]
     if not sigma.is_const() or sigma.get_tensor_value() != 0:
-        raise ValueError(
+        raise Refused(
             "Expected non-maximum suppression with a soft_nms_sigma of 0, as "
             f"ONNX has no other. Received: {name!r} with "
             + (str(sigma.get_tensor_value()) if sigma.is_const() else "another")
@@ -271,7 +290,20 @@ def _convert_suppression(ctx: Any, node: Any, name: str, _: Any) -> None:
     tensor.NonMaxSuppression.version_13(ctx, node)
 
 
+def _refuse_stale(ctx: Any, node: Any, name: str, _: Any) -> None:
+    raise Refused(_source.explain_stale(node.type, name))
+
+
 HANDLERS: dict[str, Callable[[Any, Any, str, Any], None]] = {
+    **{
+        f"{_source.NAMESPACE}{name}{suffix}": _refuse_stale
+        for name in (
+            "DeformableConv2D",
+            "DeformablePSROIPool",
+            "DeformableROIAlign",
+        )
+        for suffix in ("", "Grad")
+    },
     _source.NAMESPACE + "DeformableConv2D": _convert_deformable_conv2d,
     "Select": _convert_where,
     "SelectV2": _convert_where,
