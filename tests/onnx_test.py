@@ -393,9 +393,9 @@ def test_layers_with_control_flow(kind, tmp_path):
             weight.assign(random(*weight.shape) / 5)
     opset = 19 if len(kind) % 2 else 22
     known = [old or new for old, new in zip(shape, (5, 7), strict=False)]
-    x = np.abs(random(2, *known, *shape[2:]))
-    write("onnx", model, tmp_path / "model", opset=opset, sample=x)
-    for x in (x, -x):
+    image = np.abs(random(2, *known, *shape[2:]))
+    write("onnx", model, tmp_path / "model", opset=opset, sample=image)
+    for x in (image, -image):
         received = run("onnx", tmp_path / "model", {"x": x})
         assert_close(received["output_0"], model(x, training=False))
 
