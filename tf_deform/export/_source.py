@@ -55,16 +55,11 @@ class Source:
                 pass  # A function inside lives by Autograph: it has to stay.
             finally:
                 tf.config.run_functions_eagerly(before)
-        # Keras would cut its layers' frames off: `_explain_python` reads them.
-        filtering = keras.config.is_traceback_filtering_enabled()
-        keras.config.disable_traceback_filtering()
         try:
             traced.get_concrete_function()
-        except tf.errors.OperatorNotAllowedInGraphError as error:
-            raise _explain_python(error) from error
-        finally:
-            if filtering:
-                keras.config.enable_traceback_filtering()
+        except tf.errors.OperatorNotAllowedInGraphError:
+            _explain_python(traced)
+            raise
         return traced
 
     def layers(self) -> list[keras.layers.Layer]:
@@ -115,19 +110,36 @@ class _InFloat32(keras.DTypePolicy):
         self._variable_dtype = variable_dtype
 
 
-def _explain_python(error: Exception) -> Exception:
-    """The error for Python that needs a value while a graph is made.
-
-    If it is not in a Keras layer, the error itself: it names the user's line.
-    """
+def _find_layer(error: BaseException | None) -> keras.layers.Layer | None:
+    """The innermost layer that was called when an error was raised."""
     layer = None
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        found = frame.f_locals.get("self")
-        if isinstance(found, keras.layers.Layer):
-            layer = found
-    # A functional model's own frames are around those of its layers.
-    if layer is None or isinstance(layer, keras.Model):
-        return error
+    while error is not None and layer is None:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            found = frame.f_locals.get("self")
+            if isinstance(found, keras.layers.Layer):
+                layer = found
+        error = error.__cause__ or error.__context__  # Autograph's own.
+    return layer
+
+
+def _explain_python(traced: Any) -> None:
+    """Raises a ValueError if a layer keeps a function from being traced.
+
+    One that needs values while a graph is made: it is found by tracing once
+    more, as Keras cuts its layers' frames off otherwise.
+    """
+    filtering = keras.config.is_traceback_filtering_enabled()
+    keras.config.disable_traceback_filtering()
+    try:
+        traced.get_concrete_function()
+        return
+    except tf.errors.OperatorNotAllowedInGraphError as error:
+        layer = _find_layer(error)
+    finally:
+        if filtering:
+            keras.config.enable_traceback_filtering()
+    if layer is None:
+        return
     way = (
         "Give the sizes of images in `input_signature` or in keras.Input, or "
         "write a layer that knows them later"
@@ -140,7 +152,7 @@ def _explain_python(error: Exception) -> Exception:
             "returns tf.image.resize(inputs, tf.shape(inputs)[1:3] * "
             "self.size, self.interpolation)"
         )
-    return ValueError(
+    raise ValueError(
         "Expected a model that can be traced while sizes are unknown. "
         f"Received: layer {layer.name!r} ({type(layer).__name__}), which asks "
         f"for the value of a tensor. {way}"
