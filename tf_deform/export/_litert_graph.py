@@ -3,14 +3,15 @@
 
 from typing import NamedTuple
 
-# What is quantized if its weights are constants. All else stays float.
-_WEIGHTED = (
-    "BATCH_MATMUL",
-    "CONV_2D",
-    "DEPTHWISE_CONV_2D",
-    "FULLY_CONNECTED",
-    "TRANSPOSE_CONV",
-)
+# What is quantized if its weights are constants, by LiteRT's name, and what
+# the quantizer calls it. All else stays float.
+_WEIGHTED = {
+    "BATCH_MATMUL": "BATCH_MATMUL",
+    "CONV_2D": "CONV_2D",
+    "DEPTHWISE_CONV_2D": "DEPTHWISE_CONV_2D",
+    "FULLY_CONNECTED": "FULLY_CONNECTED",
+    "TRANSPOSE_CONV": "CONV_2D_TRANSPOSE",
+}
 # What reads where its second operand says.
 _READS = ("GATHER", "GATHER_ND")
 # What depends on sizes, not on values.
@@ -24,7 +25,7 @@ class _Node(NamedTuple):
     kind: str
     inputs: list[_Tensor | None]  # None is a constant.
     outputs: list[_Tensor]
-    names: list[str]  # Of outputs.
+    name: str  # Of the first output.
     graphs: list[int]  # That it runs: branches, conditions and bodies.
 
     @property
@@ -36,34 +37,29 @@ class Quantizable(NamedTuple):
     """What a quantizer has to be told.
 
     Attributes:
-        kinds: Kinds of operations that stay float.
-        names: Outputs of other operations that stay float.
-        any: Whether something remains.
+        kinds: Kinds of operations that have weights.
+        places: Outputs of those of them that have to compute in float32.
+        products: Outputs of operations of these kinds that have no weights.
     """
 
     kinds: list[str]
-    names: list[str]
-    any: bool
+    places: list[str]
+    products: list[str]
 
 
 def find_quantizable(content: bytes) -> Quantizable:
     """Finds what of a file in float32 may be quantized.
 
-    Only operations with weights, and none from which it comes where something
-    is read: on the way back from every place that is read there is nothing
-    quantized before the first one with weights, which stays float, too.
+    That is what has weights. But on the way back from every place at which
+    something is read, nothing may be in 8 bits up to the first operation with
+    weights, its output included. Nor in loops and branches, of which the
+    quantizer does not find the ranges.
     """
     nodes, outputs = _read(content)
     makers = {tensor: node for node in nodes for tensor in node.outputs}
     callers = {graph: node for node in nodes for graph in node.graphs}
     seen: set[_Tensor] = set()
     waiting = [node.inputs[1] for node in nodes if node.kind in _READS]
-    unsafe = {
-        name
-        for node in nodes
-        if node.kind in _WEIGHTED and not node.has_weights
-        for name in node.names
-    }
     while waiting:
         tensor = waiting.pop()
         if tensor is None or tensor in seen:
@@ -74,20 +70,23 @@ def find_quantizable(content: bytes) -> Quantizable:
             # An input: of a graph that another runs, whatever that gives it.
             if tensor[0] in callers:
                 waiting += callers[tensor[0]].inputs
-        elif node.has_weights:
-            unsafe.update(node.names)
-        elif node.kind not in _SIZES:
+        elif not node.has_weights and node.kind not in _SIZES:
             waiting += node.inputs
             for graph in node.graphs:
                 waiting += outputs[graph]
-    kinds = {node.kind for node in nodes}
+    weighted = [node for node in nodes if node.has_weights]
     return Quantizable(
-        sorted(kinds.difference(_WEIGHTED)),
-        sorted(unsafe),
-        any(
-            node.kind in _WEIGHTED and unsafe.isdisjoint(node.names)
+        sorted({_WEIGHTED[node.kind] for node in weighted}),
+        [
+            node.name
+            for node in weighted
+            if node.outputs[0] in seen or node.outputs[0][0] > 0
+        ],
+        [
+            node.name
             for node in nodes
-        ),
+            if node.kind in _WEIGHTED and not node.has_weights
+        ],
     )
 
 
@@ -123,7 +122,7 @@ def _read(content: bytes) -> tuple[list[_Node], list[list[_Tensor]]]:
                     kinds[code],
                     [None if t in constant else (number, t) for t in given],
                     [(number, t) for t in made],
-                    [graph.tensors[t].name.decode() for t in made],
+                    graph.tensors[made[0]].name.decode() if made else "",
                     [
                         value
                         for key, value in options.items()

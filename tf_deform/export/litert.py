@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models for LiteRT (TensorFlow Lite), of its builtin operations alone."""
 
+import contextlib
 import functools
+import io
 import itertools
 import os
 import pathlib
@@ -219,15 +221,14 @@ def _write(
             folder, signature_keys=["serving_default"]
         )
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
-        if quantize in ("float16", "dynamic"):
-            converter.optimizations = [tf.lite.Optimize.DEFAULT]
         if quantize == "float16":
+            converter.optimizations = [tf.lite.Optimize.DEFAULT]
             converter.target_spec.supported_types = [tf.float16]
         with stage("Converting to LiteRT"):
             content = _convert(converter)
-        if quantize == "int8":
-            with stage("Calibrating and quantizing"):
-                content = _quantize(converter, content, batches)
+        if quantize in ("dynamic", "int8"):
+            with stage("Quantizing"):
+                content = _quantize(content, quantize, batches)
         file.write_bytes(content)
 
 
@@ -258,34 +259,68 @@ _TYPES = {"bf16": "bfloat16", "f16": "float16", "f64": "float64"}
 
 
 def _quantize(
-    converter: Any, content: bytes, batches: Iterator[_common.Arrays]
+    content: bytes, kind: str, batches: Iterator[_common.Arrays] | None
 ) -> bytes:
-    """The model with int8 weights and activations, where that is safe.
+    """A file with int8 weights and activations, where that is safe.
 
     Args:
-        converter: What made the file.
         content: The file in float32.
+        kind: "dynamic" or "int8".
         batches: See `litert`.
     """
+    from ai_edge_quantizer import calibrator, quantizer, recipe_manager
+    from ai_edge_quantizer.utils import qsv_utils
+
     found = _litert_graph.find_quantizable(content)
-    if not found.any:
+    if not found.kinds:
         raise ValueError(
-            "Expected a model with a convolution or a product with weights "
-            "that does not decide where something is read. Received: one "
-            f"without, of {', '.join(found.kinds)}"
+            "Expected a model with a convolution or a product with weights. "
+            "Received: one without"
         )
-    converter.optimizations = [tf.lite.Optimize.DEFAULT]
-    converter.representative_dataset = lambda: batches
-    with warnings.catch_warnings():
-        # It warns of TensorFlow's own interpreter, which it uses.
+    recipe = recipe_manager.RecipeManager()
+    for name in found.kinds:
+        if kind == "int8":
+            recipe.add_static_config(".*", name, 8, 8)
+        else:
+            recipe.add_dynamic_config(".*", name, 8)
+        # Later ones go before.
+        if found.places:
+            recipe.add_weight_only_config(_one_of(found.places), name, 8)
+        if found.products:
+            recipe.add_quantization_config(
+                _one_of(found.products), name, algorithm_key="no_quantize"
+            )
+    ranges = None
+    if recipe.need_calibration():
+        # Without a copy of every tensor, of which deformable layers have many.
+        calibration = calibrator.Calibrator(
+            content,
+            os.cpu_count() or 1,
+            calibrator.CalibrationMode.CALIBRATION_PROFILER_BASED,
+            qsv_utils.min_max_update,
+        )
+        for batch in batches:
+            with _quiet():
+                calibration.calibrate({"serving_default": [batch]}, recipe)
+        ranges = calibration.get_model_qsvs()
+    with _quiet():
+        result = quantizer.Quantizer(
+            content, recipe.get_quantization_recipe()
+        ).quantize(ranges, enable_progress_report=False)
+    return bytes(result.quantized_model)
+
+
+def _one_of(names: Sequence[str]) -> str:
+    """A regular expression for operations with these outputs alone."""
+    return f"^(?:{'|'.join(map(re.escape, names))});$"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the quantizer's bars and warnings from the user."""
+    with (
+        contextlib.redirect_stderr(io.StringIO()),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
-        # What else it is for is not used: of the converter's ways it is the
-        # only public one to leave out operations.
-        debugger = tf.lite.experimental.QuantizationDebugger(
-            converter=converter,
-            debug_dataset=converter.representative_dataset,
-            debug_options=tf.lite.experimental.QuantizationDebugOptions(
-                denylisted_ops=found.kinds, denylisted_nodes=found.names
-            ),
-        )
-        return debugger.get_nondebug_quantized_model()
+        yield
