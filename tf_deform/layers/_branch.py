@@ -143,6 +143,6 @@ def hand_on_nan(
     fields = tf.stop_gradient(fields)
     # Its NaN is what is added, and nothing else: a constant NaN would be found
     # by who looks for NaN in a graph, and infinity times zero would be one.
-    nan = tf.where(tf.math.is_nan(fields), fields, tf.zeros_like(fields))
+    nan = tf.where(tf.math.is_nan(fields), fields, tf.zeros((), fields.dtype))
     nan = tf.reduce_sum(nan, axis, keepdims=True)
     return outputs + tf.cast(nan, outputs.dtype)
