@@ -97,6 +97,15 @@ def convolve(
     outputs = inputs
     if any(not isinstance(n, int) or n for side in paddings for n in side):
         outputs = tf.pad(outputs, (*paddings, (0, 0)))
+        if not all(isinstance(n, int) for side in paddings for n in side):
+            # Where a padding is computed, other programs know no size at all.
+            padded = [
+                before + pixels + after
+                for (before, after), pixels in zip(
+                    paddings, (batch, *size), strict=True
+                )
+            ]
+            outputs = tf.reshape(outputs, (*padded, channels))
     if max(steps) > 1:
         outputs = outputs[:, :: steps[0], :: steps[1]]
     if max(parts) > 1:
