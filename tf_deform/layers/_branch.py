@@ -97,6 +97,15 @@ def convolve(
     outputs = inputs
     if any(not isinstance(n, int) or n for side in paddings for n in side):
         outputs = tf.pad(outputs, (*paddings, (0, 0)))
+        if not all(isinstance(n, int) for side in paddings for n in side):
+            # Where a padding is computed, other programs know no size at all.
+            padded = [
+                before + pixels + after
+                for (before, after), pixels in zip(
+                    paddings, (batch, *size), strict=True
+                )
+            ]
+            outputs = tf.reshape(outputs, (*padded, channels))
     if max(steps) > 1:
         outputs = outputs[:, :: steps[0], :: steps[1]]
     if max(parts) > 1:
@@ -140,9 +149,10 @@ def hand_on_nan(
     Returns:
         `outputs`, or NaN.
     """
-    fields = tf.stop_gradient(fields)
-    # Its NaN is what is added, and nothing else: a constant NaN would be found
-    # by who looks for NaN in a graph, and infinity times zero would be one.
-    nan = tf.where(tf.math.is_nan(fields), fields, tf.zeros((), fields.dtype))
-    nan = tf.reduce_sum(nan, axis, keepdims=True)
-    return outputs + tf.cast(nan, outputs.dtype)
+    # One, or NaN: a constant NaN would be found by who looks for NaN in a graph.
+    # Nothing here is always zero, nor chosen from `fields`: 8 bits have no range
+    # for the former, and would give theirs to the latter.
+    one = tf.ones((), fields.dtype)
+    seen = tf.reduce_any(tf.math.is_nan(fields), axis, keepdims=True)
+    factor = tf.sqrt(tf.where(seen, -one, one))
+    return outputs * tf.cast(factor, outputs.dtype)
