@@ -86,12 +86,14 @@ def litert(
         OSError: `path` cannot be written.
         RuntimeError: What was written differs from the model.
     """
-    if quantize not in _TOLERANCES:
+    if quantize not in tuple(_TOLERANCES):
         raise ValueError(
             'Expected `quantize` to be None, "float16", "dynamic" or "int8". '
             f"Received: {quantize!r}"
         )
     (interpreter,) = _common.require("litert", "ai_edge_litert.interpreter")
+    if quantize in ("dynamic", "int8"):
+        _common.require("litert", "ai_edge_quantizer")
     source = _source.find_source(model, input_signature)
     batches = None
     if calibration is not None:
