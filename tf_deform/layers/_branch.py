@@ -149,9 +149,9 @@ def hand_on_nan(
     Returns:
         `outputs`, or NaN.
     """
-    # One, or NaN: a constant NaN would be found by who looks for NaN in a graph.
-    # Nothing here is always zero, nor chosen from `fields`: 8 bits have no range
-    # for the former, and would give theirs to the latter.
+    # One, or NaN: a constant NaN would be found by who looks for NaN in a
+    # graph. Nothing here is always zero, nor chosen from `fields`: 8 bits have
+    # no range for the former, and would give theirs to the latter.
     one = tf.ones((), fields.dtype)
     seen = tf.reduce_any(tf.math.is_nan(fields), axis, keepdims=True)
     factor = tf.sqrt(tf.where(seen, -one, one))
