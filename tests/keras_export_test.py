@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keras' own `Model.export`, in every format that Keras knows."""
 
+import itertools
 import sys
 
 import keras
@@ -96,9 +97,14 @@ def has_native_ops(path):
     return b"TfDeform>Deformable" in (path / "saved_model.pb").read_bytes()
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("name", MODELS)
-def test_every_format_runs_elsewhere(kind, name, tmp_path):
+@pytest.mark.parametrize(
+    "name,kind",
+    [
+        *itertools.product(["zeros", "clamp", "psroi"], FORMATS),
+        *(("align", kind) for kind in ("onnx", "litert")),
+    ],
+)
+def test_every_format_runs_elsewhere(name, kind, tmp_path):
     """Native ops stay in SavedModels alone."""
     model, inputs = MODELS[name]()
     expected = model(inputs if len(inputs) > 1 else inputs[0])
@@ -193,6 +199,43 @@ def test_what_cannot_be_exported_raises(kind, tmp_path):
         files = [path] if before else []
         assert list(tmp_path.iterdir()) == files
         assert not before or path.read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_conditions(kind, tmp_path):
+    """In them tf2onnx writes convolutions, Keras' too, that nothing loads."""
+    layer = layers.DeformableConv2D(3, 3)
+    image = random(2, 7, 9, 4)
+
+    class Choice(keras.layers.Layer):
+        def build(self, shape):
+            self.layer = layer
+            self.layer.build(shape)
+
+        def compute_output_shape(self, shape):
+            return self.layer.compute_output_shape(shape)
+
+        def call(self, inputs):
+            return keras.ops.cond(
+                keras.ops.sum(inputs) > 0,
+                lambda: self.layer(inputs),
+                lambda: -self.layer(inputs),
+            )
+
+    inputs = keras.Input((7, 9, 4))
+    model = displace(keras.Model(inputs, Choice()(inputs)))
+    path = tmp_path / FORMATS[kind]
+    if kind == "onnx":
+        model(image)
+        path.write_bytes(b"what was there")
+        with pytest.raises(ValueError, match="Use tf_deform.export.onnx"):
+            model.export(str(path), format=kind, verbose=False)
+        assert path.read_bytes() == b"what was there"
+        return
+    model.export(str(path), format=kind, verbose=False)
+    for given in (image, -image):
+        received = np.asarray(run(kind, str(path), [given]))
+        assert_close(received, model(given))
 
 
 def test_litert_traces_anew(tmp_path):
