@@ -263,50 +263,74 @@ def back_over_back(function, x, direction):
     return tape.gradient(value, x)
 
 
-@pytest.mark.parametrize(
-    ("place", "implementation", "jit"),
-    [
-        *((place, "native", False) for place in PLACES),
-        (plain, "portable", False),
-        (plain, "native", True),
-        (nested, "native", True),
-    ],
-    ids=lambda value: getattr(value, "__name__", str(value)),
-)
-@pytest.mark.parametrize("name", OPS)
-def test_forward_mode_and_hessians(name, place, implementation, jit):
-    """Accumulators and tapes outside of the function, and inside of it."""
+def forward_over_back(function, x, direction):
+    return forward(gradient_of(function), x, direction)
+
+
+def inside(mode):
+    """The accumulator or the tapes in one function with the op."""
+
+    def run(function, x, direction):
+        function = function.python_function
+        return tf.function(lambda x: mode(function, x, direction))(x)
+
+    return run
+
+
+forward_inside = inside(forward)
+
+# TensorFlow itself has no forward mode over the backward pass of loops and
+# conditions: it raises TypeError for stock ops, too.
+MODES = {
+    (plain, "native"): [forward, forward_over_back],
+    (nested, "native"): [forward, back_over_back],
+    (mapped, "native"): [forward, back_over_back],
+    (repeated, "native"): [forward, back_over_back],
+    (chosen, "native"): [forward_inside, back_over_back],
+    (plain, "portable"): [forward, forward_over_back],
+}
+
+
+def check_modes(name, place, implementation, modes, **options):
     shape = OPS[name][1]
     x, direction = draw(shape, 5), draw(shape, 6)
 
     def by_itself(x):
         return place(name, x, implementation=implementation)
 
-    function = tf.function(by_itself, jit_compile=jit)
-
-    def check(received, expected):
+    function = tf.function(by_itself, autograph=False, **options)
+    slope = directional(by_itself, x, direction)
+    curve = directional(gradient_of(by_itself), x, direction)
+    for mode in modes:
+        received = mode(function, x, direction)
+        expected = slope if mode in (forward, forward_inside) else curve
         assert np.abs(expected).max() > 1e-3
         np.testing.assert_allclose(
             received, expected, rtol=TOLERANCE, atol=1e-8
         )
 
-    slope = directional(function, x, direction)
-    check(forward(function, x, direction), slope)
-    curve = directional(gradient_of(function), x, direction)
-    check(back_over_back(function, x, direction), curve)
-    if jit:  # TensorFlow compiles no accumulator that is in another function.
-        return
-    check(forward(gradient_of(function), x, direction), curve)
-    inside = tf.function(
-        lambda x, direction: (
-            forward(by_itself, x, direction),
-            back_over_back(by_itself, x, direction),
-        )
-    )
-    for received, expected in zip(
-        inside(x, direction), (slope, curve), strict=True
-    ):
-        check(received, expected)
+
+@pytest.mark.parametrize(
+    ("place", "implementation"),
+    MODES,
+    ids=lambda value: getattr(value, "__name__", value),
+)
+@pytest.mark.parametrize("name", OPS)
+def test_forward_mode_and_hessians(name, place, implementation):
+    """Accumulators and tapes outside of the function, and inside of it."""
+    modes = MODES[place, implementation]
+    check_modes(name, place, implementation, modes)
+
+
+@pytest.mark.parametrize("name", ["convolve", "roi_align"])
+def test_forward_mode_and_hessians_compiled_by_xla(name):
+    modes = [forward, back_over_back]
+    check_modes(name, plain, "native", modes, jit_compile=True)
+
+
+def test_forward_over_backward_inside_one_function():
+    mode = inside(forward_over_back)
+    check_modes("convolve", plain, "native", [mode])
 
 
 @pytest.mark.parametrize("in_graph", [False, True], ids=["eager", "graph"])

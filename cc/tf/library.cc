@@ -59,9 +59,14 @@ bool RegistersOps() {
 
 }  // namespace tf_deform
 
-// The file that registered the ops of this process, as it was named when it was
-// loaded.
-extern "C" __attribute__((visibility("default"))) const char*
-TfDeformRegisteredBy() {
+// The copy that registered the ops of this process: its file, as it was named
+// when it was loaded, and its version.
+#define TF_DEFORM_EXPORT extern "C" __attribute__((visibility("default")))
+
+TF_DEFORM_EXPORT const char* TfDeformRegisteredBy() {
   return tf_deform::first_copy.path;
+}
+
+TF_DEFORM_EXPORT const char* TfDeformRegisteredVersion() {
+  return tf_deform::first_copy.version;
 }
