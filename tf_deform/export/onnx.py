@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from tf_deform import _implementation, _loader
 from tf_deform._portable.deformable_conv2d import deformable_conv2d
-from tf_deform.export import _common, _source
+from tf_deform.export import _common, _openvino, _source
 
 # The first version of the standard with DeformConv, and the last one tried.
 MIN_OPSET, MAX_OPSET = 19, 22
@@ -378,6 +378,7 @@ def _raise_opset(proto: Any, opset: int) -> Any:
     import onnx
 
     _pad_same(proto.graph)
+    _openvino.adapt(proto.graph)
     try:
         proto = onnx.version_converter.convert_version(proto, opset)
     except Exception as error:
