@@ -148,7 +148,8 @@ def suppress(
     _, count, classes = keras.ops.shape(scores)
     x1, y1, x2, y2 = tf.unstack(boxes, axis=-1)
     area = tf.maximum(x2 - x1, 0.0) * tf.maximum(y2 - y1, 0.0)
-    real = (scores > min_score) & (area > 0)[..., None]
+    # Not `greater`, which a NaN is in OpenVINO.
+    real = tf.less(min_score, scores) & (area > 0)[..., None]
     scores = tf.where(real, scores, 0.0)
     scores = tf.reshape(tf.transpose(scores, (0, 2, 1)), (-1, classes * count))
 
@@ -161,7 +162,8 @@ def suppress(
     )
     common = tf.maximum(width, 0.0) * tf.maximum(height, 0.0)
     union = area[:, :, None] + area[:, None] - common
-    goes = (common > max_overlap * union) | tf.eye(count, dtype="bool")
+    index = tf.range(count)
+    goes = (common > max_overlap * union) | (index[:, None] == index)
     goes = tf.cast(goes, scores.dtype)
 
     chosen, best_scores = [], []
