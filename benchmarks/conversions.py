@@ -93,7 +93,9 @@ class Calibration(quantization.CalibrationDataReader):
     """Inputs by which a converter chooses its ranges."""
 
     def __init__(self, kind: str, size: int):
-        self.batches = iter([make_inputs(kind, size, seed) for seed in (1, 2)])
+        self.batches = iter(
+            [make_inputs(kind, size, seed) for seed in range(1, 7)]
+        )
 
     def get_next(self) -> Inputs | None:
         return next(self.batches, None)
@@ -203,7 +205,7 @@ def convert(
         return
 
     def quantize_nncf(**options) -> Run:
-        batches = [make_inputs(kind, size, seed) for seed in range(1, 4)]
+        batches = [make_inputs(kind, size, seed) for seed in range(1, 7)]
         found = nncf.quantize(
             onnx.load(source), nncf.Dataset(batches), **options
         )
