@@ -126,8 +126,11 @@ def convert(
     model = make_model(kind)
     source, portable = folder / "model.onnx", folder / "portable"
     target = folder / "converted.onnx"
-    export.onnx(model, source, verbose=False)
-    export.saved_model(model, portable, "portable", verbose=False)
+    sample = make_inputs(kind, 64)
+    export.onnx(model, source, sample=sample, verbose=False)
+    export.saved_model(
+        model, portable, "portable", sample=sample, verbose=False
+    )
     proto = onnx.load(source)
     nodes = layers_nodes(proto)
 

@@ -2,7 +2,7 @@
 """What OpenVINO needs to read an ONNX file that ONNX Runtime reads as it is."""
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,25 +11,16 @@ import numpy as np
 _OPEN = np.iinfo("int32").max
 
 
-def adapt(graph: Any) -> None:
-    """Writes a graph, and those inside of it, as OpenVINO wants them.
+def adapt(graphs: Sequence[Any]) -> None:
+    """Writes graphs as OpenVINO wants them.
 
     Args:
-        graph: `onnx.GraphProto`, changed in place.
+        graphs: `onnx.GraphProto`s, changed in place: a model's graph, and those
+            inside of it.
     """
-    graphs = list(_graphs(graph))
-    for inner in graphs[1:]:
-        _copy_unchanged(inner)
+    for graph in graphs[1:]:
+        _copy_unchanged(graph)
     _open_slices(graphs)
-
-
-def _graphs(graph: Any) -> Iterator[Any]:
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            # Reading the graph of one that has none would give it one.
-            if attribute.HasField("g"):
-                yield from _graphs(attribute.g)
 
 
 def _copy_unchanged(graph: Any) -> None:
@@ -48,49 +39,42 @@ def _copy_unchanged(graph: Any) -> None:
             output.name = name
 
 
-def _open_slices(graphs: list[Any]) -> None:
+def _open_slices(graphs: Sequence[Any]) -> None:
     """Ends slices that have no end at the largest int64, not int32.
 
     OpenVINO takes the end for the most that an unknown size may be. With the
     padding of a convolution added it is too large for an int32, of which
     TensorFlow's sizes are, and shapes no longer fit.
     """
-    from onnx import TensorProto, numpy_helper
+    from onnx import numpy_helper
 
-    constants = {
-        tensor.name: tensor
-        for graph in graphs
-        for tensor in graph.initializer
-        if tensor.data_type == TensorProto.INT64
-    }
     uses = collections.Counter()
     for graph in graphs:
         uses.update(name for node in graph.node for name in node.input)
         uses.update(output.name for output in graph.output)
-    replaced = set()
+    unused = set()
     for graph in graphs:
+        constants = {
+            tensor.name: tensor
+            for tensor in (*graphs[0].initializer, *graph.initializer)
+        }
         for node in graph.node:
             if node.op_type != "Slice" or node.input[2] not in constants:
                 continue
             old = node.input[2]
             ends = numpy_helper.to_array(constants[old])
-            if _OPEN not in ends:
+            if ends.dtype != np.int64 or _OPEN not in ends:
                 continue
-            name = f"{old}_open"
-            if name not in replaced:
-                ends = np.where(ends == _OPEN, np.iinfo("int64").max, ends)
-                graphs[0].initializer.append(
-                    numpy_helper.from_array(ends, name)
-                )
-                replaced.add(name)
-            node.input[2] = name
+            node.input[2] = f"{node.output[0]}_ends"
+            ends = np.where(ends == _OPEN, np.iinfo("int64").max, ends)
+            graph.initializer.append(
+                numpy_helper.from_array(ends, node.input[2])
+            )
             uses[old] -= 1
+            if not uses[old]:
+                unused.add(old)
     # onnxruntime warns of what nobody uses.
     for graph in graphs:
-        kept = [
-            tensor
-            for tensor in graph.initializer
-            if uses[tensor.name] or f"{tensor.name}_open" not in replaced
-        ]
+        kept = [x for x in graph.initializer if x.name not in unused]
         del graph.initializer[:]
         graph.initializer.extend(kept)
