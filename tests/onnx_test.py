@@ -645,6 +645,22 @@ def test_soft_suppression_is_refused(sigma, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_crops_are_exported(tmp_path):
+    boxes = tf.TensorSpec((None, 4), "float32", "boxes")
+    function = tf.function(
+        lambda x, boxes: tf.image.crop_and_resize(x, boxes, [0, 2], (3, 4)),
+        [IMAGE, boxes],
+    )
+    samples = [
+        (X, np.array(values, "float32"))
+        for values in (
+            [[0.1, 0.2, 0.6, 0.8], [0, 0, 1, 1]],
+            [[-0.3, 0.2, 0.6, 1.4], [0.8, 0.9, 0.1, 0.2]],
+        )
+    ]
+    assert_equal(function, tmp_path / "model", samples)
+
+
 def test_hard_suppression_is_exported(tmp_path):
     assert_equal(suppress(0.0), tmp_path / "model", [(BOXES, SCORES)])
 
@@ -669,13 +685,34 @@ def image_function(body):
             lambda x: tf.image.resize(x, (4, 5), antialias=True),
             "ScaleAndTranslate",
         ),
+        (
+            lambda x: tf.image.crop_and_resize(
+                x, [[0.1, 0.2, 0.6, 0.8]], [0], (4, 5), "nearest"
+            ),
+            "'bilinear'.*'nearest'",
+        ),
+        (
+            lambda x: tf.switch_case(
+                tf.cast(x[0, 0, 0, 0], "int32"),
+                [lambda: x, lambda: -x, lambda: 2 * x],
+            ),
+            "switch_case",
+        ),
         (lambda x: tf.bitcast(x, "int32"), "Bitcast"),
         (
             lambda x: tf.map_fn(lambda h: tf.linalg.qr(h)[0], x),
             "Qr",
         ),
     ],
-    ids=["area", "area-in-cond", "antialias", "bitcast", "qr-in-map"],
+    ids=[
+        "area",
+        "area-in-cond",
+        "antialias",
+        "crop",
+        "switch",
+        "bitcast",
+        "qr-in-map",
+    ],
 )
 def test_the_reason_is_told(body, reason, tmp_path):
     with pytest.raises(ValueError, match=f"Expected .*{reason}"):

@@ -273,6 +273,18 @@ def _convert_resize_nearest(ctx: Any, node: Any, name: str, _: Any) -> None:
     )
 
 
+def _convert_crop(ctx: Any, node: Any, name: str, _: Any) -> None:
+    """Refuses the nearest pixel: ONNX takes another one of two."""
+    from tf2onnx.onnx_opset import nn
+
+    if node.get_attr_str("method") != "bilinear":
+        raise Refused(
+            "Expected crop_and_resize with the method 'bilinear', as ONNX has "
+            f"no other. Received: {node.get_attr_str('method')!r} in {name!r}"
+        )
+    nn.CropAndResize.version_13(ctx, node)
+
+
 def _convert_suppression(ctx: Any, node: Any, name: str, _: Any) -> None:
     """Refuses what is not hard suppression, which is what ONNX has.
 
@@ -308,6 +320,7 @@ HANDLERS: dict[str, Callable[[Any, Any, str, Any], None]] = {
     "Select": _convert_where,
     "SelectV2": _convert_where,
     "Erfc": _convert_erfc,
+    "CropAndResize": _convert_crop,
     "ResizeArea": _convert_resize,
     "ResizeBicubic": _convert_resize,
     "ResizeBilinear": _convert_resize,
