@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from tf_deform.export import _openvino
+
 # What opset 18 writes otherwise than a newer one; tf2onnx writes none of them.
 # (`onnx.version_converter` knows no private domains inside of conditions.)
 CHANGED = ("DFT", "GridSample", "GroupNormalization")
@@ -113,6 +115,7 @@ def raise_opset(proto: Any, opset: int) -> Any:
         # The types and shapes of what is between nodes: tf2onnx does not know
         # all, and the checker infers them.
         del graph.value_info[:]
+    _openvino.adapt(list(_graphs(proto.graph)))
     for node in walk(proto.graph):
         if node.op_type == "DeformConv":
             node.domain = ""  # Inside of conditions tf2onnx has lost it.
