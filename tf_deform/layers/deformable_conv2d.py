@@ -47,7 +47,7 @@ def _shape_of_inputs(
         for name, value in (("inputs_shape", shape), *keywords.items())
         if name != "inputs_shape" or value is not None
     }
-    if len(given) != 1 or given.keys() > {"inputs_shape", "input_shape"}:
+    if len(given) != 1 or not given.keys() <= {"inputs_shape", "input_shape"}:
         raise TypeError(
             f"Expected `{method}` to be given `inputs_shape` or `input_shape`, "
             f"and those of displacements. Received: {', '.join(given) or None}"
@@ -186,6 +186,7 @@ class DeformableConv2D(keras.layers.Conv2D):
         )
         self.offset_kernel = None
         self.offset_bias = None
+        self._built_for = None
         self.supports_jit = _loader.supports_jit()
         if modulation not in MODULATIONS:
             raise ValueError(
@@ -273,6 +274,23 @@ class DeformableConv2D(keras.layers.Conv2D):
             self._build_branch(channels)
         if lora_rank:
             self.enable_lora(lora_rank, lora_alpha=self.lora_alpha)
+        self._built_for = {
+            name: tuple(tf.TensorShape(shape).as_list())
+            for name, shape in (
+                ("inputs_shape", inputs_shape),
+                ("offset_shape", offset_shape),
+                ("modulator_shape", modulator_shape),
+            )
+            if shape is not None
+        }
+
+    def get_build_config(self) -> dict[str, Any] | None:
+        # Keras remembers the call of `build`, by whatever name.
+        if self._built_for is None:
+            return super().get_build_config()
+        if len(self._built_for) == 1:
+            return {"input_shape": self._built_for["inputs_shape"]}
+        return {"shapes_dict": dict(self._built_for)}
 
     def _build_branch(self, channels: int) -> None:
         taps = self.kernel_size[0] * self.kernel_size[1]
@@ -406,6 +424,12 @@ class DeformableConv2D(keras.layers.Conv2D):
             raise ValueError(
                 f"Expected `offset`, with which layer {self.name!r} was "
                 "built: it has no branch of its own. Received: offset=None"
+            )
+        inputs = to_tensor(inputs, "inputs", tf.as_dtype(self.compute_dtype))
+        if inputs.dtype.is_complex:
+            raise TypeError(
+                "Expected `inputs` to be real numbers. Received: inputs.dtype="
+                f"{inputs.dtype.name}"
             )
         inputs = tf.cast(inputs, self.compute_dtype)
         kernel = tf.cast(self.kernel, self.compute_dtype)
