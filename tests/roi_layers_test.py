@@ -312,6 +312,7 @@ def test_signatures_are_those_of_the_design():
         "sample_per_part": 4,
         "trans_std": 0.1,
         "num_classes": 1,
+        "data_format": None,
         "implementation": "native",
     }
     assert of(DeformableROIPooling.__init__) == {
@@ -320,6 +321,7 @@ def test_signatures_are_those_of_the_design():
         "sample_per_part": 4,
         "trans_std": 0.1,
         "units": (),
+        "data_format": None,
         "implementation": "native",
     }
     assert of(DeformableROIAlign.__init__) == {
@@ -328,6 +330,7 @@ def test_signatures_are_those_of_the_design():
         "sampling_ratio": 0,
         "gamma": 0.1,
         "units": (),
+        "data_format": None,
         "implementation": "native",
     }
     given = {"inputs": required, "rois": required, "offset": None}

@@ -12,7 +12,15 @@ from tf_deform._implementation import (
     check_implementation,
     is_for_other_runtime,
 )
-from tf_deform.ops._arguments import Pair, coordinate_type, integer, pair
+from tf_deform.layers._op_layer import OpLayer, check_data_format
+from tf_deform.ops._arguments import (
+    Pair,
+    boolean,
+    coordinate_type,
+    option,
+    positive,
+    positive_pair,
+)
 from tf_deform.ops.deformable_conv2d import (
     canonical_padding,
     check_boundary,
@@ -24,7 +32,7 @@ MODULATIONS = (None, "sigmoid", "2sigmoid")
 
 
 @keras.saving.register_keras_serializable(package="tf_deform")
-class DeformableConv2D(keras.layers.Conv2D):
+class DeformableConv2D(OpLayer, keras.layers.Conv2D):
     """`keras.layers.Conv2D` that learns where to look.
 
     A branch of the layer, one convolution that starts at zero, predicts for
@@ -95,6 +103,13 @@ class DeformableConv2D(keras.layers.Conv2D):
         ValueError: Arguments or shapes that do not fit.
     """
 
+    _AXES = {
+        "inputs": "batch, height, width, channels",
+        "offset": "batch, out_h, out_w, 2 * n",
+        "modulator": "batch, out_h, out_w, n",
+    }
+    _OP_NAMES = {"modulator": "mask"}
+
     def __init__(
         self,
         filters: int,
@@ -120,18 +135,25 @@ class DeformableConv2D(keras.layers.Conv2D):
         implementation: str = "native",
         **kwargs: Any,
     ):
+        filters = positive(filters, "filters")
+        groups = positive(groups, "groups")
+        if filters % groups:
+            raise ValueError(
+                "Expected `filters` to be a multiple of `groups`. Received: "
+                f"filters={filters}, groups={groups}"
+            )
         # Keras would cast offsets to the compute dtype: `call` casts itself.
         kwargs["autocast"] = False
         # Conv2D knows two paddings, and no dilation beside strides: those
         # three are set below.
         super().__init__(
-            integer(filters, "filters"),
-            kernel_size,
-            strides=strides,
-            data_format=data_format,
+            filters,
+            positive_pair(kernel_size, "kernel_size"),
+            strides=positive_pair(strides, "strides"),
+            data_format=check_data_format(data_format),
             groups=groups,
             activation=activation,
-            use_bias=use_bias,
+            use_bias=boolean(use_bias, "use_bias"),
             kernel_initializer=kernel_initializer,
             bias_initializer=bias_initializer,
             kernel_regularizer=kernel_regularizer,
@@ -142,33 +164,19 @@ class DeformableConv2D(keras.layers.Conv2D):
             **kwargs,
         )
         self.padding = canonical_padding(padding)
-        self.dilation_rate = pair(dilation_rate, "dilation_rate")
-        self.offset_groups = integer(offset_groups, "offset_groups")
-        self.modulation = modulation
+        self.dilation_rate = positive_pair(dilation_rate, "dilation_rate")
+        self.offset_groups = positive(offset_groups, "offset_groups")
+        self.modulation = option(modulation, "modulation", MODULATIONS)
         self.boundary = check_boundary(boundary)
         self.implementation = check_implementation(implementation)
         self.offset_dilation_rate = (
             None
             if offset_dilation_rate is None
-            else pair(offset_dilation_rate, "offset_dilation_rate")
+            else positive_pair(offset_dilation_rate, "offset_dilation_rate")
         )
         self.offset_kernel = None
         self.offset_bias = None
         self.supports_jit = _loader.supports_jit()
-        if modulation not in MODULATIONS:
-            raise ValueError(
-                'Expected `modulation` to be None, "sigmoid" or "2sigmoid". '
-                f"Received: {modulation!r}"
-            )
-        for name, value in (
-            ("dilation_rate", min(self.dilation_rate)),
-            ("offset_dilation_rate", min(self._branch_dilation)),
-            ("offset_groups", self.offset_groups),
-        ):
-            if value < 1:
-                raise ValueError(
-                    f"Expected `{name}` to be positive. Received: {value}"
-                )
         if (
             not isinstance(self.padding, str)
             and min(map(min, self.padding)) < 0
