@@ -1101,6 +1101,7 @@ EVERYTHING = {
         "sample_per_part": 3,
         "trans_std": 0.7,
         "num_classes": 2,
+        "data_format": "channels_first",
         "implementation": "portable",
     },
     "pool": {
@@ -1109,6 +1110,7 @@ EVERYTHING = {
         "sample_per_part": 3,
         "trans_std": 0.7,
         "units": (8, 4),
+        "data_format": "channels_first",
         "implementation": "portable",
     },
     "align": {
@@ -1117,6 +1119,7 @@ EVERYTHING = {
         "sampling_ratio": 3,
         "gamma": 0.7,
         "units": (8, 4),
+        "data_format": "channels_first",
         "implementation": "portable",
     },
 }
