@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from tf_deform import _loader
 from tf_deform._implementation import check_implementation
+from tf_deform.layers._branch import hand_on_nan
 from tf_deform.layers._op_layer import OpLayer, check_data_format
 from tf_deform.ops._arguments import (
     coordinate_type,
@@ -199,7 +200,13 @@ class DisplacedROILayer(ROILayer):
         for kernel, bias in self._hidden:
             x = tf.nn.relu(dense(x, kernel, bias))
         offset = dense(x, self.offset_kernel, self.offset_bias)
-        offset = tf.cast(offset, coordinate_type(inputs.dtype))
+        coordinates = coordinate_type(inputs.dtype)
+        offset = tf.cast(offset, coordinates)
+        # Padding stays 0 even where weights are NaN, as 0 times NaN is not.
+        rois = tf.cast(rois, coordinates)
+        exists = tf.reduce_all(tf.abs(rois) <= coordinates.max, 1, True)
+        exists &= rois[:, :1] >= 0
+        offset = tf.where(exists, offset, tf.zeros_like(offset))
         return tf.reshape(offset, (-1, *self.pooled_size, 2))
 
     def _check_offset(self, shape: Sequence[int | None] | None) -> None:
@@ -244,12 +251,15 @@ class DisplacedROILayer(ROILayer):
             self._check_offset(None if offset is None else offset.shape)
         if inputs.shape.rank is None or inputs.shape[-1] is None:
             inputs = tf.ensure_shape(inputs, (None, None, None, self._channels))
-        if offset is None:
+        has_own = offset is None
+        if has_own:
             offset = self._run_branch(inputs, rois)
         else:
             offset = self._map_to_channels_last(offset, "offset")
         with self._own_words():
             outputs = self._pool(inputs, rois, offset)
+        if has_own:
+            outputs = hand_on_nan(outputs, offset)
         return self._to_data_format(outputs)
 
     def get_config(self) -> dict[str, Any]:

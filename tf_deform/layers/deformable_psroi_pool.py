@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
+from tf_deform.layers._branch import hand_on_nan
 from tf_deform.layers._roi_layer import (
     DisplacedROILayer,
     ROILayer,
@@ -188,6 +190,20 @@ class DeformablePSROIPooling(ROILayer):
             implementation=self.implementation,
         )
 
+    def _hand_on_nan(self, outputs: tf.Tensor, trans: tf.Tensor) -> tf.Tensor:
+        """NaN in the bins and channels whose part and class are NaN."""
+        for axis in range(2):
+            parts, bins = self.part_size[axis], self.pooled_size[axis]
+            if parts != bins:
+                index = np.arange(bins) * parts // bins
+                trans = tf.gather(trans, index, axis=1 + axis)
+        by_class = (-1, *self.pooled_size, self.num_classes)
+        handed_on = hand_on_nan(
+            tf.reshape(outputs, (*by_class, self.output_dim // by_class[-1])),
+            tf.reshape(trans, (*by_class, 2)),
+        )
+        return tf.reshape(handed_on, (-1, *self.pooled_size, self.output_dim))
+
     def _check_trans_inputs(
         self,
         trans_inputs: Sequence[int | None],
@@ -255,6 +271,8 @@ class DeformablePSROIPooling(ROILayer):
         inputs = self._map_to_channels_last(inputs, "inputs")
         with self._own_words():
             outputs = self._pool(inputs, rois, trans)
+        if trans_inputs is not None:
+            outputs = self._hand_on_nan(outputs, trans)
         return self._to_data_format(outputs)
 
     def get_config(self) -> dict[str, Any]:
