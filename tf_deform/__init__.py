@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Deformable convolution for TensorFlow and Keras."""
 
-from tf_deform import export, layers, ops
+from tf_deform import _tf2onnx, export, layers, ops
 from tf_deform._build_info import VERSION as __version__
 from tf_deform._implementation import implementation
 from tf_deform._loader import is_built_with_cuda
@@ -14,3 +14,5 @@ __all__ = [
     "layers",
     "ops",
 ]
+
+_tf2onnx.watch()

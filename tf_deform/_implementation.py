@@ -3,6 +3,7 @@
 
 import contextlib
 import contextvars
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,13 @@ _asked_for: contextvars.ContextVar[str | Mapping[str, Callable] | None] = (
 # The graphs that have the marker, inside `explaining`; otherwise None.
 _explained: contextvars.ContextVar[set[tf.Graph] | None] = (
     contextvars.ContextVar("tf_deform_explained", default=None)
+)
+
+# Where Keras traces a model for runtimes that have no native ops. TensorFlow's
+# converters refuse them there, but the one to ONNX only logs that it does not
+# know them, and writes a file that nothing loads.
+_KERAS_EXPORTERS = frozenset(
+    f"keras.src.export.{name}" for name in ("litert", "onnx", "openvino")
 )
 
 
@@ -89,7 +97,22 @@ def for_other_runtime(functions: Mapping[str, Callable]) -> Iterator[None]:
 
 def is_for_other_runtime() -> bool:
     """Whether what is traced now will be run by something else."""
-    return isinstance(_asked_for.get(), Mapping)
+    return isinstance(_asked_for.get(), Mapping) or _is_keras_exporting()
+
+
+def _is_keras_exporting() -> bool:
+    """Whether `keras.Model.export` traces for a runtime without native ops.
+
+    Keras tells no layer what it traces for: the callers do.
+    """
+    if tf.executing_eagerly():
+        return False
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") in _KERAS_EXPORTERS:
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextlib.contextmanager
@@ -128,7 +151,7 @@ def choose(implementation: Any, name: str, portable: Callable) -> Callable:
         return asked_for.get(name, portable)
     library = _loader.op_library()
     wanted = asked_for or _loader.forced() or implementation
-    if library is None or wanted == "portable":
+    if library is None or wanted == "portable" or _is_keras_exporting():
         return portable
     _mark(library)
     return getattr(library, name)

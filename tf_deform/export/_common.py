@@ -7,8 +7,6 @@ import functools
 import importlib
 import os
 import pathlib
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from tf_deform import _files
 from tf_deform.export._source import Source, find_source
 
 # Inputs or outputs by name.
@@ -243,7 +242,9 @@ def export(
     source = find_source(model, input_signature)
     stage = functools.partial(_stage, verbose=verbose)
     with contextlib.ExitStack() as stack:
-        partial = stack.enter_context(_writing(path, folder))
+        partial = stack.enter_context(
+            _files.writing(path, "saved_model.pb" if folder else None)
+        )
         if not in_tensorflow:
             stack.enter_context(source.in_float32())
         if tolerance is None:
@@ -295,55 +296,6 @@ def measure_difference(expected: np.ndarray, received: Any) -> float:
         largest = np.abs(expected[np.isfinite(expected)]).max(initial=0)
         ratio = delta.max() / largest
     return float(ratio) if np.isfinite(delta).all() else np.inf
-
-
-@contextlib.contextmanager
-def _writing(path: pathlib.Path, folder: bool) -> Iterator[pathlib.Path]:
-    """A path to write to; what is there takes the place of `path` at the end.
-
-    Whatever happens before it has leaves `path` as it was.
-
-    Raises:
-        OSError: `path` cannot be written, or is something else.
-    """
-    if folder:
-        replaceable = not path.exists() or (
-            path.is_dir()
-            and ((path / "saved_model.pb").exists() or not any(path.iterdir()))
-        )
-        kind = "a new or empty folder, or one with a SavedModel"
-    else:
-        replaceable = not path.is_dir()
-        kind = "a file"
-    if not replaceable:
-        raise FileExistsError(
-            f"Expected `path` to be {kind}. Received: {path}, which is "
-            f"{'a folder with other things' if path.is_dir() else 'a file'}"
-        )
-    try:
-        # Beside it, so that it can be moved there in one step.
-        scratch = tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent)
-    except OSError as error:
-        raise type(error)(
-            error.errno,
-            "Expected `path` to be in a folder that can be written. Received: "
-            f"{error.strerror}",
-            str(path),
-        ) from error
-    try:
-        partial = pathlib.Path(scratch) / path.name
-        yield partial
-        before = pathlib.Path(scratch) / "before"
-        if folder and path.exists():
-            path.rename(before)
-        try:
-            partial.replace(path)
-        except BaseException:
-            if before.exists() and not path.exists():
-                before.rename(path)
-            raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _measure_size(path: pathlib.Path) -> int:

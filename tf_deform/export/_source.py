@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import inspect
 import re
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -54,7 +55,11 @@ class Source:
                 pass  # A function inside lives by Autograph: it has to stay.
             finally:
                 tf.config.run_functions_eagerly(before)
-        traced.get_concrete_function()
+        try:
+            traced.get_concrete_function()
+        except tf.errors.OperatorNotAllowedInGraphError:
+            _explain_python(traced)
+            raise
         return traced
 
     def layers(self) -> list[keras.layers.Layer]:
@@ -70,17 +75,88 @@ class Source:
 
     @contextlib.contextmanager
     def in_float32(self) -> Iterator[None]:
-        """Layers with a mixed policy compute in float32 inside of it."""
-        policies = [(x, x.dtype_policy) for x in self.layers()]
+        """Layers of any real type compute in float32 inside of it.
+
+        Their variables stay as they are and are cast when they are read.
+        """
+        kept = []
         try:
-            for layer, policy in policies:
-                mixed = policy.compute_dtype != policy.variable_dtype
-                if mixed and type(policy) is keras.DTypePolicy:
-                    layer.dtype_policy = policy.variable_dtype
+            for layer in self.layers():
+                policy = layer._dtype_policy
+                if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
+                    policy = policy[layer.path]
+                # Not of quantized layers, nor of those for integers.
+                plain = type(policy).__name__ in _FLOAT_POLICIES
+                if plain and policy.compute_dtype in _OTHER_REALS:
+                    kept.append((layer, layer._dtype_policy))
+                    # The setter would leave an entry in a map.
+                    layer._dtype_policy = _InFloat32(policy.variable_dtype)
             yield
         finally:
-            for layer, policy in policies:
-                layer.dtype_policy = policy
+            for layer, policy in kept:
+                layer._dtype_policy = policy
+
+
+_FLOAT_POLICIES = ("DTypePolicy", "FloatDTypePolicy")
+# What LiteRT and most runtimes of ONNX do not compute in.
+_OTHER_REALS = ("float16", "bfloat16", "float64")
+
+
+class _InFloat32(keras.DTypePolicy):
+    """Computes in float32 with variables of any real type."""
+
+    def __init__(self, variable_dtype: str):
+        super().__init__("float32")
+        self._variable_dtype = variable_dtype
+
+
+def _find_layer(error: BaseException | None) -> keras.layers.Layer | None:
+    """The innermost layer that was called when an error was raised."""
+    layer = None
+    while error is not None and layer is None:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            found = frame.f_locals.get("self")
+            if isinstance(found, keras.layers.Layer):
+                layer = found
+        error = error.__cause__ or error.__context__  # Autograph's own.
+    return layer
+
+
+def _explain_python(traced: Any) -> None:
+    """Raises a ValueError if a layer keeps a function from being traced.
+
+    One that needs values while a graph is made: it is found by tracing once
+    more, as Keras cuts its layers' frames off otherwise.
+    """
+    filtering = keras.config.is_traceback_filtering_enabled()
+    keras.config.disable_traceback_filtering()
+    try:
+        traced.get_concrete_function()
+        return
+    except tf.errors.OperatorNotAllowedInGraphError as error:
+        layer = _find_layer(error)
+    finally:
+        if filtering:
+            keras.config.enable_traceback_filtering()
+    if layer is None:
+        return
+    way = (
+        "Give the sizes of images in `input_signature` or in keras.Input, or "
+        "write a layer that knows them later"
+    )
+    if isinstance(layer, keras.layers.UpSampling2D):
+        way = (
+            "Keras' UpSampling2D needs the sizes of its inputs unless its "
+            'interpolation is "nearest": give them in `input_signature` or in '
+            "keras.Input, or replace the layer with a subclass whose `call` "
+            "returns tf.image.resize(inputs, tf.shape(inputs)[1:3] * "
+            "self.size, self.interpolation)"
+        )
+    raise ValueError(
+        "Expected a model that can be traced while sizes are unknown. "
+        f"Received: layer {layer.name!r} ({type(layer).__name__}), which asks "
+        f"for the value of a tensor. {way}"
+    )
 
 
 def explain_stale(op: str, node: str) -> ValueError:

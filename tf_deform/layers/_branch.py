@@ -1,9 +1,133 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the layers' own branches have in common."""
 
+import math
 from collections.abc import Sequence
 
 import tensorflow as tf
+
+from tf_deform._implementation import is_for_other_runtime
+from tf_deform._portable.shapes import Size, at_least, sizes
+from tf_deform.ops._arguments import Pair
+
+
+def convolve(
+    inputs: tf.Tensor,
+    kernel: tf.Tensor,
+    *,
+    strides: Pair,
+    padding: str | Sequence[Pair],
+    dilations: Pair,
+) -> tf.Tensor:
+    """`tf.nn.conv2d` that is trained wherever it runs, on whatever comes.
+
+    TensorFlow's own has no gradient on a CPU when it is dilated: the pixels are
+    dealt out to smaller images, on which it is not. Nor when it is vectorized
+    with explicit padding: zeros are added before, which takes less time, too.
+    With oneDNN its result has a wrong shape where there is no image or no
+    pixel: it gets a black one then. In a graph for another runtime, where
+    nothing is trained, the convolution is left as it is.
+
+    Args:
+        inputs: `(batch, height, width, channels)`.
+        kernel: `(kernel_h, kernel_w, channels, filters)`.
+        strides: (height, width), in pixels.
+        padding: "same", or ((top, bottom), (left, right)), in pixels; negative
+            ones are cut off.
+        dilations: (height, width), in pixels.
+
+    Returns:
+        `(batch, out_h, out_w, filters)`, where a size that would be negative
+        is 0.
+    """
+    batch, *size, channels = sizes(inputs, tuple(inputs.shape.as_list()))
+    if padding != "same":
+        added = [[max(pixels, 0) for pixels in side] for side in padding]
+        rows, columns = (
+            slice(max(-before, 0), -max(-after, 0) or None)
+            for before, after in padding
+        )
+        if min(map(min, padding)) < 0:
+            inputs = inputs[:, rows, columns]
+    if is_for_other_runtime():
+        return tf.nn.conv2d(
+            inputs,
+            kernel,
+            strides,
+            "SAME" if padding == "same" else [[0, 0], *added, [0, 0]],
+            dilations=dilations,
+        )
+
+    dilations = [
+        1 if taps == 1 else rate
+        for taps, rate in zip(kernel.shape[:2], dilations, strict=True)
+    ]
+    as_it_is = padding == "same" and max(dilations) == 1
+    paddings, wanted = [(0, _if_none(batch, 1))], [batch]
+    steps, parts, inner_strides, outer_strides = [], [], [], []
+    for axis, (pixels, taps, stride, rate) in enumerate(
+        zip(size, kernel.shape, strides, dilations, strict=False)
+    ):
+        reach = rate * (taps - 1)
+        if padding == "same":
+            out = (pixels + stride - 1) // stride
+            spare = at_least((out - 1) * stride + reach + 1 - pixels, 0)
+            before, after, cut = spare // 2, spare - spare // 2, 0
+        else:
+            before, after = added[axis]
+            cut = before + after - sum(padding[axis])
+            out = (pixels + before + after - cut - reach - 1) // stride + 1
+        if as_it_is:
+            before = after = 0
+        after += _if_none(out, reach + 1)
+        # Pixels between those that any tap reads are left out. Where that does
+        # not do, each of the parts that the rest is dealt out to is convolved
+        # everywhere, and with strides some results are not needed.
+        step = math.gcd(stride, rate)
+        part = rate // step
+        rest = at_least(pixels - cut, 0) + before + after
+        after += -((rest + step - 1) // step) % part * step
+        paddings.append((before, after))
+        wanted.append(at_least(out, 0))
+        steps.append(step)
+        parts.append(part)
+        inner_strides.append(1 if part > 1 else stride // step)
+        outer_strides.append(stride // step if part > 1 else 1)
+
+    outputs = inputs
+    if any(not isinstance(n, int) or n for side in paddings for n in side):
+        outputs = tf.pad(outputs, (*paddings, (0, 0)))
+        if not all(isinstance(n, int) for side in paddings for n in side):
+            # Where a padding is computed, other programs know no size at all.
+            padded = [
+                before + pixels + after
+                for (before, after), pixels in zip(
+                    paddings, (batch, *size), strict=True
+                )
+            ]
+            outputs = tf.reshape(outputs, (*padded, channels))
+    if max(steps) > 1:
+        outputs = outputs[:, :: steps[0], :: steps[1]]
+    if max(parts) > 1:
+        outputs = tf.space_to_batch(outputs, parts, ((0, 0), (0, 0)))
+    outputs = tf.nn.conv2d(
+        outputs, kernel, inner_strides, "SAME" if as_it_is else "VALID"
+    )
+    if max(parts) > 1:
+        outputs = tf.batch_to_space(outputs, parts, ((0, 0), (0, 0)))
+    if max(outer_strides) > 1:
+        outputs = outputs[:, :: outer_strides[0], :: outer_strides[1]]
+    wanted.append(kernel.shape[-1])
+    if outputs.shape.as_list() != wanted:
+        outputs = tf.slice(outputs, (0, 0, 0, 0), wanted)
+    return outputs
+
+
+def _if_none(size: Size, value: int) -> Size:
+    """`value` where `size` is not positive, and otherwise 0."""
+    if isinstance(size, int):
+        return 0 if size > 0 else value
+    return tf.where(size > 0, 0, value)
 
 
 def hand_on_nan(
@@ -25,9 +149,10 @@ def hand_on_nan(
     Returns:
         `outputs`, or NaN.
     """
-    fields = tf.stop_gradient(fields)
-    # Its NaN is what is added, and nothing else: a constant NaN would be found
-    # by who looks for NaN in a graph, and infinity times zero would be one.
-    nan = tf.where(tf.math.is_nan(fields), fields, tf.zeros_like(fields))
-    nan = tf.reduce_sum(nan, axis, keepdims=True)
-    return outputs + tf.cast(nan, outputs.dtype)
+    # One, or NaN: a constant NaN would be found by who looks for NaN in a graph.
+    # Nothing here is always zero, nor chosen from `fields`: 8 bits have no range
+    # for the former, and would give theirs to the latter.
+    one = tf.ones((), fields.dtype)
+    seen = tf.reduce_any(tf.math.is_nan(fields), axis, keepdims=True)
+    factor = tf.sqrt(tf.where(seen, -one, one))
+    return outputs * tf.cast(factor, outputs.dtype)

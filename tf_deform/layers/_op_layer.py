@@ -4,7 +4,7 @@
 import contextlib
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
@@ -95,30 +95,31 @@ class OpLayer(keras.layers.Layer):
         axes = self._AXES[name].split(", ")
         return ", ".join(self._to_data_format(axes))
 
-    def _check_rank(self, shape: Sequence[int | None], name: str) -> None:
-        if len(shape) != 4:
+    def _check_rank(self, shape: tf.TensorShape, name: str) -> None:
+        if shape.rank != 4:
             raise ValueError(
                 f"Expected `{name}` to have rank 4 ({self._axes(name)}). "
-                f"Received: {name}.shape={tuple(shape)}"
+                f"Received: {name}.shape={shape}"
             )
 
     def _shape_to_channels_last(
-        self, shape: Sequence[int | None] | None, name: str
+        self, shape: Any, name: str
     ) -> tuple[int | None, ...] | None:
         """The shape of a map, as the op takes it."""
         if shape is None:
             return None
-        shape = tuple(shape)
+        shape = tf.TensorShape(shape)
         self._check_rank(shape, name)
+        shape = tuple(shape.as_list())
         if self.data_format == "channels_last":
             return shape
         return (shape[0], *shape[2:], shape[1])
 
-    def _map_to_channels_last(self, value: Any, name: str) -> Any:
+    def _to_channels_last(self, value: Any, name: str) -> Any:
         """A map, laid out as the op takes it."""
         if value is None:
             return None
-        value = tf.convert_to_tensor(value)
+        value = to_tensor(value, name)
         if value.shape.rank is not None:
             self._check_rank(value.shape, name)
         if self.data_format == "channels_last":

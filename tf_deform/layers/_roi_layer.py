@@ -244,7 +244,7 @@ class DisplacedROILayer(ROILayer):
 
     def call(self, inputs: Any, rois: Any, offset: Any = None) -> tf.Tensor:
         inputs = tf.cast(inputs, self.compute_dtype)
-        inputs = self._map_to_channels_last(inputs, "inputs")
+        inputs = self._to_channels_last(inputs, "inputs")
         if offset is not None:
             offset = tf.convert_to_tensor(offset)
         if offset is None or offset.shape.rank is not None:
@@ -255,7 +255,7 @@ class DisplacedROILayer(ROILayer):
         if has_own:
             offset = self._run_branch(inputs, rois)
         else:
-            offset = self._map_to_channels_last(offset, "offset")
+            offset = self._to_channels_last(offset, "offset")
         with self._own_words():
             outputs = self._pool(inputs, rois, offset)
         if has_own:

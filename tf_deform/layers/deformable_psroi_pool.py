@@ -262,13 +262,11 @@ class DeformablePSROIPooling(ROILayer):
                 ),
                 trans is not None,
             )
-            trans_inputs = self._map_to_channels_last(
-                trans_inputs, "trans_inputs"
-            )
+            trans_inputs = self._to_channels_last(trans_inputs, "trans_inputs")
             trans = self._run_branch(trans_inputs, rois)
         else:
-            trans = self._map_to_channels_last(trans, "trans")
-        inputs = self._map_to_channels_last(inputs, "inputs")
+            trans = self._to_channels_last(trans, "trans")
+        inputs = self._to_channels_last(inputs, "inputs")
         with self._own_words():
             outputs = self._pool(inputs, rois, trans)
         if trans_inputs is not None:

@@ -147,7 +147,7 @@ def to_tensor(
     except Exception as error:
         raise TypeError(
             f"Expected `{name}` to be a dense tensor or what converts to one. "
-            f"Received: a value of type {type(value).__name__} ({error})"
+            f"{received(value)} ({str(error)[:200]})"
         ) from error
 
 
