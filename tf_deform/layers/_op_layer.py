@@ -31,8 +31,8 @@ class OpLayer(keras.layers.Layer):
     """A layer whose `call` hands its arguments to an op.
 
     Attributes of subclasses:
-        _AXES: The axes of every map that `call` takes, by its name and in
-            channels last; the others do not follow `data_format`.
+        _AXES: The axes of every tensor that `call` takes, by its name; those
+            of maps, which are four, in channels last.
         _OP_NAMES: What the op calls an argument that has another name here.
     """
 
@@ -62,7 +62,7 @@ class OpLayer(keras.layers.Layer):
 
     def _operand(self, value: Any, name: str | None = None) -> Any:
         """An argument of a call, as a tensor of a type that its op can use."""
-        if name not in (*self._AXES, "rois"):
+        if name not in self._AXES:
             return value
         if value is None and name not in ("inputs", "rois"):
             return value
@@ -89,17 +89,24 @@ class OpLayer(keras.layers.Layer):
                 f"{'' if name in _COORDINATES else ' or integer'} type. "
                 f"Received: {name}.dtype={dtype.name}"
             )
+        shape = tf.TensorShape(value.shape)
+        if shape.rank is not None:
+            self._check_rank(shape, name)
         return value
 
     def _axes(self, name: str) -> str:
         axes = self._AXES[name].split(", ")
-        return ", ".join(self._to_data_format(axes))
+        if len(axes) == 4:
+            axes = self._to_data_format(axes)
+        return ", ".join(axes)
 
     def _check_rank(self, shape: tf.TensorShape, name: str) -> None:
-        if shape.rank != 4:
+        axes = self._axes(name)
+        rank = axes.count(", ") + 1
+        if shape.rank != rank:
             raise ValueError(
-                f"Expected `{name}` to have rank 4 ({self._axes(name)}). "
-                f"Received: {name}.shape={shape}"
+                f"Expected `{name}` to have rank {rank} ({axes}). Received: "
+                f"{name}.shape={shape}"
             )
 
     def _shape_to_channels_last(

@@ -128,6 +128,7 @@ class DisplacedROILayer(ROILayer):
 
     _AXES = {
         "inputs": "batch, height, width, channels",
+        "rois": "num_rois, 5",
         "offset": "num_rois, pooled_h, pooled_w, 2",
     }
 

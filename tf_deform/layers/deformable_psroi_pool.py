@@ -94,6 +94,7 @@ class DeformablePSROIPooling(ROILayer):
 
     _AXES = {
         "inputs": "batch, height, width, output_dim * group_h * group_w",
+        "rois": "num_rois, 5",
         "trans": "num_rois, part_h, part_w, classes * 2",
         "trans_inputs": "batch, height, width, trans_channels",
     }
