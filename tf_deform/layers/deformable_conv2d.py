@@ -15,6 +15,7 @@ from tf_deform.layers._op_layer import OpLayer, check_data_format
 from tf_deform.ops._arguments import (
     Pair,
     boolean,
+    bounded,
     coordinate_type,
     option,
     positive,
@@ -197,14 +198,9 @@ class DeformableConv2D(OpLayer, keras.layers.Conv2D):
         self.offset_kernel = None
         self.offset_bias = None
         self.supports_jit = _loader.supports_jit()
-        if (
-            not isinstance(self.padding, str)
-            and min(map(min, self.padding)) < 0
-        ):
-            raise ValueError(
-                "Expected `padding` to be 0 or more. Received: "
-                f"padding={padding!r}"
-            )
+        if not isinstance(self.padding, str):
+            for pixels in (*self.padding[0], *self.padding[1]):
+                bounded(pixels, "padding", 0)
 
     @property
     def _branch_dilation(self) -> Pair:

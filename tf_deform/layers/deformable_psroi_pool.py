@@ -38,6 +38,10 @@ class DeformablePSROIPooling(ROILayer):
 
     See `tf_deform.ops.deformable_psroi_pool` for the equation.
 
+    A NaN that the branch makes is handed on to the bins of its part, in the
+    channels of its class, where the op would take it for outside of the map and
+    hide it; padding regions stay 0 all the same. Given displacements keep the op's rule.
+
     Source: Dai et al. 2017, "Deformable Convolutional Networks",
     arXiv:1703.06211, Eq. 5 and 6, and section 2.2; position-sensitive maps:
     Dai et al. 2016, "R-FCN", arXiv:1605.06409, Eq. 1.
@@ -300,6 +304,10 @@ class DeformableROIPooling(DisplacedROILayer):
     with a last matrix that starts at zero, so that a new layer pools plainly.
     `pool` is `tf_deform.ops.deformable_psroi_pool` with `group_size=1`: regions
     are rounded to pixels, samples at the start of each sub-bin.
+
+    A NaN that the branch makes is handed on to the outputs of its bin, where
+    the op would take it for outside of the map and hide it; padding regions
+    stay 0 all the same. Given displacements keep the op's rule.
 
     Source: Dai et al. 2017, "Deformable Convolutional Networks",
     arXiv:1703.06211, Eq. 5 and 6; hidden layers: Zhu et al. 2018, "Deformable

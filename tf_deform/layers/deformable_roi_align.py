@@ -8,7 +8,7 @@ import keras
 import tensorflow as tf
 
 from tf_deform.layers._roi_layer import DisplacedROILayer, check_factor
-from tf_deform.ops._arguments import integer
+from tf_deform.ops._arguments import MAX_EXTENT, bounded
 from tf_deform.ops.deformable_roi_align import deformable_roi_align
 
 
@@ -26,6 +26,10 @@ class DeformableROIAlign(DisplacedROILayer):
     with a last matrix that starts at zero, so that a new layer is ROIAlign.
     `align` is `tf_deform.ops.deformable_roi_align`: regions are not rounded,
     samples at the centre of each sub-bin.
+
+    A NaN that the branch makes is handed on to the outputs of its bin, where
+    the op would take it for outside of the map and hide it; padding regions
+    stay 0 all the same. Given displacements keep the op's rule.
 
     Source: He et al. 2017, "Mask R-CNN", arXiv:1703.06870, section 3;
     displacements: Dai et al. 2017, "Deformable Convolutional Networks",
@@ -93,7 +97,9 @@ class DeformableROIAlign(DisplacedROILayer):
             implementation,
             **kwargs,
         )
-        self.sampling_ratio = integer(sampling_ratio, "sampling_ratio")
+        self.sampling_ratio = bounded(
+            sampling_ratio, "sampling_ratio", -MAX_EXTENT
+        )
         self.gamma = check_factor(gamma, "gamma")
 
     def _pool(

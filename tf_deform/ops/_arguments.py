@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tf_deform._portable.shapes import MAX_EXTENT
+
 FLOAT_TYPES = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
 
 Pair = tuple[int, int]
@@ -54,11 +56,19 @@ def integer(value: Any, name: str) -> int:
     return result
 
 
-def positive(value: Any, name: str) -> int:
+def bounded(value: Any, name: str, least: int) -> int:
+    """An integer of the range that ops judge when they are called."""
     value = integer(value, name)
-    if value < 1:
-        raise ValueError(f"Expected `{name}` to be positive. Received: {value}")
+    if not least <= value <= MAX_EXTENT:
+        raise ValueError(
+            f"Expected `{name}` to hold integers from {least} to {MAX_EXTENT}. "
+            f"Received: {value}"
+        )
     return value
+
+
+def positive(value: Any, name: str) -> int:
+    return bounded(value, name, 1)
 
 
 def pair(value: Any, name: str) -> Pair:
