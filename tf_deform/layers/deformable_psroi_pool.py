@@ -40,7 +40,8 @@ class DeformablePSROIPooling(ROILayer):
 
     A NaN that the branch makes is handed on to the bins of its part, in the
     channels of its class, where the op would take it for outside of the map and
-    hide it; padding regions stay 0 all the same. Given displacements keep the op's rule.
+    hide it; padding regions stay 0 all the same. Given displacements keep the
+    op's rule.
 
     Source: Dai et al. 2017, "Deformable Convolutional Networks",
     arXiv:1703.06211, Eq. 5 and 6, and section 2.2; position-sensitive maps:
