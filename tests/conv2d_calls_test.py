@@ -194,7 +194,7 @@ def test_inputs_of_every_kind(convert, data_format):
 
 @pytest.mark.parametrize("dtype", ["complex64", "complex128"])
 def test_complex_inputs_are_refused(dtype):
-    with pytest.raises(TypeError, match=f"real numbers. Received: .*{dtype}"):
+    with pytest.raises(TypeError, match=f"Expected `inputs` .*{dtype}"):
         DeformableConv2D(4, 3)(random(2, 8, 9, 6).astype(dtype))
 
 

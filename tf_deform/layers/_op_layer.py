@@ -4,7 +4,7 @@
 import contextlib
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -93,6 +93,27 @@ class OpLayer(keras.layers.Layer):
         if shape.rank is not None:
             self._check_rank(shape, name)
         return value
+
+    def rematerialized_call(
+        self, layer_call: Callable, *args: Any, **kwargs: Any
+    ) -> Callable:
+        """Inside `keras.RematScope`, which takes no keywords in a graph."""
+        rematerialize = super().rematerialized_call
+        signature = inspect.signature(layer_call)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(*args, **kwargs).arguments
+            names = [name for name in given if given[name] is not None]
+            run = rematerialize(
+                lambda *values: layer_call(
+                    **dict(zip(names, values, strict=True))
+                ),
+                *args,
+                **kwargs,
+            )
+            return run(*(given[name] for name in names))
+
+        return call
 
     def _axes(self, name: str) -> str:
         axes = self._AXES[name].split(", ")

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Deformable convolution as a Keras layer that stands where Conv2D stood."""
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -398,12 +397,6 @@ class DeformableConv2D(OpLayer, keras.layers.Conv2D):
                 f"Expected `offset`, with which layer {self.name!r} was "
                 "built: it has no branch of its own. Received: offset=None"
             )
-        inputs = to_tensor(inputs, "inputs", tf.as_dtype(self.compute_dtype))
-        if inputs.dtype.is_complex:
-            raise TypeError(
-                "Expected `inputs` to be real numbers. Received: inputs.dtype="
-                f"{inputs.dtype.name}"
-            )
         inputs = tf.cast(inputs, self.compute_dtype)
         kernel = tf.cast(self.kernel, self.compute_dtype)
         if not self._kernel.trainable and not self.lora_enabled:
@@ -422,21 +415,6 @@ class DeformableConv2D(OpLayer, keras.layers.Conv2D):
         if self.activation is not None:
             outputs = self.activation(outputs)
         return outputs
-
-    def rematerialized_call(
-        self, layer_call: Callable, *args: Any, **kwargs: Any
-    ) -> Callable:
-        """Keras' recomputation takes no keywords in a graph."""
-        call = super().rematerialized_call(layer_call, *args, **kwargs)
-        signature = inspect.signature(self.call)
-
-        def call_by_position(*args: Any, **kwargs: Any) -> Any:
-            bound = signature.bind(*args, **kwargs)
-            bound.apply_defaults()
-            tensors = [value for value in bound.args if value is not None]
-            return call(*tensors)
-
-        return call_by_position
 
     def save_own_variables(self, store: Any) -> None:
         super().save_own_variables(store)
