@@ -396,12 +396,6 @@ class DeformableConv2D(OpLayer, keras.layers.Conv2D):
                 f"Expected `offset`, with which layer {self.name!r} was "
                 "built: it has no branch of its own. Received: offset=None"
             )
-        inputs = to_tensor(inputs, "inputs", tf.as_dtype(self.compute_dtype))
-        if inputs.dtype.is_complex:
-            raise TypeError(
-                "Expected `inputs` to be real numbers. Received: inputs.dtype="
-                f"{inputs.dtype.name}"
-            )
         inputs = tf.cast(inputs, self.compute_dtype)
         kernel = tf.cast(self.kernel, self.compute_dtype)
         if not self._kernel.trainable and not self.lora_enabled:
