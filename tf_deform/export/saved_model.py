@@ -162,14 +162,12 @@ def write(
     flat = source.trace(
         lambda *inputs: _source.name_outputs(serve(*inputs)), inline=False
     )
-    holder = tf.Module()
+    # As Keras' own export does: tf.Module has properties of such names.
+    holder = tf.__internal__.tracking.AutoTrackable()
     holder.serve = serve
-    # Those that a function inside a layer uses are the model's alone.
-    own = source.model.weights if source.model is not None else []
-    holder.weights = [
-        *serve.get_concrete_function().variables,
-        *(weight.value for weight in own),
-    ]
+    used = serve.get_concrete_function().variables
+    for name, variables in _list_variables(source, used).items():
+        setattr(holder, name, variables)
     signatures = {"serving_default": flat.get_concrete_function()}
     if fit is not None:
         holder.serve_image_bytes = _from_bytes(source, serve, fit)
@@ -180,6 +178,36 @@ def write(
             "Expected a model of which all resources are variables. Received: "
             f"one with others, such as tables ({str(error).splitlines()[0]})"
         ) from error
+
+
+def _list_variables(
+    source: _source.Source, used: Sequence[tf.Variable]
+) -> dict[str, list[tf.Variable]]:
+    """What a loaded model offers, by the names that Keras' own export uses.
+
+    Each variable is in a list once: the model's own in its order, then those
+    that the endpoint uses besides, in functions of which Keras does not know.
+    """
+    lists = {
+        "weights": [],
+        "variables": [],
+        "trainable_variables": [],
+        "non_trainable_variables": [],
+    }
+    if source.model is not None:
+        lists = {
+            name: [variable.value for variable in getattr(source.model, name)]
+            for name in lists
+        }
+    known = {id(variable) for variable in lists["variables"]}
+    for variable in used:
+        if id(variable) in known:
+            continue
+        known.add(id(variable))
+        kind = "trainable" if variable.trainable else "non_trainable"
+        for name in ("weights", "variables", f"{kind}_variables"):
+            lists[name].append(variable)
+    return lists
 
 
 def _from_bytes(
@@ -230,11 +258,12 @@ def _check_image_bytes(
     images = tf.stack([fit(tf.constant(image)) for image in pixels])
     expected = _source.name_outputs(loaded.serve(images))
     for name, value in expected.items():
-        difference = _common.measure_difference(
-            np.asarray(value), received[name]
-        )
+        value = np.asarray(value)
+        difference = _common.measure_difference(value, received[name])
         if not difference <= source.tolerance():
             raise RuntimeError(
                 "Expected `serve_image_bytes` to give what `serve` gives. "
-                f"Received: a difference of {difference:.2g} in {name!r}"
+                "Received: "
+                f"{_common.describe_difference(value, received[name])} in "
+                f"{name!r}"
             )
