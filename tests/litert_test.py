@@ -599,7 +599,7 @@ def enlarge(**arguments):
 )
 def test_layers_that_need_sizes(kind, make, tmp_path):
     text = (
-        r"layer 'culprit' \(UpSampling2D\).*`input_signature` or in "
+        r"Received: 'culprit' \(UpSampling2D\).*`input_signature` or in "
         r"keras.Input, .*tf.image.resize"
     )
     with pytest.raises(ValueError, match=text):
