@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads the shared object with the ops, once, if it fits this TensorFlow."""
 
+import contextlib
+import ctypes
 import functools
 import os
 import warnings
@@ -20,6 +22,7 @@ except ImportError as error:
 LIBRARY = os.path.join(os.path.dirname(__file__), "_ops.so")
 IMPLEMENTATIONS = ("native", "portable")
 VARIABLE = "TF_DEFORM_IMPLEMENTATION"
+_AN_OP = "tf_deform_deformable_conv2d"
 
 
 def is_built_with_cuda() -> bool:
@@ -80,6 +83,36 @@ def forced() -> str | None:
     return value
 
 
+def _load() -> ModuleType:
+    """Loads the library, or takes the ops of a copy that was loaded before."""
+    # An error of the registration is that of an unlike version: see below.
+    with contextlib.suppress(tf.errors.FailedPreconditionError):
+        module = tf.load_op_library(LIBRARY)
+        if hasattr(module, _AN_OP):
+            return module
+    # TensorFlow makes functions only of what a file registers at that moment,
+    # and hands them out again by the name that the file was loaded by then.
+    library = ctypes.CDLL(LIBRARY)
+    path, version = (
+        ctypes.CFUNCTYPE(ctypes.c_char_p)((name, library))().decode()
+        for name in ("TfDeformRegisteredBy", "TfDeformRegisteredVersion")
+    )
+    if version != _build_info.VERSION:
+        raise ImportError(
+            "Expected one version of tf_deform's op library in a process. "
+            f"Received: {LIBRARY} of version {_build_info.VERSION} after "
+            f"{path} of version {version}"
+        )
+    module = tf.load_op_library(path)
+    if not hasattr(module, _AN_OP):
+        raise ImportError(
+            "Expected tf_deform's op library to be loaded by TensorFlow. "
+            f"Received: {path}, loaded in another way, before {LIBRARY}. "
+            "Import tf_deform first."
+        )
+    return module
+
+
 @functools.cache
 def op_library() -> ModuleType | None:
     """The module of the ops' generated Python wrappers.
@@ -91,7 +124,7 @@ def op_library() -> ModuleType | None:
         return None
     if os.path.exists(LIBRARY):
         check_version(_build_info.TENSORFLOW_VERSION, tf.__version__)
-        return tf.load_op_library(LIBRARY)
+        return _load()
     text = (
         f"Expected the native ops of tf_deform at {LIBRARY}. Received: no such "
         "file. Run `pip install .` (or `pip install -e .`) in the project's "

@@ -45,12 +45,15 @@ Status CheckDisplacementShape(const Shape& shape, const char* name,
 }
 
 Status CheckFactor(double value, bool zero_allowed, const char* name) {
-  if (std::isfinite(value) && (zero_allowed ? value >= 0 : value > 0)) {
+  // A float32 below its normal numbers is 0 on some threads of a program and
+  // not on others.
+  if (std::isfinite(value) &&
+      (value >= kLeastFactor || (zero_allowed && value == 0))) {
     return Status();
   }
-  return InvalidArgument("Expected `%s` to be a finite number %s. Received: %g",
-                         name, zero_allowed ? "of at least 0" : "above 0",
-                         value);
+  return InvalidArgument(
+      "Expected `%s` to be a finite number of at least 2**-126%s. Received: %g",
+      name, zero_allowed ? ", or 0" : "", value);
 }
 
 Status CheckBatchIndices(const void* rois, DataType type, int64_t num_rois,

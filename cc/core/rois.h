@@ -20,7 +20,10 @@ Status CheckDisplacementShape(const Shape& shape, const char* name,
                               const char* rows_name, int64_t num_rois,
                               int64_t rows, int64_t columns);
 
-// A factor: finite, and above 0 or, with zero_allowed, at least 0.
+// The smallest factor but 0: that of float32's normal numbers.
+constexpr double kLeastFactor = 0x1p-126;
+
+// A factor: finite, and at least kLeastFactor or, with zero_allowed, 0.
 Status CheckFactor(double value, bool zero_allowed, const char* name);
 
 // The batch indices are integers below `batch`; negative ones mark padding.

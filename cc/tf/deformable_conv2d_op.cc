@@ -194,7 +194,7 @@ class BackwardKernel : public DeformableConv2DKernel {
 // Attributes of both ops. Once released, only attributes with defaults may be
 // added: they are part of every SavedModel.
 #define TF_DEFORM_DEFORMABLE_CONV2D_OP(name)          \
-  REGISTER_OP(name)                                   \
+  TF_DEFORM_REGISTER_OP(name)                         \
       .Attr("T: {half, bfloat16, float, double}")     \
       .Attr("Tcoord: {float, double}")                \
       .Attr("num_mask: int >= 0")                     \
@@ -223,9 +223,13 @@ TF_DEFORM_DEFORMABLE_CONV2D_OP("TfDeform>DeformableConv2DGrad")
     .Output("grad_mask: num_mask * Tcoord")
     .SetShapeFn(BackwardShape);
 
-TF_DEFORM_REGISTER("TfDeform>DeformableConv2D", CPU, ParallelFor);
+const bool on_cpu =
+    RegisterKernels<ForwardKernel<ParallelFor>, BackwardKernel<ParallelFor>>(
+        "TfDeform>DeformableConv2D", tensorflow::DEVICE_CPU);
 #ifdef TF_DEFORM_CUDA
-TF_DEFORM_REGISTER("TfDeform>DeformableConv2D", GPU, CudaStream);
+const bool on_gpu =
+    RegisterKernels<ForwardKernel<CudaStream>, BackwardKernel<CudaStream>>(
+        "TfDeform>DeformableConv2D", tensorflow::DEVICE_GPU);
 #endif
 
 }  // namespace

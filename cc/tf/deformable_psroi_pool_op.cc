@@ -196,7 +196,7 @@ class BackwardKernel : public DeformablePSROIPoolKernel {
 // added: they are part of every SavedModel. A list of floats is their sum, see
 // GetDouble.
 #define TF_DEFORM_DEFORMABLE_PSROI_POOL_OP(name)  \
-  REGISTER_OP(name)                               \
+  TF_DEFORM_REGISTER_OP(name)                     \
       .Attr("T: {half, bfloat16, float, double}") \
       .Attr("Tcoord: {float, double}")            \
       .Attr("num_trans: int >= 0")                \
@@ -224,9 +224,13 @@ TF_DEFORM_DEFORMABLE_PSROI_POOL_OP("TfDeform>DeformablePSROIPoolGrad")
     .Output("grad_trans: num_trans * Tcoord")
     .SetShapeFn(BackwardShape);
 
-TF_DEFORM_REGISTER("TfDeform>DeformablePSROIPool", CPU, ParallelFor);
+const bool on_cpu =
+    RegisterKernels<ForwardKernel<ParallelFor>, BackwardKernel<ParallelFor>>(
+        "TfDeform>DeformablePSROIPool", tensorflow::DEVICE_CPU);
 #ifdef TF_DEFORM_CUDA
-TF_DEFORM_REGISTER("TfDeform>DeformablePSROIPool", GPU, CudaStream);
+const bool on_gpu =
+    RegisterKernels<ForwardKernel<CudaStream>, BackwardKernel<CudaStream>>(
+        "TfDeform>DeformablePSROIPool", tensorflow::DEVICE_GPU);
 #endif
 
 }  // namespace

@@ -191,7 +191,7 @@ class BackwardKernel : public DeformableROIAlignKernel {
 // added: they are part of every SavedModel. A list of floats is their sum, see
 // GetDouble.
 #define TF_DEFORM_DEFORMABLE_ROI_ALIGN_OP(name)   \
-  REGISTER_OP(name)                               \
+  TF_DEFORM_REGISTER_OP(name)                     \
       .Attr("T: {half, bfloat16, float, double}") \
       .Attr("Tcoord: {float, double}")            \
       .Attr("num_offset: int >= 0")               \
@@ -215,9 +215,13 @@ TF_DEFORM_DEFORMABLE_ROI_ALIGN_OP("TfDeform>DeformableROIAlignGrad")
     .Output("grad_offset: num_offset * Tcoord")
     .SetShapeFn(BackwardShape);
 
-TF_DEFORM_REGISTER("TfDeform>DeformableROIAlign", CPU, ParallelFor);
+const bool on_cpu =
+    RegisterKernels<ForwardKernel<ParallelFor>, BackwardKernel<ParallelFor>>(
+        "TfDeform>DeformableROIAlign", tensorflow::DEVICE_CPU);
 #ifdef TF_DEFORM_CUDA
-TF_DEFORM_REGISTER("TfDeform>DeformableROIAlign", GPU, CudaStream);
+const bool on_gpu =
+    RegisterKernels<ForwardKernel<CudaStream>, BackwardKernel<CudaStream>>(
+        "TfDeform>DeformableROIAlign", tensorflow::DEVICE_GPU);
 #endif
 
 }  // namespace

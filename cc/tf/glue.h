@@ -5,9 +5,12 @@
 #define TF_DEFORM_CC_TF_GLUE_H_
 
 #include <atomic>
+#include <string>
 
 #include "cc/core/common.h"
 #include "cc/tf/attributes.h"
+#include "cc/tf/library.h"
+#include "tensorflow/core/framework/kernel_def_builder.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/shape_inference.h"
 #include "tensorflow/core/framework/tensor.h"
@@ -52,24 +55,34 @@ tensorflow::Status AllocateGradient(tensorflow::OpKernelContext* context,
                                     void** target,
                                     std::atomic<int64_t>* computed);
 
-// Registers ForwardKernel and BackwardKernel, templates of what they run on,
-// for one device, TensorFlow's DEVICE_`device`, and all types.
-#define TF_DEFORM_REGISTER_TYPE(name, device, Executor, T, Tcoord) \
-  REGISTER_KERNEL_BUILDER(Name(name)                               \
-                              .Device(tensorflow::DEVICE_##device) \
-                              .TypeConstraint<T>("T")              \
-                              .TypeConstraint<Tcoord>("Tcoord"),   \
-                          ForwardKernel<Executor>);                \
-  REGISTER_KERNEL_BUILDER(Name(name "Grad")                        \
-                              .Device(tensorflow::DEVICE_##device) \
-                              .TypeConstraint<T>("T")              \
-                              .TypeConstraint<Tcoord>("Tcoord"),   \
-                          BackwardKernel<Executor>)
-#define TF_DEFORM_REGISTER(name, device, Executor)                         \
-  TF_DEFORM_REGISTER_TYPE(name, device, Executor, Eigen::half, float);     \
-  TF_DEFORM_REGISTER_TYPE(name, device, Executor, Eigen::bfloat16, float); \
-  TF_DEFORM_REGISTER_TYPE(name, device, Executor, float, float);           \
-  TF_DEFORM_REGISTER_TYPE(name, device, Executor, double, double)
+// Registers a kernel of an op for one device and all types.
+template <typename Kernel>
+void RegisterKernel(const char* op, const char* device) {
+  for (const auto type : {tensorflow::DT_HALF, tensorflow::DT_BFLOAT16,
+                          tensorflow::DT_FLOAT, tensorflow::DT_DOUBLE}) {
+    tensorflow::kernel_factory::OpKernelRegistrar(
+        tensorflow::KernelDefBuilder(op)
+            .Device(device)
+            .TypeConstraint("T", type)
+            .TypeConstraint("Tcoord", type == tensorflow::DT_DOUBLE
+                                          ? tensorflow::DT_DOUBLE
+                                          : tensorflow::DT_FLOAT)
+            .Build(),
+        op,
+        [](tensorflow::OpKernelConstruction* construction)
+            -> tensorflow::OpKernel* { return new Kernel(construction); });
+  }
+}
+
+// Registers the kernels of an op and of its gradient op for one device,
+// TensorFlow's DEVICE_CPU or DEVICE_GPU, if this copy of the library is to.
+template <typename ForwardKernel, typename BackwardKernel>
+bool RegisterKernels(const std::string& op, const char* device) {
+  if (!RegistersOps()) return false;
+  RegisterKernel<ForwardKernel>(op.c_str(), device);
+  RegisterKernel<BackwardKernel>((op + "Grad").c_str(), device);
+  return true;
+}
 
 }  // namespace tf_deform
 

@@ -11,6 +11,7 @@
 #include <variant>
 #include <vector>
 
+#include "cc/tf/library.h"
 #include "cc/tf/loop.h"
 #include "tensorflow/compiler/tf2xla/type_util.h"
 #include "tensorflow/compiler/tf2xla/xla_compiler.h"
@@ -503,6 +504,7 @@ XlaRegistrar::XlaRegistrar(
     tensorflow::OpKernel* (*make)(tensorflow::OpKernelConstruction*),
     XLA_FFI_Error* (*on_host)(XLA_FFI_CallFrame*),
     XLA_FFI_Error* (*on_cuda)(XLA_FFI_CallFrame*)) {
+  if (!RegistersOps()) return;
   // One registration for all types: XLA takes no second one for a device.
   tensorflow::XlaOpRegistrar(
       tensorflow::XlaOpRegistrationBuilder::Name(op)
@@ -523,6 +525,7 @@ XlaRegistrar::XlaRegistrar(
 XlaRegistrar::XlaRegistrar(
     const char* op,
     tensorflow::OpKernel* (*make)(tensorflow::OpKernelConstruction*)) {
+  if (!RegistersOps()) return;
   tensorflow::XlaOpRegistrar(
       tensorflow::XlaOpRegistrationBuilder::Name(op).Device(Devices()).Build(
           make));

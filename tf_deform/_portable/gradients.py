@@ -22,7 +22,10 @@ def second_gradients(
             the gradient of, in ops that can be differentiated twice.
         sources: Of which operands the op's outputs are the gradients.
     """
-    *operands, grad_output = op.inputs
+    # Each operand is a tensor of its own: a derivative is one by a tensor, and
+    # somebody's single tensor may stand in several places.
+    operands = [tf.identity(tensor) for tensor in op.inputs]
+    *arguments, grad_output = operands
     # The outputs of gradients that are not wanted hold nothing.
     firsts, seconds = [], []
     for source, wanted, gradient in zip(
@@ -31,18 +34,47 @@ def second_gradients(
         if wanted and gradient is not None:
             firsts.append(operands[source])
             seconds.append(gradient)
+    if not firsts:
+        return [None] * len(operands)
     skipped: Any = getattr(op, "skip_input_indices", None) or ()
-    targets = [index for index in range(len(op.inputs)) if index not in skipped]
+    targets = [
+        None if index in skipped else operand
+        for index, operand in enumerate(operands)
+    ]
+    watched = [target for target in targets if target is not None]
+    differentiate = _eagerly if tf.executing_eagerly() else _in_graph
+    found = iter(
+        differentiate(
+            lambda: function(*arguments), grad_output, firsts, seconds, watched
+        )
+    )
+    return [None if target is None else next(found) for target in targets]
+
+
+def _eagerly(
+    function: Callable[[], tf.Tensor],
+    grad_output: tf.Tensor,
+    firsts: list[tf.Tensor],
+    seconds: list[tf.Tensor],
+    targets: list[tf.Tensor],
+) -> list[tf.Tensor | None]:
     with tf.GradientTape() as outer:
-        outer.watch([op.inputs[index] for index in targets])
+        outer.watch(targets)
         with tf.GradientTape() as inner:
             inner.watch(firsts)
-            output = function(*operands)
+            output = function()
         first_gradients = inner.gradient(output, firsts, grad_output)
-    found = outer.gradient(
-        first_gradients, [op.inputs[index] for index in targets], seconds
-    )
-    results = [None] * len(op.inputs)
-    for index, gradient in zip(targets, found, strict=True):
-        results[index] = gradient
-    return results
+    return outer.gradient(first_gradients, targets, seconds)
+
+
+def _in_graph(
+    function: Callable[[], tf.Tensor],
+    grad_output: tf.Tensor,
+    firsts: list[tf.Tensor],
+    seconds: list[tf.Tensor],
+    targets: list[tf.Tensor],
+) -> list[tf.Tensor | None]:
+    # A tape would record nothing where TensorFlow transposes the backward pass
+    # of a function (forward mode).
+    first_gradients = tf.gradients(function(), firsts, grad_output)
+    return tf.gradients(first_gradients, targets, seconds)

@@ -101,13 +101,38 @@ def _specialise(
             called = node.attr[attribute].func
             function = function_pb2.FunctionDef()
             function.CopyFrom(library[called.name])
-            called.name = f"{called.name}_{next(number)}"
+            suffix = f"_{next(number)}"
+            called.name += suffix
             function.signature.name = called.name
+            _rename(function, suffix)
             _tell_shapes(function, shapes)
             _hold_constants(function, constants, loop)
             inner = function_def_to_graph(function)
             yield from _specialise(inner, function.node_def, library, number)
             yield function
+
+
+def _rename(function: Any, suffix: str) -> None:
+    """Gives nodes and arguments names that no other function has.
+
+    To ONNX, what is inside of a loop and what is around it are one namespace.
+    """
+    owned = [*function.node_def, *function.signature.input_arg]
+    names = {item.name: item.name + suffix for item in owned}
+
+    def follow(reference: str) -> str:
+        control = "^" * reference.startswith("^")
+        name, colon, output = reference[len(control) :].partition(":")
+        return f"{control}{names[name]}{colon}{output}"
+
+    for item in owned:
+        item.name = names[item.name]
+    for node in function.node_def:
+        node.input[:] = [follow(reference) for reference in node.input]
+        node.attr.pop("_class", None)  # Names nodes to be placed next to.
+    for results in (function.ret, function.control_ret):
+        for key, reference in list(results.items()):
+            results[key] = follow(reference)
 
 
 def _find_constant(tensor: tf.Tensor) -> Any:

@@ -30,7 +30,7 @@ class _Node(NamedTuple):
 
     @property
     def has_weights(self) -> bool:
-        return self.kind in _WEIGHTED and None in self.inputs[:2]
+        return self.kind in _WEIGHTED and self.inputs[1] is None
 
 
 class Quantizable(NamedTuple):

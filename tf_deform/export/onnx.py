@@ -176,6 +176,8 @@ def _convert(source: _source.Source, function: Any) -> Any:
         if node.domain in ("", "ai.onnx") and not onnx.defs.has(node.op_type):
             unknown[node.op_type].append(node.name)
     if unknown:
+        if "_SwitchN" in unknown:  # Freezing has taken it apart.
+            unknown = {"Case": ["tf.switch_case or keras.ops.switch"]}
         found = ", ".join(
             f"{kind} ({', '.join(names[:3])})"
             for kind, names in unknown.items()
@@ -194,10 +196,14 @@ def _name_types(proto: Any) -> str:
     inferred = onnx.shape_inference.infer_shapes(proto).graph
     tensors = [*inferred.input, *inferred.output, *inferred.value_info]
     found = {x.type.tensor_type.elem_type for x in tensors}
-    others = [
+    kinds = onnx.TensorProto
+    names = [
         name
-        for name in ("FLOAT16", "BFLOAT16", "DOUBLE")
-        if onnx.TensorProto.DataType.Value(name) in found
+        for kind, name in (
+            (kinds.FLOAT16, "float16"),
+            (kinds.BFLOAT16, "bfloat16"),
+            (kinds.DOUBLE, "float64"),
+        )
+        if kind in found
     ]
-    names = [{"DOUBLE": "FLOAT64"}.get(name, name).lower() for name in others]
     return f", of a model in {' and '.join(names)}" if names else ""

@@ -258,11 +258,12 @@ def _check_image_bytes(
     images = tf.stack([fit(tf.constant(image)) for image in pixels])
     expected = _source.name_outputs(loaded.serve(images))
     for name, value in expected.items():
-        difference = _common.measure_difference(
-            np.asarray(value), received[name]
-        )
+        value = np.asarray(value)
+        difference = _common.measure_difference(value, received[name])
         if not difference <= source.tolerance():
             raise RuntimeError(
                 "Expected `serve_image_bytes` to give what `serve` gives. "
-                f"Received: a difference of {difference:.2g} in {name!r}"
+                "Received: "
+                f"{_common.describe_difference(value, received[name])} in "
+                f"{name!r}"
             )

@@ -64,7 +64,7 @@ def convolve(
     ]
     as_it_is = padding == "same" and max(dilations) == 1
     paddings, wanted = [(0, _if_none(batch, 1))], [batch]
-    steps, parts, inner_strides, outer_strides = [], [], [], []
+    padded, steps, parts, inner_strides, outer_strides = [-1], [], [], [], []
     for axis, (pixels, taps, stride, rate) in enumerate(
         zip(size, kernel.shape, strides, dilations, strict=False)
     ):
@@ -86,8 +86,9 @@ def convolve(
         step = math.gcd(stride, rate)
         part = rate // step
         rest = at_least(pixels - cut, 0) + before + after
-        after += -((rest + step - 1) // step) % part * step
-        paddings.append((before, after))
+        more = -((rest + step - 1) // step) % part * step
+        padded.append(rest + more)
+        paddings.append((before, after + more))
         wanted.append(at_least(out, 0))
         steps.append(step)
         parts.append(part)
@@ -97,15 +98,9 @@ def convolve(
     outputs = inputs
     if any(not isinstance(n, int) or n for side in paddings for n in side):
         outputs = tf.pad(outputs, (*paddings, (0, 0)))
-        if not all(isinstance(n, int) for side in paddings for n in side):
-            # Where a padding is computed, other programs know no size at all.
-            padded = [
-                before + pixels + after
-                for (before, after), pixels in zip(
-                    paddings, (batch, *size), strict=True
-                )
-            ]
-            outputs = tf.reshape(outputs, (*padded, channels))
+        if None in outputs.shape.as_list():
+            # Converters need to know the channels at least.
+            outputs = tf.reshape(outputs, padded + [channels])
     if max(steps) > 1:
         outputs = outputs[:, :: steps[0], :: steps[1]]
     if max(parts) > 1:
@@ -149,10 +144,11 @@ def hand_on_nan(
     Returns:
         `outputs`, or NaN.
     """
-    # One, or NaN: a constant NaN would be found by who looks for NaN in a graph.
-    # Nothing here is always zero, nor chosen from `fields`: 8 bits have no range
-    # for the former, and would give theirs to the latter.
-    one = tf.ones((), fields.dtype)
-    seen = tf.reduce_any(tf.math.is_nan(fields), axis, keepdims=True)
-    factor = tf.sqrt(tf.where(seen, -one, one))
-    return outputs * tf.cast(factor, outputs.dtype)
+    # How many are NaN; and the root of minus that many, which is NaN or -0. A
+    # NaN among the constants would alarm who looks for NaN in a graph, zero
+    # times a field would be NaN for infinity as well, and LiteRT does not load
+    # what becomes of a choice between fields and zero in 8 bits.
+    count = tf.reduce_sum(
+        tf.cast(tf.math.is_nan(fields), fields.dtype), axis, keepdims=True
+    )
+    return outputs + tf.cast(tf.sqrt(-count), outputs.dtype)

@@ -10,12 +10,16 @@ from tf_deform import _loader
 from tf_deform._implementation import choose
 from tf_deform._portable import deformable_conv2d as portable
 from tf_deform._portable.gradients import second_gradients
+from tf_deform.ops import _registration
 from tf_deform.ops._arguments import (
     Pair,
     coordinate_type,
     infer_shape,
     integer,
+    option,
     pair,
+    plain,
+    received,
     to_coordinates,
     to_inputs,
     to_tensor,
@@ -44,27 +48,23 @@ def canonical_padding(padding: Any) -> Padding:
     if isinstance(padding, str):
         if padding.lower() in ("valid", "same"):
             return padding.lower()
-    elif not isinstance(padding, list | tuple):
+        sides = ()
+    else:
+        sides = plain(padding)
+    if not isinstance(sides, list | tuple):
         return (pair(padding, "padding"),) * 2
-    elif len(padding) == 2:
-        nested = [isinstance(side, list | tuple) for side in padding]
-        if all(nested):
-            return (pair(padding[0], "padding"), pair(padding[1], "padding"))
-        if not any(nested):
-            return (pair(padding[0], "padding"), pair(padding[1], "padding"))
+    if len(sides) == 2:
+        nested = [isinstance(plain(side), list | tuple) for side in sides]
+        if all(nested) or not any(nested):
+            return (pair(sides[0], "padding"), pair(sides[1], "padding"))
     raise ValueError(
         'Expected `padding` to be "valid", "same", an integer, (height, width) '
-        f"or ((top, bottom), (left, right)). Received: {padding!r}"
+        f"or ((top, bottom), (left, right)). {received(padding)}"
     )
 
 
 def check_boundary(boundary: Any) -> str:
-    if boundary not in BOUNDARIES:
-        raise ValueError(
-            f'Expected `boundary` to be "zeros" or "clamp". Received: '
-            f"{boundary!r}"
-        )
-    return boundary
+    return option(boundary, "boundary", BOUNDARIES)
 
 
 def _attributes(
@@ -191,7 +191,7 @@ def deformable_conv2d(
     )
 
 
-@tf.RegisterGradient("TfDeform>DeformableConv2D")
+@_registration.gradient("TfDeform>DeformableConv2D")
 def _deformable_conv2d_grad(
     op: tf.Operation, grad_output: tf.Tensor
 ) -> list[tf.Tensor | None]:
@@ -212,7 +212,7 @@ def _deformable_conv2d_grad(
     ]
 
 
-@tf.RegisterGradient("TfDeform>DeformableConv2DGrad")
+@_registration.gradient("TfDeform>DeformableConv2DGrad")
 def _deformable_conv2d_grad_grad(
     op: tf.Operation, *grads: tf.Tensor | None
 ) -> list[tf.Tensor | None]:
@@ -226,6 +226,33 @@ def _deformable_conv2d_grad_grad(
         ),
         sources=range(len(op.inputs) - 1),
     )
+
+
+def _work(op: tf.Operation) -> tuple[int, int]:
+    """Operations of the product of matrices, and of sampling.
+
+        product = 2 * pixels * taps * channels // groups * filters
+        sampling = 8 * pixels * taps * channels
+
+    `pixels` of all outputs, `taps` of the kernel.
+    """
+    inputs, kernel, offset = op.inputs[:3]
+    pairs = 2 * op.get_attr("offset_groups")
+    sampled = _registration.size(offset) // pairs * inputs.shape[3]
+    product = sampled // (inputs.shape[3] // kernel.shape[2]) * kernel.shape[3]
+    return 2 * product, _registration.SAMPLE * sampled
+
+
+def _backward_flops(op: tf.Operation) -> int:
+    """As forward for the kernel; for all others one product, and samplings."""
+    inputs, kernel, *fields = op.get_attr("wanted")
+    product, sampling = _work(op)
+    samplings = inputs + kernel + any(fields)
+    return (kernel + (inputs or any(fields))) * product + samplings * sampling
+
+
+_registration.flops("TfDeform>DeformableConv2D", lambda op: sum(_work(op)))
+_registration.flops("TfDeform>DeformableConv2DGrad", _backward_flops)
 
 
 def infer_output_shape(

@@ -10,7 +10,9 @@ from tf_deform import _loader
 from tf_deform._implementation import choose
 from tf_deform._portable import deformable_psroi_pool as portable
 from tf_deform._portable.gradients import second_gradients
+from tf_deform.ops import _registration
 from tf_deform.ops._arguments import (
+    boolean,
     coordinate_type,
     integer,
     number,
@@ -120,6 +122,7 @@ def deformable_psroi_pool(
             the CPU only; on a GPU and with XLA such a ROI gives 0.
     """
     pooled_size = pair(pooled_size, "pooled_size")
+    return_count = boolean(return_count, "return_count")
     attributes = dict(
         output_dim=integer(output_dim, "output_dim"),
         spatial_scale=number(spatial_scale, "spatial_scale"),
@@ -149,7 +152,7 @@ def deformable_psroi_pool(
     return (output, count) if return_count else output
 
 
-@tf.RegisterGradient("TfDeform>DeformablePSROIPool")
+@_registration.gradient("TfDeform>DeformablePSROIPool")
 def _deformable_psroi_pool_grad(
     op: tf.Operation, grad_output: tf.Tensor, _: Any
 ) -> list[tf.Tensor | None]:
@@ -171,7 +174,7 @@ def _deformable_psroi_pool_grad(
     ]
 
 
-@tf.RegisterGradient("TfDeform>DeformablePSROIPoolGrad")
+@_registration.gradient("TfDeform>DeformablePSROIPoolGrad")
 def _deformable_psroi_pool_grad_grad(
     op: tf.Operation, *grads: tf.Tensor | None
 ) -> list[tf.Tensor | None]:
@@ -185,3 +188,18 @@ def _deformable_psroi_pool_grad_grad(
         )[0],
         sources=(0, 2)[: len(grads)],
     )
+
+
+def _flops(op: tf.Operation, outputs: tf.Tensor, gradients: int = 1) -> int:
+    """8 * outputs * sample_per_part**2, and as much for each gradient."""
+    samples = _registration.size(outputs) * op.get_attr("sample_per_part") ** 2
+    return _registration.SAMPLE * samples * gradients
+
+
+_registration.flops(
+    "TfDeform>DeformablePSROIPool", lambda op: _flops(op, op.outputs[0])
+)
+_registration.flops(
+    "TfDeform>DeformablePSROIPoolGrad",
+    lambda op: _flops(op, op.inputs[-1], sum(op.get_attr("wanted"))),
+)

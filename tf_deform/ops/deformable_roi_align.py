@@ -9,6 +9,7 @@ from tf_deform import _loader
 from tf_deform._implementation import choose
 from tf_deform._portable import deformable_roi_align as portable
 from tf_deform._portable.gradients import second_gradients
+from tf_deform.ops import _registration
 from tf_deform.ops._arguments import (
     coordinate_type,
     integer,
@@ -115,7 +116,7 @@ def deformable_roi_align(
     )
 
 
-@tf.RegisterGradient("TfDeform>DeformableROIAlign")
+@_registration.gradient("TfDeform>DeformableROIAlign")
 def _deformable_roi_align_grad(
     op: tf.Operation, grad_output: tf.Tensor
 ) -> list[tf.Tensor | None]:
@@ -137,7 +138,7 @@ def _deformable_roi_align_grad(
     ]
 
 
-@tf.RegisterGradient("TfDeform>DeformableROIAlignGrad")
+@_registration.gradient("TfDeform>DeformableROIAlignGrad")
 def _deformable_roi_align_grad_grad(
     op: tf.Operation, *grads: tf.Tensor | None
 ) -> list[tf.Tensor | None]:
@@ -151,3 +152,25 @@ def _deformable_roi_align_grad_grad(
         ),
         sources=(0, 2)[: len(grads)],
     )
+
+
+def _flops(op: tf.Operation, outputs: tf.Tensor, gradients: int = 1) -> int:
+    """8 * outputs * samples, and as much for each gradient.
+
+    Where the number of samples depends on the ROI, 2 x 2 are counted, which is
+    what detectors set.
+    """
+    ratio = op.get_attr("sampling_ratio")
+    samples = (ratio if ratio > 0 else 2) ** 2
+    return (
+        _registration.SAMPLE * _registration.size(outputs) * samples * gradients
+    )
+
+
+_registration.flops(
+    "TfDeform>DeformableROIAlign", lambda op: _flops(op, op.outputs[0])
+)
+_registration.flops(
+    "TfDeform>DeformableROIAlignGrad",
+    lambda op: _flops(op, op.inputs[-1], sum(op.get_attr("wanted"))),
+)

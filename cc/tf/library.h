@@ -1,0 +1,34 @@
+// One library for a process: which of its copies registers the ops.
+// SPDX-License-Identifier: Apache-2.0
+//
+// A process may come to load the library twice, as a part of the Python package
+// and as a file beside a SavedModel, and TensorFlow ends a process that
+// registers an op's kernels again. So the first copy registers everything. A
+// copy of the same version leaves it at that; loading one of another version is
+// an error, which names both files.
+
+#ifndef TF_DEFORM_CC_TF_LIBRARY_H_
+#define TF_DEFORM_CC_TF_LIBRARY_H_
+
+namespace tf_deform {
+
+// That of the package, in setup.py.
+constexpr char kVersion[] = "0.1.0";
+
+// Whether this copy is the first, which registers ops and kernels.
+bool RegistersOps();
+
+}  // namespace tf_deform
+
+// REGISTER_OP of the first copy.
+#define TF_DEFORM_REGISTER_OP(name) \
+  TF_NEW_ID_FOR_INIT(TF_DEFORM_REGISTER_OP_AS, name)
+#define TF_DEFORM_REGISTER_OP_AS(id, name)                        \
+  static const ::tensorflow::InitOnStartupMarker register_op_##id \
+      TF_ATTRIBUTE_UNUSED =                                       \
+          !::tf_deform::RegistersOps()                            \
+              ? ::tensorflow::InitOnStartupMarker{}               \
+              : ::tensorflow::InitOnStartupMarker{}               \
+                    << ::tensorflow::register_op::OpDefBuilderWrapper(name)
+
+#endif  // TF_DEFORM_CC_TF_LIBRARY_H_
