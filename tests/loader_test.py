@@ -101,7 +101,8 @@ call.run = tf.function(
     input_signature=[tf.TensorSpec((1, 4, 5, 2))])
 tf.saved_model.save(call, sys.argv[1])
 load(sys.argv[2])
-print(tf.reduce_sum(tf.saved_model.load(sys.argv[1]).run(tf.ones((1, 4, 5, 2)))))
+loaded = tf.saved_model.load(sys.argv[1])
+print(tf.reduce_sum(loaded.run(tf.ones((1, 4, 5, 2)))))
 work()
 """,
         tmp_path / "model",
