@@ -151,7 +151,10 @@ setup(
             "onnx>=1.19,<2",
             "onnxruntime>=1.27,<2",
         ],
-        "litert": ["ai-edge-litert>=2.3,<3"],
+        "litert": [
+            "ai-edge-litert>=2.3,<3",
+            "ai-edge-quantizer>=0.10,<0.11",  # each is for one ai-edge-litert
+        ],
         "examples": [
             "scikit-learn>=1.5,<2",
             "scikit-image>=0.25,<0.27",

@@ -32,6 +32,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "cpu_only(reason): what is tested holds on the CPU alone"
     )
+    config.addinivalue_line(
+        "markers", "slow: not by default, see `make test-full`"
+    )
     if DEVICE is None:
         return
     import tensorflow as tf

@@ -4,7 +4,7 @@
 Features to 1e-4 of the largest, the same boxes and labels in the same order,
 scores to 1e-3; of any batch and size, but for XLA's, which are those that it
 compiles for. The portable SavedModel, ONNX and LiteRT also in processes that
-know nothing else (`examples/serve.py`).
+know nothing else (`examples/serve.py`); OpenVINO reads the former two.
 """
 
 import exports
@@ -13,14 +13,17 @@ import numpy as np
 import pytest
 import segmentation
 import tensorflow as tf
-from detection_test import make_detector
-from exported import FORMATS, random, run, write
+from detection import detector
+from detection_test import make_detector, random_boxes, random_scores
+from exported import FORMATS, compile_openvino, random, run, write
 
 from tf_deform import _loader
 
 # And what their input is called.
 INPUTS = {"segmenter": "image", "features": "image", "detections": "images"}
 SUBJECTS = tuple(INPUTS)
+READ_BY_OPENVINO = ("portable", "onnx")
+STOCK = ("portable", "onnx", "litert")
 SHAPES = ((1, 64, 64, 1), (3, 48, 96, 1), (2, 100, 40, 1))
 
 with_xla = pytest.mark.skipif(
@@ -46,6 +49,19 @@ def make_features():
     return keras.Model(model.inputs, maps)
 
 
+def make_cutting_detector():
+    """A detector with boxes beside the image, of which nothing is left."""
+    model = make_detector("both", None)
+    # To the left; regions become narrower, too.
+    model.get_layer("anchor_deltas").weights[1].assign(
+        np.tile(np.float32((-8, 0, 0, 0)), len(detector.ANCHORS))
+    )
+    model.get_layer("box_maps").weights[1].assign(
+        np.repeat(np.float32((-8, 0, -8, 0)), detector.BINS**2)
+    )
+    return model
+
+
 def assert_same_features(received, expected):
     for name, value in expected.items():
         largest = np.abs(value).max()
@@ -64,7 +80,7 @@ def assert_same_detections(received, expected):
 def make(subject):
     """What is exported, the same as a function, and the comparison."""
     if subject == "detections":
-        model = make_detector("both", None)
+        model = make_cutting_detector()
         return model.detect, model._detect, assert_same_detections
     model = {"segmenter": make_segmenter, "features": make_features}[subject]()
 
@@ -91,10 +107,161 @@ def test_exported(subject, kind, tmp_path):
     exportable, function, assert_same = make(subject)
     path = tmp_path / exports.FORMATS[kind]
     write(kind, exportable, path)
+    openvino = kind in READ_BY_OPENVINO and compile_openvino(path)
     for shape in SHAPES:
-        image = random(*shape, dtype="uint8")
-        received = run(kind, path, {INPUTS[subject]: image})
-        assert_same(received, function(tf.constant(image)))
+        inputs = {INPUTS[subject]: random(*shape, dtype="uint8")}
+        expected = function(tf.constant(inputs[INPUTS[subject]]))
+        assert_same(run(kind, path, inputs), expected)
+        if openvino:
+            assert_same(openvino(inputs), expected)
     images = random(5, 64, 64, 1, dtype="uint8")
     received = exports.run_alone(path, images, native=kind == "native")
     assert_same(received, function(tf.constant(images)))
+
+
+def test_boxes_beside_the_image_are_among_those():
+    model = make_cutting_detector()
+    images = tf.constant(random(*SHAPES[0], dtype="uint8"))
+    outputs = model(images)
+    size = SHAPES[0][1:3]
+    anchors = detector.make_anchors(*(x // detector.STRIDE for x in size))
+    boxes = detector.decode(anchors, outputs["anchor_deltas"], *size)
+    _, best = tf.math.top_k(outputs["objectness"], detector.CANDIDATES)
+    areas = measure(tf.gather(boxes, best, batch_dims=1).numpy())
+    assert np.sum(areas == 0) > 10 and np.sum(areas > 0) > 40
+
+    proposals = outputs["proposals"].numpy()
+    real = proposals[..., 2] >= 0
+    assert np.all(measure(proposals[real]) > 0)
+    boxes = detector.decode(proposals, outputs["box_deltas"], *size).numpy()
+    assert np.sum(measure(boxes[real]) == 0) > 3
+    found = model.detect(images)
+    valid = found["valid"].numpy()[0]
+    assert np.all(measure(found["boxes"].numpy()[0, :valid]) > 0)
+
+
+def measure(boxes):
+    sides = np.maximum(boxes[..., 2:] - boxes[..., :2], 0)
+    return sides[..., 0] * sides[..., 1]
+
+
+COUNT, CLASSES, CHOSEN, MIN_SCORE = 24, 3, 20, np.float32(0.1)
+
+
+def make_choices():
+    """Images that a suppression may get wrong: boxes and scores."""
+    rng = np.random.default_rng(0)
+    boxes = random_boxes(COUNT)
+    scores = random_scores(COUNT, CLASSES)
+    descending = np.sort(scores, axis=0)[::-1]
+    # Whole pixels: halves of each other, and others beside them.
+    halves = np.array([(0, 0, 8, 8), (0, 0, 4, 8), (0, 0, 8, 4)], "float32")
+    halves = np.concatenate([halves + 9 * i for i in range(8)])
+    # At the image's edge, at a corner, a line, a point, turned, padding.
+    empty = np.array(
+        [
+            (0, 10, 0, 30),
+            (0, 0, 0, 0),
+            (64, 64, 64, 64),
+            (5, 7, 25, 7),
+            (30, 30, 20, 20),
+            (-1, -1, -1, -1),
+        ],
+        "float32",
+    )
+    some_empty = np.where(np.arange(COUNT)[:, None] % 3, boxes, empty[0])
+    some_empty[: len(empty)] = empty
+    nan = np.where(rng.random(scores.shape) < 0.3, np.nan, scores)
+    choices = {
+        "random": (boxes, scores),
+        "halves": (halves, descending),
+        "empty-first": (some_empty, descending),
+        "all-empty": (np.repeat(empty, 4, axis=0), descending),
+        "equal-scores": (boxes, np.full_like(scores, 0.5)),
+        "at-the-score": (boxes, np.full_like(scores, MIN_SCORE)),
+        "twins": (np.repeat(boxes[:12], 2, 0), np.repeat(scores[:12], 2, 0)),
+        "no-number": (boxes, nan),
+        "none": (boxes, np.zeros_like(scores)),
+        "beside": (boxes - (64, 0, 64, 0), scores),
+    }
+    boxes, scores = (np.stack(x) for x in zip(*choices.values(), strict=True))
+    return boxes.astype("float32"), scores.astype("float32")
+
+
+def choose(boxes, scores):
+    """What `detector.suppress` should choose, one box after the other."""
+    areas = measure(boxes.astype("float64"))
+    entries = [
+        (-scores[box, label], label, box)
+        for box in range(COUNT)
+        for label in range(CLASSES)
+        if scores[box, label] > MIN_SCORE and areas[box] > 0
+    ]
+    kept = []
+    for _, label, box in sorted(entries):
+        for _, other_label, other in kept:
+            common = np.concatenate(
+                (
+                    np.maximum(boxes[box, :2], boxes[other, :2]),
+                    np.minimum(boxes[box, 2:], boxes[other, 2:]),
+                )
+            )
+            common = measure(common.astype("float64"))
+            union = areas[box] + areas[other] - common
+            overlaps = common > detector.DETECTION_OVERLAP * union
+            if label == other_label and overlaps:
+                break
+        else:
+            kept.append((scores[box, label], label, box))
+    kept = kept[:CHOSEN]
+    rows = np.zeros((CHOSEN, 6), "float32")
+    for row, (score, label, box) in zip(rows, kept, strict=False):
+        row[:] = (*boxes[box], score, label)
+    return rows, len(kept)
+
+
+@pytest.mark.parametrize(
+    "how", ["eager", "graph", pytest.param("xla", marks=with_xla), *STOCK]
+)
+def test_suppression(how, tmp_path):
+    boxes, scores = make_choices()
+    inputs = {"boxes": boxes, "scores": scores}
+
+    def suppress(boxes, scores):
+        found = detector.suppress(
+            boxes,
+            scores,
+            CHOSEN,
+            detector.DETECTION_OVERLAP,
+            MIN_SCORE,
+        )
+        names = ("boxes_out", "scores_out", "classes", "valid")
+        return dict(zip(names, found, strict=True))
+
+    function = tf.function(
+        suppress,
+        [
+            tf.TensorSpec((None, *value.shape[1:]), name=name)
+            for name, value in inputs.items()
+        ],
+        jit_compile=how == "xla",
+    )
+    results = [suppress(**inputs) if how == "eager" else function(**inputs)]
+    if how in STOCK:
+        path = tmp_path / exports.FORMATS[how]
+        # Of random boxes there is none to be compared with.
+        write(how, function, path, sample=inputs)
+        results = [run(how, path, inputs)]
+        if how in READ_BY_OPENVINO:
+            results.append(compile_openvino(path)(inputs))
+    for found in results:
+        for index in range(len(boxes)):
+            rows, count = choose(boxes[index], scores[index])
+            assert found["valid"][index] == count
+            np.testing.assert_array_equal(
+                found["boxes_out"][index], rows[:, :4]
+            )
+            np.testing.assert_array_equal(
+                found["scores_out"][index], rows[:, 4]
+            )
+            np.testing.assert_array_equal(found["classes"][index], rows[:, 5])

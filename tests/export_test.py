@@ -22,7 +22,7 @@ import pytest
 import tensorflow as tf
 from exported import CLOSE, FORMATS, assert_close, random, run, write
 
-from tf_deform import export
+from tf_deform import _files, export
 from tf_deform.export import _common
 from tf_deform.layers import (
     DeformableConv2D,
@@ -890,15 +890,15 @@ def test_tables(tmp_path):
 def test_a_swap_that_fails_leaves_what_was_there(when, tmp_path, monkeypatch):
     model = small_model((16, 20))
     write("native", model, tmp_path / "model")
-    replace = pathlib.Path.replace
+    put = _files._put
 
-    def interrupt(self, target):
+    def interrupt(staging, target):
         if when == "after":
-            replace(self, target)
+            put(staging, target)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pathlib.Path, "replace", interrupt)
+        patch.setattr(_files, "_put", interrupt)
         with pytest.raises(KeyboardInterrupt):
             write("native", model, tmp_path / "model")
     assert os.listdir(tmp_path) == ["model"]

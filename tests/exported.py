@@ -3,6 +3,8 @@
 
 import numpy as np
 import onnxruntime
+import openvino
+import openvino_extension
 import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter
 
@@ -27,6 +29,8 @@ def run(kind, path, inputs):
         session = onnxruntime.InferenceSession(path)
         names = [output.name for output in session.get_outputs()]
         return dict(zip(names, session.run(names, inputs), strict=True))
+    if kind == "openvino":
+        return compile_openvino(path)(inputs)
     if kind == "litert":
         interpreter = Interpreter(str(path))
         return interpreter.get_signature_runner("serving_default")(**inputs)
@@ -35,6 +39,18 @@ def run(kind, path, inputs):
         **{name: tf.constant(value) for name, value in inputs.items()}
     )
     return {name: value.numpy() for name, value in outputs.items()}
+
+
+def compile_openvino(path, precision="f32"):
+    """What runs an ONNX file or a portable SavedModel in OpenVINO."""
+    core = openvino.Core()
+    core.add_extension(openvino_extension.deform_conv())
+    options = {"INFERENCE_PRECISION_HINT": precision}
+    compiled = core.compile_model(path, "CPU", options)
+    # The outputs of a SavedModel without a name have their tensors' names.
+    return lambda inputs: {
+        output.any_name: value for output, value in compiled(inputs).items()
+    }
 
 
 def assert_close(received, expected, tolerance=CLOSE):

@@ -3,6 +3,7 @@
 
 import contextlib
 import contextvars
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
@@ -21,14 +22,29 @@ _explained: contextvars.ContextVar[set[tf.Graph] | None] = (
     contextvars.ContextVar("tf_deform_explained", default=None)
 )
 
+# Where Keras traces a model for runtimes that have no native ops. TensorFlow's
+# converters refuse them there, but the one to ONNX only logs that it does not
+# know them, and writes a file that nothing loads.
+_KERAS_ONNX = "keras.src.export.onnx"
+_KERAS_EXPORTERS = (
+    _KERAS_ONNX,
+    "keras.src.export.openvino",
+    "keras.src.export.litert",
+)
+
 
 def check_implementation(implementation: Any) -> str:
-    if implementation not in _loader.IMPLEMENTATIONS:
+    # A string tensor or an array could equal one.
+    if (
+        not isinstance(implementation, str)
+        or implementation not in _loader.IMPLEMENTATIONS
+    ):
         raise ValueError(
             'Expected `implementation` to be "native" or "portable". Received: '
-            f"{implementation!r}"
+            f"{str(implementation)[:200]!r} of type "
+            f"{type(implementation).__name__}"
         )
-    return implementation
+    return str(implementation)
 
 
 def require_native_ops() -> None:
@@ -84,7 +100,43 @@ def for_other_runtime(functions: Mapping[str, Callable]) -> Iterator[None]:
 
 def is_for_other_runtime() -> bool:
     """Whether what is traced now will be run by something else."""
-    return isinstance(_asked_for.get(), Mapping)
+    return isinstance(_asked_for.get(), Mapping) or _is_keras_exporting()
+
+
+def _is_keras_exporting() -> bool:
+    """Whether `keras.Model.export` traces for a runtime without native ops.
+
+    Keras tells no layer what it traces for: the callers do.
+
+    Raises:
+        ValueError: To ONNX inside of a condition, of which tf2onnx forgets the
+            shapes: no runtime loads a convolution that it writes there.
+    """
+    if tf.executing_eagerly():
+        return False
+    frame = sys._getframe()
+    while frame is not None:
+        name = frame.f_globals.get("__name__")
+        if name in _KERAS_EXPORTERS:
+            if name == _KERAS_ONNX and _is_in_condition():
+                raise ValueError(
+                    "Expected a model without conditions around its deformable "
+                    "layers, as Keras' export to ONNX writes no convolutions "
+                    "in them. Received: one inside of a condition. Use "
+                    "tf_deform.export.onnx"
+                )
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _is_in_condition() -> bool:
+    graph = tf.compat.v1.get_default_graph()
+    while graph is not None:
+        if type(graph).__name__ == "CondBranchFuncGraph":
+            return True
+        graph = getattr(graph, "outer_graph", None)
+    return False
 
 
 @contextlib.contextmanager
@@ -123,7 +175,7 @@ def choose(implementation: Any, name: str, portable: Callable) -> Callable:
         return asked_for.get(name, portable)
     library = _loader.op_library()
     wanted = asked_for or _loader.forced() or implementation
-    if library is None or wanted == "portable":
+    if _is_keras_exporting() or library is None or wanted == "portable":
         return portable
     _mark(library)
     return getattr(library, name)

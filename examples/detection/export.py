@@ -2,12 +2,13 @@
 """Packs a detector for serving: bytes of images in, boxes in pixels out."""
 
 import pathlib
-import shutil
 from collections.abc import Callable
 
 import keras
 import tensorflow as tf
 from detection import detector
+
+from tf_deform import _files
 
 
 def fit_image(data: tf.Tensor, size: int) -> tuple[tf.Tensor, ...]:
@@ -111,13 +112,10 @@ def export(
     Args:
         model: trained model.
         categories: the `"categories"` of the COCO file that it learned from.
-        folder: folder to write; what it held is replaced.
+        folder: folder to write; a SavedModel that is there is replaced.
     """
     archive = keras.export.ExportArchive()
     archive.track(model)
     archive.add_endpoint("serve", make_server(model, categories))
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    archive.write_out(partial, verbose=False)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with _files.writing(folder, "saved_model.pb") as partial:
+        archive.write_out(partial, verbose=False)

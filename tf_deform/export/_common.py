@@ -7,8 +7,6 @@ import functools
 import importlib
 import os
 import pathlib
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from tf_deform import _files
 from tf_deform.export._source import Source, find_source
 
 # Inputs or outputs by name.
@@ -62,10 +61,13 @@ class Sample(NamedTuple):
     expected: Arrays
 
 
-def run_model(source: Source, sample: Any) -> list[Sample]:
+def run_model(
+    source: Source, sample: Any, declared: bool = False
+) -> list[Sample]:
     """Runs the model on the user's inputs, or on random ones.
 
-    Random ones have two sizes where a dimension may have any.
+    Random ones have two sizes where a dimension may have any. `declared` says
+    that the user gave the signature, which is then named in errors.
 
     Raises:
         ValueError: Inputs that do not fit, or that the model does not take.
@@ -89,8 +91,11 @@ def run_model(source: Source, sample: Any) -> list[Sample]:
             expected = source.flat(*map(tf.constant, values))
         except (ValueError, tf.errors.InvalidArgumentError) as error:
             origin = "made up" if sample is None else "given"
+            named = "`sample` to hold inputs"
+            if declared and sample is None:
+                named = "`input_signature` (or `sample`) to be of inputs"
             raise ValueError(
-                "Expected `sample` to hold inputs that the model takes. "
+                f"Expected {named} that the model takes. "
                 f"Received: {_shapes(given)} ({origin}), for which it raised: "
                 f"{error}"
             ) from error
@@ -188,23 +193,34 @@ def compare(
         RuntimeError: They differ by more, or it does not run.
     """
     differences: dict[str, float] = {}
+    worst, text = -1.0, ""
     for given, expected in samples:
         try:
             received = run(given)
-            for name, array in expected.items():
-                found = measure_difference(array, received[name])
-                differences[name] = max(found, differences.get(name, 0.0))
+            received = {name: np.asarray(received[name]) for name in expected}
         except Exception as error:
             raise RuntimeError(
                 f"Expected {path} to run with inputs of the shapes "
                 f"{_shapes(given)}. Received: {error}. Nothing was written"
             ) from error
-    name = max(differences, key=differences.get)
-    if not differences[name] <= tolerance:
+        for name, array in expected.items():
+            if received[name].shape != array.shape:
+                # No tolerance helps, nor other inputs.
+                raise RuntimeError(
+                    f"Expected {path} to give {name!r} the shape "
+                    f"{array.shape}, as the model does. Received: "
+                    f"{received[name].shape}, for inputs of the shapes "
+                    f"{_shapes(given)}. Nothing was written"
+                )
+            found = measure_difference(array, received[name])
+            differences[name] = max(found, differences.get(name, 0.0))
+            if found > worst:
+                worst, text = found, describe_difference(array, received[name])
+                text += f" in {name!r}"
+    if not worst <= tolerance:
         raise RuntimeError(
             f"Expected {path} to give what the model gives, to {tolerance:g} "
-            f"of the largest number. Received: a difference of "
-            f"{differences[name]:.2g} in {name!r}. Nothing was written. If "
+            f"of the largest number. Received: {text}. Nothing was written. If "
             "made-up inputs are the reason, pass `sample`, or `tolerance`"
         )
     return differences
@@ -243,7 +259,9 @@ def export(
     source = find_source(model, input_signature)
     stage = functools.partial(_stage, verbose=verbose)
     with contextlib.ExitStack() as stack:
-        partial = stack.enter_context(_writing(path, folder))
+        partial = stack.enter_context(
+            _files.writing(path, "saved_model.pb" if folder else None)
+        )
         if not in_tensorflow:
             stack.enter_context(source.in_float32())
         if tolerance is None:
@@ -251,7 +269,7 @@ def export(
         # A GPU may round products to TF32.
         device = None if in_tensorflow else "/CPU:0"
         with stage("Running the model"), tf.device(device):
-            samples = run_model(source, sample)
+            samples = run_model(source, sample, input_signature is not None)
         write(source, partial, stage)
         with stage(f"Running {path.name} and comparing"):
             try:
@@ -297,58 +315,33 @@ def measure_difference(expected: np.ndarray, received: Any) -> float:
     return float(ratio) if np.isfinite(delta).all() else np.inf
 
 
-@contextlib.contextmanager
-def _writing(path: pathlib.Path, folder: bool) -> Iterator[pathlib.Path]:
-    """A path to write to; what is there takes the place of `path` at the end.
-
-    Whatever happens before it has leaves `path` as it was.
-
-    Raises:
-        OSError: `path` cannot be written, or is something else.
-    """
-    if folder:
-        replaceable = not path.exists() or (
-            path.is_dir()
-            and ((path / "saved_model.pb").exists() or not any(path.iterdir()))
-        )
-        kind = "a new or empty folder, or one with a SavedModel"
-    else:
-        replaceable = not path.is_dir()
-        kind = "a file"
-    if not replaceable:
-        raise FileExistsError(
-            f"Expected `path` to be {kind}. Received: {path}, which is "
-            f"{'a folder with other things' if path.is_dir() else 'a file'}"
-        )
-    try:
-        # Beside it, so that it can be moved there in one step.
-        scratch = tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent)
-    except OSError as error:
-        raise type(error)(
-            error.errno,
-            "Expected `path` to be in a folder that can be written. Received: "
-            f"{error.strerror}",
-            str(path),
-        ) from error
-    try:
-        partial = pathlib.Path(scratch) / path.name
-        yield partial
-        before = pathlib.Path(scratch) / "before"
-        if folder and path.exists():
-            path.rename(before)
-        try:
-            partial.replace(path)
-        except BaseException:
-            if before.exists() and not path.exists():
-                before.rename(path)
-            raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
 def _measure_size(path: pathlib.Path) -> int:
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def describe_difference(expected: np.ndarray, received: Any) -> str:
+    """What `measure_difference` found, in words where it is no number."""
+    received = np.asarray(received)
+    difference = measure_difference(expected, received)
+    if np.isfinite(difference):
+        return f"a difference of {difference:.2g}"
+    if expected.shape != received.shape:
+        return f"the shape {received.shape} in place of {expected.shape}"
+    expected, received = (x.astype("float64") for x in (expected, received))
+    for name, judge in (
+        ("NaN", np.isnan),
+        ("infinity", np.isposinf),
+        ("-infinity", np.isneginf),
+    ):
+        more = judge(received) & ~judge(expected)
+        less = judge(expected) & ~judge(received)
+        if more.any() or less.any():
+            return (
+                f"{name} at {more.sum()} of {more.size} places where the model "
+                f"has none, and none at {less.sum()} places where it has it,"
+            )
+    return f"up to {np.abs(received).max():.2g} where all should be 0,"
 
 
 @contextlib.contextmanager

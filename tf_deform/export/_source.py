@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import inspect
 import re
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -54,7 +55,11 @@ class Source:
                 pass  # A function inside lives by Autograph: it has to stay.
             finally:
                 tf.config.run_functions_eagerly(before)
-        traced.get_concrete_function()
+        try:
+            traced.get_concrete_function()
+        except tf.errors.OperatorNotAllowedInGraphError:
+            _explain_python(traced)
+            raise
         return traced
 
     def layers(self) -> list[keras.layers.Layer]:
@@ -70,17 +75,89 @@ class Source:
 
     @contextlib.contextmanager
     def in_float32(self) -> Iterator[None]:
-        """Layers with a mixed policy compute in float32 inside of it."""
-        policies = [(x, x.dtype_policy) for x in self.layers()]
+        """Layers of any real type compute in float32 inside of it.
+
+        Their variables stay as they are and are cast when they are read.
+        """
+        kept = []
         try:
-            for layer, policy in policies:
-                mixed = policy.compute_dtype != policy.variable_dtype
-                if mixed and type(policy) is keras.DTypePolicy:
-                    layer.dtype_policy = policy.variable_dtype
+            for layer in self.layers():
+                policy = layer._dtype_policy
+                if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
+                    policy = policy[layer.path]
+                # Not of quantized layers, nor of those for integers.
+                plain = type(policy).__name__ in _FLOAT_POLICIES
+                if plain and policy.compute_dtype in _OTHER_REALS:
+                    kept.append((layer, layer._dtype_policy))
+                    # The setter would leave an entry in a map.
+                    layer._dtype_policy = _InFloat32(policy.variable_dtype)
             yield
         finally:
-            for layer, policy in policies:
-                layer.dtype_policy = policy
+            for layer, policy in kept:
+                layer._dtype_policy = policy
+
+
+_FLOAT_POLICIES = ("DTypePolicy", "FloatDTypePolicy")
+# What LiteRT and most runtimes of ONNX do not compute in.
+_OTHER_REALS = ("float16", "bfloat16", "float64")
+
+
+class _InFloat32(keras.DTypePolicy):
+    """Computes in float32 with variables of any real type."""
+
+    def __init__(self, variable_dtype: str):
+        super().__init__("float32")
+        self._variable_dtype = variable_dtype
+
+
+def _find_layer(error: BaseException | None) -> keras.layers.Layer | None:
+    """The innermost layer that was called when an error was raised."""
+    layer = None
+    while error is not None and layer is None:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            found = frame.f_locals.get("self")
+            if isinstance(found, keras.layers.Layer):
+                layer = found
+        error = error.__cause__ or error.__context__  # Autograph's own.
+    return layer
+
+
+def _explain_python(traced: Any) -> None:
+    """Raises a ValueError if a layer keeps a function from being traced.
+
+    One that needs values while a graph is made: it is found by tracing once
+    more, as Keras cuts its layers' frames off otherwise.
+    """
+    filtering = keras.config.is_traceback_filtering_enabled()
+    keras.config.disable_traceback_filtering()
+    try:
+        traced.get_concrete_function()
+        return
+    except tf.errors.OperatorNotAllowedInGraphError as error:
+        layer = _find_layer(error)
+    finally:
+        if filtering:
+            keras.config.enable_traceback_filtering()
+    if layer is None:
+        return
+    way = (
+        "If sizes are what it lacks, give them in `input_signature` or in "
+        "keras.Input; else write its `if` with tf.cond, its `for` with "
+        "tf.while_loop"
+    )
+    if isinstance(layer, keras.layers.UpSampling2D):
+        way = (
+            "Keras' UpSampling2D needs the sizes of its inputs unless its "
+            'interpolation is "nearest": give them in `input_signature` or in '
+            "keras.Input, or replace the layer with a subclass whose `call` "
+            "returns tf.image.resize(inputs, tf.shape(inputs)[1:3] * "
+            "self.size, self.interpolation)"
+        )
+    raise ValueError(
+        "Expected layers that need no values while a graph is made. Received: "
+        f"{layer.name!r} ({type(layer).__name__}), which takes a tensor for a "
+        f"Python bool or list. {way}"
+    )
 
 
 def explain_stale(op: str, node: str) -> ValueError:
@@ -138,8 +215,19 @@ def find_source(
                 "Expected `input_signature`, or a tf.function with one. "
                 f"Received: {model!r} without"
             )
-        names = list(inspect.signature(function).parameters)
-        return Source(function, _name_inputs(signature, names), None)
+        parameters = inspect.signature(function)
+        inputs = _name_inputs(signature, list(parameters.parameters))
+        try:
+            parameters.bind(*inputs)
+        except TypeError as error:
+            raise ValueError(
+                "Expected `input_signature` to hold one tf.TensorSpec for each "
+                f"argument of the function, {parameters}. Received: {inputs}"
+            ) from error
+        own = model.input_signature or ()
+        if own and all(isinstance(spec, tf.TensorSpec) for spec in own):
+            _check_signature(inputs, own, 0)
+        return Source(function, inputs, None)
     if not isinstance(model, keras.Model):
         raise TypeError(
             "Expected `model` to be a keras.Model or a tf.function. Received: "
@@ -163,12 +251,61 @@ def find_source(
             shape = [None, *spec.shape[1:]]
             input_signature = [tf.TensorSpec(shape, spec.dtype)]
 
+    inputs = _name_inputs(input_signature, names)
+    if known is not None:
+        # Keras' models take any batch.
+        _check_signature(inputs, known, 1)
+
     def run(*arguments: tf.Tensor) -> Any:
         if known is not None and not sequential:
             arguments = [keras.tree.pack_sequence_as(model.input, arguments)]
         return model(*arguments, training=False)
 
-    return Source(run, _name_inputs(input_signature, names), model)
+    return Source(run, inputs, model)
+
+
+def _check_signature(
+    signature: Sequence[tf.TensorSpec], known: Sequence[Any], first: int
+) -> None:
+    """Judges a signature by what the model itself says of its inputs.
+
+    Args:
+        signature: What the user gave.
+        known: What the model says, with shapes and types.
+        first: First of the dimensions that have to fit.
+
+    Raises:
+        ValueError: The model does not take all that the signature describes.
+    """
+    fits = len(signature) == len(known)
+    for spec, other in zip(signature, known, strict=False):
+        shape, own = spec.shape, tf.TensorShape(other.shape)
+        fits &= (spec.dtype == tf.string) == (
+            other.dtype in (tf.string, "string")
+        )
+        if own.rank is None:
+            continue
+        # Keras adds or removes a last dimension of 1.
+        if shape.rank is not None and shape.rank - own.rank in (-1, 1):
+            longer = max(shape, own, key=len)
+            if longer[-1] == 1:
+                shape, own = (x[: len(longer) - 1] for x in (shape, own))
+        fits &= shape.rank == own.rank and all(
+            size in (None, given)
+            for given, size in zip(shape[first:], own[first:], strict=True)
+        )
+    if not fits:
+        wanted, received = (
+            ", ".join(
+                f"{tf.TensorShape(x.shape)} {tf.as_dtype(x.dtype).name}"
+                for x in specs
+            )
+            for specs in (known, signature)
+        )
+        raise ValueError(
+            "Expected `input_signature` to describe inputs that the model "
+            f"takes: {wanted}. Received: {received}"
+        )
 
 
 def _name_inputs(

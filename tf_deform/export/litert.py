@@ -1,24 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models for LiteRT (TensorFlow Lite), of its builtin operations alone."""
 
+import contextlib
+import functools
+import io
+import itertools
 import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from tf_deform import _implementation
-from tf_deform.export import _common, _source
+from tf_deform.export import _common, _litert_graph, _source
 from tf_deform.export.saved_model import check_portable, write
+
+# Largest difference to expect of each kind of numbers, relative to the largest
+# number of an output: some pixels lie where samples jump.
+_TOLERANCES = {None: None, "float16": 0.25, "dynamic": 0.5, "int8": 0.5}
+# As many images, at least, show the ranges of activations.
+MIN_IMAGES = 32
 
 
 def litert(
     model: Any,
     path: str | os.PathLike,
+    quantize: str | None = None,
     *,
+    calibration: Iterable[Any] | None = None,
     input_signature: Sequence[tf.TensorSpec] | None = None,
     sample: Any = None,
     tolerance: float | None = None,
@@ -30,19 +44,35 @@ def litert(
     signature "serving_default" takes and returns tensors by name, of any size
     where the model does, and of any batch from 1. Deformable layers become
     gathers and products, which take more time and memory than native ops. A
-    Keras model's layers with a mixed policy are exported in float32.
+    Keras model's layers with a policy in 16 bits or float64 are exported in
+    float32.
+
+    Quantized files are smaller. Positions in 8 bits would be off by pixels,
+    and beyond 128 of them do not run at all: only convolutions and products
+    with weights become int8, and none that decides where something is read, as
+    the branches of deformable layers do. Inputs and outputs keep their types.
 
     Args:
         model: A Keras model, or a `tf.function` of tensors.
         path: File to write. One that is there is replaced, at the end and in
             one step.
+        quantize: None: float32. "float16": weights in 16 bits, which are made
+            float32 when the file is loaded. "dynamic": weights in 8 bits,
+            activations too, in ranges found at run time. "int8": both, in
+            ranges found by `calibration`.
+        calibration: For "int8": batches of inputs like those that the model
+            will see, each an array, list or dictionary as `sample` is. They
+            are taken one by one, and once. None: `sample`, if that has at least
+            32 images.
         input_signature: Shape, type and name of the model's inputs. None: as
             the model says, which a subclassed one does not.
         sample: Values for the inputs, an array, list or dictionary, with which
-            the file is compared with the model. None: random ones, from 0 to 1
-            or, for uint8, to 255; of two sizes where sizes are unknown.
+            the file is compared with the model. None: the first batch of
+            `calibration`, or else random ones, from 0 to 1 or, for uint8, to
+            255; of two sizes where sizes are unknown.
         tolerance: Largest difference allowed, relative to the largest number
-            of an output. None: 1e-3, or .03 for a model in 16 bits.
+            of an output. None: 1e-3; .25 for "float16", .5 for "dynamic" and
+            "int8", as single pixels may lie where samples jump.
         verbose: Whether to print what is being done, and the report.
 
     Returns:
@@ -56,7 +86,31 @@ def litert(
         OSError: `path` cannot be written.
         RuntimeError: What was written differs from the model.
     """
+    if quantize not in tuple(_TOLERANCES):
+        raise ValueError(
+            'Expected `quantize` to be None, "float16", "dynamic" or "int8". '
+            f"Received: {quantize!r}"
+        )
     (interpreter,) = _common.require("litert", "ai_edge_litert.interpreter")
+    if quantize in ("dynamic", "int8"):
+        _common.require("litert", "ai_edge_quantizer")
+    source = _source.find_source(model, input_signature)
+    batches = None
+    if calibration is not None:
+        batches = _read_batches(source.inputs, calibration)
+        # An error of the first one comes before any work is done.
+        first = next(batches, None)
+        if first is None:
+            raise ValueError(
+                "Expected `calibration` to have at least one batch. Received: "
+                "none"
+            )
+        batches = itertools.chain([first], batches)
+        sample = first if sample is None else sample
+    elif quantize == "int8":
+        batches = _read_sample(source.inputs, sample)
+    if tolerance is None:
+        tolerance = _TOLERANCES[quantize]
 
     def load(
         _: _source.Source, file: pathlib.Path
@@ -68,7 +122,7 @@ def litert(
     return _common.export(
         model,
         path,
-        _write,
+        functools.partial(_write, quantize=quantize, batches=batches),
         load,
         input_signature=input_signature,
         sample=sample,
@@ -77,8 +131,87 @@ def litert(
     )
 
 
+def _read_batches(
+    specs: Sequence[tf.TensorSpec], calibration: Any
+) -> Iterator[_common.Arrays]:
+    """The batches by name, one by one.
+
+    Raises:
+        TypeError: Not an iterable of batches.
+        ValueError: A batch that does not fit.
+    """
+    whole = isinstance(calibration, str | bytes | Mapping) or hasattr(
+        calibration, "shape"
+    )
+    if whole or not isinstance(calibration, Iterable):
+        shape = getattr(calibration, "shape", None)
+        found = type(calibration).__name__
+        if shape is not None:
+            found += f" of shape {tuple(shape)}"
+        raise TypeError(
+            "Expected `calibration` to be an iterable of batches, such as "
+            f"[images[:16], images[16:]]. Received: {found}"
+        )
+
+    def read() -> Iterator[_common.Arrays]:
+        for batch in calibration:
+            if not isinstance(batch, Mapping | list | tuple):
+                batch = [batch]
+            yield _read_batch(specs, batch, "calibration")
+
+    return read()
+
+
+def _read_batch(
+    specs: Sequence[tf.TensorSpec], batch: Any, argument: str
+) -> _common.Arrays:
+    try:
+        values = _common._read_sample(specs, batch)
+    except ValueError as error:
+        text = str(error).replace("`sample`", f"batches in `{argument}`")
+        raise ValueError(text) from None
+    for spec, value in zip(specs, values, strict=True):
+        if value.size == 0 or (
+            spec.dtype.is_floating
+            and not np.isfinite(value.astype("float32")).all()
+        ):
+            raise ValueError(
+                f"Expected `{argument}` to hold finite numbers, and not none. "
+                f"Received: {value.dtype} {value.shape} for {spec.name!r}"
+                f"{', with others' if value.size else ''}"
+            )
+    return {spec.name: value for spec, value in zip(specs, values, strict=True)}
+
+
+def _read_sample(
+    specs: Sequence[tf.TensorSpec], sample: Any
+) -> Iterator[_common.Arrays]:
+    """`sample` as the only batch.
+
+    Raises:
+        ValueError: It is too small.
+    """
+    found = "neither"
+    if sample is not None:
+        batch = _read_batch(specs, sample, "sample")
+        images = len(np.atleast_1d(next(iter(batch.values()))))
+        if images >= MIN_IMAGES:
+            return iter([batch])
+        found = f"a sample of {images} images"
+    raise ValueError(
+        'Expected `calibration` for quantize="int8", batches of inputs like '
+        f"those that the model will see, or a `sample` of {MIN_IMAGES} or more "
+        f"images. Received: {found}"
+    )
+
+
 def _write(
-    source: _source.Source, file: pathlib.Path, stage: _common.Stage
+    source: _source.Source,
+    file: pathlib.Path,
+    stage: _common.Stage,
+    *,
+    quantize: str | None,
+    batches: Iterator[_common.Arrays] | None,
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
         with stage("Tracing"), _implementation.for_other_runtime({}):
@@ -86,23 +219,117 @@ def _write(
             # variables: of a function it made wrong numbers.
             write(source, pathlib.Path(folder), inline=True)
         check_portable(pathlib.Path(folder))
+        converter = tf.lite.TFLiteConverter.from_saved_model(
+            folder, signature_keys=["serving_default"]
+        )
+        converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
+        if quantize == "float16":
+            converter.optimizations = [tf.lite.Optimize.DEFAULT]
+            converter.target_spec.supported_types = [tf.float16]
         with stage("Converting to LiteRT"):
-            file.write_bytes(_convert(folder))
+            content = _convert(converter)
+        if quantize in ("dynamic", "int8"):
+            with stage("Quantizing"):
+                content = _quantize(content, quantize, batches)
+        file.write_bytes(content)
 
 
-def _convert(folder: str) -> bytes:
-    converter = tf.lite.TFLiteConverter.from_saved_model(
-        folder, signature_keys=["serving_default"]
-    )
-    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
+def _convert(converter: Any) -> bytes:
     try:
         return converter.convert()
     except Exception as error:
         # The converter's text is pages long and names each operation like
-        # this.
+        # this; and again, with the types of its operands.
         text = str(error)
         names = sorted(set(re.findall(r"'(?:tf|tfl)\.(\w+)' op", text)))
+        found = ", ".join(names) or text.strip().splitlines()[0]
+        types = {
+            _TYPES[short]
+            for line in re.findall(r"^\s*(?:tf|tfl)\.\w+\(.*", text, re.M)
+            for short in re.findall(r"[<x](bf16|f16|f64)>", line)
+        }
+        if types:
+            found += f" in {', '.join(sorted(types))}"
         raise ValueError(
-            "Expected a model made of LiteRT's builtin operations. Received: "
-            f"{', '.join(names) or text.strip().splitlines()[0]}"
+            "Expected a model made of LiteRT's builtin operations"
+            f"{', which compute in float32' if types else ''}. Received: "
+            f"{found}"
         ) from error
+
+
+_TYPES = {"bf16": "bfloat16", "f16": "float16", "f64": "float64"}
+
+
+def _quantize(
+    content: bytes, kind: str, batches: Iterator[_common.Arrays] | None
+) -> bytes:
+    """A file with int8 weights and activations, where that is safe.
+
+    Args:
+        content: The file in float32.
+        kind: "dynamic" or "int8".
+        batches: See `litert`.
+    """
+    from ai_edge_quantizer import calibrator, quantizer, recipe_manager
+    from ai_edge_quantizer.qtyping import QuantGranularity
+    from ai_edge_quantizer.utils import qsv_utils
+
+    found = _litert_graph.find_quantizable(content)
+    if not found.kinds:
+        raise ValueError(
+            "Expected a model with a convolution or a product with weights. "
+            "Received: one without"
+        )
+    recipe = recipe_manager.RecipeManager()
+    for name in found.kinds:
+        if kind == "int8":
+            # LiteRT takes one range for all of a stack of matrices.
+            granularity = (
+                QuantGranularity.TENSORWISE
+                if name == "BATCH_MATMUL"
+                else QuantGranularity.CHANNELWISE
+            )
+            recipe.add_static_config(".*", name, 8, 8, granularity)
+        else:
+            recipe.add_dynamic_config(".*", name, 8)
+        # Later ones go before.
+        if found.places:
+            recipe.add_weight_only_config(_one_of(found.places), name, 8)
+        if found.products:
+            recipe.add_quantization_config(
+                _one_of(found.products), name, algorithm_key="no_quantize"
+            )
+    ranges = None
+    if recipe.need_calibration():
+        # Without a copy of every tensor, of which deformable layers have many.
+        calibration = calibrator.Calibrator(
+            content,
+            os.cpu_count() or 1,
+            calibrator.CalibrationMode.CALIBRATION_PROFILER_BASED,
+            qsv_utils.min_max_update,
+        )
+        for batch in batches:
+            with _quiet():
+                calibration.calibrate({"serving_default": [batch]}, recipe)
+        ranges = calibration.get_model_qsvs()
+    with _quiet():
+        result = quantizer.Quantizer(
+            content, recipe.get_quantization_recipe()
+        ).quantize(ranges, enable_progress_report=False)
+    return bytes(result.quantized_model)
+
+
+def _one_of(names: Sequence[str]) -> str:
+    """A regular expression for operations with these outputs alone."""
+    return f"^(?:{'|'.join(map(re.escape, names))});$"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the quantizer's bars and warnings from the user."""
+    with (
+        contextlib.redirect_stderr(io.StringIO()),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        yield

@@ -1,18 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Deformable convolution as a Keras layer that stands where Conv2D stood."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tf_deform import _loader
-from tf_deform._implementation import (
-    check_implementation,
-    is_for_other_runtime,
+from tf_deform._implementation import check_implementation
+from tf_deform.layers._branch import convolve, hand_on_nan
+from tf_deform.layers._op_layer import OpLayer, check_data_format
+from tf_deform.ops._arguments import (
+    Pair,
+    boolean,
+    bounded,
+    coordinate_type,
+    option,
+    positive,
+    positive_pair,
+    to_tensor,
 )
-from tf_deform.ops._arguments import Pair, coordinate_type, integer, pair
 from tf_deform.ops.deformable_conv2d import (
     canonical_padding,
     check_boundary,
@@ -21,10 +30,36 @@ from tf_deform.ops.deformable_conv2d import (
 )
 
 MODULATIONS = (None, "sigmoid", "2sigmoid")
+# What to do if a file does not have a layer's weights.
+_OF_PLAIN = (
+    ". If the file is that of a model with `Conv2D` in its place: "
+    "`tf_deform.load_plain_weights(model, path)`"
+)
+
+
+def _shape_of_inputs(
+    method: str, shape: Any, keywords: Mapping[str, Any]
+) -> Any:
+    """The shape given by position or as `inputs_shape`, or Conv2D's way.
+
+    Keras names the arguments of `build` after those of `call`, while Conv2D's
+    is called `input_shape`.
+    """
+    given = {
+        name: value
+        for name, value in (("inputs_shape", shape), *keywords.items())
+        if name != "inputs_shape" or value is not None
+    }
+    if len(given) != 1 or not given.keys() <= {"inputs_shape", "input_shape"}:
+        raise TypeError(
+            f"Expected `{method}` to be given `inputs_shape` or `input_shape`, "
+            f"and those of displacements. Received: {', '.join(given) or None}"
+        )
+    return given.popitem()[1]
 
 
 @keras.saving.register_keras_serializable(package="tf_deform")
-class DeformableConv2D(keras.layers.Conv2D):
+class DeformableConv2D(OpLayer, keras.layers.Conv2D):
     """`keras.layers.Conv2D` that learns where to look.
 
     A branch of the layer, one convolution that starts at zero, predicts for
@@ -89,11 +124,20 @@ class DeformableConv2D(keras.layers.Conv2D):
     Returns:
         `(batch, out_h, out_w, filters)`, laid out like `inputs`, in the
         compute dtype. Differentiable with respect to all arguments and
-        weights; weights that are not trainable cost nothing.
+        weights; weights that are not trainable cost nothing. Where the branch
+        predicts NaN the outputs are NaN; a given NaN is outside of the image.
 
     Raises:
+        TypeError: Inputs or arguments of another type.
         ValueError: Arguments or shapes that do not fit.
     """
+
+    _AXES = {
+        "inputs": "batch, height, width, channels",
+        "offset": "batch, out_h, out_w, 2 * n",
+        "modulator": "batch, out_h, out_w, n",
+    }
+    _OP_NAMES = {"modulator": "mask"}
 
     def __init__(
         self,
@@ -120,18 +164,25 @@ class DeformableConv2D(keras.layers.Conv2D):
         implementation: str = "native",
         **kwargs: Any,
     ):
+        filters = positive(filters, "filters")
+        groups = positive(groups, "groups")
+        if filters % groups:
+            raise ValueError(
+                "Expected `filters` to be a multiple of `groups`. Received: "
+                f"filters={filters}, groups={groups}"
+            )
         # Keras would cast offsets to the compute dtype: `call` casts itself.
         kwargs["autocast"] = False
         # Conv2D knows two paddings, and no dilation beside strides: those
         # three are set below.
         super().__init__(
-            integer(filters, "filters"),
-            kernel_size,
-            strides=strides,
-            data_format=data_format,
+            filters,
+            positive_pair(kernel_size, "kernel_size"),
+            strides=positive_pair(strides, "strides"),
+            data_format=check_data_format(data_format),
             groups=groups,
             activation=activation,
-            use_bias=use_bias,
+            use_bias=boolean(use_bias, "use_bias"),
             kernel_initializer=kernel_initializer,
             bias_initializer=bias_initializer,
             kernel_regularizer=kernel_regularizer,
@@ -142,41 +193,23 @@ class DeformableConv2D(keras.layers.Conv2D):
             **kwargs,
         )
         self.padding = canonical_padding(padding)
-        self.dilation_rate = pair(dilation_rate, "dilation_rate")
-        self.offset_groups = integer(offset_groups, "offset_groups")
-        self.modulation = modulation
+        self.dilation_rate = positive_pair(dilation_rate, "dilation_rate")
+        self.offset_groups = positive(offset_groups, "offset_groups")
+        self.modulation = option(modulation, "modulation", MODULATIONS)
         self.boundary = check_boundary(boundary)
         self.implementation = check_implementation(implementation)
         self.offset_dilation_rate = (
             None
             if offset_dilation_rate is None
-            else pair(offset_dilation_rate, "offset_dilation_rate")
+            else positive_pair(offset_dilation_rate, "offset_dilation_rate")
         )
         self.offset_kernel = None
         self.offset_bias = None
+        self._built_for = None
         self.supports_jit = _loader.supports_jit()
-        if modulation not in MODULATIONS:
-            raise ValueError(
-                'Expected `modulation` to be None, "sigmoid" or "2sigmoid". '
-                f"Received: {modulation!r}"
-            )
-        for name, value in (
-            ("dilation_rate", min(self.dilation_rate)),
-            ("offset_dilation_rate", min(self._branch_dilation)),
-            ("offset_groups", self.offset_groups),
-        ):
-            if value < 1:
-                raise ValueError(
-                    f"Expected `{name}` to be positive. Received: {value}"
-                )
-        if (
-            not isinstance(self.padding, str)
-            and min(map(min, self.padding)) < 0
-        ):
-            raise ValueError(
-                "Expected `padding` to be 0 or more. Received: "
-                f"padding={padding!r}"
-            )
+        if not isinstance(self.padding, str):
+            for pixels in (*self.padding[0], *self.padding[1]):
+                bounded(pixels, "padding", 0)
 
     @property
     def _branch_dilation(self) -> Pair:
@@ -194,28 +227,15 @@ class DeformableConv2D(keras.layers.Conv2D):
             implementation=self.implementation,
         )
 
-    def _to_channels_last(self, value: Any) -> Any:
-        """A tensor or a shape, laid out as the op takes it."""
-        if value is None or self.data_format == "channels_last":
-            return value
-        if isinstance(value, list | tuple):
-            return (value[0], *value[2:], value[1])
-        return tf.transpose(value, (0, 2, 3, 1))
-
-    def _to_data_format(self, value: Any) -> Any:
-        if self.data_format == "channels_last":
-            return value
-        if isinstance(value, list | tuple):
-            return (value[0], value[-1], *value[1:-1])
-        return tf.transpose(value, (0, 3, 1, 2))
-
     def build(
         self,
-        inputs_shape: Sequence[int | None],
+        inputs_shape: Sequence[int | None] | None = None,
         offset_shape: Sequence[int | None] | None = None,
         modulator_shape: Sequence[int | None] | None = None,
+        **kwargs: Any,
     ) -> None:
-        channels = self._to_channels_last(inputs_shape)[-1]
+        inputs_shape = _shape_of_inputs("build", inputs_shape, kwargs)
+        channels = self._shape_to_channels_last(inputs_shape, "inputs")[-1]
         if channels is None:
             raise ValueError(
                 "Expected the channels of `inputs` to be known. Received: "
@@ -228,6 +248,23 @@ class DeformableConv2D(keras.layers.Conv2D):
             self._build_branch(channels)
         if lora_rank:
             self.enable_lora(lora_rank, lora_alpha=self.lora_alpha)
+        self._built_for = {
+            name: tuple(tf.TensorShape(shape).as_list())
+            for name, shape in (
+                ("inputs_shape", inputs_shape),
+                ("offset_shape", offset_shape),
+                ("modulator_shape", modulator_shape),
+            )
+            if shape is not None
+        }
+
+    def get_build_config(self) -> dict[str, Any] | None:
+        # Keras remembers the call of `build`, by whatever name.
+        if self._built_for is None:
+            return super().get_build_config()
+        if len(self._built_for) == 1:
+            return {"input_shape": self._built_for["inputs_shape"]}
+        return {"shapes_dict": dict(self._built_for)}
 
     def _build_branch(self, channels: int) -> None:
         taps = self.kernel_size[0] * self.kernel_size[1]
@@ -247,25 +284,30 @@ class DeformableConv2D(keras.layers.Conv2D):
 
     def compute_output_shape(
         self,
-        inputs_shape: Sequence[int | None],
+        inputs_shape: Sequence[int | None] | None = None,
         offset_shape: Sequence[int | None] | None = None,
         modulator_shape: Sequence[int | None] | None = None,
+        **kwargs: Any,
     ) -> tuple[int | None, ...]:
+        inputs_shape = _shape_of_inputs(
+            "compute_output_shape", inputs_shape, kwargs
+        )
         if modulator_shape is not None and offset_shape is None:
             self._raise_lone_modulator(modulator_shape)
-        inputs = self._to_channels_last(inputs_shape)
+        inputs = self._shape_to_channels_last(inputs_shape, "inputs")
         channels = inputs[-1]
         if channels is not None:
             channels //= self.groups
-        return self._to_data_format(
-            infer_output_shape(
-                inputs,
-                (*self.kernel_size, channels, self.filters),
-                self._to_channels_last(offset_shape),
-                self._to_channels_last(modulator_shape),
-                **self._arguments,
+        with self._own_words():
+            return self._to_data_format(
+                infer_output_shape(
+                    inputs,
+                    (*self.kernel_size, channels, self.filters),
+                    self._shape_to_channels_last(offset_shape, "offset"),
+                    self._shape_to_channels_last(modulator_shape, "modulator"),
+                    **self._arguments,
+                )
             )
-        )
 
     @staticmethod
     def _raise_lone_modulator(received: Any) -> None:
@@ -275,45 +317,30 @@ class DeformableConv2D(keras.layers.Conv2D):
             f"{tuple(received)}"
         )
 
-    def _run_branch(self, inputs: tf.Tensor) -> tuple[tf.Tensor, Any]:
-        """Offset and modulator (or None) for `inputs`, in channels last."""
-        kernel = tf.cast(self.offset_kernel, self.compute_dtype)
-        # oneDNN's convolution of no pixels has the wrong shape.
-        size = inputs.shape.num_elements()
-        if is_for_other_runtime():
-            fields = self._convolve(inputs, kernel)
-        elif size is None:
-            fields = tf.cond(
-                tf.size(inputs) > 0,
-                lambda: self._convolve(inputs, kernel),
-                lambda: self._convolve_nothing(inputs, kernel),
-            )
-        elif size > 0:
-            fields = self._convolve(inputs, kernel)
-        else:
-            fields = self._convolve_nothing(inputs, kernel)
-        fields = tf.nn.bias_add(
-            fields, tf.cast(self.offset_bias, self.compute_dtype)
+    def _run_branch(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Displacements and modulation of `inputs`, in channels last."""
+        kernel, bias = (
+            tf.cast(weight, self.compute_dtype)
+            for weight in (self.offset_kernel, self.offset_bias)
         )
-        coordinates = coordinate_type(inputs.dtype)
-        fields = tf.cast(fields, coordinates)
-        if self.modulation is None:
-            return fields, None
-        taps = self.kernel_size[0] * self.kernel_size[1]
-        split = 2 * self.offset_groups * taps
-        modulator = tf.sigmoid(fields[..., split:])
-        if self.modulation == "2sigmoid":
-            modulator *= 2
-        return fields[..., :split], modulator
+        fields = convolve(
+            inputs,
+            kernel,
+            strides=self.strides,
+            padding=self._branch_padding(),
+            dilations=self._branch_dilation,
+        )
+        fields = tf.nn.bias_add(fields, bias)
+        return tf.cast(fields, coordinate_type(inputs.dtype))
 
-    def _branch_padding(self) -> str | list[tuple[int, int]]:
+    def _branch_padding(self) -> str | list[Pair]:
         """Padding that centres the branch's taps on the layer's.
 
-        A string, or (before, after) for height and width; negative values
-        are pixels to cut off.
+        "same", or (before, after) for height and width; negative values are
+        pixels to cut off.
         """
         if self.padding == "same":
-            return "SAME"
+            return "same"
         padding = self.padding
         if padding == "valid":
             padding = ((0, 0), (0, 0))
@@ -325,74 +352,67 @@ class DeformableConv2D(keras.layers.Conv2D):
             result.append((before - spare // 2, after - (spare - spare // 2)))
         return result
 
-    def _convolve(self, inputs: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
-        padding = self._branch_padding()
-        if padding != "SAME":
-            rows, columns = (
-                slice(max(-before, 0), -max(-after, 0) or None)
-                for before, after in padding
-            )
-            inputs = inputs[:, rows, columns]
-            padding = [[max(pixels, 0) for pixels in side] for side in padding]
-            padding = [[0, 0], *padding, [0, 0]]
-        return tf.nn.conv2d(
-            inputs,
-            kernel,
-            self.strides,
-            padding,
-            dilations=self._branch_dilation,
-        )
-
-    def _convolve_nothing(
-        self, inputs: tf.Tensor, kernel: tf.Tensor
+    def convolution_op(
+        self,
+        inputs: tf.Tensor,
+        kernel: tf.Tensor,
+        offset: Any = None,
+        modulator: Any = None,
     ) -> tf.Tensor:
-        """The convolution of an empty batch or image: no columns by kernel."""
-        shape = [tf.shape(inputs)[0]]
-        for axis in range(2):
-            size = tf.shape(inputs)[1 + axis]
-            if self.padding == "same":
-                size = -(-size // self.strides[axis])
-            else:
-                padding = 0 if self.padding == "valid" else self.padding[axis]
-                reach = self.dilation_rate[axis] * (self.kernel_size[axis] - 1)
-                room = size + tf.reduce_sum(padding) - reach - 1
-                size = tf.maximum(room // self.strides[axis] + 1, 0)
-            shape.append(size)
-        kernel = tf.reshape(kernel, (-1, kernel.shape[-1]))
-        columns = tf.zeros((*shape, kernel.shape[0]), kernel.dtype)
-        return tf.tensordot(columns, kernel, 1)
+        """The branch and the deformable convolution, as `call` uses them.
+
+        As in `keras.layers.Conv2D`, a subclass may override it, to change what
+        goes in or comes out. Without given displacements it is called with
+        `inputs` and `kernel` alone.
+        """
+        inputs = self._to_channels_last(inputs, "inputs")
+        fields = None
+        if offset is None:
+            fields = self._run_branch(inputs)
+            offset = fields
+            if self.modulation is not None:
+                taps = self.kernel_size[0] * self.kernel_size[1]
+                split = 2 * self.offset_groups * taps
+                offset = fields[..., :split]
+                modulator = tf.sigmoid(fields[..., split:])
+                if self.modulation == "2sigmoid":
+                    modulator *= 2
+        else:
+            offset = self._to_channels_last(offset, "offset")
+            modulator = self._to_channels_last(modulator, "modulator")
+        with self._own_words():
+            outputs = deformable_conv2d(
+                inputs, kernel, offset, modulator, **self._arguments
+            )
+        if fields is not None:
+            outputs = hand_on_nan(outputs, fields)
+        return self._to_data_format(outputs)
 
     def call(
         self, inputs: Any, offset: Any = None, modulator: Any = None
     ) -> tf.Tensor:
         if modulator is not None and offset is None:
             self._raise_lone_modulator(modulator.shape)
-        inputs = tf.cast(inputs, self.compute_dtype)
-        inputs = self._to_channels_last(inputs)
-        if offset is not None:
-            offset = self._to_channels_last(tf.convert_to_tensor(offset))
-            if modulator is not None:
-                modulator = tf.convert_to_tensor(modulator)
-            modulator = self._to_channels_last(modulator)
-        elif self.offset_kernel is not None:
-            offset, modulator = self._run_branch(inputs)
-        else:
+        if offset is None and self.offset_kernel is None:
             raise ValueError(
                 f"Expected `offset`, with which layer {self.name!r} was "
                 "built: it has no branch of its own. Received: offset=None"
             )
+        inputs = tf.cast(inputs, self.compute_dtype)
         kernel = tf.cast(self.kernel, self.compute_dtype)
         if not self._kernel.trainable and not self.lora_enabled:
             # Tapes watch frozen variables too: spare their gradient.
             kernel = tf.stop_gradient(kernel)
-        outputs = deformable_conv2d(
-            inputs, kernel, offset, modulator, **self._arguments
-        )
+        if offset is None:
+            outputs = self.convolution_op(inputs, kernel)
+        else:
+            outputs = self.convolution_op(inputs, kernel, offset, modulator)
         if self.use_bias:
-            outputs = tf.nn.bias_add(
-                outputs, tf.cast(self.bias, self.compute_dtype)
-            )
-        outputs = self._to_data_format(outputs)
+            bias = tf.cast(self.bias, self.compute_dtype)
+            if self.data_format == "channels_last":
+                outputs = tf.nn.bias_add(outputs, bias)
+            else:
+                outputs += tf.reshape(bias, (-1, 1, 1))
         if self.activation is not None:
             outputs = self.activation(outputs)
         return outputs
@@ -410,15 +430,35 @@ class DeformableConv2D(keras.layers.Conv2D):
             for name in ("offset_kernel", "offset_bias")
             if name in own
         }
-        if self.built and bool(branch) != (self.offset_kernel is not None):
-            raise ValueError(
-                f"Expected weights of layer {self.name!r} "
-                f"{'without' if branch else 'with'} those of its branch, as "
-                f"it was built. Received: {sorted(store.keys())}"
-            )
+        if self.built:
+            self._check_branch(branch, sorted(store.keys()))
         super().load_own_variables(own)
         for name, value in branch.items():
             getattr(self, name).assign(value)
+
+    def _check_branch(
+        self, branch: dict[str, Any], received: list[str]
+    ) -> None:
+        """Judges what a file has for the branch: all of it, or no branch."""
+        expected = {}
+        if self.offset_kernel is not None:
+            expected = {
+                "offset_kernel": tuple(self.offset_kernel.shape),
+                "offset_bias": tuple(self.offset_bias.shape),
+            }
+        if branch.keys() != expected.keys():
+            raise ValueError(
+                f"Expected weights of layer {self.name!r} "
+                f"{'with' if expected else 'without'} those of its branch, as "
+                f"it was built{' (both of them)' if expected else ''}. "
+                f"Received: {received}{'' if branch else _OF_PLAIN}"
+            )
+        shapes = {name: np.shape(value) for name, value in branch.items()}
+        if shapes != expected:
+            raise ValueError(
+                f"Expected the branch of layer {self.name!r} to have the "
+                f"shapes {expected}. Received: {shapes}"
+            )
 
     def _check_load_own_variables(self, store: Any) -> None:
         if not self.built:
@@ -428,7 +468,7 @@ class DeformableConv2D(keras.layers.Conv2D):
             raise ValueError(
                 f"Expected {expected} weights (kernel and, with use_bias, "
                 f"bias) for layer {self.name!r} besides those of its branch. "
-                f"Received: {sorted(store.keys())}"
+                f"Received: {sorted(store.keys())}{_OF_PLAIN}"
             )
 
     def set_weights(self, weights: Sequence[Any]) -> None:

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What quantization does to the demo's models in LiteRT: the table of
+docs/quantization.md.
+
+    make demo
+    python benchmarks/quantized.py
+
+Each file is calibrated with scenes that the model learned from, and judged by
+the test scenes. Times are of single images, all files taking turns.
+"""
+
+import argparse
+import os
+import pathlib
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras  # noqa: E402
+import numpy as np  # noqa: E402
+import tensorflow as tf  # noqa: E402
+from ai_edge_litert.interpreter import Interpreter  # noqa: E402
+
+HERE = pathlib.Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "examples"))
+
+import segmentation  # noqa: E402
+from detection import train as detection  # noqa: E402
+
+from tf_deform import export  # noqa: E402
+
+KINDS = (None, "float16", "dynamic", "int8")
+CALIBRATION_IMAGES = 64
+BATCH = 100
+
+# Images to outputs by name.
+Run = Callable[[np.ndarray], dict[str, np.ndarray]]
+
+
+def load(path: pathlib.Path, threads: int) -> Run:
+    interpreter = Interpreter(str(path), num_threads=threads)
+    runner = interpreter.get_signature_runner("serving_default")
+    (name,) = runner.get_input_details()
+    return lambda images: runner(**{name: images})
+
+
+def run_all(run: Run, images: np.ndarray) -> dict[str, np.ndarray]:
+    """Outputs for any number of images."""
+    batches = np.split(images, range(BATCH, len(images), BATCH))
+    outputs = [run(batch) for batch in batches]
+    return {
+        name: np.concatenate([batch[name] for batch in outputs])
+        for name in outputs[0]
+    }
+
+
+def find_mean_iou(outputs: dict[str, np.ndarray], masks: np.ndarray) -> float:
+    metric = keras.metrics.MeanIoU(
+        segmentation.digit_scenes.NUM_CLASSES, sparse_y_pred=False
+    )
+    metric.update_state(masks, outputs["output_0"])
+    return float(metric.result())
+
+
+class Outputs:
+    """Detections that were made before, for `detection.evaluate`."""
+
+    def __init__(self, outputs: dict[str, np.ndarray]):
+        self._outputs = outputs
+        self._start = 0
+
+    def detect(self, images: tf.Tensor) -> dict[str, tf.Tensor]:
+        start, self._start = self._start, self._start + len(images)
+        return {
+            name: tf.constant(value[start : self._start])
+            for name, value in self._outputs.items()
+        }
+
+
+def find_times(runs: list[Run], image: np.ndarray, calls: int) -> list[float]:
+    """Milliseconds of each, the median of calls in random order."""
+    times = [[] for _ in runs]
+    order = [i for i in range(len(runs)) for _ in range(calls)]
+    random.Random(0).shuffle(order)
+    for run in runs:
+        run(image)
+    for index in order:
+        start = time.perf_counter()
+        runs[index](image)
+        times[index].append(time.perf_counter() - start)
+    return [1000 * statistics.median(found) for found in times]
+
+
+def measure(
+    name: str,
+    model: Callable[..., object],
+    output: str,
+    judge: Callable[[dict[str, np.ndarray]], float],
+    calibration: np.ndarray,
+    images: np.ndarray,
+    threads: int,
+    calls: int,
+) -> list[str]:
+    """Rows of the table.
+
+    Args:
+        name: what the rows are called.
+        model: a Keras model, or a `tf.function`.
+        output: of which the differences are told.
+        judge: from all outputs to mIoU or AP.
+        calibration: images like those that it learned from.
+        images: those that it is judged by.
+        threads: of LiteRT.
+        calls: how often each file runs to be timed.
+    """
+
+    def keras_run(batch: np.ndarray) -> dict[str, np.ndarray]:
+        found = model(tf.constant(batch))
+        found = found if isinstance(found, dict) else {"output_0": found}
+        return {key: np.asarray(value) for key, value in found.items()}
+
+    expected = run_all(keras_run, images)
+    sizes, runs = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in KINDS:
+            path = pathlib.Path(folder) / f"{kind}.tflite"
+            report = export.litert(
+                model,
+                path,
+                kind,
+                calibration=np.split(calibration, 4),
+                # What is judged here are all test scenes.
+                tolerance=float("inf"),
+                verbose=False,
+            )
+            sizes.append(report.size)
+            runs.append(load(path, threads))
+    times = find_times(runs, images[:1], calls)
+    rows = [f"| {name}, Keras | | | | {judge(expected):.3f} | |"]
+    for kind, size, run, milliseconds in zip(
+        KINDS, sizes, runs, times, strict=True
+    ):
+        outputs = run_all(run, images)
+        delta = np.abs(outputs[output] - expected[output]).astype("float64")
+        largest = np.abs(expected[output]).max()
+        root = np.sqrt(np.mean(delta**2) / np.mean(expected[output] ** 2.0))
+        rows.append(
+            f"| {name}, {kind or 'float32'} | {size / 1000:.0f} | "
+            f"{delta.max() / largest:.1g} | {root:.1g} | {judge(outputs):.3f} "
+            f"| {milliseconds:.1f} |"
+        )
+    return rows
+
+
+def read(folder: pathlib.Path, part: str) -> tuple[np.ndarray, np.ndarray]:
+    scenes = segmentation.read_scenes(folder / part)
+    images, masks = scenes.batch(len(scenes)).get_single_element()
+    return images.numpy(), masks.numpy()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    demo = pathlib.Path("runs/demo")
+    parser.add_argument(
+        "--segmentation", type=pathlib.Path, default=demo / "segmentation"
+    )
+    parser.add_argument(
+        "--detection", type=pathlib.Path, default=demo / "detection"
+    )
+    parser.add_argument("--data", type=pathlib.Path, default=demo / "scenes")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--calls", type=int, default=100)
+    args = parser.parse_args()
+
+    calibration = read(args.data, "train")[0][:CALIBRATION_IMAGES]
+    images, masks = read(args.data, "test")
+    scenes, coco = detection.read_scenes(args.data / "test")
+    segmenter = keras.saving.load_model(
+        args.segmentation / "runs/dcn-v2-seed0/model.keras", compile=False
+    )
+    detector = keras.saving.load_model(
+        args.detection / "runs/both-seed0/model.keras", compile=False
+    )
+
+    def average_precision(outputs: dict[str, np.ndarray]) -> float:
+        return detection.evaluate(Outputs(outputs), scenes, coco)["ap"]
+
+    rows = measure(
+        "segmenter",
+        segmenter,
+        "output_0",
+        lambda outputs: find_mean_iou(outputs, masks),
+        calibration,
+        images,
+        args.threads,
+        args.calls,
+    )
+    rows += measure(
+        "detector",
+        detector.detect,
+        "scores",
+        average_precision,
+        calibration,
+        images,
+        args.threads,
+        args.calls,
+    )
+    print(
+        "| model, file | kB | largest difference | rms difference | mIoU or AP "
+        "| ms per image |\n|---|---:|---:|---:|---:|---:|"
+    )
+    print("\n".join(rows))
+
+
+if __name__ == "__main__":
+    main()

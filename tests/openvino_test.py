@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OpenVINO reads what is exported, and gives what the model gives.
+
+ONNX files, from a path, with the extension of the examples, and portable
+SavedModels without. In float32: that its default rounds is tested, too, and
+what later conversions of ONNX files do (`benchmarks/conversions.py`).
+"""
+
+import conversions
+import keras
+import numpy as np
+import onnx
+import openvino
+import pytest
+import tensorflow as tf
+from exported import assert_close, compile_openvino, random, run, write
+
+import tf_deform
+
+KERNEL = random(3, 3, 4, 4) / 5
+FIXED, ANY = (2, 8, 9), (None, None, None)
+
+
+def displaced(x, offset, **arguments):
+    arguments = {"padding": "same", **arguments}
+    return tf.tanh(
+        tf_deform.ops.deformable_conv2d(x, KERNEL, offset, **arguments)
+    )
+
+
+def repeat(step, x, times=3):
+    """`x` through `step` a few times; the loop's sizes may be unknown."""
+    return tf.while_loop(
+        lambda i, h: i < times,
+        lambda i, h: (i + 1, step(h)),
+        (0, x),
+        shape_invariants=(tf.TensorShape(()), x.shape),
+    )[1]
+
+
+def each(x, offset):
+    def one(pair):
+        return displaced(pair[0][None], pair[1][None])[0]
+
+    size = tf.TensorSpec(x.shape[1:])
+    return tf.map_fn(one, (x, offset), fn_output_signature=size)
+
+
+LOOPS = {
+    "fixed": (
+        FIXED,
+        lambda x, offset: repeat(lambda h: displaced(h, offset), x),
+    ),
+    "any size": (
+        ANY,
+        lambda x, offset: repeat(lambda h: displaced(h, offset), x),
+    ),
+    "clamp": (
+        FIXED,
+        lambda x, offset: repeat(
+            lambda h: displaced(h, offset, boundary="clamp"), x
+        ),
+    ),
+    "nested": (
+        FIXED,
+        lambda x, offset: repeat(
+            lambda h: repeat(lambda g: displaced(g, offset), h, 2), x, 2
+        ),
+    ),
+    "until small": (
+        FIXED,
+        lambda x, offset: tf.while_loop(
+            lambda h, limit: tf.reduce_max(tf.abs(h)) > limit,
+            lambda h, limit: (displaced(h, offset) / 2, limit),
+            (x, tf.constant(0.05)),
+        )[0],
+    ),
+    "each image": (ANY, each),
+    "each frame": (
+        FIXED,
+        lambda x, offset: tf.scan(
+            lambda h, f: displaced(h, f), offset[:, None], x[:1]
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_loops(name, tmp_path):
+    sizes, function = LOOPS[name]
+    function = tf.function(
+        function,
+        [
+            tf.TensorSpec((*sizes, channels), name=name)
+            for name, channels in (("x", 4), ("offset", 18))
+        ],
+    )
+    inputs = {"x": random(*FIXED, 4), "offset": random(*FIXED, 18, seed=1)}
+    write("onnx", function, tmp_path / "model.onnx", sample=inputs)
+    kinds = {
+        node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node
+    }
+    assert "Loop" in kinds
+    (received,) = compile_openvino(tmp_path / "model.onnx")(inputs).values()
+    assert_close(received, function(**inputs))
+
+
+# Of unknown size: what a convolution pads, and what slices leave.
+PADDINGS = [
+    {"padding": ((4, 3), (5, 2))},
+    {"padding": ((0, 0), (7, 0))},
+    {"padding": ((9, 9), (9, 9)), "strides": 2},
+    {"padding": ((6, 6), (6, 6)), "dilation_rate": 3},
+    {"padding": "same", "strides": (2, 3)},
+    {"padding": ((3, 3), (3, 3)), "kernel_size": 1},
+]
+
+
+@pytest.mark.parametrize("boundary", ["zeros", "clamp"])
+def test_wide_padding_of_unknown_sizes(boundary, tmp_path):
+    image = keras.Input((None, None, 3))
+    outputs = []
+    for arguments in PADDINGS:
+        layer = tf_deform.layers.DeformableConv2D(
+            2, **{"kernel_size": 3, "boundary": boundary, **arguments}
+        )
+        outputs.append(layer(image))
+    model = keras.Model(image, outputs)
+    for variable in model.trainable_variables:
+        variable.assign(tf.random.stateless_normal(variable.shape, (1, 2)) / 5)
+    write("onnx", model, tmp_path / "model.onnx")
+    compiled = compile_openvino(tmp_path / "model.onnx")
+    for shape in ((2, 12, 17, 3), (1, 40, 31, 3)):
+        x = random(*shape)
+        received = compiled([x]).values()
+        for one, other in zip(received, model(x), strict=True):
+            assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda x: x[:, 1:],
+        lambda x: x[:, :, ::2],
+        lambda x: x[:, -5:, 1:],
+        lambda x: x[:, 1:-1, 2:-2],
+        lambda x: x[..., :3],
+        lambda x: tf.reverse(x, (1,)),
+    ],
+    ids=["rows", "strides", "last", "inside", "channels", "turned"],
+)
+def test_slices_without_an_end(cut, tmp_path):
+    """Sizes stay an int32 when a convolution pads what is left."""
+    kernel = tf.constant(random(3, 3, 3, 2))
+
+    @tf.function(input_signature=[tf.TensorSpec((None, None, None, 3))])
+    def function(x):
+        y = tf.nn.conv2d(cut(x), kernel, 1, ((0, 0), (9, 9), (9, 9), (0, 0)))
+        _, height, width, _ = tf.unstack(tf.shape(y))
+        lines = tf.reshape(tf.range(height), (1, height, 1, 1))
+        columns = tf.reshape(tf.range(width), (1, 1, width, 1))
+        return y + tf.cast(lines - columns, "float32")
+
+    write("onnx", function, tmp_path / "model.onnx")
+    x = random(2, 12, 17, 3)
+    (received,) = compile_openvino(tmp_path / "model.onnx")([x]).values()
+    assert_close(received, function(x))
+
+
+FAR = [np.nan, np.inf, -np.inf, 1e10, -1e10, 3e38, -3e38, 2.0**31, -(2.0**31)]
+ROIS = np.array(
+    [
+        (0, 3, 4, 20, 22),
+        (1, -5, -3, 12, 40),
+        (1, 10, 10, 10, 10),
+        (-1, 1, 2, 10, 10),
+        (0, 0, 0, 30, 30),
+        (1, 5, 6, 25, 17),
+    ],
+    "float32",
+)
+
+
+@tf.function(
+    input_signature=[
+        tf.TensorSpec((None, None, None, 18), name="maps"),
+        tf.TensorSpec((None, None, None, 18), name="offset"),
+        tf.TensorSpec((None, None, None, 9), name="mask"),
+        tf.TensorSpec((None, 5), name="rois"),
+        tf.TensorSpec((None, 3, 3, 2), name="trans"),
+    ]
+)
+def all_operators(maps, offset, mask, rois, trans):
+    kernel = tf.constant(random(3, 3, 18, 2))
+    outputs = {
+        boundary: tf_deform.ops.deformable_conv2d(
+            maps, kernel, offset, mask, padding="same", boundary=boundary
+        )
+        for boundary in ("zeros", "clamp")
+    }
+    place = {"spatial_scale": 0.25, "pooled_size": 3}
+    outputs["align"] = tf_deform.ops.deformable_roi_align(
+        maps, rois, trans, **place
+    )
+    outputs["psroi"] = tf_deform.ops.deformable_psroi_pool(
+        maps, rois, trans, output_dim=2, **place
+    )
+    return outputs
+
+
+@pytest.mark.parametrize("kind", ["onnx", "portable"])
+def test_far_places_and_no_numbers(kind, tmp_path):
+    """They are outside, in offsets, displacements and regions."""
+    rng = np.random.default_rng(0)
+    inputs = {
+        "maps": random(2, 8, 9, 18),
+        "offset": random(2, 8, 9, 18, seed=1),
+        "mask": random(2, 8, 9, 9, seed=2),
+        "rois": ROIS,
+        "trans": random(6, 3, 3, 2, seed=3),
+    }
+    write(kind, all_operators, tmp_path / "model.onnx", sample=inputs)
+    runs = [compile_openvino(tmp_path / "model.onnx")]
+    if kind == "onnx":
+        runs.append(lambda given: run(kind, tmp_path / "model.onnx", given))
+
+    def check(changed):
+        given = {**inputs, **changed}
+        expected = all_operators(**given)
+        for run_ in runs:
+            received = run_(given)
+            for name, value in expected.items():
+                assert np.all(np.isfinite(value))
+                assert_close(received[name], value)
+
+    check({})
+    for value in FAR:
+        changed = {}
+        for name in ("offset", "trans"):
+            changed[name] = inputs[name].copy()
+            changed[name][rng.random(changed[name].shape) < 0.2] = value
+        changed["rois"] = ROIS.copy()
+        # In each of two regions another corner.
+        for row, column in ((0, 1), (1, 4), (4, 2), (5, 3)):
+            changed["rois"][row, column] = value
+        check(changed)
+    # Padding regions: some, and all.
+    for rows in ((0, 4), slice(None)):
+        rois = ROIS.copy()
+        rois[rows, 0] = -1
+        check({"rois": rois})
+
+
+def test_default_precision_moves_samples(tmp_path):
+    """In bfloat16, OpenVINO's default where the processor has it."""
+    capabilities = openvino.Core().get_property(
+        "CPU", "OPTIMIZATION_CAPABILITIES"
+    )
+    if "BF16" not in capabilities:
+        pytest.skip("the processor has no bfloat16")
+    model = conversions.make_model("zeros")
+    inputs = conversions.make_inputs("zeros", 256)
+    expected = model(inputs).numpy()
+    errors = {}
+    for kind in ("onnx", "portable"):
+        path = tmp_path / f"{kind}.onnx"
+        write(kind, model, path)
+        for precision in ("f32", "bf16"):
+            compiled = compile_openvino(path, precision)
+            (received,) = compiled(inputs).values()
+            error = np.abs(received - expected).max()
+            errors[kind, precision] = error / np.abs(expected).max()
+    assert max(errors["onnx", "f32"], errors["portable", "f32"]) < 1e-5
+    # The operator rounds values, gathers round places as well.
+    assert errors["portable", "bf16"] > 3 * errors["onnx", "bf16"]
+
+
+# The root of the mean square difference that the documentation speaks of, in
+# percent of the largest number: what is safe, and what is not.
+WEIGHTS = {"openvino.save_model (weights in float16), f32": 0.05}
+EIGHT_BITS = {
+    "quantize_dynamic": 1,
+    "quantize_static(nodes_to_exclude=nodes)": 1,
+}
+SAFE = {
+    "zeros": WEIGHTS
+    | EIGHT_BITS
+    | {"quantize_static": 1, "convert_float_to_float16": 0.05},
+    "clamp": WEIGHTS | EIGHT_BITS,
+    "roi": WEIGHTS | EIGHT_BITS,
+}
+UNSAFE = {
+    "zeros": {},
+    "clamp": {"quantize_static": 1},
+    "roi": {"quantize_static": 10},
+}
+
+
+@pytest.mark.parametrize("kind", SAFE)
+def test_later_conversions(kind, tmp_path):
+    inputs = conversions.make_inputs(kind, 64)
+    expected = conversions.make_model(kind)(inputs).numpy()
+    found = dict(conversions.convert(kind, 64, tmp_path))
+    for names, good in ((SAFE[kind], True), (UNSAFE[kind], False)):
+        for name, limit in names.items():
+            _, mean = conversions.measure(found[name]()(inputs), expected)
+            assert (mean < limit) == good, name

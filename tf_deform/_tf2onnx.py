@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tells tf2onnx to refuse native ops.
+
+It logs what it does not know and what a handler raises, and writes a file that
+nothing loads. Keras' `model.export` and others call it out of our sight, for
+graphs that were traced before, too.
+"""
+
+import importlib.abc
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+_REGISTRY = "tf2onnx.handler"
+_OPS = [
+    "TfDeform>" + name
+    for name in (
+        "DeformableConv2D",
+        "DeformableConv2DGrad",
+        "DeformablePSROIPool",
+        "DeformablePSROIPoolGrad",
+        "DeformableROIAlign",
+        "DeformableROIAlignGrad",
+    )
+]
+
+
+class _Refusal:
+    """Handlers by version of the standard, as tf2onnx wants them."""
+
+    @classmethod
+    def version_1(cls, ctx: Any, node: Any, **kwargs: Any) -> None:
+        kind, name = node.type, node.name
+
+        def refuse(*_: Any) -> None:
+            raise ValueError(
+                f"Expected a graph of operations that ONNX has. Received: "
+                f"{kind} in {name!r}, a native op in a function that was "
+                "traced before. Use tf_deform.export.onnx, or trace it inside "
+                'tf_deform.implementation("portable")'
+            )
+
+        # What a handler raises is only logged; what is raised where the node
+        # is written is not.
+        node.update_proto = refuse
+
+
+def _register(registry: ModuleType) -> None:
+    registry.tf_op(_OPS)(_Refusal)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Registers the handlers when, and if, tf2onnx is imported."""
+
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None,
+        target: ModuleType | None = None,
+    ) -> ModuleSpec | None:
+        if fullname != _REGISTRY:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                _register(module)
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
+def watch() -> None:
+    """Registers the handlers as soon as there is a tf2onnx."""
+    if _REGISTRY in sys.modules:
+        _register(sys.modules[_REGISTRY])
+    else:
+        sys.meta_path.insert(0, _Finder())

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What of a LiteRT file may be quantized: all that does not decide places."""
+
+from typing import NamedTuple
+
+# What is quantized if its weights are constants, by LiteRT's name, and what
+# the quantizer calls it. All else stays float.
+_WEIGHTED = {
+    "BATCH_MATMUL": "BATCH_MATMUL",
+    "CONV_2D": "CONV_2D",
+    "DEPTHWISE_CONV_2D": "DEPTHWISE_CONV_2D",
+    "FULLY_CONNECTED": "FULLY_CONNECTED",
+    "TRANSPOSE_CONV": "CONV_2D_TRANSPOSE",
+}
+# What reads where its second operand says.
+_READS = ("GATHER", "GATHER_ND")
+# What depends on sizes, not on values.
+_SIZES = ("RANK", "SHAPE", "ZEROS_LIKE")
+
+# A tensor: its graph's number and its own.
+_Tensor = tuple[int, int]
+
+
+class _Node(NamedTuple):
+    kind: str
+    inputs: list[_Tensor | None]  # None is a constant.
+    outputs: list[_Tensor]
+    name: str  # Of the first output.
+    graphs: list[int]  # That it runs: branches, conditions and bodies.
+
+    @property
+    def has_weights(self) -> bool:
+        return self.kind in _WEIGHTED and self.inputs[1] is None
+
+
+class Quantizable(NamedTuple):
+    """What a quantizer has to be told.
+
+    Attributes:
+        kinds: Kinds of operations that have weights.
+        places: Outputs of those of them that have to compute in float32.
+        products: Outputs of operations of these kinds that have no weights.
+    """
+
+    kinds: list[str]
+    places: list[str]
+    products: list[str]
+
+
+def find_quantizable(content: bytes) -> Quantizable:
+    """Finds what of a file in float32 may be quantized.
+
+    That is what has weights. But on the way back from every place at which
+    something is read, nothing may be in 8 bits up to the first operation with
+    weights, its output included. Nor in loops and branches, of which the
+    quantizer does not find the ranges.
+    """
+    nodes, outputs = _read(content)
+    makers = {tensor: node for node in nodes for tensor in node.outputs}
+    callers = {graph: node for node in nodes for graph in node.graphs}
+    seen: set[_Tensor] = set()
+    waiting = [node.inputs[1] for node in nodes if node.kind in _READS]
+    while waiting:
+        tensor = waiting.pop()
+        if tensor is None or tensor in seen:
+            continue
+        seen.add(tensor)
+        node = makers.get(tensor)
+        if node is None:
+            # An input: of a graph that another runs, whatever that gives it.
+            if tensor[0] in callers:
+                waiting += callers[tensor[0]].inputs
+        elif not node.has_weights and node.kind not in _SIZES:
+            waiting += node.inputs
+            for graph in node.graphs:
+                waiting += outputs[graph]
+    weighted = [node for node in nodes if node.has_weights]
+    return Quantizable(
+        sorted({_WEIGHTED[node.kind] for node in weighted}),
+        [
+            node.name
+            for node in weighted
+            if node.outputs[0] in seen or node.outputs[0][0] > 0
+        ],
+        [
+            node.name
+            for node in nodes
+            if node.kind in _WEIGHTED and not node.has_weights
+        ],
+    )
+
+
+def _read(content: bytes) -> tuple[list[_Node], list[list[_Tensor]]]:
+    """The operations of all graphs, and the outputs of each graph."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    model = schema.ModelT.InitFromPackedBuf(content, 0)
+    kinds = {
+        number: kind
+        for kind, number in vars(schema.BuiltinOperator).items()
+        if isinstance(number, int)
+    }
+    nodes, outputs = [], []
+    for number, graph in enumerate(model.subgraphs):
+        outputs.append([(number, tensor) for tensor in graph.outputs])
+        constant = {
+            tensor
+            for tensor, item in enumerate(graph.tensors)
+            if model.buffers[item.buffer].data is not None
+            or model.buffers[item.buffer].offset > 1  # Behind the file's end.
+        }
+        for operator in graph.operators or []:
+            code = model.operatorCodes[operator.opcodeIndex]
+            code = max(code.builtinCode, code.deprecatedBuiltinCode)
+            # An operand that is left out is -1.
+            given = [tensor for tensor in operator.inputs if tensor >= 0]
+            made = list(operator.outputs)
+            options = operator.builtinOptions
+            options = vars(options) if options is not None else {}
+            nodes.append(
+                _Node(
+                    kinds[code],
+                    [None if t in constant else (number, t) for t in given],
+                    [(number, t) for t in made],
+                    graph.tensors[made[0]].name.decode() if made else "",
+                    [
+                        value
+                        for key, value in options.items()
+                        if key.lower().endswith("subgraphindex")
+                    ],
+                )
+            )
+    return nodes, outputs

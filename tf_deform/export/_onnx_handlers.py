@@ -1,0 +1,383 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tf2onnx is told beyond what it knows."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tf_deform.export import _frozen, _source
+
+# The newest opset that tf2onnx writes.
+OPSET = 18
+# Where DeformConv is until the model has been raised to a newer opset.
+DOMAIN = "tf_deform"
+
+
+class Refused(ValueError):
+    """What ONNX, or tf2onnx, cannot hold, in words for the user."""
+
+
+def convert(concrete: Any) -> Any:
+    """A function as a model in `OPSET`, with DeformConv in `DOMAIN`.
+
+    What tf2onnx does not know it leaves as it is.
+
+    Raises:
+        Refused: By one of `HANDLERS`.
+        Exception: What one of them, or tf2onnx, raises.
+    """
+    from tf2onnx import optimizer
+
+    made = _run(concrete, continue_on_error=True)
+    return optimizer.optimize_graph(made).make_model("from TensorFlow")
+
+
+def explain(concrete: Any, unknown: Iterable[str]) -> str:
+    """Why operations that tf2onnx knows are left, for an error.
+
+    It logs what its handlers raise, and goes on: so it is asked once more.
+    """
+    from tf2onnx import handler
+
+    if set(unknown) & set(handler.tf_op.create_mapping(OPSET, None)):
+        try:
+            _run(concrete, continue_on_error=False)
+        except Exception as error:
+            return f". tf2onnx says: {error}"
+    return ""
+
+
+def _run(concrete: Any, continue_on_error: bool) -> Any:
+    """The graph that tf2onnx makes of a function."""
+    from onnx import helper
+    from tf2onnx import convert as tf2onnx_convert
+    from tf2onnx import tf_loader, tfonnx
+
+    captured = {inner.name for _, inner in concrete.graph.captures}
+    inputs = [x.name for x in concrete.inputs if x.name not in captured]
+    outputs = [x.name for x in concrete.outputs]
+    errors: list[Exception] = []
+    with tf.device("/CPU:0"):
+        frozen = tf_loader.from_function(concrete, inputs, outputs)
+        if _frozen.keep_captures(frozen, concrete):
+            frozen = tf_loader.tf_optimize(inputs, outputs, frozen)
+        _frozen.specialise(frozen)
+        with tf.Graph().as_default() as graph:
+            tf.import_graph_def(frozen, name="")
+            try:
+                return tfonnx.process_tf_graph(
+                    graph,
+                    continue_on_error=continue_on_error,
+                    opset=OPSET,
+                    custom_op_handlers={
+                        name: (_tell(handler, errors), [])
+                        for name, handler in HANDLERS.items()
+                    },
+                    extra_opset=[helper.make_opsetid(DOMAIN, 1)],
+                    input_names=inputs,
+                    output_names=outputs,
+                    tensors_to_rename=tf2onnx_convert.tensor_names_from_structed(
+                        concrete, inputs, outputs
+                    ),
+                )
+            finally:
+                if errors:
+                    raise errors[0]
+
+
+def _tell(handler: Callable, errors: list[Exception]) -> Callable:
+    """The handler, which keeps what it raises: tf2onnx only logs that."""
+
+    def run(ctx: Any, node: Any, name: str, arguments: Any) -> None:
+        try:
+            handler(ctx, node, name, arguments)
+        except Exception as error:
+            errors.append(error)
+            raise
+
+    return run
+
+
+def _convert_deformable_conv2d(ctx: Any, node: Any, name: str, _: Any) -> None:
+    """Puts DeformConv, channels first, in the place of the native op."""
+
+    def transpose(tensor: str, *axes: int) -> str:
+        made = ctx.make_node(
+            "Transpose", [tensor], {"perm": axes}, op_name_scope=name
+        )
+        return made.output[0]
+
+    def integers(attribute: str) -> list[int]:
+        return list(node.get_attr(attribute).ints)
+
+    if node.get_attr_str("boundary") != "zeros":
+        _refuse_stale(ctx, node, name, _)  # Not from `export.onnx`.
+    inputs, kernel, offset, *mask = node.input
+    kernel_h, kernel_w, group_channels, _ = ctx.get_shape(kernel)
+    attributes = {
+        "kernel_shape": [kernel_h, kernel_w],
+        "strides": integers("strides"),
+        "dilations": integers("dilations"),
+        "group": ctx.get_shape(inputs)[3] // group_channels,
+        "offset_group": node.get_attr("offset_groups").i,
+    }
+    if node.get_attr_str("padding") == "SAME":
+        attributes["auto_pad"] = "SAME_UPPER"  # `_pad_same` takes it away.
+    else:
+        paddings = integers("explicit_paddings") or (0, 0, 0, 0)
+        top, bottom, left, right = paddings
+        attributes["pads"] = [top, left, bottom, right]
+    # Between offset and mask: no bias. The offsets' order is the same.
+    operands = [
+        transpose(inputs, 0, 3, 1, 2),
+        transpose(kernel, 3, 2, 0, 1),
+        transpose(offset, 0, 3, 1, 2),
+        *(["", transpose(mask[0], 0, 3, 1, 2)] if mask else []),
+    ]
+    shapes, dtypes = node.output_shapes, node.output_dtypes
+    outputs = node.output
+    ctx.remove_node(node.name)
+    made = ctx.make_node(
+        "DeformConv", operands, attributes, op_name_scope=name, domain=DOMAIN
+    )
+    ctx.make_node(
+        "Transpose",
+        [made.output[0]],
+        {"perm": (0, 2, 3, 1)},
+        outputs=outputs,
+        shapes=shapes,
+        dtypes=dtypes,
+        op_name_scope=name,
+    )
+
+
+def _convert_erfc(ctx: Any, node: Any, name: str, _: Any) -> None:
+    """1 - Erf, of which gelu is made."""
+    dtype, shape = ctx.get_dtype(node.output[0]), ctx.get_shape(node.output[0])
+    outputs, inputs = node.output, list(node.input)
+    ctx.remove_node(node.name)
+    erf = ctx.make_node("Erf", inputs, op_name_scope=name)
+    one = ctx.make_const(f"{name}_one", np.ones((), "float32"))
+    one = ctx.make_node("Cast", [one.output[0]], {"to": dtype})
+    ctx.make_node(
+        "Sub",
+        [one.output[0], erf.output[0]],
+        outputs=outputs,
+        shapes=[shape],
+        dtypes=[dtype],
+        op_name_scope=name,
+    )
+
+
+def _convert_where(ctx: Any, node: Any, name: str, _: Any) -> None:
+    """Chooses, where tf2onnx would add products with 0 and 1.
+
+    What is not chosen may be NaN or infinite: zero times that is NaN.
+    """
+    from tf2onnx.onnx_opset import controlflow
+
+    node.set_attr("handles_nan", 1)
+    controlflow.Select.version_9(ctx, node)
+    del node.attr["handles_nan"]
+
+
+def _refuse_area(ctx: Any, node: Any, name: str, _: Any) -> None:
+    raise Refused(
+        "Expected a resizing that ONNX has. Received: the method 'area' in "
+        f"{name!r}, of which tf2onnx makes 'nearest'"
+    )
+
+
+def _convert_resize_bilinear(ctx: Any, node: Any, name: str, _: Any) -> None:
+    """Writes the size that is asked for.
+
+    Where it knows the image's size, tf2onnx would write their ratio instead,
+    in float32, of which the product with the old size may be a pixel short.
+    """
+    from onnx import TensorProto
+    from tf2onnx.onnx_opset import nn
+
+    shape = ctx.get_shape(node.input[0])
+    images = _maker(ctx, name)("Cast", node.input[0], to=TensorProto.FLOAT)
+    ctx.set_shape(images, None if shape is None else [-1] * len(shape))
+    ctx.replace_input(node, node.input[0], images, 0)
+    nn.Resize.version_11(ctx, node)
+    ctx.set_shape(images, shape)
+
+
+def _maker(ctx: Any, name: str) -> Callable[..., str]:
+    """What makes a node of tensors and constants; it returns its output."""
+    from tf2onnx import utils
+
+    def make(kind: str, *inputs: Any, **attributes: Any) -> str:
+        operands = [
+            operand
+            if isinstance(operand, str)
+            else ctx.make_const(utils.make_name(name), operand).output[0]
+            for operand in inputs
+        ]
+        made = ctx.make_node(kind, operands, attributes, op_name_scope=name)
+        return made.output[0]
+
+    return make
+
+
+def _convert_resize_bicubic(ctx: Any, node: Any, name: str, _: Any) -> None:
+    """Resizes all channels of all images as those of one.
+
+    Between the transposed, which onnxruntime would move behind it, where it
+    then finds itself unable to make images smaller.
+    """
+    from onnx import TensorProto
+
+    make = _maker(ctx, name)
+    images, size = node.input
+    outputs = node.output
+    shapes, dtypes = node.output_shapes, node.output_dtypes
+    half = node.get_attr_value("half_pixel_centers", False)
+    corners = node.get_attr_value("align_corners", False)
+    ctx.remove_node(node.name)
+    planes = make("Cast", images, to=TensorProto.FLOAT)
+    planes = make("Transpose", planes, perm=(0, 3, 1, 2))
+    size = make("Cast", size, to=TensorProto.INT64)
+    shape = make("Shape", planes)
+    number = make("Gather", shape, np.array([0, 1]))
+    old = make("Gather", shape, np.array([2, 3]))
+    one = np.array([1, -1])
+    planes = make("Reshape", planes, make("Concat", one, old, axis=0))
+    channels = make("Gather", make("Shape", planes), np.array([0, 1]))
+    sizes = make("Concat", channels, size, axis=0)
+    planes = make(
+        "Resize",
+        planes,
+        "",
+        "",
+        sizes,
+        mode="cubic",
+        coordinate_transformation_mode="half_pixel"
+        if half
+        else "align_corners"
+        if corners
+        else "asymmetric",
+        # TensorFlow has had another curve before it had half pixels.
+        cubic_coeff_a=-0.5 if half else -0.75,
+        exclude_outside=int(half),
+    )
+    shape = make("Concat", number, size, axis=0)
+    ctx.make_node(
+        "Transpose",
+        [make("Reshape", planes, shape)],
+        {"perm": (0, 2, 3, 1)},
+        outputs=outputs,
+        shapes=shapes,
+        dtypes=dtypes,
+        op_name_scope=name,
+    )
+
+
+def _convert_resize_nearest(ctx: Any, node: Any, name: str, _: Any) -> None:
+    """Takes the rows, then the columns, that TensorFlow takes.
+
+    With the ratio of the sizes in float32, as TensorFlow has it. What runtimes
+    make of `Resize` is another pixel for 3 % of all pairs of sizes up to 64.
+    """
+    from onnx import TensorProto
+
+    make = _maker(ctx, name)
+
+    def cast(operand: str, to: int) -> str:
+        return make("Cast", operand, to=to)
+
+    align_corners = node.get_attr_value("align_corners", False)
+    half = np.float32(node.get_attr_value("half_pixel_centers", False) / 2)
+    images, size = node.input
+    sizes = cast(size, TensorProto.INT64)
+    outputs = node.output
+    shapes, dtypes = node.output_shapes, node.output_dtypes
+    ctx.remove_node(node.name)
+    for axis in (1, 2):
+        old = make("Gather", make("Shape", images), np.int64(axis))
+        new = make("Gather", sizes, np.int64(axis - 1))
+        last = make("Sub", old, np.int64(1))
+        steps = (old, new)
+        if align_corners:  # Of a single pixel it is the first.
+            rest = make("Sub", new, np.int64(1))
+            steps = (last, make("Max", rest, np.int64(1)))
+        ratio = make("Div", *(cast(x, TensorProto.FLOAT) for x in steps))
+        place = make("Range", np.int64(0), new, np.int64(1))
+        place = make("Add", cast(place, TensorProto.FLOAT), half)
+        place = make("Mul", place, ratio)
+        if align_corners:  # Half is rounded up.
+            place = cast(place, TensorProto.DOUBLE)
+            place = make("Add", place, np.float64(0.5))
+        place = cast(make("Floor", place), TensorProto.INT64)
+        place = make("Min", place, last)
+        if axis == 1:
+            images = make("Gather", images, place, axis=axis)
+    ctx.make_node(
+        "Gather",
+        [images, place],
+        {"axis": 2},
+        outputs=outputs,
+        shapes=shapes,
+        dtypes=dtypes,
+        op_name_scope=name,
+    )
+
+
+def _convert_crop(ctx: Any, node: Any, name: str, _: Any) -> None:
+    """Refuses the nearest pixel: ONNX takes another one of two."""
+    from tf2onnx.onnx_opset import nn
+
+    if node.get_attr_str("method") != "bilinear":
+        raise Refused(
+            "Expected crop_and_resize with the method 'bilinear', as ONNX has "
+            f"no other. Received: {node.get_attr_str('method')!r} in {name!r}"
+        )
+    nn.CropAndResize.version_13(ctx, node)
+
+
+def _convert_suppression(ctx: Any, node: Any, name: str, _: Any) -> None:
+    """Refuses what is not hard suppression, which is what ONNX has.
+
+    tf2onnx rounds a sigma below 1 to 0.
+    """
+    from tf2onnx.onnx_opset import tensor
+
+    sigma = node.inputs[5]
+    if not sigma.is_const() or sigma.get_tensor_value() != 0:
+        raise Refused(
+            "Expected non-maximum suppression with a soft_nms_sigma of 0, as "
+            f"ONNX has no other. Received: {name!r} with "
+            + (str(sigma.get_tensor_value()) if sigma.is_const() else "another")
+        )
+    tensor.NonMaxSuppression.version_13(ctx, node)
+
+
+def _refuse_stale(ctx: Any, node: Any, name: str, _: Any) -> None:
+    raise Refused(_source.explain_stale(node.type, name))
+
+
+HANDLERS: dict[str, Callable[[Any, Any, str, Any], None]] = {
+    **{
+        f"{_source.NAMESPACE}{name}{suffix}": _refuse_stale
+        for name in (
+            "DeformableConv2D",
+            "DeformablePSROIPool",
+            "DeformableROIAlign",
+        )
+        for suffix in ("", "Grad")
+    },
+    _source.NAMESPACE + "DeformableConv2D": _convert_deformable_conv2d,
+    "Select": _convert_where,
+    "SelectV2": _convert_where,
+    "Erfc": _convert_erfc,
+    "CropAndResize": _convert_crop,
+    "ResizeArea": _refuse_area,
+    "ResizeBicubic": _convert_resize_bicubic,
+    "ResizeBilinear": _convert_resize_bilinear,
+    "ResizeNearestNeighbor": _convert_resize_nearest,
+    "NonMaxSuppressionV5": _convert_suppression,
+}

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the layers' own branches have in common."""
+
+import math
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+from tf_deform._implementation import is_for_other_runtime
+from tf_deform._portable.shapes import Size, at_least, sizes
+from tf_deform.ops._arguments import Pair
+
+
+def convolve(
+    inputs: tf.Tensor,
+    kernel: tf.Tensor,
+    *,
+    strides: Pair,
+    padding: str | Sequence[Pair],
+    dilations: Pair,
+) -> tf.Tensor:
+    """`tf.nn.conv2d` that is trained wherever it runs, on whatever comes.
+
+    TensorFlow's own has no gradient on a CPU when it is dilated: the pixels are
+    dealt out to smaller images, on which it is not. Nor when it is vectorized
+    with explicit padding: zeros are added before, which takes less time, too.
+    With oneDNN its result has a wrong shape where there is no image or no
+    pixel: it gets a black one then. In a graph for another runtime, where
+    nothing is trained, the convolution is left as it is.
+
+    Args:
+        inputs: `(batch, height, width, channels)`.
+        kernel: `(kernel_h, kernel_w, channels, filters)`.
+        strides: (height, width), in pixels.
+        padding: "same", or ((top, bottom), (left, right)), in pixels; negative
+            ones are cut off.
+        dilations: (height, width), in pixels.
+
+    Returns:
+        `(batch, out_h, out_w, filters)`, where a size that would be negative
+        is 0.
+    """
+    batch, *size, channels = sizes(inputs, tuple(inputs.shape.as_list()))
+    if padding != "same":
+        added = [[max(pixels, 0) for pixels in side] for side in padding]
+        rows, columns = (
+            slice(max(-before, 0), -max(-after, 0) or None)
+            for before, after in padding
+        )
+        if min(map(min, padding)) < 0:
+            inputs = inputs[:, rows, columns]
+    if is_for_other_runtime():
+        return tf.nn.conv2d(
+            inputs,
+            kernel,
+            strides,
+            "SAME" if padding == "same" else [[0, 0], *added, [0, 0]],
+            dilations=dilations,
+        )
+
+    dilations = [
+        1 if taps == 1 else rate
+        for taps, rate in zip(kernel.shape[:2], dilations, strict=True)
+    ]
+    as_it_is = padding == "same" and max(dilations) == 1
+    paddings, wanted = [(0, _if_none(batch, 1))], [batch]
+    padded, steps, parts, inner_strides, outer_strides = [-1], [], [], [], []
+    for axis, (pixels, taps, stride, rate) in enumerate(
+        zip(size, kernel.shape, strides, dilations, strict=False)
+    ):
+        reach = rate * (taps - 1)
+        if padding == "same":
+            out = (pixels + stride - 1) // stride
+            spare = at_least((out - 1) * stride + reach + 1 - pixels, 0)
+            before, after, cut = spare // 2, spare - spare // 2, 0
+        else:
+            before, after = added[axis]
+            cut = before + after - sum(padding[axis])
+            out = (pixels + before + after - cut - reach - 1) // stride + 1
+        if as_it_is:
+            before = after = 0
+        after += _if_none(out, reach + 1)
+        # Pixels between those that any tap reads are left out. Where that does
+        # not do, each of the parts that the rest is dealt out to is convolved
+        # everywhere, and with strides some results are not needed.
+        step = math.gcd(stride, rate)
+        part = rate // step
+        rest = at_least(pixels - cut, 0) + before + after
+        more = -((rest + step - 1) // step) % part * step
+        padded.append(rest + more)
+        paddings.append((before, after + more))
+        wanted.append(at_least(out, 0))
+        steps.append(step)
+        parts.append(part)
+        inner_strides.append(1 if part > 1 else stride // step)
+        outer_strides.append(stride // step if part > 1 else 1)
+
+    outputs = inputs
+    if any(not isinstance(n, int) or n for side in paddings for n in side):
+        outputs = tf.pad(outputs, (*paddings, (0, 0)))
+        if None in outputs.shape.as_list():
+            # Converters need to know the channels at least.
+            outputs = tf.reshape(outputs, padded + [channels])
+    if max(steps) > 1:
+        outputs = outputs[:, :: steps[0], :: steps[1]]
+    if max(parts) > 1:
+        outputs = tf.space_to_batch(outputs, parts, ((0, 0), (0, 0)))
+    outputs = tf.nn.conv2d(
+        outputs, kernel, inner_strides, "SAME" if as_it_is else "VALID"
+    )
+    if max(parts) > 1:
+        outputs = tf.batch_to_space(outputs, parts, ((0, 0), (0, 0)))
+    if max(outer_strides) > 1:
+        outputs = outputs[:, :: outer_strides[0], :: outer_strides[1]]
+    wanted.append(kernel.shape[-1])
+    if outputs.shape.as_list() != wanted:
+        outputs = tf.slice(outputs, (0, 0, 0, 0), wanted)
+    return outputs
+
+
+def _if_none(size: Size, value: int) -> Size:
+    """`value` where `size` is not positive, and otherwise 0."""
+    if isinstance(size, int):
+        return 0 if size > 0 else value
+    return tf.where(size > 0, 0, value)
+
+
+def hand_on_nan(
+    outputs: tf.Tensor, fields: tf.Tensor, axis: int | Sequence[int] = -1
+) -> tf.Tensor:
+    """Makes outputs NaN where what a branch predicted for them is NaN.
+
+    To an op, a displacement that is NaN lies outside of the image, as infinity
+    does: a branch that has become NaN would go unseen.
+
+    Args:
+        outputs: `(batch, height, width, channels)`: what an op made of
+            `fields`.
+        fields: What the branch predicted, of the same rank, before anything
+            that could hide a NaN.
+        axis: Axes of `fields` that speak for the same outputs; the others
+            have to be those of `outputs`, or 1.
+
+    Returns:
+        `outputs`, or NaN.
+    """
+    # How many are NaN; and the root of minus that many, which is NaN or -0. A
+    # NaN among the constants would alarm who looks for NaN in a graph, zero
+    # times a field would be NaN for infinity as well, and LiteRT does not load
+    # what becomes of a choice between fields and zero in 8 bits.
+    count = tf.reduce_sum(
+        tf.cast(tf.math.is_nan(fields), fields.dtype), axis, keepdims=True
+    )
+    return outputs + tf.cast(tf.sqrt(-count), outputs.dtype)
