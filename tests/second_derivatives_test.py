@@ -234,9 +234,7 @@ PLACES = [plain, nested, mapped, repeated, chosen]
 
 def directional(function, x, direction):
     """What `function` changes by in this direction."""
-    above, below = (
-        function(x + step * direction) for step in (STEP, -STEP)
-    )
+    above, below = (function(x + step * direction) for step in (STEP, -STEP))
     return (above - below) / (2 * STEP)
 
 
