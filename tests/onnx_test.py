@@ -509,6 +509,19 @@ def test_models_of_fixed_size(tmp_path):
     assert_equal(function, tmp_path / "model", [sample], 22, 1e-3)
 
 
+def test_resizing_of_bytes(tmp_path):
+    """TensorFlow gives real numbers, and bytes where it takes the nearest."""
+    function = tf.function(
+        lambda x: {
+            kind.replace(", ", "_").replace(" ", "_"): method(x, (11, 13))
+            for kind, method in METHODS.items()
+        },
+        [tf.TensorSpec((None, None, 9, 3), "uint8", "x")],
+    )
+    sample = random(2, 8, 9, 3, dtype="uint8")
+    assert_equal(function, tmp_path / "model", [(sample,)], 19, 1e-3)
+
+
 @pytest.mark.parametrize("size", [(25, 38), (60, 50), (33, 47)])
 def test_a_deformable_model_of_fixed_size(size, tmp_path):
     old, new = size

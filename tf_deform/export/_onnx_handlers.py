@@ -196,11 +196,13 @@ def _convert_resize_bilinear(ctx: Any, node: Any, name: str, _: Any) -> None:
     Where it knows the image's size, tf2onnx would write their ratio instead,
     in float32, of which the product with the old size may be a pixel short.
     """
+    from onnx import TensorProto
     from tf2onnx.onnx_opset import nn
 
-    images = node.input[0]
-    shape = ctx.get_shape(images)
+    shape = ctx.get_shape(node.input[0])
+    images = _maker(ctx, name)("Cast", node.input[0], to=TensorProto.FLOAT)
     ctx.set_shape(images, None if shape is None else [-1] * len(shape))
+    ctx.replace_input(node, node.input[0], images, 0)
     nn.Resize.version_11(ctx, node)
     ctx.set_shape(images, shape)
 
@@ -232,15 +234,13 @@ def _convert_resize_bicubic(ctx: Any, node: Any, name: str, _: Any) -> None:
 
     make = _maker(ctx, name)
     images, size = node.input
-    outputs, shapes, dtypes = (
-        node.output,
-        node.output_shapes,
-        node.output_dtypes,
-    )
+    outputs = node.output
+    shapes, dtypes = node.output_shapes, node.output_dtypes
     half = node.get_attr_value("half_pixel_centers", False)
     corners = node.get_attr_value("align_corners", False)
     ctx.remove_node(node.name)
-    planes = make("Transpose", images, perm=(0, 3, 1, 2))
+    planes = make("Cast", images, to=TensorProto.FLOAT)
+    planes = make("Transpose", planes, perm=(0, 3, 1, 2))
     size = make("Cast", size, to=TensorProto.INT64)
     shape = make("Shape", planes)
     number = make("Gather", shape, np.array([0, 1]))
@@ -283,7 +283,6 @@ def _convert_resize_nearest(ctx: Any, node: Any, name: str, _: Any) -> None:
     With the ratio of the sizes in float32, as TensorFlow has it. What runtimes
     make of `Resize` is another pixel for 3 % of all pairs of sizes up to 64.
     """
-
     from onnx import TensorProto
 
     make = _maker(ctx, name)
@@ -295,11 +294,8 @@ def _convert_resize_nearest(ctx: Any, node: Any, name: str, _: Any) -> None:
     half = np.float32(node.get_attr_value("half_pixel_centers", False) / 2)
     images, size = node.input
     sizes = cast(size, TensorProto.INT64)
-    outputs, shapes, dtypes = (
-        node.output,
-        node.output_shapes,
-        node.output_dtypes,
-    )
+    outputs = node.output
+    shapes, dtypes = node.output_shapes, node.output_dtypes
     ctx.remove_node(node.name)
     for axis in (1, 2):
         old = make("Gather", make("Shape", images), np.int64(axis))
