@@ -111,6 +111,18 @@ from tensorflowjs.converters import converter, normalize_bias_add
 normalize_bias_add.normalize_bias_add_op = lambda graph: graph
 converter.pip_main()
 """
+# What a runtime says, in words that tell more.
+REASONS = {
+    "TensorListReserve": "LiteRT's builtin operations have no lists of "
+    "tensors, of which `tf.scan` makes its loop",
+    "Select TensorFlow op": "The file holds TensorFlow's operations beside "
+    "LiteRT's (`tf.scan`'s lists of tensors): it needs LiteRT's Flex delegate",
+    "requires PyTorch backend": "Keras writes it with its PyTorch backend "
+    "alone, where layers made of TensorFlow's ops do not run",
+    r"Cannot compute the outputs \[Identity\]": "tensorflow.js does not run "
+    "the loop that its converter makes of `tf.scan`",
+    "^executeAsync$": "By `executeAsync`; `execute` runs no conditions",
+}
 PACKAGES = (
     "tensorflow",
     "keras",
@@ -333,7 +345,8 @@ def write(name: str, format_: str, folder: pathlib.Path) -> None:
         export.onnx(source, path, int(kind.removeprefix("onnx")), **arguments)
     else:
         if option:
-            arguments["quantize"] = option
+            # By how much it differs is for the table to say.
+            arguments |= {"quantize": option, "tolerance": 1e9}
         if option == "int8":
             given = [value for case in cases for value in case.values()]
             arguments["calibration"] = [value[:1] for value in given] * 4
@@ -759,6 +772,9 @@ def format_number(difference: float) -> str:
 
 def shorten(reason: str) -> str:
     """One line of Markdown, without paths of this machine."""
+    for pattern, words in REASONS.items():
+        if re.search(pattern, reason):
+            return words
     reason = re.sub(r"(/[\w.@+-]+){2,}/([\w.@+-]+)", r"\2", reason)
     reason = " ".join(reason.split())
     return reason if len(reason) <= 240 else reason[:237] + "..."

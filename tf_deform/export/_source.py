@@ -141,8 +141,9 @@ def _explain_python(traced: Any) -> None:
     if layer is None:
         return
     way = (
-        "Give the sizes of images in `input_signature` or in keras.Input, or "
-        "write a layer that knows them later"
+        "If sizes are what it lacks, give them in `input_signature` or in "
+        "keras.Input; else write its `if` with tf.cond, its `for` with "
+        "tf.while_loop"
     )
     if isinstance(layer, keras.layers.UpSampling2D):
         way = (
@@ -153,9 +154,9 @@ def _explain_python(traced: Any) -> None:
             "self.size, self.interpolation)"
         )
     raise ValueError(
-        "Expected a model that can be traced while sizes are unknown. "
-        f"Received: layer {layer.name!r} ({type(layer).__name__}), which asks "
-        f"for the value of a tensor. {way}"
+        "Expected layers that need no values while a graph is made. Received: "
+        f"{layer.name!r} ({type(layer).__name__}), which takes a tensor for a "
+        f"Python bool or list. {way}"
     )
 
 

@@ -38,7 +38,8 @@ def saved_model(
     `TF_LoadLibrary`) with the path that `python -m tf_deform` prints. Without
     them TensorFlow's error names the op
     `TfDeform>ImportTfDeformOrLoadItsOpLibrary`. A portable one needs nothing
-    but TensorFlow; it is slower and takes more memory.
+    but TensorFlow; it is slower and takes more memory. OpenVINO reads it, too,
+    and rounds places unless its option `INFERENCE_PRECISION_HINT` is "f32".
 
     Args:
         model: A Keras model, or a `tf.function` of tensors.
