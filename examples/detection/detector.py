@@ -171,7 +171,9 @@ def suppress(
         best = tf.argmax(scores, axis=-1, output_type="int32")
         chosen.append(best)
         best_scores.append(tf.reduce_max(scores, axis=-1))
-        of_class = tf.one_hot(best // count, classes, dtype=scores.dtype)
+        # `tf.one_hot` of a single class is beyond tensorflow.js.
+        of_class = tf.equal(best[:, None] // count, tf.range(classes))
+        of_class = tf.cast(of_class, scores.dtype)
         of_box = tf.gather(goes, best % count, batch_dims=1)
         of_both = of_class[:, :, None] * of_box[:, None]
         scores *= 1 - tf.reshape(of_both, (-1, classes * count))
