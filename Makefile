@@ -9,14 +9,15 @@ INSTALLED := $(VENV)/.installed
 SOURCES := $(wildcard cc/*/*.cc cc/*/*.cu cc/*/*.h)
 TEST_SOURCES := $(wildcard tests/*.c tests/*.cc tests/*/*.cc tests/*/*.h)
 
-.PHONY: help install demo demo-full test benchmark gpu-check gpu-check-tf lint \
-	format bazel clean
+.PHONY: help install demo demo-full test test-full benchmark gpu-check \
+	gpu-check-tf lint format bazel clean
 
 help:
 	@echo "make demo       train a segmentation model and a detector, plain and"
 	@echo "                deformable"
 	@echo "make demo-full  the same with more models and three seeds"
 	@echo "make test       run all tests"
+	@echo "make test-full  train every configuration of the layer (an hour)"
 	@echo "make benchmark  time the ops beside their peers"
 	@echo "make gpu-check  test and time the GPU kernels: needs a GPU, nvcc and"
 	@echo "                PyTorch, and nothing of TensorFlow"
@@ -53,6 +54,10 @@ demo-full: $(INSTALLED)
 # In two processes, most tests using one processor; a file's share what it made.
 test: $(INSTALLED)
 	$(RUN) -m pytest -n 2 --dist loadfile
+
+# What `make test` has no time for.
+test-full: $(INSTALLED)
+	$(RUN) -m pytest -n 2 -m slow
 
 benchmark: $(INSTALLED)
 	$(RUN) benchmarks/run.py

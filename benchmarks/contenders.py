@@ -282,7 +282,7 @@ class OpenVino(Contender):
             {
                 "PERFORMANCE_HINT": "LATENCY",
                 "INFERENCE_NUM_THREADS": threads,
-                # Without this it computes in bfloat16 where there is AMX.
+                # Without this it computes in bfloat16 where it can.
                 "INFERENCE_PRECISION_HINT": "f32",
                 # The process is pinned already, the same for everybody.
                 "ENABLE_CPU_PINNING": False,

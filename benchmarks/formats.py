@@ -73,7 +73,7 @@ def load_openvino(path: str, threads: int) -> Run:
     core = openvino.Core()
     core.add_extension(openvino_extension.deform_conv())
     options = {"INFERENCE_NUM_THREADS": threads}
-    options["INFERENCE_PRECISION_HINT"] = "f32"  # or it takes AMX's bfloat16
+    options["INFERENCE_PRECISION_HINT"] = "f32"  # or bfloat16
     compiled = core.compile_model(path, "CPU", options)
     return lambda images: compiled([images])[0]
 

@@ -61,7 +61,7 @@ def main() -> None:
     args = parser.parse_args()
     core = openvino.Core()
     core.add_extension(deform_conv())
-    # On processors with AMX it would compute in bfloat16.
+    # It would compute in bfloat16 where the processor can, and round places.
     compiled = core.compile_model(
         args.model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
     )

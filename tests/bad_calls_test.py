@@ -395,25 +395,24 @@ def test_bad_shape_under_a_tape(bad_call):
     bad_call.check(info.value)
 
 
-# The layer. Keras checks some arguments itself, with texts of its own; they
-# too name the argument and what was received.
+# The layer.
 
 
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"filters": 0}, "filters.*Received:? filters=0"),
-        ({"filters": -3}, "filters.*Received:? filters=-3"),
+        ({"filters": 0}, "filters.*Received: 0"),
+        ({"filters": -3}, "filters.*Received: -3"),
         ({"filters": 2.5}, "filters.*2.5"),
-        ({"filters": "8"}, "filters.*8|'<=' not supported.*'str'"),
+        ({"filters": "8"}, "filters.*'8'"),
         ({"kernel_size": 0}, "kernel_size.*0"),
         ({"kernel_size": -1}, "kernel_size.*-1"),
-        ({"kernel_size": (3, 0)}, "kernel_size.*3, 0"),
-        ({"kernel_size": (3, 3, 3)}, "kernel_size.*2.*3, 3, 3"),
+        ({"kernel_size": (3, 0)}, "kernel_size.*0"),
+        ({"kernel_size": (3, 3, 3)}, "kernel_size.*pair.*3, 3, 3"),
         ({"kernel_size": "3x3"}, "kernel_size.*3x3"),
         ({"kernel_size": None}, "kernel_size.*None"),
         ({"strides": 0}, "strides.*0"),
-        ({"strides": (1, 2, 3)}, "strides.*2.*1, 2, 3"),
+        ({"strides": (1, 2, 3)}, "strides.*pair.*1, 2, 3"),
         ({"strides": -1}, "strides.*-1"),
         ({"dilation_rate": 0}, "dilation_rate.*0"),
         ({"dilation_rate": (1, 1, 1)}, "dilation_rate.*1, 1, 1"),
@@ -425,10 +424,10 @@ def test_bad_shape_under_a_tape(bad_call):
         ({"padding": ((1, 2), 3)}, r"padding.*\(1, 2\), 3"),
         ({"padding": (1, 2, 3)}, "padding.*1, 2, 3"),
         ({"padding": 1.5}, "padding.*1.5"),
-        ({"data_format": "NHWC"}, "data_format.*(NHWC|nhwc)"),
-        ({"groups": 0}, "groups.*Received:? groups=0"),
-        ({"groups": -1}, "groups.*Received:? groups=-1"),
-        ({"groups": 3}, "filters.*groups.*Received:? .*groups=3.*filters=8"),
+        ({"data_format": "NHWC"}, "data_format.*nhwc"),
+        ({"groups": 0}, "groups.*Received: 0"),
+        ({"groups": -1}, "groups.*Received: -1"),
+        ({"groups": 3}, "filters.*groups.*Received: filters=8, groups=3"),
         ({"offset_groups": 0}, "Expected.*offset_groups.*Received: .*0"),
         ({"offset_groups": -2}, "Expected.*offset_groups.*Received: .*-2"),
         ({"offset_groups": 1.5}, "Expected.*offset_groups.*Received: .*1.5"),

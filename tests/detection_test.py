@@ -109,8 +109,15 @@ def test_suppression_is_that_of_the_native_op(choice, how):
     boxes, scores, size, *limits = CHOICES[choice]
     boxes = tf.constant(boxes, "float32")
     scores = tf.constant(scores, "float32")
+    # Which keeps boxes of no area.
+    real = tf.reduce_all(boxes[..., 2:] > boxes[..., :2], -1, keepdims=True)
     oracle = tf.image.combined_non_max_suppression(
-        boxes[:, :, None], scores, size, size, *limits, clip_boxes=False
+        boxes[:, :, None],
+        tf.where(real, scores, 0.0),
+        size,
+        size,
+        *limits,
+        clip_boxes=False,
     )
 
     def suppress(boxes, scores):
@@ -307,6 +314,62 @@ def test_average_precision_of_right_and_of_no_detections(tmp_path, capsys):
 
     assert set(train.evaluate(model(valid), scenes, coco).values()) == {1.0}
     assert set(train.evaluate(model(0 * valid), scenes, coco).values()) == {0.0}
+
+
+@pytest.mark.parametrize(
+    "images,categories,annotations",
+    [
+        ((7, 9), (3, 5), (0, 1)),
+        ((7, 9), (3, 5), (0, 0)),
+        ((7, 9), (3, 5), (4, 4)),
+        ((7, 9), (3, 5), (-1, 0)),
+        ((7, 9), (3, 5), (2**63, 2**40)),
+        ((7, 9), (3, 5), ("b", "a")),
+        ((7, 9), (3, 5), (None, None)),
+        ((0, 1), (0, 1), (1, 0)),
+        ((9, -7), (5, -3), (1, 2)),
+        (("one", "two"), ("x", "y"), (1, 2)),
+    ],
+)
+def test_ids_of_other_peoples_files(images, categories, annotations):
+    """Whatever they are, right boxes are right and wrong ones are wrong."""
+    low, high = sorted(categories)
+    boxes = [[4, 5, 20, 22], [10, 5, 20, 22]]
+    coco = {
+        "images": [{"id": image, "file_name": "x.png"} for image in images],
+        "categories": [{"id": x, "name": str(x)} for x in categories],
+        "annotations": [
+            {
+                "id": annotations[i],
+                "image_id": images[i],
+                "category_id": (high, low)[i],
+                "bbox": boxes[i],
+                "area": 440,
+                "iscrowd": 0,
+            }
+            for i in range(2)
+        ],
+    }
+    before = json.dumps(coco)
+    scenes = tf.data.Dataset.from_tensors((np.zeros((64, 64, 1)), 0)).repeat(2)
+
+    def evaluate(labels):
+        corners = np.array(boxes, "float32")[:, None]
+        corners[..., 2:] += corners[..., :2]
+        found = {
+            "boxes": tf.constant(corners),
+            "labels": tf.constant(labels)[:, None],
+            "scores": tf.ones((2, 1)),
+            "valid": tf.ones(2, "int32"),
+        }
+        model = types.SimpleNamespace(detect=lambda pixels: found)
+        return train.evaluate(model, scenes, coco)
+
+    assert set(evaluate([2, 1]).values()) == {1.0}
+    # One of two categories is never found.
+    assert evaluate([2, 2])["ap"] == pytest.approx(0.5, abs=0.01)
+    assert set(evaluate([1, 2]).values()) == {0.0}
+    assert json.dumps(coco) == before
 
 
 def test_boxes_come_back_in_the_pixels_of_each_image():

@@ -53,7 +53,7 @@ def loop(inputs: tf.Tensor) -> tf.Tensor:
 
 
 def layers() -> keras.Model:
-    """All of them; the convolution's branch is in a `tf.cond`."""
+    """All of them, each with its own branch."""
     image = keras.Input((None, None, 4))
     rois = keras.Input((5,))
     x = tf_deform.layers.DeformableConv2D(

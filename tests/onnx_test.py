@@ -437,6 +437,8 @@ def test_opsets_differ_in_what_is_known():
 
 # Resizing.
 METHODS = {
+    "bicubic": lambda x, size: tf.image.resize(x, size, "bicubic"),
+    "old bicubic": lambda x, size: tf.compat.v1.image.resize_bicubic(x, size),
     "bilinear": lambda x, size: tf.image.resize(x, size),
     "nearest": lambda x, size: tf.image.resize(x, size, "nearest"),
     "old nearest": lambda x, size: tf.compat.v1.image.resize_nearest_neighbor(
@@ -464,16 +466,20 @@ def test_every_pair_of_sizes(method, tmp_path):
     path = tmp_path / "model"
     write("onnx", function, path, sample=[random(1, 5, 7, 3), [8, 9]])
     session = onnxruntime.InferenceSession(path)
+    step, tolerance = 16, 2e-5
+    if "nearest" in method:
+        step, tolerance = 4, 0
+    elif "bicubic" in method:
+        # TensorFlow has the weights of four pixels in a table of 1024 steps.
+        tolerance = 4e-3
     for old in range(1, 65):
         x = np.repeat(random(1, old, 2, 1, seed=old), 3, axis=3)
         for new in range(1, 65):
             size = np.array([new, 3], "int32")
             [received] = session.run(None, {"x": x, "size": size})
             assert received.shape == (1, new, 3, 3)
-            if "nearest" in method or (old + new) % 16 == 0:
-                expected = function(x, size)
-                tolerance = 0 if "nearest" in method else 2e-5
-                assert_close(received, expected, tolerance)
+            if method == "nearest" or (old + new) % step == 0:
+                assert_close(received, function(x, size), tolerance)
 
 
 PAIRS = [(25, 38), (60, 500), (33, 47), (7, 3)]
@@ -495,20 +501,25 @@ def test_models_of_fixed_size(tmp_path):
                 name = f"{old}_{kind.replace(', ', '_').replace(' ', '_')}"
                 outputs[name] = method(x, (new, 5))
             outputs[f"{old}_up"] = upsampling(x)
-            if new > old:
-                outputs[f"{old}_bicubic"] = tf.image.resize(
-                    x, (new, old), "bicubic"
-                )
-                outputs[f"{old}_old_bicubic"] = (
-                    tf.compat.v1.image.resize_bicubic(x, (new, old))
-                )
             outputs[f"{old}_layer"] = layer(x)
         return outputs
 
-    # TensorFlow reads the weights of bicubic from a table of 1024.
     sample = [random(2, old, old, 3) for old, _ in PAIRS]
     function = tf.function(body, specs)
     assert_equal(function, tmp_path / "model", [sample], 22, 1e-3)
+
+
+def test_resizing_of_bytes(tmp_path):
+    """TensorFlow gives real numbers, and bytes where it takes the nearest."""
+    function = tf.function(
+        lambda x: {
+            kind.replace(", ", "_").replace(" ", "_"): method(x, (11, 13))
+            for kind, method in METHODS.items()
+        },
+        [tf.TensorSpec((None, None, 9, 3), "uint8", "x")],
+    )
+    sample = random(2, 8, 9, 3, dtype="uint8")
+    assert_equal(function, tmp_path / "model", [(sample,)], 19, 1e-3)
 
 
 @pytest.mark.parametrize("size", [(25, 38), (60, 50), (33, 47)])
@@ -645,6 +656,22 @@ def test_soft_suppression_is_refused(sigma, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_crops_are_exported(tmp_path):
+    boxes = tf.TensorSpec((None, 4), "float32", "boxes")
+    function = tf.function(
+        lambda x, boxes: tf.image.crop_and_resize(x, boxes, [0, 2], (3, 4)),
+        [IMAGE, boxes],
+    )
+    samples = [
+        (X, np.array(values, "float32"))
+        for values in (
+            [[0.1, 0.2, 0.6, 0.8], [0, 0, 1, 1]],
+            [[-0.3, 0.2, 0.6, 1.4], [0.8, 0.9, 0.1, 0.2]],
+        )
+    ]
+    assert_equal(function, tmp_path / "model", samples)
+
+
 def test_hard_suppression_is_exported(tmp_path):
     assert_equal(suppress(0.0), tmp_path / "model", [(BOXES, SCORES)])
 
@@ -669,13 +696,34 @@ def image_function(body):
             lambda x: tf.image.resize(x, (4, 5), antialias=True),
             "ScaleAndTranslate",
         ),
+        (
+            lambda x: tf.image.crop_and_resize(
+                x, [[0.1, 0.2, 0.6, 0.8]], [0], (4, 5), "nearest"
+            ),
+            "'bilinear'.*'nearest'",
+        ),
+        (
+            lambda x: tf.switch_case(
+                tf.cast(x[0, 0, 0, 0], "int32"),
+                [lambda: x, lambda: -x, lambda: 2 * x],
+            ),
+            "switch_case",
+        ),
         (lambda x: tf.bitcast(x, "int32"), "Bitcast"),
         (
             lambda x: tf.map_fn(lambda h: tf.linalg.qr(h)[0], x),
             "Qr",
         ),
     ],
-    ids=["area", "area-in-cond", "antialias", "bitcast", "qr-in-map"],
+    ids=[
+        "area",
+        "area-in-cond",
+        "antialias",
+        "crop",
+        "switch",
+        "bitcast",
+        "qr-in-map",
+    ],
 )
 def test_the_reason_is_told(body, reason, tmp_path):
     with pytest.raises(ValueError, match=f"Expected .*{reason}"):

@@ -312,6 +312,7 @@ def test_signatures_are_those_of_the_design():
         "sample_per_part": 4,
         "trans_std": 0.1,
         "num_classes": 1,
+        "data_format": None,
         "implementation": "native",
     }
     assert of(DeformableROIPooling.__init__) == {
@@ -320,6 +321,7 @@ def test_signatures_are_those_of_the_design():
         "sample_per_part": 4,
         "trans_std": 0.1,
         "units": (),
+        "data_format": None,
         "implementation": "native",
     }
     assert of(DeformableROIAlign.__init__) == {
@@ -328,6 +330,7 @@ def test_signatures_are_those_of_the_design():
         "sampling_ratio": 0,
         "gamma": 0.1,
         "units": (),
+        "data_format": None,
         "implementation": "native",
     }
     given = {"inputs": required, "rois": required, "offset": None}
@@ -1098,6 +1101,7 @@ EVERYTHING = {
         "sample_per_part": 3,
         "trans_std": 0.7,
         "num_classes": 2,
+        "data_format": "channels_first",
         "implementation": "portable",
     },
     "pool": {
@@ -1106,6 +1110,7 @@ EVERYTHING = {
         "sample_per_part": 3,
         "trans_std": 0.7,
         "units": (8, 4),
+        "data_format": "channels_first",
         "implementation": "portable",
     },
     "align": {
@@ -1114,6 +1119,7 @@ EVERYTHING = {
         "sampling_ratio": 3,
         "gamma": 0.7,
         "units": (8, 4),
+        "data_format": "channels_first",
         "implementation": "portable",
     },
 }

@@ -34,12 +34,17 @@ _KERAS_EXPORTERS = (
 
 
 def check_implementation(implementation: Any) -> str:
-    if implementation not in _loader.IMPLEMENTATIONS:
+    # A string tensor or an array could equal one.
+    if (
+        not isinstance(implementation, str)
+        or implementation not in _loader.IMPLEMENTATIONS
+    ):
         raise ValueError(
             'Expected `implementation` to be "native" or "portable". Received: '
-            f"{implementation!r}"
+            f"{str(implementation)[:200]!r} of type "
+            f"{type(implementation).__name__}"
         )
-    return implementation
+    return str(implementation)
 
 
 def require_native_ops() -> None:

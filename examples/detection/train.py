@@ -87,6 +87,37 @@ def read_scenes(folder: pathlib.Path) -> tuple[tf.data.Dataset, dict]:
     return scenes.cache(), coco
 
 
+def renumber(coco: dict) -> dict:
+    """Returns a COCO file's content with ids that count from 1.
+
+    The evaluation takes an annotation 0 for none, one of two with the same id
+    for the other, and no texts. Categories are numbered in the order of their
+    ids, as labels are.
+    """
+    numbers = {
+        "images": [image["id"] for image in coco["images"]],
+        "categories": sorted(category["id"] for category in coco["categories"]),
+    }
+    numbers = {
+        kind: {old: new for new, old in enumerate(ids, start=1)}
+        for kind, ids in numbers.items()
+    }
+    renumbered = {
+        kind: [{**item, "id": new[item["id"]]} for item in coco[kind]]
+        for kind, new in numbers.items()
+    }
+    renumbered["annotations"] = [
+        {
+            **item,
+            "id": count,
+            "image_id": numbers["images"][item["image_id"]],
+            "category_id": numbers["categories"][item["category_id"]],
+        }
+        for count, item in enumerate(coco["annotations"], start=1)
+    ]
+    return {**coco, **renumbered}
+
+
 def evaluate(
     model: detector.Detector, scenes: tf.data.Dataset, coco: dict
 ) -> dict[str, float]:
@@ -97,7 +128,7 @@ def evaluate(
         scenes: what `read_scenes` returned.
         coco: what `read_scenes` returned.
     """
-    ids = sorted(category["id"] for category in coco["categories"])
+    coco = renumber(coco)
     images = iter(coco["images"])
     detections = []
     for pixels, _ in scenes.batch(100):
@@ -109,7 +140,7 @@ def evaluate(
             detections += [
                 {
                     "image_id": image,
-                    "category_id": ids[found["labels"][row, i] - 1],
+                    "category_id": int(found["labels"][row, i]),
                     "bbox": found["boxes"][row, i].tolist(),
                     "score": float(found["scores"][row, i]),
                 }

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from tf_deform._portable.sampling import weighted_sum
+from tf_deform._portable.sampling import unrounded, weighted_sum
 from tf_deform._portable.shapes import (
     MAX_EXTENT,
     Shape,
@@ -156,6 +156,7 @@ def deformable_conv2d(
     kernel = with_shape(kernel, None, None, None, None)
     offset = with_shape(offset, None, None, None, None)
     mask = [with_shape(tensor, None, None, None, None) for tensor in mask]
+    offset, mask = unrounded(offset), [unrounded(tensor) for tensor in mask]
     padding, boundary = (tf.compat.as_str(x) for x in (padding, boundary))
     top, bottom, left, right = explicit_paddings or (0, 0, 0, 0)
     pads = ((top, bottom), (left, right))

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from tf_deform._portable.sampling import weighted_sum
+from tf_deform._portable.sampling import unrounded, weighted_sum
 from tf_deform._portable.shapes import Size, to_index
 
 
@@ -146,13 +146,14 @@ def pool(
     bins = pooled_size[0] * pooled_size[1]
     classes = 1
     if displacements is not None:
+        displacements = unrounded(displacements)
         classes = displacements.shape[2] or tf.shape(displacements)[2]
         if not np.array_equal(part_of_bin, np.arange(displacements.shape[1])):
             displacements = tf.gather(displacements, part_of_bin, axis=1)
     total = num_rois * bins * classes
 
     # What is no place becomes the corner of an image, and reads nothing.
-    rois = tf.stop_gradient(rois)
+    rois = unrounded(tf.stop_gradient(rois))
     image = rois[:, 0]
     exists = (image >= 0) & (image < tf.cast(batch, real))
     exists &= image == tf.floor(image)

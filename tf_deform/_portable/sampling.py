@@ -3,6 +3,26 @@
 
 import tensorflow as tf
 
+from tf_deform._implementation import is_for_other_runtime
+
+
+def unrounded(tensor: tf.Tensor) -> tf.Tensor:
+    """The tensor, with what is computed from it kept in its type.
+
+    TensorFlow's automatic mixed precision rewrites a graph so that additions,
+    products and much else after a convolution are computed in 16 bits, which
+    is too little for positions. It ends at an op that it does not know, which
+    this is: one that can be differentiated, vectorized and compiled like any
+    other. Other runtimes would only have more to do.
+    """
+    if (
+        tensor.dtype != tf.float32
+        or tf.executing_eagerly()
+        or is_for_other_runtime()
+    ):
+        return tensor
+    return tf.math.divide_no_nan(tensor, tf.ones((), tensor.dtype))
+
 
 def weighted_sum(
     rows: tf.Tensor, index: tf.Tensor, weights: tf.Tensor

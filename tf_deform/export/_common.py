@@ -61,10 +61,13 @@ class Sample(NamedTuple):
     expected: Arrays
 
 
-def run_model(source: Source, sample: Any) -> list[Sample]:
+def run_model(
+    source: Source, sample: Any, declared: bool = False
+) -> list[Sample]:
     """Runs the model on the user's inputs, or on random ones.
 
-    Random ones have two sizes where a dimension may have any.
+    Random ones have two sizes where a dimension may have any. `declared` says
+    that the user gave the signature, which is then named in errors.
 
     Raises:
         ValueError: Inputs that do not fit, or that the model does not take.
@@ -88,8 +91,11 @@ def run_model(source: Source, sample: Any) -> list[Sample]:
             expected = source.flat(*map(tf.constant, values))
         except (ValueError, tf.errors.InvalidArgumentError) as error:
             origin = "made up" if sample is None else "given"
+            named = "`sample` to hold inputs"
+            if declared and sample is None:
+                named = "`input_signature` (or `sample`) to be of inputs"
             raise ValueError(
-                "Expected `sample` to hold inputs that the model takes. "
+                f"Expected {named} that the model takes. "
                 f"Received: {_shapes(given)} ({origin}), for which it raised: "
                 f"{error}"
             ) from error
@@ -187,23 +193,34 @@ def compare(
         RuntimeError: They differ by more, or it does not run.
     """
     differences: dict[str, float] = {}
+    worst, text = -1.0, ""
     for given, expected in samples:
         try:
             received = run(given)
-            for name, array in expected.items():
-                found = measure_difference(array, received[name])
-                differences[name] = max(found, differences.get(name, 0.0))
+            received = {name: np.asarray(received[name]) for name in expected}
         except Exception as error:
             raise RuntimeError(
                 f"Expected {path} to run with inputs of the shapes "
                 f"{_shapes(given)}. Received: {error}. Nothing was written"
             ) from error
-    name = max(differences, key=differences.get)
-    if not differences[name] <= tolerance:
+        for name, array in expected.items():
+            if received[name].shape != array.shape:
+                # No tolerance helps, nor other inputs.
+                raise RuntimeError(
+                    f"Expected {path} to give {name!r} the shape "
+                    f"{array.shape}, as the model does. Received: "
+                    f"{received[name].shape}, for inputs of the shapes "
+                    f"{_shapes(given)}. Nothing was written"
+                )
+            found = measure_difference(array, received[name])
+            differences[name] = max(found, differences.get(name, 0.0))
+            if found > worst:
+                worst, text = found, describe_difference(array, received[name])
+                text += f" in {name!r}"
+    if not worst <= tolerance:
         raise RuntimeError(
             f"Expected {path} to give what the model gives, to {tolerance:g} "
-            f"of the largest number. Received: a difference of "
-            f"{differences[name]:.2g} in {name!r}. Nothing was written. If "
+            f"of the largest number. Received: {text}. Nothing was written. If "
             "made-up inputs are the reason, pass `sample`, or `tolerance`"
         )
     return differences
@@ -252,7 +269,7 @@ def export(
         # A GPU may round products to TF32.
         device = None if in_tensorflow else "/CPU:0"
         with stage("Running the model"), tf.device(device):
-            samples = run_model(source, sample)
+            samples = run_model(source, sample, input_signature is not None)
         write(source, partial, stage)
         with stage(f"Running {path.name} and comparing"):
             try:
@@ -301,6 +318,30 @@ def measure_difference(expected: np.ndarray, received: Any) -> float:
 def _measure_size(path: pathlib.Path) -> int:
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def describe_difference(expected: np.ndarray, received: Any) -> str:
+    """What `measure_difference` found, in words where it is no number."""
+    received = np.asarray(received)
+    difference = measure_difference(expected, received)
+    if np.isfinite(difference):
+        return f"a difference of {difference:.2g}"
+    if expected.shape != received.shape:
+        return f"the shape {received.shape} in place of {expected.shape}"
+    expected, received = (x.astype("float64") for x in (expected, received))
+    for name, judge in (
+        ("NaN", np.isnan),
+        ("infinity", np.isposinf),
+        ("-infinity", np.isneginf),
+    ):
+        more = judge(received) & ~judge(expected)
+        less = judge(expected) & ~judge(received)
+        if more.any() or less.any():
+            return (
+                f"{name} at {more.sum()} of {more.size} places where the model "
+                f"has none, and none at {less.sum()} places where it has it,"
+            )
+    return f"up to {np.abs(received).max():.2g} where all should be 0,"
 
 
 @contextlib.contextmanager

@@ -71,8 +71,24 @@ def specialise(graph_def: Any) -> None:
         made = list(
             _specialise(graph, graph_def.node, library, itertools.count())
         )
+    library.update({function.signature.name: function for function in made})
+    called = _find_called(graph_def.node, library)
+    functions = [library[name] for name in called]
     del graph_def.library.function[:]
-    graph_def.library.function.extend(made)
+    graph_def.library.function.extend(functions)
+
+
+def _find_called(nodes: Any, library: Mapping[str, Any]) -> dict[str, None]:
+    """The names of all functions that nodes call, and that those call."""
+    called = {}
+    for node in nodes:
+        for value in node.attr.values():
+            for function in (value.func, *value.list.func):
+                if function.name in library:
+                    called[function.name] = None
+                    body = library[function.name].node_def
+                    called.update(_find_called(body, library))
+    return called
 
 
 def _specialise(

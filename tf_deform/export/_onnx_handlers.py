@@ -183,39 +183,33 @@ def _convert_where(ctx: Any, node: Any, name: str, _: Any) -> None:
     del node.attr["handles_nan"]
 
 
-def _convert_resize(ctx: Any, node: Any, name: str, _: Any) -> None:
+def _refuse_area(ctx: Any, node: Any, name: str, _: Any) -> None:
+    raise Refused(
+        "Expected a resizing that ONNX has. Received: the method 'area' in "
+        f"{name!r}, of which tf2onnx makes 'nearest'"
+    )
+
+
+def _convert_resize_bilinear(ctx: Any, node: Any, name: str, _: Any) -> None:
     """Writes the size that is asked for.
 
     Where it knows the image's size, tf2onnx would write their ratio instead,
     in float32, of which the product with the old size may be a pixel short.
     """
+    from onnx import TensorProto
     from tf2onnx.onnx_opset import nn
 
-    if node.type == "ResizeArea":
-        raise Refused(
-            "Expected a resizing that ONNX has. Received: the method "
-            f"'area' in {name!r}, of which tf2onnx makes 'nearest'"
-        )
-    images, output = node.input[0], node.output[0]
-    cubic = node.type == "ResizeBicubic"
-    legacy = cubic and not node.get_attr_value("half_pixel_centers", False)
-    shape = ctx.get_shape(images)
+    shape = ctx.get_shape(node.input[0])
+    images = _maker(ctx, name)("Cast", node.input[0], to=TensorProto.FLOAT)
     ctx.set_shape(images, None if shape is None else [-1] * len(shape))
+    ctx.replace_input(node, node.input[0], images, 0)
     nn.Resize.version_11(ctx, node)
-    if shape is not None:
-        ctx.set_shape(images, shape)
-    if legacy:  # Then TensorFlow's curve is another one.
-        resize = ctx.get_node_by_output(output).inputs[0]
-        resize.set_attr("cubic_coeff_a", -0.75)
-        resize.set_attr("exclude_outside", 0)
+    ctx.set_shape(images, shape)
 
 
-def _convert_resize_nearest(ctx: Any, node: Any, name: str, _: Any) -> None:
-    """Takes the rows, then the columns, that TensorFlow takes.
-
-    With the ratio of the sizes in float32, as TensorFlow has it. What runtimes
-    make of `Resize` is another pixel for 3 % of all pairs of sizes up to 64.
-    """
+def _maker(ctx: Any, name: str) -> Callable[..., str]:
+    """What makes a node of tensors and constants; it returns its output."""
+    from tf2onnx import utils
 
     def make(kind: str, *inputs: Any, **attributes: Any) -> str:
         operands = [
@@ -227,8 +221,71 @@ def _convert_resize_nearest(ctx: Any, node: Any, name: str, _: Any) -> None:
         made = ctx.make_node(kind, operands, attributes, op_name_scope=name)
         return made.output[0]
 
+    return make
+
+
+def _convert_resize_bicubic(ctx: Any, node: Any, name: str, _: Any) -> None:
+    """Resizes all channels of all images as those of one.
+
+    Between the transposed, which onnxruntime would move behind it, where it
+    then finds itself unable to make images smaller.
+    """
     from onnx import TensorProto
-    from tf2onnx import utils
+
+    make = _maker(ctx, name)
+    images, size = node.input
+    outputs = node.output
+    shapes, dtypes = node.output_shapes, node.output_dtypes
+    half = node.get_attr_value("half_pixel_centers", False)
+    corners = node.get_attr_value("align_corners", False)
+    ctx.remove_node(node.name)
+    planes = make("Cast", images, to=TensorProto.FLOAT)
+    planes = make("Transpose", planes, perm=(0, 3, 1, 2))
+    size = make("Cast", size, to=TensorProto.INT64)
+    shape = make("Shape", planes)
+    number = make("Gather", shape, np.array([0, 1]))
+    old = make("Gather", shape, np.array([2, 3]))
+    one = np.array([1, -1])
+    planes = make("Reshape", planes, make("Concat", one, old, axis=0))
+    channels = make("Gather", make("Shape", planes), np.array([0, 1]))
+    sizes = make("Concat", channels, size, axis=0)
+    planes = make(
+        "Resize",
+        planes,
+        "",
+        "",
+        sizes,
+        mode="cubic",
+        coordinate_transformation_mode="half_pixel"
+        if half
+        else "align_corners"
+        if corners
+        else "asymmetric",
+        # TensorFlow has had another curve before it had half pixels.
+        cubic_coeff_a=-0.5 if half else -0.75,
+        exclude_outside=int(half),
+    )
+    shape = make("Concat", number, size, axis=0)
+    ctx.make_node(
+        "Transpose",
+        [make("Reshape", planes, shape)],
+        {"perm": (0, 2, 3, 1)},
+        outputs=outputs,
+        shapes=shapes,
+        dtypes=dtypes,
+        op_name_scope=name,
+    )
+
+
+def _convert_resize_nearest(ctx: Any, node: Any, name: str, _: Any) -> None:
+    """Takes the rows, then the columns, that TensorFlow takes.
+
+    With the ratio of the sizes in float32, as TensorFlow has it. What runtimes
+    make of `Resize` is another pixel for 3 % of all pairs of sizes up to 64.
+    """
+    from onnx import TensorProto
+
+    make = _maker(ctx, name)
 
     def cast(operand: str, to: int) -> str:
         return make("Cast", operand, to=to)
@@ -237,11 +294,8 @@ def _convert_resize_nearest(ctx: Any, node: Any, name: str, _: Any) -> None:
     half = np.float32(node.get_attr_value("half_pixel_centers", False) / 2)
     images, size = node.input
     sizes = cast(size, TensorProto.INT64)
-    outputs, shapes, dtypes = (
-        node.output,
-        node.output_shapes,
-        node.output_dtypes,
-    )
+    outputs = node.output
+    shapes, dtypes = node.output_shapes, node.output_dtypes
     ctx.remove_node(node.name)
     for axis in (1, 2):
         old = make("Gather", make("Shape", images), np.int64(axis))
@@ -271,6 +325,18 @@ def _convert_resize_nearest(ctx: Any, node: Any, name: str, _: Any) -> None:
         dtypes=dtypes,
         op_name_scope=name,
     )
+
+
+def _convert_crop(ctx: Any, node: Any, name: str, _: Any) -> None:
+    """Refuses the nearest pixel: ONNX takes another one of two."""
+    from tf2onnx.onnx_opset import nn
+
+    if node.get_attr_str("method") != "bilinear":
+        raise Refused(
+            "Expected crop_and_resize with the method 'bilinear', as ONNX has "
+            f"no other. Received: {node.get_attr_str('method')!r} in {name!r}"
+        )
+    nn.CropAndResize.version_13(ctx, node)
 
 
 def _convert_suppression(ctx: Any, node: Any, name: str, _: Any) -> None:
@@ -308,9 +374,10 @@ HANDLERS: dict[str, Callable[[Any, Any, str, Any], None]] = {
     "Select": _convert_where,
     "SelectV2": _convert_where,
     "Erfc": _convert_erfc,
-    "ResizeArea": _convert_resize,
-    "ResizeBicubic": _convert_resize,
-    "ResizeBilinear": _convert_resize,
+    "CropAndResize": _convert_crop,
+    "ResizeArea": _refuse_area,
+    "ResizeBicubic": _convert_resize_bicubic,
+    "ResizeBilinear": _convert_resize_bilinear,
     "ResizeNearestNeighbor": _convert_resize_nearest,
     "NonMaxSuppressionV5": _convert_suppression,
 }

@@ -141,8 +141,9 @@ def _explain_python(traced: Any) -> None:
     if layer is None:
         return
     way = (
-        "Give the sizes of images in `input_signature` or in keras.Input, or "
-        "write a layer that knows them later"
+        "If sizes are what it lacks, give them in `input_signature` or in "
+        "keras.Input; else write its `if` with tf.cond, its `for` with "
+        "tf.while_loop"
     )
     if isinstance(layer, keras.layers.UpSampling2D):
         way = (
@@ -153,9 +154,9 @@ def _explain_python(traced: Any) -> None:
             "self.size, self.interpolation)"
         )
     raise ValueError(
-        "Expected a model that can be traced while sizes are unknown. "
-        f"Received: layer {layer.name!r} ({type(layer).__name__}), which asks "
-        f"for the value of a tensor. {way}"
+        "Expected layers that need no values while a graph is made. Received: "
+        f"{layer.name!r} ({type(layer).__name__}), which takes a tensor for a "
+        f"Python bool or list. {way}"
     )
 
 
@@ -214,8 +215,19 @@ def find_source(
                 "Expected `input_signature`, or a tf.function with one. "
                 f"Received: {model!r} without"
             )
-        names = list(inspect.signature(function).parameters)
-        return Source(function, _name_inputs(signature, names), None)
+        parameters = inspect.signature(function)
+        inputs = _name_inputs(signature, list(parameters.parameters))
+        try:
+            parameters.bind(*inputs)
+        except TypeError as error:
+            raise ValueError(
+                "Expected `input_signature` to hold one tf.TensorSpec for each "
+                f"argument of the function, {parameters}. Received: {inputs}"
+            ) from error
+        own = model.input_signature or ()
+        if own and all(isinstance(spec, tf.TensorSpec) for spec in own):
+            _check_signature(inputs, own, 0)
+        return Source(function, inputs, None)
     if not isinstance(model, keras.Model):
         raise TypeError(
             "Expected `model` to be a keras.Model or a tf.function. Received: "
@@ -239,12 +251,61 @@ def find_source(
             shape = [None, *spec.shape[1:]]
             input_signature = [tf.TensorSpec(shape, spec.dtype)]
 
+    inputs = _name_inputs(input_signature, names)
+    if known is not None:
+        # Keras' models take any batch.
+        _check_signature(inputs, known, 1)
+
     def run(*arguments: tf.Tensor) -> Any:
         if known is not None and not sequential:
             arguments = [keras.tree.pack_sequence_as(model.input, arguments)]
         return model(*arguments, training=False)
 
-    return Source(run, _name_inputs(input_signature, names), model)
+    return Source(run, inputs, model)
+
+
+def _check_signature(
+    signature: Sequence[tf.TensorSpec], known: Sequence[Any], first: int
+) -> None:
+    """Judges a signature by what the model itself says of its inputs.
+
+    Args:
+        signature: What the user gave.
+        known: What the model says, with shapes and types.
+        first: First of the dimensions that have to fit.
+
+    Raises:
+        ValueError: The model does not take all that the signature describes.
+    """
+    fits = len(signature) == len(known)
+    for spec, other in zip(signature, known, strict=False):
+        shape, own = spec.shape, tf.TensorShape(other.shape)
+        fits &= (spec.dtype == tf.string) == (
+            other.dtype in (tf.string, "string")
+        )
+        if own.rank is None:
+            continue
+        # Keras adds or removes a last dimension of 1.
+        if shape.rank is not None and shape.rank - own.rank in (-1, 1):
+            longer = max(shape, own, key=len)
+            if longer[-1] == 1:
+                shape, own = (x[: len(longer) - 1] for x in (shape, own))
+        fits &= shape.rank == own.rank and all(
+            size in (None, given)
+            for given, size in zip(shape[first:], own[first:], strict=True)
+        )
+    if not fits:
+        wanted, received = (
+            ", ".join(
+                f"{tf.TensorShape(x.shape)} {tf.as_dtype(x.dtype).name}"
+                for x in specs
+            )
+            for specs in (known, signature)
+        )
+        raise ValueError(
+            "Expected `input_signature` to describe inputs that the model "
+            f"takes: {wanted}. Received: {received}"
+        )
 
 
 def _name_inputs(

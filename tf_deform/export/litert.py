@@ -191,13 +191,13 @@ def _read_sample(
     Raises:
         ValueError: It is too small.
     """
-    images = None
+    found = "neither"
     if sample is not None:
         batch = _read_batch(specs, sample, "sample")
-        images = next(iter(batch.values())).shape[:1]
-        if images and images[0] >= MIN_IMAGES:
+        images = len(np.atleast_1d(next(iter(batch.values()))))
+        if images >= MIN_IMAGES:
             return iter([batch])
-    found = "neither" if sample is None else f"a sample of {images} images"
+        found = f"a sample of {images} images"
     raise ValueError(
         'Expected `calibration` for quantize="int8", batches of inputs like '
         f"those that the model will see, or a `sample` of {MIN_IMAGES} or more "

@@ -45,7 +45,8 @@ def onnx(
     have, are made of its other operators. Inputs and outputs keep TensorFlow's
     layout, channels last, and their names; batch and sizes may be any where
     the model's may. onnxruntime runs the file as it is; OpenVINO needs the
-    extension in `examples/openvino_extension.py`. A Keras model's layers with
+    extension in `examples/openvino_extension.py`, and the option
+    `INFERENCE_PRECISION_HINT` "f32", or it rounds. A Keras model's layers with
     a mixed policy are exported in float32.
 
     Args:

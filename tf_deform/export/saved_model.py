@@ -11,7 +11,7 @@ import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
 from tf_deform import _implementation
-from tf_deform.export import _common, _source
+from tf_deform.export import _common, _image_files, _source
 
 
 def saved_model(
@@ -30,14 +30,16 @@ def saved_model(
     Its endpoints are "serve", which returns what the model returns; the
     signature "serving_default", which takes and returns tensors by name; and,
     for a model of one image, "serve_image_bytes", which takes a `(batch,)`
-    string tensor of JPEG, PNG, GIF or BMP files.
+    string tensor of JPEG, PNG, GIF or BMP files; photographs are turned upright
+    as their EXIF orientation says.
 
     A program that loads a native SavedModel needs the ops: `import tf_deform`;
     or, where the package is not installed, `tf.load_op_library` (in C,
     `TF_LoadLibrary`) with the path that `python -m tf_deform` prints. Without
     them TensorFlow's error names the op
     `TfDeform>ImportTfDeformOrLoadItsOpLibrary`. A portable one needs nothing
-    but TensorFlow; it is slower and takes more memory.
+    but TensorFlow; it is slower and takes more memory. OpenVINO reads it, too,
+    and rounds places unless its option `INFERENCE_PRECISION_HINT` is "f32".
 
     Args:
         model: A Keras model, or a `tf.function` of tensors.
@@ -216,10 +218,7 @@ def _from_bytes(
     spec = source.inputs[0]
 
     def decode(data: tf.Tensor) -> tf.Tensor:
-        pixels = tf.io.decode_image(
-            data, channels=spec.shape[3], expand_animations=False
-        )
-        return fit(tf.ensure_shape(pixels, (None, None, spec.shape[3])))
+        return fit(_image_files.decode(data, spec.shape[3]))
 
     def serve_image_bytes(image_bytes: tf.Tensor) -> Any:
         element = tf.TensorSpec(spec.shape[1:], spec.dtype)
@@ -258,11 +257,12 @@ def _check_image_bytes(
     images = tf.stack([fit(tf.constant(image)) for image in pixels])
     expected = _source.name_outputs(loaded.serve(images))
     for name, value in expected.items():
-        difference = _common.measure_difference(
-            np.asarray(value), received[name]
-        )
+        value = np.asarray(value)
+        difference = _common.measure_difference(value, received[name])
         if not difference <= source.tolerance():
             raise RuntimeError(
                 "Expected `serve_image_bytes` to give what `serve` gives. "
-                f"Received: a difference of {difference:.2g} in {name!r}"
+                "Received: "
+                f"{_common.describe_difference(value, received[name])} in "
+                f"{name!r}"
             )

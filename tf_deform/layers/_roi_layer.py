@@ -10,31 +10,20 @@ import tensorflow as tf
 
 from tf_deform import _loader
 from tf_deform._implementation import check_implementation
+from tf_deform.layers._branch import hand_on_nan
+from tf_deform.layers._op_layer import OpLayer, check_data_format
 from tf_deform.ops._arguments import (
-    Pair,
     coordinate_type,
     infer_shape,
-    integer,
-    number,
-    pair,
+    positive,
+    positive_pair,
+    real,
+    received,
 )
 
 
-def positive(value: Any, name: str) -> int:
-    value = integer(value, name)
-    if value < 1:
-        raise ValueError(f"Expected `{name}` to be positive. Received: {value}")
-    return value
-
-
-def positive_pair(value: Any, name: str) -> Pair:
-    height, width = pair(value, name)
-    return positive(height, name), positive(width, name)
-
-
 def check_factor(value: Any, name: str, zero_allowed: bool = True) -> float:
-    number(value, name)  # of another type: an error
-    value = float(value)
+    value = real(value, name)
     if not (
         math.isfinite(value) and (value > 0 or zero_allowed and value == 0)
     ):
@@ -43,21 +32,6 @@ def check_factor(value: Any, name: str, zero_allowed: bool = True) -> float:
             f"{'of at least' if zero_allowed else 'above'} 0. Received: {value}"
         )
     return value
-
-
-def channels_of(shape: Sequence[int | None], name: str) -> int:
-    """The channels of a map, which have to be known."""
-    if len(shape) != 4:
-        raise ValueError(
-            f"Expected `{name}` to have rank 4 (batch, height, width, "
-            f"channels). Received: {name}.shape={tuple(shape)}"
-        )
-    if shape[-1] is None:
-        raise ValueError(
-            f"Expected the channels of `{name}` to be known. Received: "
-            f"{name}.shape={tuple(shape)}"
-        )
-    return shape[-1]
 
 
 def branch_value(weight: keras.Variable, dtype: str) -> tf.Tensor:
@@ -70,17 +44,18 @@ def branch_value(weight: keras.Variable, dtype: str) -> tf.Tensor:
     return value if weight.trainable else tf.stop_gradient(value)
 
 
-class DisplacedROILayer(keras.layers.Layer):
-    """Pooling with one displacement for each bin, given or from dense layers.
+class ROILayer(OpLayer):
+    """What all three layers have: bins, a scale, a layout, an implementation.
 
-    Subclasses define `_pool(inputs, rois, offset)`, where `offset` may be None.
+    Subclasses define `_pool(inputs, rois, displacements)` on maps in channels
+    last, where the last may be None.
     """
 
     def __init__(
         self,
         pooled_size: int | Sequence[int],
         spatial_scale: float,
-        units: Sequence[int],
+        data_format: str | None,
         implementation: str,
         **kwargs: Any,
     ):
@@ -91,18 +66,92 @@ class DisplacedROILayer(keras.layers.Layer):
         self.spatial_scale = check_factor(
             spatial_scale, "spatial_scale", zero_allowed=False
         )
-        if not isinstance(units, list | tuple):
-            raise TypeError(
-                "Expected `units` to be a list or tuple of integers. Received: "
-                f"{units!r} of type {type(units).__name__}"
-            )
-        self.units = tuple(positive(size, "units") for size in units)
+        self.data_format = check_data_format(data_format)
         self.implementation = check_implementation(implementation)
         self.offset_kernel = None
         self.offset_bias = None
+        self.supports_jit = _loader.supports_jit()
+
+    def _channels_of(self, shape: Sequence[int | None], name: str) -> int:
+        """The channels of a map, which have to be known."""
+        channels = self._shape_to_channels_last(shape, name)[-1]
+        if channels is None:
+            raise ValueError(
+                f"Expected the channels of `{name}` to be known. Received: "
+                f"{name}.shape={tuple(shape)}"
+            )
+        return channels
+
+    def _pool(
+        self,
+        inputs: tf.Tensor,
+        rois: tf.Tensor,
+        displacements: tf.Tensor | None,
+    ) -> tf.Tensor:
+        raise NotImplementedError
+
+    def _infer_shape(
+        self,
+        inputs_shape: Sequence[int | None],
+        rois_shape: Sequence[int | None],
+        shape: Sequence[int | None] | None,
+        name: str,
+    ) -> tuple[int | None, ...]:
+        """The output's shape; `shape` is that of displacements `name`."""
+        inputs_shape = self._shape_to_channels_last(inputs_shape, "inputs")
+        shape = self._shape_to_channels_last(shape, name)
+        with self._own_words():
+            return self._to_data_format(
+                infer_shape(self._pool, inputs_shape, tuple(rois_shape), shape)
+            )
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "pooled_size": self.pooled_size,
+            "spatial_scale": self.spatial_scale,
+            "data_format": self.data_format,
+            "implementation": self.implementation,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "ROILayer":
+        # What was saved before there was a `data_format` is in channels last,
+        # whatever Keras' setting is where it is loaded.
+        if "implementation" in config:
+            config = {"data_format": "channels_last", **config}
+        return super().from_config(config)
+
+
+class DisplacedROILayer(ROILayer):
+    """Pooling whose bins are displaced one by one, as given or by a branch."""
+
+    _AXES = {
+        "inputs": "batch, height, width, channels",
+        "rois": "num_rois, 5",
+        "offset": "num_rois, pooled_h, pooled_w, 2",
+    }
+
+    def __init__(
+        self,
+        pooled_size: int | Sequence[int],
+        spatial_scale: float,
+        units: Sequence[int],
+        data_format: str | None,
+        implementation: str,
+        **kwargs: Any,
+    ):
+        super().__init__(
+            pooled_size, spatial_scale, data_format, implementation, **kwargs
+        )
+        if not isinstance(units, list | tuple):
+            raise TypeError(
+                "Expected `units` to be a list or tuple of integers. "
+                f"{received(units)}"
+            )
+        self.units = tuple(positive(size, "units") for size in units)
         self._hidden = []
         self._channels = None
-        self.supports_jit = _loader.supports_jit()
 
     def build(
         self,
@@ -110,7 +159,7 @@ class DisplacedROILayer(keras.layers.Layer):
         rois_shape: Sequence[int | None],
         offset_shape: Sequence[int | None] | None = None,
     ) -> None:
-        self._channels = channels_of(inputs_shape, "inputs")
+        self._channels = self._channels_of(inputs_shape, "inputs")
         if offset_shape is not None:
             return
         bins = self.pooled_size[0] * self.pooled_size[1]
@@ -137,11 +186,6 @@ class DisplacedROILayer(keras.layers.Layer):
             name="offset_bias", shape=(2 * bins,), initializer="zeros"
         )
 
-    def _pool(
-        self, inputs: tf.Tensor, rois: tf.Tensor, offset: tf.Tensor | None
-    ) -> tf.Tensor:
-        raise NotImplementedError
-
     def _run_branch(self, inputs: tf.Tensor, rois: tf.Tensor) -> tf.Tensor:
         def dense(x, kernel, bias):
             kernel, bias = (
@@ -151,11 +195,19 @@ class DisplacedROILayer(keras.layers.Layer):
             return tf.matmul(x, kernel) + bias
 
         x = self._pool(inputs, rois, None)
+        # In channels last, whatever the layer's format: so its weights are
+        # the same in both.
         x = tf.reshape(x, (-1, math.prod(x.shape[1:])))
         for kernel, bias in self._hidden:
             x = tf.nn.relu(dense(x, kernel, bias))
         offset = dense(x, self.offset_kernel, self.offset_bias)
-        offset = tf.cast(offset, coordinate_type(inputs.dtype))
+        coordinates = coordinate_type(inputs.dtype)
+        offset = tf.cast(offset, coordinates)
+        # Padding stays 0 even where weights are NaN, as 0 times NaN is not.
+        rois = tf.cast(rois, coordinates)
+        exists = tf.reduce_all(tf.abs(rois) <= coordinates.max, 1, True)
+        exists &= rois[:, :1] >= 0
+        offset = tf.where(exists, offset, tf.zeros_like(offset))
         return tf.reshape(offset, (-1, *self.pooled_size, 2))
 
     def _check_offset(self, shape: Sequence[int | None] | None) -> None:
@@ -166,21 +218,17 @@ class DisplacedROILayer(keras.layers.Layer):
                     "built: it has no branch of its own. Received: offset=None"
                 )
             return
-        if len(shape) != 4:
-            raise ValueError(
-                "Expected `offset` to have rank 4 (num_rois, pooled_h, "
-                f"pooled_w, 2). Received: offset.shape={tuple(shape)}"
-            )
-        for size, received, quantity in zip(
+        last = "second" if self.data_format == "channels_first" else "last"
+        for size, length, quantity in zip(
             (*self.pooled_size, 2),
-            shape[1:],
-            ("height", "width", "a last dimension of"),
+            self._shape_to_channels_last(shape, "offset")[1:],
+            ("height", "width", f"a {last} dimension of"),
             strict=True,
         ):
-            if received not in (None, size):
+            if length not in (None, size):
                 raise ValueError(
-                    f"Expected `offset` to have {quantity} {size} (pooled_h, "
-                    "pooled_w, 2). Received: offset.shape="
+                    f"Expected `offset` to have {quantity} {size} "
+                    f"({self._axes('offset')}). Received: offset.shape="
                     f"{tuple(shape)}"
                 )
 
@@ -191,25 +239,29 @@ class DisplacedROILayer(keras.layers.Layer):
         offset_shape: Sequence[int | None] | None = None,
     ) -> tuple[int | None, ...]:
         self._check_offset(offset_shape)
-        return infer_shape(self._pool, inputs_shape, rois_shape, offset_shape)
+        return self._infer_shape(
+            inputs_shape, rois_shape, offset_shape, "offset"
+        )
 
     def call(self, inputs: Any, rois: Any, offset: Any = None) -> tf.Tensor:
         inputs = tf.cast(inputs, self.compute_dtype)
+        inputs = self._to_channels_last(inputs, "inputs")
         if offset is not None:
             offset = tf.convert_to_tensor(offset)
         if offset is None or offset.shape.rank is not None:
             self._check_offset(None if offset is None else offset.shape)
         if inputs.shape.rank is None or inputs.shape[-1] is None:
             inputs = tf.ensure_shape(inputs, (None, None, None, self._channels))
-        if offset is None:
+        has_own = offset is None
+        if has_own:
             offset = self._run_branch(inputs, rois)
-        return self._pool(inputs, rois, offset)
+        else:
+            offset = self._to_channels_last(offset, "offset")
+        with self._own_words():
+            outputs = self._pool(inputs, rois, offset)
+        if has_own:
+            outputs = hand_on_nan(outputs, offset)
+        return self._to_data_format(outputs)
 
     def get_config(self) -> dict[str, Any]:
-        return {
-            **super().get_config(),
-            "pooled_size": self.pooled_size,
-            "spatial_scale": self.spatial_scale,
-            "units": self.units,
-            "implementation": self.implementation,
-        }
+        return {**super().get_config(), "units": self.units}

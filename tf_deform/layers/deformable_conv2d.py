@@ -1,21 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Deformable convolution as a Keras layer that stands where Conv2D stood."""
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tf_deform import _loader
 from tf_deform._implementation import check_implementation
 from tf_deform.layers._branch import convolve, hand_on_nan
+from tf_deform.layers._op_layer import OpLayer, check_data_format
 from tf_deform.ops._arguments import (
     Pair,
+    boolean,
+    bounded,
     coordinate_type,
-    integer,
-    pair,
+    option,
+    positive,
+    positive_pair,
     to_tensor,
 )
 from tf_deform.ops.deformable_conv2d import (
@@ -26,6 +30,11 @@ from tf_deform.ops.deformable_conv2d import (
 )
 
 MODULATIONS = (None, "sigmoid", "2sigmoid")
+# What to do if a file does not have a layer's weights.
+_OF_PLAIN = (
+    ". If the file is that of a model with `Conv2D` in its place: "
+    "`tf_deform.load_plain_weights(model, path)`"
+)
 
 
 def _shape_of_inputs(
@@ -41,7 +50,7 @@ def _shape_of_inputs(
         for name, value in (("inputs_shape", shape), *keywords.items())
         if name != "inputs_shape" or value is not None
     }
-    if len(given) != 1 or given.keys() > {"inputs_shape", "input_shape"}:
+    if len(given) != 1 or not given.keys() <= {"inputs_shape", "input_shape"}:
         raise TypeError(
             f"Expected `{method}` to be given `inputs_shape` or `input_shape`, "
             f"and those of displacements. Received: {', '.join(given) or None}"
@@ -50,7 +59,7 @@ def _shape_of_inputs(
 
 
 @keras.saving.register_keras_serializable(package="tf_deform")
-class DeformableConv2D(keras.layers.Conv2D):
+class DeformableConv2D(OpLayer, keras.layers.Conv2D):
     """`keras.layers.Conv2D` that learns where to look.
 
     A branch of the layer, one convolution that starts at zero, predicts for
@@ -115,11 +124,20 @@ class DeformableConv2D(keras.layers.Conv2D):
     Returns:
         `(batch, out_h, out_w, filters)`, laid out like `inputs`, in the
         compute dtype. Differentiable with respect to all arguments and
-        weights; weights that are not trainable cost nothing.
+        weights; weights that are not trainable cost nothing. Where the branch
+        predicts NaN the outputs are NaN; a given NaN is outside of the image.
 
     Raises:
+        TypeError: Inputs or arguments of another type.
         ValueError: Arguments or shapes that do not fit.
     """
+
+    _AXES = {
+        "inputs": "batch, height, width, channels",
+        "offset": "batch, out_h, out_w, 2 * n",
+        "modulator": "batch, out_h, out_w, n",
+    }
+    _OP_NAMES = {"modulator": "mask"}
 
     def __init__(
         self,
@@ -146,18 +164,25 @@ class DeformableConv2D(keras.layers.Conv2D):
         implementation: str = "native",
         **kwargs: Any,
     ):
+        filters = positive(filters, "filters")
+        groups = positive(groups, "groups")
+        if filters % groups:
+            raise ValueError(
+                "Expected `filters` to be a multiple of `groups`. Received: "
+                f"filters={filters}, groups={groups}"
+            )
         # Keras would cast offsets to the compute dtype: `call` casts itself.
         kwargs["autocast"] = False
         # Conv2D knows two paddings, and no dilation beside strides: those
         # three are set below.
         super().__init__(
-            integer(filters, "filters"),
-            kernel_size,
-            strides=strides,
-            data_format=data_format,
+            filters,
+            positive_pair(kernel_size, "kernel_size"),
+            strides=positive_pair(strides, "strides"),
+            data_format=check_data_format(data_format),
             groups=groups,
             activation=activation,
-            use_bias=use_bias,
+            use_bias=boolean(use_bias, "use_bias"),
             kernel_initializer=kernel_initializer,
             bias_initializer=bias_initializer,
             kernel_regularizer=kernel_regularizer,
@@ -168,41 +193,23 @@ class DeformableConv2D(keras.layers.Conv2D):
             **kwargs,
         )
         self.padding = canonical_padding(padding)
-        self.dilation_rate = pair(dilation_rate, "dilation_rate")
-        self.offset_groups = integer(offset_groups, "offset_groups")
-        self.modulation = modulation
+        self.dilation_rate = positive_pair(dilation_rate, "dilation_rate")
+        self.offset_groups = positive(offset_groups, "offset_groups")
+        self.modulation = option(modulation, "modulation", MODULATIONS)
         self.boundary = check_boundary(boundary)
         self.implementation = check_implementation(implementation)
         self.offset_dilation_rate = (
             None
             if offset_dilation_rate is None
-            else pair(offset_dilation_rate, "offset_dilation_rate")
+            else positive_pair(offset_dilation_rate, "offset_dilation_rate")
         )
         self.offset_kernel = None
         self.offset_bias = None
+        self._built_for = None
         self.supports_jit = _loader.supports_jit()
-        if modulation not in MODULATIONS:
-            raise ValueError(
-                'Expected `modulation` to be None, "sigmoid" or "2sigmoid". '
-                f"Received: {modulation!r}"
-            )
-        for name, value in (
-            ("dilation_rate", min(self.dilation_rate)),
-            ("offset_dilation_rate", min(self._branch_dilation)),
-            ("offset_groups", self.offset_groups),
-        ):
-            if value < 1:
-                raise ValueError(
-                    f"Expected `{name}` to be positive. Received: {value}"
-                )
-        if (
-            not isinstance(self.padding, str)
-            and min(map(min, self.padding)) < 0
-        ):
-            raise ValueError(
-                "Expected `padding` to be 0 or more. Received: "
-                f"padding={padding!r}"
-            )
+        if not isinstance(self.padding, str):
+            for pixels in (*self.padding[0], *self.padding[1]):
+                bounded(pixels, "padding", 0)
 
     @property
     def _branch_dilation(self) -> Pair:
@@ -219,32 +226,6 @@ class DeformableConv2D(keras.layers.Conv2D):
             boundary=self.boundary,
             implementation=self.implementation,
         )
-
-    def _to_channels_last(self, value: Any, name: str) -> Any:
-        """A tensor, laid out as the op takes it."""
-        if value is None:
-            return None
-        value = to_tensor(value, name)
-        if self.data_format == "channels_last":
-            return value
-        return tf.transpose(value, (0, 2, 3, 1))
-
-    def _shape_to_channels_last(self, shape: Any, name: str) -> Any:
-        if shape is None:
-            return None
-        shape = tf.TensorShape(shape)
-        if shape.rank != 4:
-            axes = ["height, width", "channels"]
-            if self.data_format == "channels_first":
-                axes.reverse()
-            raise ValueError(
-                f"Expected `{name}` to have rank 4 (batch, {', '.join(axes)}). "
-                f"Received: {name}.shape={shape}"
-            )
-        shape = tuple(shape.as_list())
-        if self.data_format == "channels_last":
-            return shape
-        return (shape[0], *shape[2:], shape[1])
 
     def build(
         self,
@@ -267,6 +248,23 @@ class DeformableConv2D(keras.layers.Conv2D):
             self._build_branch(channels)
         if lora_rank:
             self.enable_lora(lora_rank, lora_alpha=self.lora_alpha)
+        self._built_for = {
+            name: tuple(tf.TensorShape(shape).as_list())
+            for name, shape in (
+                ("inputs_shape", inputs_shape),
+                ("offset_shape", offset_shape),
+                ("modulator_shape", modulator_shape),
+            )
+            if shape is not None
+        }
+
+    def get_build_config(self) -> dict[str, Any] | None:
+        # Keras remembers the call of `build`, by whatever name.
+        if self._built_for is None:
+            return super().get_build_config()
+        if len(self._built_for) == 1:
+            return {"input_shape": self._built_for["inputs_shape"]}
+        return {"shapes_dict": dict(self._built_for)}
 
     def _build_branch(self, channels: int) -> None:
         taps = self.kernel_size[0] * self.kernel_size[1]
@@ -300,16 +298,16 @@ class DeformableConv2D(keras.layers.Conv2D):
         channels = inputs[-1]
         if channels is not None:
             channels //= self.groups
-        batch, *size, filters = infer_output_shape(
-            inputs,
-            (*self.kernel_size, channels, self.filters),
-            self._shape_to_channels_last(offset_shape, "offset"),
-            self._shape_to_channels_last(modulator_shape, "modulator"),
-            **self._arguments,
-        )
-        if self.data_format == "channels_last":
-            return (batch, *size, filters)
-        return (batch, filters, *size)
+        with self._own_words():
+            return self._to_data_format(
+                infer_output_shape(
+                    inputs,
+                    (*self.kernel_size, channels, self.filters),
+                    self._shape_to_channels_last(offset_shape, "offset"),
+                    self._shape_to_channels_last(modulator_shape, "modulator"),
+                    **self._arguments,
+                )
+            )
 
     @staticmethod
     def _raise_lone_modulator(received: Any) -> None:
@@ -382,14 +380,13 @@ class DeformableConv2D(keras.layers.Conv2D):
         else:
             offset = self._to_channels_last(offset, "offset")
             modulator = self._to_channels_last(modulator, "modulator")
-        outputs = deformable_conv2d(
-            inputs, kernel, offset, modulator, **self._arguments
-        )
+        with self._own_words():
+            outputs = deformable_conv2d(
+                inputs, kernel, offset, modulator, **self._arguments
+            )
         if fields is not None:
             outputs = hand_on_nan(outputs, fields)
-        if self.data_format == "channels_last":
-            return outputs
-        return tf.transpose(outputs, (0, 3, 1, 2))
+        return self._to_data_format(outputs)
 
     def call(
         self, inputs: Any, offset: Any = None, modulator: Any = None
@@ -420,21 +417,6 @@ class DeformableConv2D(keras.layers.Conv2D):
             outputs = self.activation(outputs)
         return outputs
 
-    def rematerialized_call(
-        self, layer_call: Callable, *args: Any, **kwargs: Any
-    ) -> Callable:
-        """Keras' recomputation takes no keywords in a graph."""
-        call = super().rematerialized_call(layer_call, *args, **kwargs)
-        signature = inspect.signature(self.call)
-
-        def call_by_position(*args: Any, **kwargs: Any) -> Any:
-            bound = signature.bind(*args, **kwargs)
-            bound.apply_defaults()
-            tensors = [value for value in bound.args if value is not None]
-            return call(*tensors)
-
-        return call_by_position
-
     def save_own_variables(self, store: Any) -> None:
         super().save_own_variables(store)
         if self.offset_kernel is not None:
@@ -448,15 +430,35 @@ class DeformableConv2D(keras.layers.Conv2D):
             for name in ("offset_kernel", "offset_bias")
             if name in own
         }
-        if self.built and bool(branch) != (self.offset_kernel is not None):
-            raise ValueError(
-                f"Expected weights of layer {self.name!r} "
-                f"{'without' if branch else 'with'} those of its branch, as "
-                f"it was built. Received: {sorted(store.keys())}"
-            )
+        if self.built:
+            self._check_branch(branch, sorted(store.keys()))
         super().load_own_variables(own)
         for name, value in branch.items():
             getattr(self, name).assign(value)
+
+    def _check_branch(
+        self, branch: dict[str, Any], received: list[str]
+    ) -> None:
+        """Judges what a file has for the branch: all of it, or no branch."""
+        expected = {}
+        if self.offset_kernel is not None:
+            expected = {
+                "offset_kernel": tuple(self.offset_kernel.shape),
+                "offset_bias": tuple(self.offset_bias.shape),
+            }
+        if branch.keys() != expected.keys():
+            raise ValueError(
+                f"Expected weights of layer {self.name!r} "
+                f"{'with' if expected else 'without'} those of its branch, as "
+                f"it was built{' (both of them)' if expected else ''}. "
+                f"Received: {received}{'' if branch else _OF_PLAIN}"
+            )
+        shapes = {name: np.shape(value) for name, value in branch.items()}
+        if shapes != expected:
+            raise ValueError(
+                f"Expected the branch of layer {self.name!r} to have the "
+                f"shapes {expected}. Received: {shapes}"
+            )
 
     def _check_load_own_variables(self, store: Any) -> None:
         if not self.built:
@@ -466,7 +468,7 @@ class DeformableConv2D(keras.layers.Conv2D):
             raise ValueError(
                 f"Expected {expected} weights (kernel and, with use_bias, "
                 f"bias) for layer {self.name!r} besides those of its branch. "
-                f"Received: {sorted(store.keys())}"
+                f"Received: {sorted(store.keys())}{_OF_PLAIN}"
             )
 
     def set_weights(self, weights: Sequence[Any]) -> None:

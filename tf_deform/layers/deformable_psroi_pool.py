@@ -5,24 +5,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
-from tf_deform import _loader
-from tf_deform._implementation import check_implementation
+from tf_deform.layers._branch import hand_on_nan
 from tf_deform.layers._roi_layer import (
     DisplacedROILayer,
+    ROILayer,
     branch_value,
-    channels_of,
     check_factor,
-    positive,
-    positive_pair,
 )
-from tf_deform.ops._arguments import infer_shape
+from tf_deform.ops._arguments import positive, positive_pair
 from tf_deform.ops.deformable_psroi_pool import deformable_psroi_pool
 
 
 @keras.saving.register_keras_serializable(package="tf_deform")
-class DeformablePSROIPooling(keras.layers.Layer):
+class DeformablePSROIPooling(ROILayer):
     """Pools position-sensitive maps over regions whose bins may be displaced.
 
     The maps have a group of `output_dim` channels for each of `group_size`
@@ -39,6 +37,11 @@ class DeformablePSROIPooling(keras.layers.Layer):
       what a new branch starts from.
 
     See `tf_deform.ops.deformable_psroi_pool` for the equation.
+
+    A NaN that the branch makes is handed on to the bins of its part, in the
+    channels of its class, where the op would take it for outside of the map and
+    hide it; padding regions stay 0 all the same. Given displacements keep the
+    op's rule.
 
     Source: Dai et al. 2017, "Deformable Convolutional Networks",
     arXiv:1703.06211, Eq. 5 and 6, and section 2.2; position-sensitive maps:
@@ -63,13 +66,18 @@ class DeformablePSROIPooling(keras.layers.Layer):
         num_classes: Number of contiguous runs of output channels with
             displacements of their own, made by the branch; divides
             `output_dim`. A given `trans` tells its own number.
+        data_format: "channels_last" or "channels_first", of `inputs`, `trans`,
+            `trans_inputs` and the outputs; None is
+            `keras.config.image_data_format()`. The weights are the same in
+            both. "channels_first" costs a transposition of each.
         implementation: "native", or "portable" for stock TensorFlow ops; see
             `tf_deform.implementation`.
         **kwargs: `name`, `dtype`, `trainable`, and so on.
 
     Call arguments:
-        inputs: `(batch, height, width, output_dim * group_h * group_w)`, cast
-            to the compute dtype.
+        inputs: `(batch, height, width, output_dim * group_h * group_w)`, or
+            with the channels second for "channels_first", as all that
+            follows; cast to the compute dtype.
         rois: `(num_rois, 5)`: batch_index, x1, y1, x2, y2, in image pixels,
             the last pixels included; a negative batch index marks padding. Not
             cast to the compute dtype but to float32 (float64 if that is the
@@ -81,12 +89,20 @@ class DeformablePSROIPooling(keras.layers.Layer):
             `inputs`; instead of `trans`.
 
     Returns:
-        `(num_rois, pooled_h, pooled_w, output_dim)`, in the compute dtype.
+        `(num_rois, pooled_h, pooled_w, output_dim)`, or `(num_rois,
+        output_dim, pooled_h, pooled_w)`, in the compute dtype.
         Differentiable with respect to all arguments but `rois`.
 
     Raises:
         ValueError: Arguments or shapes that do not fit.
     """
+
+    _AXES = {
+        "inputs": "batch, height, width, output_dim * group_h * group_w",
+        "rois": "num_rois, 5",
+        "trans": "num_rois, part_h, part_w, classes * 2",
+        "trans_inputs": "batch, height, width, trans_channels",
+    }
 
     def __init__(
         self,
@@ -98,17 +114,14 @@ class DeformablePSROIPooling(keras.layers.Layer):
         sample_per_part: int = 4,
         trans_std: float = 0.1,
         num_classes: int = 1,
+        data_format: str | None = None,
         implementation: str = "native",
         **kwargs: Any,
     ):
-        # Keras would cast regions to the compute dtype: `call` casts itself.
-        kwargs["autocast"] = False
-        super().__init__(**kwargs)
-        self.output_dim = positive(output_dim, "output_dim")
-        self.pooled_size = positive_pair(pooled_size, "pooled_size")
-        self.spatial_scale = check_factor(
-            spatial_scale, "spatial_scale", zero_allowed=False
+        super().__init__(
+            pooled_size, spatial_scale, data_format, implementation, **kwargs
         )
+        self.output_dim = positive(output_dim, "output_dim")
         self.group_size = (
             self.pooled_size
             if group_size is None
@@ -122,15 +135,11 @@ class DeformablePSROIPooling(keras.layers.Layer):
         self.sample_per_part = positive(sample_per_part, "sample_per_part")
         self.trans_std = check_factor(trans_std, "trans_std")
         self.num_classes = positive(num_classes, "num_classes")
-        self.implementation = check_implementation(implementation)
         if self.output_dim % self.num_classes:
             raise ValueError(
                 "Expected `output_dim` to be a multiple of `num_classes`. "
                 f"Received: output_dim={output_dim}, num_classes={num_classes}"
             )
-        self.offset_kernel = None
-        self.offset_bias = None
-        self.supports_jit = _loader.supports_jit()
 
     def build(
         self,
@@ -141,7 +150,7 @@ class DeformablePSROIPooling(keras.layers.Layer):
     ) -> None:
         if trans_inputs_shape is None:
             return
-        channels = channels_of(trans_inputs_shape, "trans_inputs")
+        channels = self._channels_of(trans_inputs_shape, "trans_inputs")
         fields = 2 * self.num_classes * self.part_size[0] * self.part_size[1]
         self.offset_kernel = self.add_weight(
             name="offset_kernel",
@@ -187,6 +196,20 @@ class DeformablePSROIPooling(keras.layers.Layer):
             implementation=self.implementation,
         )
 
+    def _hand_on_nan(self, outputs: tf.Tensor, trans: tf.Tensor) -> tf.Tensor:
+        """NaN in the bins and channels whose part and class are NaN."""
+        for axis in range(2):
+            parts, bins = self.part_size[axis], self.pooled_size[axis]
+            if parts != bins:
+                index = np.arange(bins) * parts // bins
+                trans = tf.gather(trans, index, axis=1 + axis)
+        by_class = (-1, *self.pooled_size, self.num_classes)
+        handed_on = hand_on_nan(
+            tf.reshape(outputs, (*by_class, self.output_dim // by_class[-1])),
+            tf.reshape(trans, (*by_class, 2)),
+        )
+        return tf.reshape(handed_on, (-1, *self.pooled_size, self.output_dim))
+
     def _check_trans_inputs(
         self,
         trans_inputs: Sequence[int | None],
@@ -222,11 +245,11 @@ class DeformablePSROIPooling(keras.layers.Layer):
         trans_inputs_shape: Sequence[int | None] | None = None,
     ) -> tuple[int | None, ...]:
         if trans_inputs_shape is not None:
-            channels_of(trans_inputs_shape, "trans_inputs")
+            self._channels_of(trans_inputs_shape, "trans_inputs")
             self._check_trans_inputs(
                 trans_inputs_shape, inputs_shape, trans_shape is not None
             )
-        return infer_shape(self._pool, inputs_shape, rois_shape, trans_shape)
+        return self._infer_shape(inputs_shape, rois_shape, trans_shape, "trans")
 
     def call(
         self,
@@ -245,21 +268,26 @@ class DeformablePSROIPooling(keras.layers.Layer):
                 ),
                 trans is not None,
             )
+            trans_inputs = self._to_channels_last(trans_inputs, "trans_inputs")
             trans = self._run_branch(trans_inputs, rois)
-        return self._pool(inputs, rois, trans)
+        else:
+            trans = self._to_channels_last(trans, "trans")
+        inputs = self._to_channels_last(inputs, "inputs")
+        with self._own_words():
+            outputs = self._pool(inputs, rois, trans)
+        if trans_inputs is not None:
+            outputs = self._hand_on_nan(outputs, trans)
+        return self._to_data_format(outputs)
 
     def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "output_dim": self.output_dim,
-            "pooled_size": self.pooled_size,
-            "spatial_scale": self.spatial_scale,
             "group_size": self.group_size,
             "part_size": self.part_size,
             "sample_per_part": self.sample_per_part,
             "trans_std": self.trans_std,
             "num_classes": self.num_classes,
-            "implementation": self.implementation,
         }
 
 
@@ -278,6 +306,10 @@ class DeformableROIPooling(DisplacedROILayer):
     `pool` is `tf_deform.ops.deformable_psroi_pool` with `group_size=1`: regions
     are rounded to pixels, samples at the start of each sub-bin.
 
+    A NaN that the branch makes is handed on to the outputs of its bin, where
+    the op would take it for outside of the map and hide it; padding regions
+    stay 0 all the same. Given displacements keep the op's rule.
+
     Source: Dai et al. 2017, "Deformable Convolutional Networks",
     arXiv:1703.06211, Eq. 5 and 6; hidden layers: Zhu et al. 2018, "Deformable
     ConvNets v2", arXiv:1811.11168, section 3.2.
@@ -295,27 +327,36 @@ class DeformableROIPooling(DisplacedROILayer):
         sample_per_part: Samples of a bin along each axis.
         trans_std: Factor of the displacements.
         units: Sizes of the branch's hidden layers, none by default.
+        data_format: "channels_last" or "channels_first", of `inputs`, `offset`
+            and the outputs; None is `keras.config.image_data_format()`. The
+            weights are the same in both. "channels_first" costs a
+            transposition of each.
         implementation: "native", or "portable" for stock TensorFlow ops; see
             `tf_deform.implementation`.
         **kwargs: `name`, `dtype`, `trainable`, and so on.
 
     Call arguments:
-        inputs: `(batch, height, width, channels)`, cast to the compute dtype.
+        inputs: `(batch, height, width, channels)`, or `(batch, channels,
+            height, width)` for "channels_first"; cast to the compute dtype.
         rois: `(num_rois, 5)`: batch_index, x1, y1, x2, y2, in image pixels,
             the last pixels included; a negative batch index marks padding. Not
             cast to the compute dtype but to float32 (float64 if that is the
             compute dtype). No gradient.
-        offset: `(num_rois, pooled_h, pooled_w, 2)`, `(dy, dx)` in fractions of
-            the region, times `trans_std`; cast like `rois`. The branch then
+        offset: `(num_rois, pooled_h, pooled_w, 2)`, or `(num_rois, 2,
+            pooled_h, pooled_w)` for "channels_first": `(dy, dx)` in fractions
+            of the region, times `trans_std`; cast like `rois`. The branch then
             neither runs nor is built.
 
     Returns:
-        `(num_rois, pooled_h, pooled_w, channels)`, in the compute dtype.
+        `(num_rois, pooled_h, pooled_w, channels)`, or `(num_rois, channels,
+        pooled_h, pooled_w)`, in the compute dtype.
         Differentiable with respect to all arguments but `rois`.
 
     Raises:
         ValueError: Arguments or shapes that do not fit.
     """
+
+    _OP_NAMES = {"offset": "trans"}
 
     def __init__(
         self,
@@ -324,11 +365,17 @@ class DeformableROIPooling(DisplacedROILayer):
         sample_per_part: int = 4,
         trans_std: float = 0.1,
         units: Sequence[int] = (),
+        data_format: str | None = None,
         implementation: str = "native",
         **kwargs: Any,
     ):
         super().__init__(
-            pooled_size, spatial_scale, units, implementation, **kwargs
+            pooled_size,
+            spatial_scale,
+            units,
+            data_format,
+            implementation,
+            **kwargs,
         )
         self.sample_per_part = positive(sample_per_part, "sample_per_part")
         self.trans_std = check_factor(trans_std, "trans_std")
@@ -340,7 +387,9 @@ class DeformableROIPooling(DisplacedROILayer):
             inputs,
             rois,
             offset,
-            output_dim=channels_of(inputs.shape, "inputs"),
+            output_dim=self._channels_of(
+                self._to_data_format(inputs.shape.as_list()), "inputs"
+            ),
             spatial_scale=self.spatial_scale,
             pooled_size=self.pooled_size,
             group_size=1,

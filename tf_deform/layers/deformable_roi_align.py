@@ -8,7 +8,7 @@ import keras
 import tensorflow as tf
 
 from tf_deform.layers._roi_layer import DisplacedROILayer, check_factor
-from tf_deform.ops._arguments import integer
+from tf_deform.ops._arguments import MAX_EXTENT, bounded
 from tf_deform.ops.deformable_roi_align import deformable_roi_align
 
 
@@ -26,6 +26,10 @@ class DeformableROIAlign(DisplacedROILayer):
     with a last matrix that starts at zero, so that a new layer is ROIAlign.
     `align` is `tf_deform.ops.deformable_roi_align`: regions are not rounded,
     samples at the centre of each sub-bin.
+
+    A NaN that the branch makes is handed on to the outputs of its bin, where
+    the op would take it for outside of the map and hide it; padding regions
+    stay 0 all the same. Given displacements keep the op's rule.
 
     Source: He et al. 2017, "Mask R-CNN", arXiv:1703.06870, section 3;
     displacements: Dai et al. 2017, "Deformable Convolutional Networks",
@@ -46,21 +50,28 @@ class DeformableROIAlign(DisplacedROILayer):
             size of the region.
         gamma: Factor of the displacements.
         units: Sizes of the branch's hidden layers, none by default.
+        data_format: "channels_last" or "channels_first", of `inputs`, `offset`
+            and the outputs; None is `keras.config.image_data_format()`. The
+            weights are the same in both. "channels_first" costs a
+            transposition of each.
         implementation: "native", or "portable" for stock TensorFlow ops; see
             `tf_deform.implementation`.
         **kwargs: `name`, `dtype`, `trainable`, and so on.
 
     Call arguments:
-        inputs: `(batch, height, width, channels)`, cast to the compute dtype.
+        inputs: `(batch, height, width, channels)`, or `(batch, channels,
+            height, width)` for "channels_first"; cast to the compute dtype.
         rois: `(num_rois, 5)`: batch_index, x1, y1, x2, y2, in image pixels; a
             negative batch index marks padding. Not cast to the compute dtype
             but to float32 (float64 if that is the compute dtype). No gradient.
-        offset: `(num_rois, pooled_h, pooled_w, 2)`, `(dy, dx)` in fractions of
-            the region, times `gamma`; cast like `rois`. The branch then
+        offset: `(num_rois, pooled_h, pooled_w, 2)`, or `(num_rois, 2,
+            pooled_h, pooled_w)` for "channels_first": `(dy, dx)` in fractions
+            of the region, times `gamma`; cast like `rois`. The branch then
             neither runs nor is built.
 
     Returns:
-        `(num_rois, pooled_h, pooled_w, channels)`, in the compute dtype.
+        `(num_rois, pooled_h, pooled_w, channels)`, or `(num_rois, channels,
+        pooled_h, pooled_w)`, in the compute dtype.
         Differentiable with respect to all arguments but `rois`.
 
     Raises:
@@ -74,13 +85,21 @@ class DeformableROIAlign(DisplacedROILayer):
         sampling_ratio: int = 0,
         gamma: float = 0.1,
         units: Sequence[int] = (),
+        data_format: str | None = None,
         implementation: str = "native",
         **kwargs: Any,
     ):
         super().__init__(
-            pooled_size, spatial_scale, units, implementation, **kwargs
+            pooled_size,
+            spatial_scale,
+            units,
+            data_format,
+            implementation,
+            **kwargs,
         )
-        self.sampling_ratio = integer(sampling_ratio, "sampling_ratio")
+        self.sampling_ratio = bounded(
+            sampling_ratio, "sampling_ratio", -MAX_EXTENT
+        )
         self.gamma = check_factor(gamma, "gamma")
 
     def _pool(

@@ -16,7 +16,10 @@ from tf_deform.ops._arguments import (
     coordinate_type,
     infer_shape,
     integer,
+    option,
     pair,
+    plain,
+    received,
     to_coordinates,
     to_inputs,
     to_tensor,
@@ -45,27 +48,23 @@ def canonical_padding(padding: Any) -> Padding:
     if isinstance(padding, str):
         if padding.lower() in ("valid", "same"):
             return padding.lower()
-    elif not isinstance(padding, list | tuple):
+        sides = ()
+    else:
+        sides = plain(padding)
+    if not isinstance(sides, list | tuple):
         return (pair(padding, "padding"),) * 2
-    elif len(padding) == 2:
-        nested = [isinstance(side, list | tuple) for side in padding]
-        if all(nested):
-            return (pair(padding[0], "padding"), pair(padding[1], "padding"))
-        if not any(nested):
-            return (pair(padding[0], "padding"), pair(padding[1], "padding"))
+    if len(sides) == 2:
+        nested = [isinstance(plain(side), list | tuple) for side in sides]
+        if all(nested) or not any(nested):
+            return (pair(sides[0], "padding"), pair(sides[1], "padding"))
     raise ValueError(
         'Expected `padding` to be "valid", "same", an integer, (height, width) '
-        f"or ((top, bottom), (left, right)). Received: {padding!r}"
+        f"or ((top, bottom), (left, right)). {received(padding)}"
     )
 
 
 def check_boundary(boundary: Any) -> str:
-    if boundary not in BOUNDARIES:
-        raise ValueError(
-            f'Expected `boundary` to be "zeros" or "clamp". Received: '
-            f"{boundary!r}"
-        )
-    return boundary
+    return option(boundary, "boundary", BOUNDARIES)
 
 
 def _attributes(

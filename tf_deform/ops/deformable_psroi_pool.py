@@ -12,6 +12,7 @@ from tf_deform._portable import deformable_psroi_pool as portable
 from tf_deform._portable.gradients import second_gradients
 from tf_deform.ops import _registration
 from tf_deform.ops._arguments import (
+    boolean,
     coordinate_type,
     integer,
     number,
@@ -121,6 +122,7 @@ def deformable_psroi_pool(
             the CPU only; on a GPU and with XLA such a ROI gives 0.
     """
     pooled_size = pair(pooled_size, "pooled_size")
+    return_count = boolean(return_count, "return_count")
     attributes = dict(
         output_dim=integer(output_dim, "output_dim"),
         spatial_scale=number(spatial_scale, "spatial_scale"),

@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`DeformableConv2D` is called as `keras.layers.Conv2D` is.
+
+With Conv2D's names, Keras' own tests of it, subclasses that override what is
+there to be overridden, and Keras' recomputation.
+"""
+
+import contextlib
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tf_deform.layers import DeformableConv2D
+
+SHAPE = (None, 8, 9, 6)
+
+
+def random(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def laid_out(shape: tuple, data_format: str) -> tuple:
+    if data_format == "channels_last":
+        return shape
+    return (shape[0], shape[3], *shape[1:3])
+
+
+_KERAS_TESTS = """
+import importlib
+import sys
+import unittest
+
+from keras.src import layers, testing
+
+import tf_deform
+
+layers.Conv2D = tf_deform.layers.DeformableConv2D
+tests = importlib.import_module("keras.src.layers.convolutional.conv_test")
+
+
+class Case(testing.TestCase):
+    def assertLen(self, values, length, msg=None):
+        names = [getattr(value, "name", "") for value in values]
+        own = [name for name in names if not name.startswith("offset_")]
+        super().assertLen(own, length, msg)
+
+
+suite = unittest.TestSuite()
+for theirs in (tests.ConvBasicTest, tests.ConvCorrectnessTest):
+    case = type("Case", (theirs, Case), {"assertLen": Case.assertLen})
+    for name in unittest.defaultTestLoader.getTestCaseNames(case):
+        if not any(other in name for other in ("1d", "3d", "enable_lora_conv")):
+            suite.addTest(case(name))
+        elif "2d" in name:
+            suite.addTest(case(name))
+result = unittest.TextTestRunner(verbosity=0).run(suite)
+print("ran", result.testsRun)
+for test, text in result.failures + result.errors:
+    print(test.id().rpartition(".")[2])
+    print(text, file=sys.stderr)
+"""
+
+
+def test_keras_own_tests_of_conv2d(run_python):
+    """All but the branch's two weights, and strides with dilation."""
+    received = run_python(_KERAS_TESTS).splitlines()
+    start = next(i for i, line in enumerate(received) if "ran" in line)
+    ran = int(received[start].split()[1])
+    assert ran >= 20
+    assert received[start + 1 :] == ["test_bad_init_args"]
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("kind", [tuple, list, tf.TensorShape])
+@pytest.mark.parametrize("name", [None, "input_shape", "inputs_shape"])
+def test_shapes_by_every_name_and_of_every_kind(name, kind, data_format):
+    shape = kind(laid_out(SHAPE, data_format))
+    arguments = ([shape], {}) if name is None else ([], {name: shape})
+
+    def answers(cls):
+        layer = cls(4, 3, strides=2, data_format=data_format)
+        arguments_of = arguments
+        if cls is keras.layers.Conv2D:
+            arguments_of = [shape], {}
+        before = layer.compute_output_shape(*arguments_of[0], **arguments_of[1])
+        layer.build(*arguments_of[0], **arguments_of[1])
+        assert layer.built
+        return before, layer.kernel.shape, layer.input_spec.axes
+
+    assert answers(DeformableConv2D) == answers(keras.layers.Conv2D)
+
+
+@pytest.mark.parametrize("name", ["input_shape", "inputs_shape"])
+def test_a_layer_built_by_name_is_saved_and_loaded(name, tmp_path):
+    class Model(keras.Model):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.layer = DeformableConv2D(4, 3)
+
+        def build(self, input_shape):
+            self.layer.build(**{name: input_shape})
+
+        def call(self, inputs):
+            return self.layer(inputs)
+
+    model, x = Model(), random(2, 8, 9, 6)
+    model.build(SHAPE)
+    assert model.layer.get_build_config() == {"input_shape": SHAPE}
+    model.layer.offset_bias.assign(random(18))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(
+        tmp_path / "model.keras", custom_objects={"Model": Model}
+    )
+    np.testing.assert_array_equal(loaded(x), model(x))
+
+
+def test_build_config_of_given_displacements():
+    layer = DeformableConv2D(4, 3)
+    layer.build(
+        SHAPE, modulator_shape=[None, 6, 7, 9], offset_shape=(None,) * 4
+    )
+    config = layer.get_build_config()
+    assert config == {
+        "shapes_dict": {
+            "inputs_shape": SHAPE,
+            "offset_shape": (None,) * 4,
+            "modulator_shape": (None, 6, 7, 9),
+        }
+    }
+    other = DeformableConv2D(4, 3)
+    other.build_from_config(config)
+    assert other.offset_kernel is None and other.built
+
+
+@pytest.mark.parametrize("method", ["build", "compute_output_shape"])
+@pytest.mark.parametrize(
+    ("arguments", "received"),
+    [
+        ({}, "Received: None"),
+        ({"shape": SHAPE}, "Received: shape"),
+        (
+            {"input_shape": SHAPE, "inputs_shape": SHAPE},
+            "Received: inputs_shape, input_shape",
+        ),
+        ({"input_shape": SHAPE, "shape": SHAPE}, "input_shape, shape"),
+        ({"offset_shape": (None, 6, 7, 18)}, "Received: None"),
+    ],
+)
+def test_shapes_by_wrong_names(method, arguments, received):
+    with pytest.raises(TypeError, match=f"`inputs_shape` or .*{received}"):
+        getattr(DeformableConv2D(4, 3), method)(**arguments)
+
+
+@pytest.mark.parametrize("method", ["build", "compute_output_shape"])
+@pytest.mark.parametrize("shape", [(8, 9, 6), (None, 2, 8, 9, 6), (6,)])
+@pytest.mark.parametrize(
+    ("data_format", "axes"),
+    [
+        ("channels_last", "batch, height, width, channels"),
+        ("channels_first", "batch, channels, height, width"),
+    ],
+)
+def test_shapes_of_another_rank(data_format, axes, shape, method):
+    layer = DeformableConv2D(4, 3, data_format=data_format)
+    with pytest.raises(ValueError, match=rf"rank 4 \({axes}\)"):
+        getattr(layer, method)(shape)
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize(
+    "convert",
+    [
+        np.float64,
+        np.float16,
+        tf.constant,
+        tf.Variable,
+        keras.Variable,
+    ],
+    ids=["float64", "float16", "tensor", "variable", "keras"],
+)
+def test_inputs_of_every_kind(convert, data_format):
+    x = random(*laid_out((2, 8, 9, 6), data_format))
+    plain = keras.layers.Conv2D(4, 3, data_format=data_format)
+    layer = DeformableConv2D(4, 3, data_format=data_format)
+    expected = plain(convert(x))
+    layer.build(x.shape)
+    layer.set_weights(plain.get_weights())
+    actual = layer(convert(x))
+    assert actual.dtype == expected.dtype
+    np.testing.assert_allclose(actual, expected, 0, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "complex128"])
+def test_complex_inputs_are_refused(dtype):
+    with pytest.raises(TypeError, match=f"Expected `inputs` .*{dtype}"):
+        DeformableConv2D(4, 3)(random(2, 8, 9, 6).astype(dtype))
+
+
+# What a subclass overrides.
+
+
+class Standardized:
+    """Weight standardization, as one writes it for Conv2D."""
+
+    def convolution_op(self, inputs, kernel):
+        mean, variance = tf.nn.moments(kernel, (0, 1, 2))
+        kernel = (kernel - mean) / tf.sqrt(variance + 1e-5)
+        return 2 * super().convolution_op(inputs, kernel)
+
+
+class StandardizedConv2D(Standardized, keras.layers.Conv2D):
+    pass
+
+
+class StandardizedDeformable(Standardized, DeformableConv2D):
+    pass
+
+
+@pytest.mark.parametrize("implementation", ["native", "portable"])
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+def test_convolution_op_may_be_overridden(
+    data_format, activation, implementation
+):
+    x = random(*laid_out((2, 8, 9, 6), data_format))
+    config = dict(data_format=data_format, activation=activation)
+    plain = StandardizedConv2D(4, 3, bias_initializer="normal", **config)
+    layer = StandardizedDeformable(
+        4, 3, implementation=implementation, **config
+    )
+    expected = plain(x)
+    layer.build(x.shape)
+    layer.set_weights(plain.get_weights())
+    np.testing.assert_allclose(layer(x), expected, 0, 1e-5)
+    # With displacements it still changes the kernel, and is trained.
+    layer.offset_bias.assign(random(18))
+    with tf.GradientTape() as tape:
+        y = layer(x)
+    assert np.abs(y - expected).max() > 0.1
+    gradients = tape.gradient(y, layer.trainable_weights)
+    assert all(np.any(gradient) for gradient in gradients)
+
+
+def test_convolution_op_of_given_displacements():
+    class Halved(DeformableConv2D):
+        def convolution_op(self, inputs, kernel, offset=None, modulator=None):
+            return super().convolution_op(inputs, kernel / 2, offset, modulator)
+
+    x, offset = random(2, 8, 9, 6), random(2, 6, 7, 18, seed=1)
+    modulator = random(2, 6, 7, 9, seed=2)
+    layer, halved = DeformableConv2D(4, 3), Halved(4, 3)
+    expected = layer(x, offset, modulator)
+    halved.build(x.shape, offset.shape, modulator.shape)
+    halved.set_weights(layer.get_weights())
+    np.testing.assert_allclose(
+        2 * halved(x, offset, modulator), expected, 0, 1e-5
+    )
+    # Conv2D's signature has no place for them, and Python says so.
+    short = StandardizedDeformable(4, 3)
+    with pytest.raises(TypeError, match="convolution_op"):
+        short(x, offset)
+
+
+# Recomputation.
+
+
+@pytest.mark.parametrize(
+    "scope",
+    [
+        {"mode": "full"},
+        {"mode": "activations"},
+        {"mode": "larger_than", "output_size_threshold": 1},
+        {"mode": "list_of_layers", "layer_names": ["deform"]},
+    ],
+    ids=lambda scope: scope["mode"],
+)
+def test_remat_scope_and_keywords(scope):
+    """Keras' own recomputation takes no keywords in a graph."""
+    arrays = [random(4, 6, 5, 2), random(4, 6, 5, 18), random(4, 6, 5, 9)]
+    targets = random(4, 6, 5, 3, seed=1)
+
+    def losses(scope):
+        keras.utils.set_random_seed(0)
+        inputs, offset, modulator = (
+            keras.Input((None, None, array.shape[-1])) for array in arrays
+        )
+        with scope:
+            layer = DeformableConv2D(
+                3, 3, padding="same", activation="tanh", name="deform"
+            )
+            own = DeformableConv2D(3, 3, padding="same")
+            outputs = layer(inputs, modulator=modulator, offset=offset)
+            outputs = own(inputs=outputs)
+        model = keras.Model([inputs, offset, modulator], outputs)
+        model.compile("sgd", "mse")
+        return model.fit(arrays, targets, epochs=3, verbose=0).history["loss"]
+
+    expected = losses(contextlib.nullcontext())
+    actual = losses(keras.RematScope(**scope))
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
+    assert actual[-1] < actual[0]

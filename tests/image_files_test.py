@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of images, as the endpoint for bytes decodes them."""
+
+import io
+import struct
+
+import keras
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import pytest
+import tensorflow as tf
+
+from tf_deform import export
+from tf_deform.export._image_files import decode
+from tf_deform.layers import DeformableConv2D
+
+
+def make_pixels(height=48, width=80):
+    """Blocks of one colour, which JPEG leaves nearly as they are."""
+    blocks = np.random.default_rng(0).integers(
+        0, 256, (height // 16, width // 16, 3), np.uint8
+    )
+    return blocks.repeat(16, 0).repeat(16, 1)
+
+
+def encode(image, kind, **arguments):
+    if isinstance(image, np.ndarray):
+        image = PIL.Image.fromarray(image)
+    file = io.BytesIO()
+    image.save(file, kind, **arguments)
+    return file.getvalue()
+
+
+def exif(orientation, order="<", before=3, kind=3):
+    """An EXIF segment with the tag behind others."""
+    mark = {"<": b"II*\0", ">": b"MM\0*"}[order]
+    tags = [
+        (0x100 + i, 4, 1, struct.pack(f"{order}I", 6)) for i in range(before)
+    ]
+    value = struct.pack(f"{order}HH", orientation, 0)
+    tags.append((0x112, kind, 1, value))
+    table = b"".join(
+        struct.pack(f"{order}HHI", *tag[:3]) + tag[3] for tag in tags
+    )
+    tiff = mark + struct.pack(f"{order}IH", 8, len(tags)) + table + bytes(4)
+    return segment(0xE1, b"Exif\0\0" + tiff)
+
+
+def segment(kind, content):
+    return struct.pack(">BBH", 0xFF, kind, len(content) + 2) + content
+
+
+def insert(data, *segments):
+    """A JPEG file with these segments before its own."""
+    return data[:2] + b"".join(segments) + data[2:]
+
+
+@pytest.fixture(scope="module")
+def decode_rgb():
+    spec = tf.TensorSpec((), "string")
+    return tf.function(lambda data: decode(data, 3), [spec])
+
+
+def assert_upright(received, data, tolerance=12):
+    """As Pillow shows it; JPEG decoders differ a little."""
+    image = PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(data)))
+    expected = np.asarray(image.convert("RGB")).astype(int)
+    assert received.shape == expected.shape
+    assert np.abs(received.numpy() - expected).max() <= tolerance
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_upright(orientation, order, decode_rgb):
+    data = encode(make_pixels(), "jpeg", quality=95)
+    data = insert(data, exif(orientation, order))
+    received = decode_rgb(data)
+    assert received.shape[:2] == ((48, 80) if orientation < 5 else (80, 48))
+    assert_upright(received, data)
+
+
+@pytest.mark.parametrize(
+    "segments",
+    [
+        lambda tag: [segment(0xE0, b"JFIF\0" + bytes(9)), tag],
+        lambda tag: [segment(0xE2, bytes(65533)), tag],
+        lambda tag: [segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0<x/>"), tag],
+        lambda tag: [segment(0xFE, b"\xff\xda\xff\xd9 a comment"), tag],
+        lambda tag: [tag, exif(3)],
+        lambda tag: [tag, segment(0xED, b"Photoshop 3.0\0")],
+    ],
+)
+def test_the_segment_is_found(segments, decode_rgb):
+    data = encode(make_pixels(), "jpeg", quality=95)
+    data = insert(data, *segments(exif(6, before=40)))
+    received = decode_rgb(data)
+    assert received.shape == (80, 48, 3)
+    assert_upright(received, data)
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        exif(0),
+        exif(9),
+        exif(65535),
+        segment(0xE1, b"Exif\0\0"),
+        segment(0xE1, b"Exif\0\0II*\0\xff\xff\xff\x7f"),
+        segment(0xE1, b"Exif\0\0MM\0*\xff\xff\xff\xff"),
+        segment(0xE1, b"Exif\0\0II*\0\x08\0\0\0\xff\xff"),
+        segment(0xE1, exif(6)[4:-20]),
+        segment(0xE2, exif(6)[4:]),
+    ],
+)
+def test_what_says_nothing_of_the_orientation(tag, decode_rgb):
+    data = encode(make_pixels(), "jpeg", quality=95)
+    received = decode_rgb(insert(data, tag))
+    np.testing.assert_array_equal(received, tf.io.decode_jpeg(data))
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_photographs_of_other_kinds(mode, decode_rgb):
+    image = PIL.Image.fromarray(make_pixels()).convert(mode)
+    data = insert(encode(image, "jpeg", quality=95), exif(8))
+    received = decode_rgb(data)
+    assert received.shape == (80, 48, 3)
+    if mode == "L":
+        assert_upright(received, data)
+        gray = decode(tf.constant(data), 1)
+        np.testing.assert_array_equal(gray, received[..., :1])
+
+
+@pytest.mark.parametrize("colours", [2, 7, 100, 256])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_palettes_of_bmp_files(channels, colours, decode_rgb):
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 13, 3), np.uint8)
+    image = PIL.Image.fromarray(pixels).quantize(colours)
+    data = encode(image, "bmp")
+    if struct.unpack("<H", data[28:30]) != (8,):
+        pytest.fail("Pillow wrote another kind of file")
+    colour = np.asarray(image.convert("RGB"))
+    received = decode(tf.constant(data), channels)
+    assert received.shape == (9, 13, channels)
+    if channels == 1:
+        expected = tf.image.rgb_to_grayscale(colour)
+        np.testing.assert_array_equal(received, expected)
+    else:
+        np.testing.assert_array_equal(received[..., :3], colour)
+        assert channels == 3 or (received[..., 3].numpy() == 255).all()
+
+
+def test_gray_bmp_files():
+    """All 256 grays are the same in one channel and in three."""
+    pixels = np.arange(256, dtype=np.uint8).reshape(8, 32)
+    data = tf.constant(encode(pixels, "bmp"))
+    np.testing.assert_array_equal(decode(data, 1)[..., 0], pixels)
+    np.testing.assert_array_equal(decode(data, 3)[..., 1], pixels)
+
+
+@pytest.mark.parametrize("kind", ["1 bit", "compressed", "old header"])
+def test_bmp_files_that_are_refused(kind, decode_rgb):
+    pixels = make_pixels()
+    if kind == "1 bit":
+        data = encode(PIL.Image.fromarray(pixels).convert("1"), "bmp")
+    else:
+        image = PIL.Image.fromarray(pixels).quantize(50)
+        data = bytearray(encode(image, "bmp"))
+        if kind == "compressed":
+            data[30] = 1
+        else:
+            data[14] = 12
+    with pytest.raises(
+        tf.errors.InvalidArgumentError, match="8, 24 or 32 bits"
+    ):
+        decode_rgb(bytes(data))
+
+
+@pytest.mark.parametrize("kind", ["png", "bmp", "gif"])
+def test_other_files_are_as_before(kind, decode_rgb):
+    image = PIL.Image.fromarray(make_pixels())
+    if kind == "gif":
+        image = image.quantize(64)
+    data = encode(image, kind)
+    np.testing.assert_array_equal(
+        decode_rgb(data), np.asarray(image.convert("RGB"))
+    )
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"B", b"BM", b"\xff\xd8\xff", b"no image"]
+)
+def test_what_is_no_image_is_an_error(data, decode_rgb):
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        decode_rgb(data)
+
+
+@pytest.mark.parametrize("implementation", ["native", "portable"])
+def test_the_endpoint_takes_them(implementation, tmp_path):
+    """Of several kinds in one batch."""
+    image = keras.Input((48, 80, 3), name="image")
+    model = keras.Model(image, DeformableConv2D(2, 3, strides=2)(image))
+    path = tmp_path / "model"
+    export.saved_model(model, path, implementation, verbose=False)
+    loaded = tf.saved_model.load(path)
+    pixels = make_pixels()
+    palette = PIL.Image.fromarray(pixels).quantize(64)
+    lying = insert(encode(np.rot90(pixels).copy(), "jpeg", quality=95), exif(6))
+    files = [encode(pixels, "png"), encode(palette, "bmp"), lying]
+    received = loaded.serve_image_bytes(tf.constant(files))
+    images = [
+        pixels,
+        np.asarray(palette.convert("RGB")),
+        np.rot90(tf.io.decode_jpeg(lying).numpy(), -1),
+    ]
+    expected = np.asarray(model(np.stack(images).astype("float32")))
+    largest = np.abs(expected).max()
+    np.testing.assert_allclose(received, expected, 0, 1e-5 * largest)

@@ -1,0 +1,683 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights of a plain model, taken over by its deformable twin."""
+
+import collections
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import h5py
+import keras
+import numpy as np
+import tensorflow as tf
+from keras.src.saving import saving_lib
+from keras.src.saving.keras_saveable import KerasSaveable
+from keras.src.utils import naming
+
+from tf_deform.layers._roi_layer import DisplacedROILayer
+from tf_deform.layers.deformable_conv2d import DeformableConv2D
+from tf_deform.layers.deformable_psroi_pool import DeformablePSROIPooling
+
+_MEMBER = "model.weights.h5"  # of a .keras file
+_TOP = "top_level_model_weights"  # of a legacy file
+# Parts of paths to what has variables and is no layer.
+_NO_LAYERS = {"optimizer", "metrics", "seed_generator", "random_generator"}
+_MOST_PROBLEMS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedLayer:
+    """What became of a layer.
+
+    Attributes:
+        name: Its name, behind those of the models and layers that hold it.
+        source: Where in the file its weights are, or None.
+        loaded: Names of the weights that were loaded.
+        stayed: Names of those that stayed as they were.
+    """
+
+    name: str
+    source: str | None
+    loaded: tuple[str, ...]
+    stayed: tuple[str, ...]
+
+    def __str__(self) -> str:
+        parts = []
+        if self.loaded:
+            parts.append(f"{', '.join(self.loaded)} from {self.source}")
+        if self.stayed:
+            parts.append(f"as they were: {', '.join(self.stayed)}")
+        return f"{self.name}: {'; '.join(parts)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedWeights:
+    """What `load_plain_weights` did.
+
+    Attributes:
+        path: The file.
+        matched_by: "name" or "order" of the layers.
+        layers: Each layer that has weights.
+    """
+
+    path: pathlib.Path
+    matched_by: str
+    layers: tuple[LoadedLayer, ...]
+
+    def __str__(self) -> str:
+        count = sum(bool(layer.loaded) for layer in self.layers)
+        head = (
+            f"{self.path}: {count} of {len(self.layers)} layers, by "
+            f"{self.matched_by}"
+        )
+        return "\n  ".join([head, *map(str, self.layers)])
+
+
+@dataclasses.dataclass
+class _Entry:
+    """A layer's arrays in a file; "" is the path and name of the model's own.
+
+    Attributes:
+        path: Where they are.
+        name: The layer's name, if the file says it.
+        arrays: By key: a number, or, in a legacy file, the weight's name.
+        group: In a legacy file, the model's layer that this one is or is in.
+    """
+
+    path: str
+    name: str | None
+    arrays: dict[str, h5py.Dataset]
+    group: str = ""
+
+
+@dataclasses.dataclass
+class _Target:
+    """A layer that has weights; "" is the path and name of the model itself.
+
+    Attributes:
+        layer: The layer.
+        path: Where a plain model's file has its weights.
+        name: Its name.
+        label: The same behind the names of what holds it.
+        weights: By the file's key, those of a branch as well.
+        branch: Keys of those that a plain model does not have.
+    """
+
+    layer: keras.layers.Layer
+    path: str
+    name: str
+    label: str
+    weights: dict[str, Any]
+    branch: frozenset[str]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a plain model's file has something for it."""
+        return len(self.branch) < len(self.weights)
+
+
+# What goes together, and what is wrong with it.
+_Match = tuple[list[tuple[_Target, _Entry]], list[str]]
+
+
+def load_plain_weights(
+    model: keras.Model, path: str | os.PathLike
+) -> LoadedWeights:
+    """Loads the weights of a plain model into its deformable twin.
+
+    The twin has `DeformableConv2D` where the plain model has `Conv2D`, and
+    besides may have layers that pool regions. `load_weights` cannot do it:
+    weight files number the layers of each class, so that one exchanged layer
+    gives its plain neighbours the weights of others.
+
+    Layers are found by name. Where names are missing (older files have none)
+    or occur twice, or where the two models' differ, they are found by order,
+    plain and deformable convolutions counted as one class. Either way every
+    layer, key and shape has to fit, or nothing is loaded. Branches, which the
+    file does not hold, stay as they are: zero in a new model, which then gives
+    what the plain one gives (with `modulation` None or "2sigmoid"). A
+    deformable model's file whose names fit is taken, too, branches included.
+    The state of optimizers is not read.
+
+    Args:
+        model: The deformable model, built.
+        path: `.weights.h5`, `.weights.json` (with its shards beside it),
+            `.keras`, or an `.h5` of Keras 2 or 3, of weights or a whole model.
+            Numbers are cast to the model's types. No code in it is run.
+
+    Returns:
+        What became of each layer; `print` it.
+
+    Raises:
+        OSError: The file cannot be read.
+        TypeError: `model` is not a Keras model.
+        ValueError: It is not built, or the file is none of these or does not
+            fit. The model is then as it was.
+    """
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            f"Expected `model` to be a keras.Model. Received: {model!r}"
+        )
+    if not model.built:
+        raise ValueError(
+            "Expected `model` to be built. Received: "
+            f"{model.name!r}, which has no weights yet. Call it on data first"
+        )
+    path = pathlib.Path(path)
+    with open(path, "rb"):
+        pass  # Says what is wrong with the path.
+    with contextlib.ExitStack() as stack:
+        try:
+            entries, legacy = _open(path, stack)
+        except FileNotFoundError:  # of a shard
+            raise
+        except Exception as error:
+            raise ValueError(
+                "Expected `path` to be a .weights.h5, .weights.json, .keras or "
+                f".h5 file of Keras. Received: {path}, which cannot be read: "
+                f"{error}"
+            ) from error
+        targets = _find_targets(model, legacy)
+        problems = {}
+        if legacy:
+            pairs, matched_by, problems["name or order"] = _match_groups(
+                model, entries
+            )
+        else:
+            matched_by = "name"
+            pairs, problems["name"] = _match_names(targets, entries)
+            if problems["name"]:
+                matched_by = "order"
+                pairs, problems["order"] = _match_paths(targets, entries)
+        if list(problems.values())[-1]:
+            _raise(model, path, problems)
+        plans = [_plan(target, entry, legacy) for target, entry in pairs]
+        misfits = [problem for _, found in plans for problem in found]
+        if misfits:
+            _raise(model, path, {matched_by: misfits})
+        loaded = [
+            (target, entry, _read(target, entry, keys))
+            for (target, entry), (keys, _) in zip(pairs, plans, strict=True)
+        ]
+    before = [(variable, variable.numpy()) for variable in model.variables]
+    try:
+        for target, _, arrays in loaded:
+            _assign(target, arrays, legacy)
+    except BaseException:
+        for variable, value in before:
+            variable.assign(value)
+        raise
+    report = LoadedWeights(path, matched_by, tuple(_report(targets, loaded)))
+    return report
+
+
+def _raise(
+    model: keras.Model, path: pathlib.Path, problems: dict[str, list[str]]
+) -> None:
+    texts = []
+    for way, found in problems.items():
+        more = len(found) - _MOST_PROBLEMS
+        texts.append(
+            f"by {way}: {'; '.join(found[:_MOST_PROBLEMS])}"
+            + (f"; and {more} more" if more > 0 else "")
+        )
+    raise ValueError(
+        f"Expected {path} to hold the weights of model {model.name!r} or of "
+        f"its plain twin. Received, {'. And '.join(texts)}. Nothing was loaded"
+    )
+
+
+def _open(
+    path: pathlib.Path, stack: contextlib.ExitStack
+) -> tuple[list[_Entry], bool]:
+    """What the file holds, and whether it is a legacy one."""
+    if path.suffix == ".json":
+        shards = []
+        for names in json.loads(path.read_text())["weight_map"].values():
+            shards += [names] if isinstance(names, str) else names
+        files = []
+        for name in dict.fromkeys(shards):
+            if pathlib.Path(name).name != name:
+                raise ValueError(f"a shard called {name!r}")
+            files.append(h5py.File(path.with_name(name)))
+            stack.callback(files[-1].close)
+        return _list_entries(files), False
+    source = path
+    if zipfile.is_zipfile(path):
+        source = stack.enter_context(tempfile.TemporaryFile())
+        with zipfile.ZipFile(path) as archive, archive.open(_MEMBER) as member:
+            shutil.copyfileobj(member, source)
+    file = stack.enter_context(h5py.File(source))
+    root = file["model_weights"] if "model_weights" in file else file
+    if _has_attribute(root, "layer_names"):
+        return _list_legacy_entries(root), True
+    return _list_entries([file]), False
+
+
+def _list_entries(files: Sequence[h5py.File]) -> list[_Entry]:
+    """Entries of `.weights.h5` files: a group "vars" for each layer."""
+    entries = {}
+
+    def add(path: str, item: Any) -> None:
+        # Keras 2.12 and 2.13 had another name for it.
+        path = path.replace("_layer_checkpoint_dependencies", "layers")
+        parts = ["", *path.split("/")]
+        if not _NO_LAYERS.isdisjoint(parts):
+            return
+        if isinstance(item, h5py.Dataset):
+            *parts, key = parts
+        if parts[-1] != "vars":
+            return
+        path = "/".join(parts[1:-1])
+        entry = entries.setdefault(path, _Entry(path, None, {}))
+        if isinstance(item, h5py.Dataset):
+            entry.arrays[key] = item
+        elif "name" in item.attrs:
+            entry.name = _as_text(item.attrs["name"])
+
+    for file in files:
+        file.visititems(add)  # Follows no links, and so reads no other files.
+    for entry in entries.values():
+        if not entry.path:
+            entry.name = ""
+    return [entry for entry in entries.values() if entry.arrays]
+
+
+def _list_legacy_entries(root: h5py.Group) -> list[_Entry]:
+    """Entries of a legacy file: a group for each layer of the model.
+
+    In it are the weights of all layers inside, named like
+    "outer/inner/kernel" (Keras 3) or "inner/kernel:0" (Keras 2).
+    """
+    entries = []
+    for group in [*_read_attribute(root, "layer_names"), _TOP]:
+        if group not in root:
+            continue
+        found = {}
+        for weight in _read_attribute(root[group], "weight_names"):
+            layer, _, name = weight.rpartition("/")
+            entry = found.setdefault(
+                layer,
+                _Entry(f"{group}/{layer}", layer, {}, group),
+            )
+            entry.arrays[name.split(":")[0]] = root[group][weight]
+        if len(found) == 1:
+            (entry,) = found.values()
+            entry.path, entry.name = group, "" if group == _TOP else group
+        entries += found.values()
+    return entries
+
+
+def _has_attribute(group: h5py.Group, name: str) -> bool:
+    return name in group.attrs or f"{name}0" in group.attrs
+
+
+def _read_attribute(group: h5py.Group, name: str) -> list[str]:
+    """A list of texts, which Keras cuts in pieces if it is long."""
+    if name in group.attrs:
+        return [_as_text(item) for item in group.attrs[name]]
+    texts = []
+    for index in itertools.count():
+        if f"{name}{index}" not in group.attrs:
+            return texts
+        texts += [_as_text(item) for item in group.attrs[f"{name}{index}"]]
+
+
+def _as_text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _find_targets(
+    root: keras.layers.Layer, legacy: bool, name: str = ""
+) -> list[_Target]:
+    """All layers with weights in a model or layer, itself included.
+
+    Args:
+        root: The model, or one of its layers.
+        legacy: Whether weights are wanted by name.
+        name: "" for the model, else the layer's.
+    """
+    targets = []
+    for path, label, found in _walk(root, name, name, set()):
+        if legacy:
+            own = [*found._trainable_variables, *found._non_trainable_variables]
+            weights = {variable.name: variable for variable in own}
+        else:
+            weights = {}
+            found.save_own_variables(weights)
+        branch = frozenset()
+        if isinstance(found, DeformableConv2D):
+            branch = {"offset_kernel", "offset_bias"} & weights.keys()
+        elif isinstance(found, DisplacedROILayer | DeformablePSROIPooling):
+            branch = weights.keys()
+        if weights:
+            targets.append(
+                _Target(
+                    found,
+                    path,
+                    found.name if path else "",
+                    label or found.name,
+                    weights,
+                    frozenset(branch),
+                )
+            )
+    return targets
+
+
+def _walk(
+    layer: keras.layers.Layer, path: str, label: str, visited: set[int]
+) -> Iterator[tuple[str, str, keras.layers.Layer]]:
+    """Layers as Keras goes through them to save, with path and label."""
+    if id(layer) in visited:
+        return
+    visited.add(id(layer))
+    yield path, label, layer
+    for name, child in saving_lib._walk_saveable(layer):
+        inner = f"{path}/{name}" if path else name
+        yield from _walk_child(child, inner, label, visited, set())
+
+
+def _walk_child(
+    child: Any, path: str, label: str, visited: set[int], containers: set[int]
+) -> Iterator[tuple[str, str, keras.layers.Layer]]:
+    if isinstance(child, keras.layers.Layer):
+        label = f"{label}/{child.name}" if label else child.name
+        yield from _walk(child, path, label, visited)
+        return
+    if not isinstance(child, list | dict | tuple) or id(child) in containers:
+        return
+    containers.add(id(child))
+    counts = collections.Counter()
+    for item in child.values() if isinstance(child, dict) else child:
+        if isinstance(item, KerasSaveable):
+            kind = _snake_case(type(item))
+            if isinstance(item, DeformableConv2D):
+                kind = _snake_case(keras.layers.Conv2D)
+        elif isinstance(item, list | dict | tuple):
+            kind = "container"
+        else:
+            continue
+        count = counts[kind]
+        counts[kind] += 1
+        inner = f"{path}/{kind}_{count}" if count else f"{path}/{kind}"
+        yield from _walk_child(item, inner, label, visited, containers)
+
+
+def _snake_case(kind: type) -> str:
+    return naming.to_snake_case(kind.__name__)
+
+
+def _match_names(
+    targets: list[_Target], entries: list[_Entry], depth: int = 1
+) -> _Match:
+    """Goes by names, which have to be there, once, and in both.
+
+    Args:
+        depth: Of how many names, those of what holds a layer before its own.
+    """
+    if any(entry.name is None for entry in entries):
+        return [], ["a file without the layers' names"]
+
+    def tail(name: str) -> str:
+        return "/".join(name.split("/")[-depth:])
+
+    given = [tail(entry.name) for entry in entries]
+    wanted = [tail(target.label) if target.name else "" for target in targets]
+    problems = []
+    for where, names in (("file", given), ("model", wanted)):
+        problems += [
+            f"{name!r} {count} times in the {where}"
+            for name, count in collections.Counter(names).items()
+            if count > 1
+        ]
+    by_name = dict(zip(given, entries, strict=True))
+    problems += [
+        f"no layer {name!r} in the file"
+        for name, target in zip(wanted, targets, strict=True)
+        if target.is_plain and name not in by_name
+    ]
+    problems += [
+        f"a layer {name!r} which the model has not"
+        for name in given
+        if name not in wanted
+    ]
+    pairs = [
+        (target, by_name[name])
+        for name, target in zip(wanted, targets, strict=True)
+        if name in by_name
+    ]
+    return pairs, problems
+
+
+def _match_paths(targets: list[_Target], entries: list[_Entry]) -> _Match:
+    """Goes by Keras' paths, which count the layers of each class."""
+    by_path = {entry.path: entry for entry in entries}
+    paths = {target.path for target in targets}
+    problems = [
+        f"nothing at {target.path!r} for layer {target.label!r}"
+        for target in targets
+        if target.is_plain and target.path not in by_path
+    ]
+    problems += [
+        f"weights at {path!r}, for which the model has no layer"
+        for path in by_path
+        if path not in paths
+    ]
+    pairs = [
+        (target, by_path[target.path])
+        for target in targets
+        if target.path in by_path
+    ]
+    return pairs, problems + _find_contradictions(pairs)
+
+
+def _match_groups(
+    model: keras.Model, entries: list[_Entry]
+) -> tuple[list[tuple[_Target, _Entry]], str, list[str]]:
+    """Goes by a legacy file's groups, in each by names; where not, by order.
+
+    Returns:
+        What goes together, whether by "name" or "order", and what is wrong.
+    """
+    groups = collections.defaultdict(list)
+    for entry in entries:
+        groups[entry.group].append(entry)
+    layers = {
+        layer.name: _find_targets(layer, True, layer.name)
+        for layer in model.layers
+    }
+    layers[_TOP] = [x for x in _find_targets(model, True) if not x.name]
+    layers = {
+        name: targets
+        for name, targets in layers.items()
+        if name in groups or any(target.is_plain for target in targets)
+    }
+    if len(layers) != len(groups) or (_TOP in layers) != (_TOP in groups):
+        names = [repr(name) for name in layers if name not in groups]
+        others = [repr(name) for name in groups if name not in layers]
+        return (
+            [],
+            "order",
+            [
+                f"{len(groups)} layers in place of {len(layers)}, without "
+                f"{', '.join(names) or 'none'}, with {', '.join(others)} "
+                "besides"
+            ],
+        )
+    by_name = layers.keys() == groups.keys()
+    pairs, ordered, problems = [], [], []
+    for targets, name in zip(
+        layers.values(), layers if by_name else groups, strict=True
+    ):
+        found = groups[name]
+        for depth in (1, 2):  # An LSTM's cell is called so in each of them.
+            matched, others = _match_names(targets, found, depth)
+            if not others:
+                pairs += matched
+                break
+        else:
+            targets = [target for target in targets if target.is_plain]
+            if len(targets) != len(found):
+                problems += others
+            elif len(found) > 1 and not _count_up(found):
+                problems.append(
+                    f"an order of the layers in {name!r} that may not be "
+                    "theirs: frozen ones are written last"
+                )
+            # One layer in one of the same name needs no name of its own.
+            alone = by_name and len(found) == 1
+            for pair in zip(targets, found, strict=False):
+                (pairs if alone else ordered).append(pair)
+    problems += _find_contradictions(ordered)
+    return pairs + ordered, "order" if ordered else "name", problems
+
+
+def _count_up(entries: list[_Entry]) -> bool:
+    """Whether names are Keras' own, numbered in the order of the layers."""
+    last = {}
+    for entry in entries:
+        name = entry.name.split("/")[-1]
+        kind, number = re.fullmatch(r"(.*?)(?:_(\d+))?", name).groups()
+        number = int(number or 0)
+        if number <= last.get(kind, -1):
+            return False
+        last[kind] = number
+    return True
+
+
+def _find_contradictions(pairs: list[tuple[_Target, _Entry]]) -> list[str]:
+    """Layers that get by order what the file has for another name.
+
+    Names that Keras made up say nothing: it counts plain and deformable
+    convolutions apart.
+    """
+    names = {target.name for target, _ in pairs}
+    problems = []
+    for target, entry in pairs:
+        kinds = [type(target.layer)]
+        if isinstance(target.layer, DeformableConv2D):
+            kinds = [DeformableConv2D, keras.layers.Conv2D]
+        made_up = "|".join(map(_snake_case, kinds))
+        name = (entry.name or target.name).split("/")[-1]
+        if name in names - {target.name} and not re.fullmatch(
+            rf"({made_up})(_\d+)?", name
+        ):
+            problems.append(
+                f"the weights of {name!r} for layer {target.label!r}"
+            )
+    return problems
+
+
+def _plan(
+    target: _Target, entry: _Entry, legacy: bool
+) -> tuple[dict[str, str], list[str]]:
+    """Which array is which weight, and what is wrong with it."""
+    given = list(entry.arrays)
+    branch = target.branch & set(given)
+    if branch and branch != target.branch:
+        return {}, [
+            f"of the branch of layer {target.label!r} only {sorted(branch)}"
+        ]
+    wanted = [
+        key for key in target.weights if branch or key not in target.branch
+    ]
+    if set(wanted) == set(given):
+        keys = dict(zip(wanted, wanted, strict=True))
+    elif legacy and len(wanted) == len(given):
+        keys = dict(zip(wanted, given, strict=True))  # Keras 2 had other names.
+    else:
+        return {}, [
+            f"for layer {target.label!r} the arrays {sorted(given)} in place "
+            f"of {wanted}"
+        ]
+    problems = []
+    for key, name in keys.items():
+        weight, array = target.weights[key], entry.arrays[name]
+        if array.external or array.is_virtual:
+            problems.append(f"{name!r} of {entry.path!r} in another file")
+        elif tuple(weight.shape) != array.shape:
+            problems.append(
+                f"for {_name(target, key)!r} of layer {target.label!r} the "
+                f"shape {array.shape} in place of {tuple(weight.shape)}"
+            )
+        elif _is_float(weight) != (
+            array.dtype.kind == "f" or _is_bfloat16(array)
+        ):
+            problems.append(
+                f"for {_name(target, key)!r} of layer {target.label!r} the "
+                f"type {array.dtype} in place of {weight.dtype}"
+            )
+    return keys, problems
+
+
+def _name(target: _Target, key: str) -> str:
+    return getattr(target.weights[key], "name", key)
+
+
+def _is_float(weight: Any) -> bool:
+    return tf.as_dtype(weight.dtype).is_floating
+
+
+def _is_bfloat16(array: h5py.Dataset) -> bool:
+    return array.attrs.get("dtype") == "bfloat16"
+
+
+def _read(
+    target: _Target, entry: _Entry, keys: dict[str, str]
+) -> dict[str, np.ndarray]:
+    arrays = {}
+    for key, name in keys.items():
+        try:
+            array = np.asarray(entry.arrays[name])
+        except Exception as error:
+            raise ValueError(
+                f"Expected all arrays of the file to be whole. Received: "
+                f"{name!r} of {entry.path!r}, which cannot be read: {error}. "
+                "Nothing was loaded"
+            ) from error
+        if _is_bfloat16(entry.arrays[name]):
+            array = array.view(tf.bfloat16.as_numpy_dtype)
+        dtype = tf.as_dtype(target.weights[key].dtype).as_numpy_dtype
+        arrays[key] = array.astype(dtype)
+    return arrays
+
+
+def _assign(
+    target: _Target, arrays: dict[str, np.ndarray], legacy: bool
+) -> None:
+    if not legacy:
+        stays = {key: target.weights[key] for key in target.branch}
+        target.layer.load_own_variables({**stays, **arrays})
+        return
+    for key, array in arrays.items():
+        target.weights[key].assign(array)
+    if hasattr(target.layer, "finalize_state"):
+        target.layer.finalize_state()
+
+
+def _report(
+    targets: list[_Target],
+    loaded: list[tuple[_Target, _Entry, dict[str, np.ndarray]]],
+) -> Iterator[LoadedLayer]:
+    found = {id(target.layer): rest for target, *rest in loaded}
+    for target in targets:
+        entry, arrays = found.get(id(target.layer), (None, {}))
+        yield LoadedLayer(
+            target.label,
+            entry and (entry.path or "the model's own"),
+            tuple(_name(target, key) for key in arrays),
+            tuple(
+                _name(target, key)
+                for key in target.weights
+                if key not in arrays
+            ),
+        )

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all layers have in common: their calls' arguments, and data formats."""
+
+import contextlib
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tf_deform.ops._arguments import coordinate_type, option, to_tensor
+
+# What arguments of `call` are made of: maps may be images of integers.
+_MAPS = ("inputs", "trans_inputs")
+_COORDINATES = ("offset", "modulator", "trans")
+
+
+def check_data_format(data_format: Any) -> str:
+    if data_format is None:
+        return keras.config.image_data_format()
+    if isinstance(data_format, str):
+        data_format = data_format.lower()  # As Keras does.
+    return option(
+        data_format, "data_format", ("channels_last", "channels_first")
+    )
+
+
+class OpLayer(keras.layers.Layer):
+    """A layer whose `call` hands its arguments to an op.
+
+    Attributes of subclasses:
+        _AXES: The axes of every tensor that `call` takes, by its name; those
+            of maps, which are four, in channels last.
+        _OP_NAMES: What the op calls an argument that has another name here.
+    """
+
+    _AXES: Mapping[str, str] = {}
+    _OP_NAMES: Mapping[str, str] = {}
+    data_format = "channels_last"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Keras, and casts, would take up what no op can use, or fail with
+        # texts that do not say which argument they mean.
+        parameters = inspect.signature(self.call).parameters
+        names = list(parameters)
+        args = [
+            self._operand(value, *names[index : index + 1])
+            for index, value in enumerate(args)
+        ]
+        kwargs = {
+            name: self._operand(value, name) for name, value in kwargs.items()
+        }
+        for name in ("inputs", "rois"):
+            if name in names[len(args) :] and name not in kwargs:
+                raise TypeError(
+                    f"Expected `{name}` to be passed to layer {self.name!r}. "
+                    "Received: a call without it"
+                )
+        return super().__call__(*args, **kwargs)
+
+    def _operand(self, value: Any, name: str | None = None) -> Any:
+        """An argument of a call, as a tensor of a type that its op can use."""
+        if name not in self._AXES:
+            return value
+        if value is None and name not in ("inputs", "rois"):
+            return value
+        if not isinstance(value, tf.Tensor | tf.Variable):
+            if not isinstance(value, keras.KerasTensor):
+                value = to_tensor(
+                    value,
+                    name,
+                    coordinate_type(tf.as_dtype(self.compute_dtype)),
+                )
+            elif value.sparse or getattr(value, "ragged", False):
+                raise TypeError(
+                    f"Expected `{name}` to be a dense tensor. Received: {value}"
+                )
+        dtype = tf.as_dtype(value.dtype)
+        integers = dtype.is_integer and name not in _COORDINATES
+        if not (
+            dtype.is_floating
+            or (integers and not dtype.is_quantized)
+            or (dtype == tf.bool and name in _MAPS)
+        ):
+            raise TypeError(
+                f"Expected `{name}` to be of a floating-point"
+                f"{'' if name in _COORDINATES else ' or integer'} type. "
+                f"Received: {name}.dtype={dtype.name}"
+            )
+        shape = tf.TensorShape(value.shape)
+        if shape.rank is not None:
+            self._check_rank(shape, name)
+        return value
+
+    def rematerialized_call(
+        self, layer_call: Callable, *args: Any, **kwargs: Any
+    ) -> Callable:
+        """Inside `keras.RematScope`, which takes no keywords in a graph."""
+        rematerialize = super().rematerialized_call
+        signature = inspect.signature(layer_call)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(*args, **kwargs).arguments
+            names = [name for name in given if given[name] is not None]
+            run = rematerialize(
+                lambda *values: layer_call(
+                    **dict(zip(names, values, strict=True))
+                ),
+                *args,
+                **kwargs,
+            )
+            return run(*(given[name] for name in names))
+
+        return call
+
+    def _axes(self, name: str) -> str:
+        axes = self._AXES[name].split(", ")
+        if len(axes) == 4:
+            axes = self._to_data_format(axes)
+        return ", ".join(axes)
+
+    def _check_rank(self, shape: tf.TensorShape, name: str) -> None:
+        axes = self._axes(name)
+        rank = axes.count(", ") + 1
+        if shape.rank != rank:
+            raise ValueError(
+                f"Expected `{name}` to have rank {rank} ({axes}). Received: "
+                f"{name}.shape={shape}"
+            )
+
+    def _shape_to_channels_last(
+        self, shape: Any, name: str
+    ) -> tuple[int | None, ...] | None:
+        """The shape of a map, as the op takes it."""
+        if shape is None:
+            return None
+        shape = tf.TensorShape(shape)
+        self._check_rank(shape, name)
+        shape = tuple(shape.as_list())
+        if self.data_format == "channels_last":
+            return shape
+        return (shape[0], *shape[2:], shape[1])
+
+    def _to_channels_last(self, value: Any, name: str) -> Any:
+        """A map, laid out as the op takes it."""
+        if value is None:
+            return None
+        value = to_tensor(value, name)
+        if value.shape.rank is not None:
+            self._check_rank(value.shape, name)
+        if self.data_format == "channels_last":
+            return value
+        return tf.transpose(value, (0, 2, 3, 1))
+
+    def _to_data_format(self, value: Any) -> Any:
+        """The op's result, or the shape of it, laid out as the layer's."""
+        if self.data_format == "channels_last":
+            return value
+        if isinstance(value, list | tuple):
+            return (value[0], value[-1], *value[1:-1])
+        return tf.transpose(value, (0, 3, 1, 2))
+
+    @contextlib.contextmanager
+    def _own_words(self) -> Iterator[None]:
+        """Lets errors of the op speak of what the layer was called with."""
+        try:
+            yield
+        except (ValueError, TypeError, tf.errors.InvalidArgumentError) as error:
+            is_op_error = isinstance(error, tf.errors.OpError)
+            text = error.message if is_op_error else str(error)
+            own = self._in_own_words(text)
+            if own == text or type(error) not in (
+                ValueError,
+                TypeError,
+                tf.errors.InvalidArgumentError,
+            ):
+                raise
+            if is_op_error:
+                raise type(error)(error.node_def, error.op, own) from None
+            raise type(error)(own) from None
+
+    def _in_own_words(self, text: str) -> str:
+        for own, name in self._OP_NAMES.items():
+            text = text.replace(f"`{name}`", f"`{own}`")
+            text = re.sub(rf"\b{name}(?=\.(shape|dtype)=)", own, text)
+        if self.data_format == "channels_first":
+            text = re.sub(
+                rf"\b({'|'.join(self._AXES)})\.shape="
+                r"\(([^,()]+), ([^,()]+), ([^,()]+), ([^,()]+)\)",
+                r"\1.shape=(\2, \5, \3, \4)",
+                text,
+            )
+            text = text.replace("last dimension", "second dimension")
+        return text
