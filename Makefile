@@ -16,7 +16,7 @@ help:
 	@echo "make demo       train a segmentation model and a detector, plain and"
 	@echo "                deformable"
 	@echo "make demo-full  the same with more models and three seeds"
-	@echo "make test       run all tests"
+	@echo "make test       run the tests"
 	@echo "make test-full  train every configuration of the layer (an hour)"
 	@echo "make benchmark  time the ops beside their peers"
 	@echo "make gpu-check  test and time the GPU kernels: needs a GPU, nvcc and"

@@ -137,7 +137,9 @@ def load_plain_weights(
     The twin has `DeformableConv2D` where the plain model has `Conv2D`, and
     besides may have layers that pool regions. `load_weights` cannot do it:
     weight files number the layers of each class, so that one exchanged layer
-    gives its plain neighbours the weights of others.
+    gives its plain neighbours the weights of others. It raises an error; but
+    with `skip_mismatch=True` it does so in silence, and nothing can be done
+    about it here, as plain layers are not ours.
 
     Layers are found by name. Where names are missing (older files have none)
     or occur twice, or where the two models' differ, they are found by order,

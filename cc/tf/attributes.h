@@ -6,7 +6,9 @@
 #ifndef TF_DEFORM_CC_TF_ATTRIBUTES_H_
 #define TF_DEFORM_CC_TF_ATTRIBUTES_H_
 
+#include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -63,7 +65,14 @@ tensorflow::Status GetDouble(Source* source, const std::string& name,
         "Expected `", name, "` to be a number. Received: an empty list");
   }
   *value = 0;
-  for (float part : parts) *value += part;
+  for (float part : parts) {
+    // Exact on threads, too, that take numbers which are not normal for 0.
+    uint32_t bits;
+    std::memcpy(&bits, &part, sizeof(bits));
+    const bool is_normal = (bits >> 23 & 0xff) != 0;
+    const double size = std::ldexp(static_cast<double>(bits & 0x7fffff), -149);
+    *value += is_normal ? part : bits >> 31 != 0 ? -size : size;
+  }
   return tensorflow::Status();
 }
 

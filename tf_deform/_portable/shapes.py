@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 MAX_EXTENT = 2**31 - 1
@@ -37,7 +38,8 @@ def check_attribute(values: Sequence[int], least: int, name: str) -> None:
 
 
 def check_factor(parts: Sequence[float], zero_allowed: bool, name: str) -> None:
-    value = math.fsum(parts)
+    # Attributes are float32.
+    value = math.fsum(float(np.float32(part)) for part in parts)
     zero = zero_allowed and value == 0
     if not (math.isfinite(value) and (value >= LEAST_FACTOR or zero)):
         fail(

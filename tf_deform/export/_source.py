@@ -155,8 +155,8 @@ def _explain_python(traced: Any) -> None:
         )
     raise ValueError(
         "Expected layers that need no values while a graph is made. Received: "
-        f"{layer.name!r} ({type(layer).__name__}), which takes a tensor for a "
-        f"Python bool or list. {way}"
+        f"layer {layer.name!r} ({type(layer).__name__}), which takes a tensor "
+        f"for a Python bool or list. {way}"
     )
 
 

@@ -20,7 +20,6 @@ from tf_deform.ops._arguments import (
     option,
     positive,
     positive_pair,
-    to_tensor,
 )
 from tf_deform.ops.deformable_conv2d import (
     canonical_padding,
