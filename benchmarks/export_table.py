@@ -119,6 +119,8 @@ REASONS = {
     "LiteRT's (`tf.scan`'s lists of tensors): it needs LiteRT's Flex delegate",
     "requires PyTorch backend": "Keras writes it with its PyTorch backend "
     "alone, where layers made of TensorFlow's ops do not run",
+    "without conditions around": "Refused: tf2onnx forgets shapes inside of "
+    "conditions, and nothing loads the convolutions that it writes there",
     r"Cannot compute the outputs \[Identity\]": "tensorflow.js does not run "
     "the loop that its converter makes of `tf.scan`",
     "^executeAsync$": "By `executeAsync`; `execute` runs no conditions",
