@@ -248,6 +248,28 @@ def test_empty_without_onednn(run_python):
     assert received == "done\n"
 
 
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("channels", [1, 3, 8])
+@pytest.mark.parametrize(
+    "config", [{}, {"strides": 2}, {"padding": 2, "dilation_rate": 2}], ids=str
+)
+def test_an_empty_batch_of_a_plain_convolution(config, channels, data_format):
+    # It has the sizes of the convolution's inputs, channels included.
+    inputs = keras.Input((15, 20, channels))
+    x = keras.layers.Conv2D(8, 3, strides=2)(inputs)
+    if data_format == "channels_first":
+        x = keras.ops.transpose(x, (0, 3, 1, 2))
+    layer = DeformableConv2D(6, 3, data_format=data_format, **config)
+    model = keras.Model(inputs, layer(x))
+    function = tf.function(
+        model, input_signature=[tf.TensorSpec((None, 15, 20, channels))]
+    )
+    empty = function(tf.zeros((0, 15, 20, channels)))
+    assert tuple(empty.shape) == (0, *model.output.shape[1:])
+    images = random(2, 15, 20, channels).astype("float32")
+    np.testing.assert_allclose(function(images), model(images), 0, 1e-6)
+
+
 @pytest.mark.parametrize("padding", ["valid", ((0, 1), (0, 0))])
 @pytest.mark.parametrize("dilation_rate", [1, 2])
 def test_a_small_image_is_an_error(dilation_rate, padding):

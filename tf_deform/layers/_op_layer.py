@@ -3,6 +3,7 @@
 
 import contextlib
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tf_deform._implementation import is_for_other_runtime
 from tf_deform.ops._arguments import coordinate_type, option, to_tensor
 
 # What arguments of `call` are made of: maps may be images of integers.
@@ -25,6 +27,31 @@ def check_data_format(data_format: Any) -> str:
     return option(
         data_format, "data_format", ("channels_last", "channels_first")
     )
+
+
+def _with_known_sizes(maps: tf.Tensor) -> tf.Tensor:
+    """Gives maps of an empty batch the sizes that the graph says they have.
+
+    A convolution of TensorFlow with oneDNN hands on its input's sizes, channels
+    included, where the batch is empty. Any other batch is left as it is, and
+    nothing is copied.
+    """
+    known = maps.shape
+    if known.rank != 4 or known[0] is not None or is_for_other_runtime():
+        return maps
+    if math.prod(size or 1 for size in known[1:]) > tf.int32.max:
+        return maps  # No memory would hold the image that is added.
+    batch, *found = tf.unstack(tf.shape(maps))
+    sizes = [
+        size if size is not None else dynamic
+        for size, dynamic in zip(known[1:], found, strict=True)
+    ]
+    # Grappler would remove a reshaping alone, as nothing seems to change: an
+    # image is added where there is none, and taken away again.
+    values = tf.reshape(maps, (-1,))
+    added = tf.where(batch > 0, 0, math.prod(sizes))
+    values = tf.pad(values, ((0, added),))
+    return tf.reshape(values, (tf.maximum(batch, 1), *sizes))[:batch]
 
 
 class OpLayer(keras.layers.Layer):
@@ -150,6 +177,8 @@ class OpLayer(keras.layers.Layer):
         value = to_tensor(value, name)
         if value.shape.rank is not None:
             self._check_rank(value.shape, name)
+        if name in _MAPS:
+            value = _with_known_sizes(value)
         if self.data_format == "channels_last":
             return value
         return tf.transpose(value, (0, 2, 3, 1))
