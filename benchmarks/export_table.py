@@ -412,12 +412,13 @@ def load_openvino(path: str) -> Run:
     # Or it computes in bfloat16 where the processor can.
     options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
     compiled = core.compile_model(path, "CPU", options)
+    # Keras' export may list what is left over inside beside outputs that it calls
+    # so.
     outputs = [
-        # Of Keras' export also what is left over inside.
         output
         for output in compiled.outputs
-        if not path.endswith(".xml") or "Identity" in str(output.names)
-    ]
+        if path.endswith(".xml") and "Identity" in str(output.names)
+    ] or compiled.outputs
 
     def call(given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         found = compiled(list(given.values()))
