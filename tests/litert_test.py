@@ -172,7 +172,8 @@ def test_int8_of_unknown_sizes_without_padding(layer, tmp_path):
     """The quantizer loads a file with images of one pixel: too small here."""
     image = keras.Input((None, None, 3), dtype="uint8", name="image")
     x = keras.layers.Rescaling(1 / 127.5, -1)(image)
-    model = keras.Model(image, keras.layers.Conv2D(3, 3)(layer(x)))
+    last = keras.layers.Conv2D(3, 3, name="last")
+    model = keras.Model(image, last(layer(x)))
     randomise(model)
     images = (smooth(4, 21, 18, 3) * 20 + 128).clip(0, 255).astype("uint8")
     path = tmp_path / "model"
@@ -702,7 +703,7 @@ def test_channels_that_the_converter_loses(layer, tmp_path):
     image = keras.Input((None, None, 3), name="image")
     outputs = layer(keras.layers.UpSampling2D((3, 2))(image))
     model = randomise(keras.Model(image, outputs))
-    with pytest.raises(ValueError, match="UpSampling2D.*`input_signature`"):
+    with pytest.raises(ValueError, match="`input_signature`.*UpSampling2D"):
         write("litert", model, tmp_path / "model")
     assert not list(tmp_path.iterdir())
     signature = [tf.TensorSpec((None, 6, 7, 3), "float32", "image")]
