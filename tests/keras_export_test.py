@@ -115,6 +115,32 @@ def test_every_format_runs_elsewhere(name, kind, tmp_path):
         assert has_native_ops(path)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"dilation_rate": 2},
+        {"dilation_rate": (3, 1), "boundary": "clamp"},
+        {"dilation_rate": (1, 2), "kernel_size": (2, 4), "groups": 2},
+        {"dilation_rate": 2, "strides": 2},
+        {"dilation_rate": (1, 3), "kernel_size": 2, "strides": (3, 1)},
+        {"kernel_size": (1, 3), "strides": 3},
+    ],
+)
+@pytest.mark.parametrize("kind", OTHERS)
+def test_same_padding_of_unknown_sizes(kind, arguments, tmp_path):
+    """ONNX Runtime knows no "same" with dilations."""
+    image = keras.Input((None, None, 4))
+    arguments = {"kernel_size": 3, "modulation": "sigmoid", **arguments}
+    layer = layers.DeformableConv2D(4, padding="same", **arguments)
+    model = displace(keras.Model(image, layer(image)))
+    path = tmp_path / FORMATS[kind]
+    model(random(1, 5, 5, 4))
+    model.export(str(path), format=kind, verbose=False)
+    for shape in ((2, 7, 9, 4), (1, 10, 6, 4)):
+        x = random(*shape)
+        assert_close(np.asarray(run(kind, str(path), [x])), model(x))
+
+
 @pytest.mark.parametrize("implementation", ["native", "portable"])
 @pytest.mark.parametrize("kind", FORMATS)
 def test_inside_implementation(kind, implementation, tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from ai_edge_litert import schema_py_generated as schema
+from ai_edge_litert.interpreter import Interpreter
 from exported import assert_close, random, run, write
 from tensorflow.core.protobuf import saved_model_pb2
 
@@ -155,6 +156,61 @@ def test_sizes_differ_from_those_of_the_calibration(tmp_path):
     image = images[:, 2:39, 5:26]
     received = run("litert", tmp_path / "model", {"image": image})
     assert_close(received["output_0"], model(image), QUANTIZED["int8"])
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        keras.layers.Conv2D(4, 5),
+        keras.layers.DepthwiseConv2D(7),
+        keras.layers.AveragePooling2D(3),
+        DeformableConv2D(6, 3, groups=3),
+        DeformableConv2D(4, 3, dilation_rate=2, modulation="sigmoid"),
+    ],
+)
+def test_int8_of_unknown_sizes_without_padding(layer, tmp_path):
+    """The quantizer loads a file with images of one pixel: too small here."""
+    image = keras.Input((None, None, 3), dtype="uint8", name="image")
+    x = keras.layers.Rescaling(1 / 127.5, -1)(image)
+    last = keras.layers.Conv2D(3, 3, name="last")
+    model = keras.Model(image, last(layer(x)))
+    randomise(model)
+    images = (smooth(4, 21, 18, 3) * 20 + 128).clip(0, 255).astype("uint8")
+    path = tmp_path / "model"
+    sizes = [images, images[:1, :, :-2], np.tile(images, (1, 2, 1, 1))]
+    write("litert", model, path, quantize="int8", calibration=sizes)
+    for given in sizes:
+        received = run("litert", path, {"image": given})
+        assert_close(received["output_0"], model(given), QUANTIZED["int8"])
+    # What a program gets that asks for nothing: one image.
+    interpreter = Interpreter(str(path))
+    interpreter.allocate_tensors()
+    (detail,) = interpreter.get_input_details()
+    assert detail["shape"].tolist() == [1, 21, 18, 3]
+    assert detail["shape_signature"].tolist() == [-1, -1, -1, 3]
+
+
+@pytest.mark.parametrize(
+    "following",
+    [
+        keras.layers.Conv2D(2, 1),
+        keras.layers.DepthwiseConv2D(3),
+        keras.layers.Dense(5),
+        keras.layers.Conv2DTranspose(2, 3, strides=2),
+        DeformableConv2D(2, 3, padding="same"),
+    ],
+)
+def test_int8_of_results_that_are_used(following, tmp_path):
+    """The quantizer would lose such a result behind its rounded copy."""
+    inner = small_model((12, 14))
+    outputs = {"y": inner.output, "z": following(inner.output)}
+    model = randomise(keras.Model(inner.input, outputs))
+    images = smooth(8, 12, 14, 3)
+    path = tmp_path / "model"
+    write("litert", model, path, quantize="int8", calibration=[images])
+    received = run("litert", path, {"image": images})
+    for name, expected in model(images).items():
+        assert_close(received[name], expected, QUANTIZED["int8"])
 
 
 def pooling_model(layer):
@@ -632,6 +688,26 @@ def test_layers_that_need_values(kind, layer, tmp_path):
     model = between(layer(name="culprit"), (8, 8, 3))
     with pytest.raises(ValueError, match=rf"'culprit' \({layer.__name__}\)"):
         write(kind, model, tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        keras.layers.Conv2D(2, 3),
+        DeformableConv2D(2, 3),
+        keras.layers.DepthwiseConv2D(3),
+    ],
+)
+def test_channels_that_the_converter_loses(layer, tmp_path):
+    """Keras repeats pixels by way of a shape that is computed."""
+    image = keras.Input((None, None, 3), name="image")
+    outputs = layer(keras.layers.UpSampling2D((3, 2))(image))
+    model = randomise(keras.Model(image, outputs))
+    with pytest.raises(ValueError, match="`input_signature`.*UpSampling2D"):
+        write("litert", model, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+    signature = [tf.TensorSpec((None, 6, 7, 3), "float32", "image")]
+    write("litert", model, tmp_path / "model", input_signature=signature)
 
 
 @pytest.mark.parametrize("kind", ["native", "litert"])

@@ -709,6 +709,10 @@ def image_function(body):
             ),
             "switch_case",
         ),
+        (
+            lambda x: keras.ops.scan(lambda c, y: (c + y, c), x[0, 0], x[0])[1],
+            "keras.ops.scan.*tf.scan",
+        ),
         (lambda x: tf.bitcast(x, "int32"), "Bitcast"),
         (
             lambda x: tf.map_fn(lambda h: tf.linalg.qr(h)[0], x),
@@ -721,6 +725,7 @@ def image_function(body):
         "antialias",
         "crop",
         "switch",
+        "scan",
         "bitcast",
         "qr-in-map",
     ],
@@ -751,8 +756,33 @@ def test_what_a_handler_raises_is_told(tmp_path, monkeypatch):
             tf.TensorSpec((1, 5, 2), "float32", "scores"),
         ],
     )
-    with pytest.raises(ValueError, match="tf2onnx says.* boxes shared across"):
+    with pytest.raises(ValueError, match="Received: .* boxes shared across"):
         write("onnx", function, tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        keras.layers.Conv2D(3, 3),
+        keras.layers.Conv2D(3, 3, strides=2, padding="same"),
+        keras.layers.MaxPooling2D(2),
+        deformable(3),
+        deformable(3, boundary="clamp", modulation="sigmoid"),
+    ],
+)
+def test_frames_of_unknown_number(layer, tmp_path):
+    """What a loop leaves in a list has a shape that is known in Python alone.
+
+    As many frames as sequences: in a graph, Keras 3.15 counts the latter.
+    """
+    frames = keras.Input((None, 6, 7, 2), name="x")
+    model = keras.Model(frames, keras.layers.TimeDistributed(layer)(frames))
+    for seed, weight in enumerate(model.weights):
+        weight.assign(random(*weight.shape, seed=seed) / 5)
+    x = random(3, 3, 6, 7, 2)
+    write("onnx", model, tmp_path / "model", sample=x)
+    received = run("onnx", tmp_path / "model", {"x": x[:2, :2]})
+    assert_close(received["output_0"], model(x[:2, :2]))
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])

@@ -54,6 +54,22 @@ def _constant(name: str, value: Any) -> Any:
     return node
 
 
+def keep_shapes(graph: tf.Graph, traced: tf.Graph) -> None:
+    """Tells a frozen graph the shapes that were known when it was traced.
+
+    Python code knows some that TensorFlow's inference does not find again, such
+    as those of what a loop leaves in a list.
+    """
+    known = {operation.name: operation for operation in traced.get_operations()}
+    for operation in graph.get_operations():
+        before = known.get(operation.name)
+        if before is None or before.type != operation.type:
+            continue
+        for output, old in zip(operation.outputs, before.outputs, strict=True):
+            if output.shape.is_compatible_with(old.shape):
+                output.set_shape(old.shape)
+
+
 def specialise(graph_def: Any) -> None:
     """Tells the functions of conditions and loops what they are called with.
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What of a LiteRT file may be quantized: all that does not decide places."""
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 # What is quantized if its weights are constants, by LiteRT's name, and what
@@ -53,7 +54,8 @@ def find_quantizable(content: bytes) -> Quantizable:
     That is what has weights. But on the way back from every place at which
     something is read, nothing may be in 8 bits up to the first operation with
     weights, its output included. Nor in loops and branches, of which the
-    quantizer does not find the ranges.
+    quantizer does not find the ranges. Nor next to a result of the model that
+    is used further on: the quantizer would put a copy in its place.
     """
     nodes, outputs = _read(content)
     makers = {tensor: node for node in nodes for tensor in node.outputs}
@@ -74,13 +76,17 @@ def find_quantizable(content: bytes) -> Quantizable:
             waiting += node.inputs
             for graph in node.graphs:
                 waiting += outputs[graph]
+    kept = {tensor for node in nodes for tensor in node.inputs}
+    kept &= set(outputs[0])
     weighted = [node for node in nodes if node.has_weights]
     return Quantizable(
         sorted({_WEIGHTED[node.kind] for node in weighted}),
         [
             node.name
             for node in weighted
-            if node.outputs[0] in seen or node.outputs[0][0] > 0
+            if node.outputs[0] in seen
+            or node.outputs[0][0] > 0
+            or kept & {*node.inputs, node.outputs[0]}
         ],
         [
             node.name
@@ -88,6 +94,32 @@ def find_quantizable(content: bytes) -> Quantizable:
             if node.kind in _WEIGHTED and not node.has_weights
         ],
     )
+
+
+def set_sizes(content: bytes, shapes: Mapping[str, Sequence[int]]) -> bytes:
+    """The file with these sizes of its inputs until others are asked for.
+
+    Unknown sizes are 1 there, with which the quantizer loads a file: too small
+    for convolutions without padding. The first dimension, which counts, stays.
+    """
+    import flatbuffers
+    from ai_edge_litert import schema_py_generated as schema
+
+    model = schema.ModelT.InitFromPackedBuf(content, 0)
+    (signature,) = model.signatureDefs
+    tensors = model.subgraphs[signature.subgraphIndex].tensors
+    changed = False
+    for item in signature.inputs:
+        tensor = tensors[item.tensorIndex]
+        sizes = shapes[item.name.decode()][1:]
+        if len(sizes) and list(tensor.shape[1:]) != list(sizes):
+            tensor.shape = [tensor.shape[0], *sizes]
+            changed = True
+    if not changed:
+        return content
+    builder = flatbuffers.Builder()
+    builder.Finish(model.Pack(builder), b"TFL3")
+    return bytes(builder.Output())
 
 
 def _read(content: bytes) -> tuple[list[_Node], list[list[_Tensor]]]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What tf2onnx is told beyond what it knows."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -30,26 +30,11 @@ def convert(concrete: Any) -> Any:
     """
     from tf2onnx import optimizer
 
-    made = _run(concrete, continue_on_error=True)
+    made = _run(concrete)
     return optimizer.optimize_graph(made).make_model("from TensorFlow")
 
 
-def explain(concrete: Any, unknown: Iterable[str]) -> str:
-    """Why operations that tf2onnx knows are left, for an error.
-
-    It logs what its handlers raise, and goes on: so it is asked once more.
-    """
-    from tf2onnx import handler
-
-    if set(unknown) & set(handler.tf_op.create_mapping(OPSET, None)):
-        try:
-            _run(concrete, continue_on_error=False)
-        except Exception as error:
-            return f". tf2onnx says: {error}"
-    return ""
-
-
-def _run(concrete: Any, continue_on_error: bool) -> Any:
+def _run(concrete: Any) -> Any:
     """The graph that tf2onnx makes of a function."""
     from onnx import helper
     from tf2onnx import convert as tf2onnx_convert
@@ -66,10 +51,10 @@ def _run(concrete: Any, continue_on_error: bool) -> Any:
         _frozen.specialise(frozen)
         with tf.Graph().as_default() as graph:
             tf.import_graph_def(frozen, name="")
+            _frozen.keep_shapes(graph, concrete.graph)
             try:
                 return tfonnx.process_tf_graph(
                     graph,
-                    continue_on_error=continue_on_error,
                     opset=OPSET,
                     custom_op_handlers={
                         name: (_tell(handler, errors), [])

@@ -250,6 +250,13 @@ def _convert(converter: Any) -> bytes:
         }
         if types:
             found += f" in {', '.join(sorted(types))}"
+        if not types and _NEEDS_CHANNELS & set(names):
+            found += (
+                ", of which the converter does not know the channels. Give "
+                "sizes in `input_signature` or in keras.Input, or replace "
+                "Keras' UpSampling2D, which hides them where sizes are "
+                "unknown, with tf.image.resize"
+            )
         raise ValueError(
             "Expected a model made of LiteRT's builtin operations"
             f"{', which compute in float32' if types else ''}. Received: "
@@ -257,6 +264,8 @@ def _convert(converter: Any) -> bytes:
         ) from error
 
 
+# What LiteRT has, unless the number of channels is unknown.
+_NEEDS_CHANNELS = {"Conv2D", "DepthwiseConv2dNative"}
 _TYPES = {"bf16": "bfloat16", "f16": "float16", "f64": "float64"}
 
 
@@ -301,6 +310,9 @@ def _quantize(
             )
     ranges = None
     if recipe.need_calibration():
+        first = next(batches)
+        shapes = {name: value.shape for name, value in first.items()}
+        content = _litert_graph.set_sizes(content, shapes)
         # Without a copy of every tensor, of which deformable layers have many.
         calibration = calibrator.Calibrator(
             content,
@@ -308,7 +320,7 @@ def _quantize(
             calibrator.CalibrationMode.CALIBRATION_PROFILER_BASED,
             qsv_utils.min_max_update,
         )
-        for batch in batches:
+        for batch in itertools.chain([first], batches):
             with _quiet():
                 calibration.calibrate({"serving_default": [batch]}, recipe)
         ranges = calibration.get_model_qsvs()

@@ -20,11 +20,6 @@ from tf_deform.export import (
 
 # The first version of the standard with DeformConv, and the last one tried.
 MIN_OPSET, MAX_OPSET = 19, 22
-# The newest that tf2onnx writes.
-_CONVERTER_OPSET = 18
-# Where DeformConv is until the model has been raised to a newer opset.
-_DOMAIN = "tf_deform"
-_OP = _source.NAMESPACE + "DeformableConv2D"
 _NAME = "tf_deform_deformable_conv2d"
 
 
@@ -168,8 +163,15 @@ def _convert(source: _source.Source, function: Any) -> Any:
     except _onnx_handlers.Refused:
         raise
     except Exception as error:
+        text = str(error)
+        if "scan output" in text:
+            text = (
+                "a loop that writes its results elsewhere than at its own "
+                "number, as keras.ops.scan does (use tf.scan, keras.ops.map or "
+                f"keras.layers.RNN): {text}"
+            )
         raise ValueError(
-            f"Expected a model that tf2onnx converts. Received: {error}"
+            f"Expected a model that tf2onnx converts. Received: {text}"
         ) from error
     # What it does not know it leaves as it is.
     unknown = collections.defaultdict(list)
@@ -185,7 +187,7 @@ def _convert(source: _source.Source, function: Any) -> Any:
         )
         raise ValueError(
             "Expected a model made of operations that ONNX has. Received: "
-            f"{found}{_onnx_handlers.explain(concrete, unknown)}"
+            f"{found}"
         )
     return proto
 

@@ -50,13 +50,21 @@ def convolve(
         if min(map(min, padding)) < 0:
             inputs = inputs[:, rows, columns]
     if is_for_other_runtime():
-        return tf.nn.conv2d(
-            inputs,
-            kernel,
-            strides,
-            "SAME" if padding == "same" else [[0, 0], *added, [0, 0]],
-            dilations=dilations,
-        )
+        given = "SAME" if padding == "same" else [[0, 0], *added, [0, 0]]
+        known = None not in inputs.shape[1:3]
+        if padding == "same" and max(dilations) > 1 and not known:
+            # Keras' export leaves "same" to ONNX Runtime where sizes are
+            # unknown, which refuses it with dilations.
+            reaches = [
+                rate * (taps - 1)
+                for rate, taps in zip(dilations, kernel.shape[:2], strict=True)
+            ]
+            if max(strides) == 1:
+                sides = [[n // 2, n - n // 2] for n in reaches]
+                given = [[0, 0], *sides, [0, 0]]
+            else:
+                inputs, given = _pad_same(inputs, reaches, strides), "VALID"
+        return tf.nn.conv2d(inputs, kernel, strides, given, dilations=dilations)
 
     dilations = [
         1 if taps == 1 else rate
@@ -116,6 +124,21 @@ def convolve(
     if outputs.shape.as_list() != wanted:
         outputs = tf.slice(outputs, (0, 0, 0, 0), wanted)
     return outputs
+
+
+def _pad_same(
+    inputs: tf.Tensor, reaches: Sequence[int], strides: Pair
+) -> tf.Tensor:
+    """What "same" pads, for kernels that reach so many pixels further."""
+    _, *size, channels = sizes(inputs, tuple(inputs.shape.as_list()))
+    paddings, padded = [(0, 0)], [-1]
+    for pixels, reach, stride in zip(size, reaches, strides, strict=True):
+        out = (pixels + stride - 1) // stride
+        spare = at_least((out - 1) * stride + reach + 1 - pixels, 0)
+        paddings.append((spare // 2, spare - spare // 2))
+        padded.append(pixels + spare)
+    # Converters need to know the channels at least.
+    return tf.reshape(tf.pad(inputs, (*paddings, (0, 0))), (*padded, channels))
 
 
 def _if_none(size: Size, value: int) -> Size:
