@@ -597,6 +597,8 @@ def test_what_was_there_stays_until_the_end(kind, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", FORMATS)
 def test_paths_that_cannot_be_written(kind, tmp_path):
     model = small_model((16, 20))
+    with pytest.raises(TypeError, match="`path` to be a str or an os.PathLi"):
+        write(kind, model, os.fsencode(tmp_path / "model"))
     with pytest.raises(FileNotFoundError, match="Expected `path` to be in"):
         write(kind, model, tmp_path / "missing" / "model")
     (tmp_path / "file").write_text("mine")

@@ -255,7 +255,7 @@ def export(
             f"Expected `tolerance` to be a number. Received: {tolerance!r}"
         )
     # Where links lead, and where "." is.
-    path = pathlib.Path(os.path.realpath(path))
+    path = pathlib.Path(os.path.realpath(_files.to_path(path)))
     source = find_source(model, input_signature)
     stage = functools.partial(_stage, verbose=verbose)
     with contextlib.ExitStack() as stack:
