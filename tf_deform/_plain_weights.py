@@ -219,8 +219,7 @@ def load_plain_weights(
         for variable, value in before:
             variable.assign(value)
         raise
-    report = LoadedWeights(path, matched_by, tuple(_report(targets, loaded)))
-    return report
+    return LoadedWeights(path, matched_by, tuple(_report(targets, loaded)))
 
 
 def _raise(
