@@ -7,6 +7,7 @@ float32 but sum in another order: results are compared to 1e-5 of the largest
 number.
 """
 
+import errno
 import importlib.util
 import os
 import pathlib
@@ -597,6 +598,8 @@ def test_what_was_there_stays_until_the_end(kind, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", FORMATS)
 def test_paths_that_cannot_be_written(kind, tmp_path):
     model = small_model((16, 20))
+    with pytest.raises(TypeError, match="`path` to be a str or an os.PathLi"):
+        write(kind, model, os.fsencode(tmp_path / "model"))
     with pytest.raises(FileNotFoundError, match="Expected `path` to be in"):
         write(kind, model, tmp_path / "missing" / "model")
     (tmp_path / "file").write_text("mine")
@@ -611,6 +614,34 @@ def test_paths_that_cannot_be_written(kind, tmp_path):
             write(kind, model, tmp_path / "file")
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
     assert os.listdir(tmp_path / "folder") == ["file"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        tf.errors.ResourceExhaustedError(
+            None, None, "staging/variables; No space left on device"
+        ),
+    ],
+)
+def test_a_full_disk(error, tmp_path, monkeypatch):
+    """Says so in one way, for the path that was asked for."""
+
+    def save(_, folder, *__):
+        os.makedirs(folder)
+        raise error
+
+    monkeypatch.setattr(tf.saved_model, "save", save)
+    text = "`path` to have space .* Received: No space left on device: '.*mod"
+    with pytest.raises(OSError, match=text) as caught:
+        write("native", small_model((16, 20)), tmp_path / "model")
+    assert caught.value.errno == errno.ENOSPC
+    assert os.listdir(tmp_path) == []
+    error = tf.errors.ResourceExhaustedError(None, None, "memory")
+    with pytest.raises(tf.errors.ResourceExhaustedError, match="memory"):
+        write("native", small_model((16, 20)), tmp_path / "model")
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("opset", [18, 23, "19", 19.0, True])

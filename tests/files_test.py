@@ -4,6 +4,7 @@
 import errno
 import fcntl
 import os
+import pathlib
 import subprocess
 import sys
 import textwrap
@@ -427,3 +428,28 @@ def test_threads(tmp_path):
         thread.join()
     assert not failed
     assert os.listdir(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize(
+    "path", [None, 3, 1.5, b"model", ["model"], open, os.scandir]
+)
+def test_what_is_no_path(path):
+    with pytest.raises(TypeError, match="Expected `path` to be a str or an"):
+        _files.to_path(path)
+
+
+@pytest.mark.parametrize("path", ["\0", "a\0b", pathlib.Path("a\0")])
+def test_null_characters(path):
+    with pytest.raises(ValueError, match="`path` to be without null char"):
+        _files.to_path(path)
+
+
+def test_paths(tmp_path):
+    """Texts, paths and whatever says that it is one."""
+    (tmp_path / "model").touch()
+    (entry,) = os.scandir(tmp_path)
+    for path in (tmp_path / "model", str(tmp_path / "model"), entry):
+        assert _files.to_path(path) == tmp_path / "model"
+    (entry,) = os.scandir(os.fsencode(tmp_path))
+    with pytest.raises(TypeError, match="Received: .* of type .*DirEntry"):
+        _files.to_path(entry)

@@ -667,6 +667,8 @@ def test_other_models(tmp_path):
         tf_deform.load_plain_weights(DeformableConv2D(3, 3), path)
     with pytest.raises(ValueError, match="`model` to be built"):
         tf_deform.load_plain_weights(keras.Sequential([layers.Dense(3)]), path)
+    with pytest.raises(TypeError, match="`path` to be a str or an os.PathL"):
+        tf_deform.load_plain_weights(make_chain(layers.Conv2D, named), None)
     # A plain model is its own twin.
     plain = make_chain(layers.Conv2D, named)
     tf_deform.load_plain_weights(plain, path)

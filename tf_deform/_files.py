@@ -29,6 +29,27 @@ _RENAME_EXCHANGE = 2
 _SYS_RENAMEAT2 = 316  # x86-64
 
 
+def to_path(value: str | os.PathLike) -> pathlib.Path:
+    """A path that a caller gave.
+
+    Raises:
+        TypeError: It is neither text nor a path of text.
+        ValueError: It has a character that no path has.
+    """
+    text = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(text, str):
+        raise TypeError(
+            "Expected `path` to be a str or an os.PathLike of one. Received: "
+            f"{value!r:.200} of type {type(value).__name__}"
+        )
+    if "\0" in text:
+        raise ValueError(
+            "Expected `path` to be without null characters. Received: "
+            f"{text!r:.200}"
+        )
+    return pathlib.Path(text)
+
+
 @contextlib.contextmanager
 def writing(
     path: str | os.PathLike, folder: str | None = None

@@ -23,6 +23,7 @@ from keras.src.saving import saving_lib
 from keras.src.saving.keras_saveable import KerasSaveable
 from keras.src.utils import naming
 
+from tf_deform import _files
 from tf_deform.layers._roi_layer import DisplacedROILayer
 from tf_deform.layers.deformable_conv2d import DeformableConv2D
 from tf_deform.layers.deformable_psroi_pool import DeformablePSROIPooling
@@ -161,7 +162,7 @@ def load_plain_weights(
 
     Raises:
         OSError: The file cannot be read.
-        TypeError: `model` is not a Keras model.
+        TypeError: `model` is not a Keras model, or `path` not a path.
         ValueError: It is not built, or the file is none of these or does not
             fit. The model is then as it was.
     """
@@ -174,7 +175,7 @@ def load_plain_weights(
             "Expected `model` to be built. Received: "
             f"{model.name!r}, which has no weights yet. Call it on data first"
         )
-    path = pathlib.Path(path)
+    path = _files.to_path(path)
     with open(path, "rb"):
         pass  # Says what is wrong with the path.
     with contextlib.ExitStack() as stack:
@@ -218,8 +219,7 @@ def load_plain_weights(
         for variable, value in before:
             variable.assign(value)
         raise
-    report = LoadedWeights(path, matched_by, tuple(_report(targets, loaded)))
-    return report
+    return LoadedWeights(path, matched_by, tuple(_report(targets, loaded)))
 
 
 def _raise(

@@ -3,6 +3,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import importlib
 import os
@@ -255,7 +256,7 @@ def export(
             f"Expected `tolerance` to be a number. Received: {tolerance!r}"
         )
     # Where links lead, and where "." is.
-    path = pathlib.Path(os.path.realpath(path))
+    path = pathlib.Path(os.path.realpath(_files.to_path(path)))
     source = find_source(model, input_signature)
     stage = functools.partial(_stage, verbose=verbose)
     with contextlib.ExitStack() as stack:
@@ -270,7 +271,8 @@ def export(
         device = None if in_tensorflow else "/CPU:0"
         with stage("Running the model"), tf.device(device):
             samples = run_model(source, sample, input_signature is not None)
-        write(source, partial, stage)
+        with _explaining_full_disk(path):
+            write(source, partial, stage)
         with stage(f"Running {path.name} and comparing"):
             try:
                 run = load(source, partial)
@@ -286,6 +288,24 @@ def export(
     if verbose:
         print(report, flush=True)
     return report
+
+
+@contextlib.contextmanager
+def _explaining_full_disk(path: pathlib.Path) -> Iterator[None]:
+    """Says what is wrong in one way, whoever writes, and names `path`.
+
+    TensorFlow raises an error of its own, that names the staging folder.
+    """
+    try:
+        yield
+    except (OSError, tf.errors.OpError) as error:
+        reason = os.strerror(errno.ENOSPC)
+        if reason not in str(error):
+            raise
+        text = (
+            f"Expected `path` to have space for the model. Received: {reason}"
+        )
+        raise OSError(errno.ENOSPC, text, str(path)) from error
 
 
 def measure_difference(expected: np.ndarray, received: Any) -> float:
