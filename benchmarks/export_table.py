@@ -412,8 +412,8 @@ def load_openvino(path: str) -> Run:
     # Or it computes in bfloat16 where the processor can.
     options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
     compiled = core.compile_model(path, "CPU", options)
-    # Keras' export may list what is left over inside beside outputs that it calls
-    # so.
+    # Keras' export may list what is left over inside beside outputs with such
+    # names.
     outputs = [
         output
         for output in compiled.outputs
