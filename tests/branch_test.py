@@ -7,6 +7,7 @@ training_grid_test.py.
 """
 
 import itertools
+import pathlib
 
 import exported
 import keras
@@ -230,7 +231,7 @@ def test_empty_in_stock_ops():
 _EMPTY_WITHOUT_ONEDNN = """
 import sys
 
-sys.path.append(sys.argv[1])
+sys.path += sys.argv[1:]
 import branch_test
 
 for config in branch_test.EMPTY_CONFIGS:
@@ -241,9 +242,12 @@ print("done")
 
 
 def test_empty_without_onednn(run_python):
-    folder = __file__.rpartition("/")[0]
+    tests = pathlib.Path(__file__).parent
     received = run_python(
-        _EMPTY_WITHOUT_ONEDNN, folder, TF_ENABLE_ONEDNN_OPTS=0
+        _EMPTY_WITHOUT_ONEDNN,
+        tests,
+        tests.parent / "examples",
+        TF_ENABLE_ONEDNN_OPTS=0,
     )
     assert received == "done\n"
 

@@ -41,7 +41,7 @@ def check_implementation(implementation: Any) -> str:
     ):
         raise ValueError(
             'Expected `implementation` to be "native" or "portable". Received: '
-            f"{str(implementation)[:200]!r} of type "
+            f"{repr(implementation)[:200]} of type "
             f"{type(implementation).__name__}"
         )
     return str(implementation)
