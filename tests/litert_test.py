@@ -193,11 +193,11 @@ def test_int8_of_unknown_sizes_without_padding(layer, tmp_path):
 @pytest.mark.parametrize(
     "following",
     [
-        keras.layers.Conv2D(2, 1),
-        keras.layers.DepthwiseConv2D(3),
-        keras.layers.Dense(5),
-        keras.layers.Conv2DTranspose(2, 3, strides=2),
-        DeformableConv2D(2, 3, padding="same"),
+        keras.layers.Conv2D(2, 1, name="following"),
+        keras.layers.DepthwiseConv2D(3, name="following"),
+        keras.layers.Dense(5, name="following"),
+        keras.layers.Conv2DTranspose(2, 3, strides=2, name="following"),
+        DeformableConv2D(2, 3, padding="same", name="following"),
     ],
 )
 def test_int8_of_results_that_are_used(following, tmp_path):

@@ -103,16 +103,34 @@ def _check_replaceable(path: pathlib.Path, folder: str | None) -> None:
         replaceable = not path.is_dir()
         kind = "a file"
     else:
-        replaceable = not path.exists() or (
-            path.is_dir()
-            and ((path / folder).exists() or not any(path.iterdir()))
-        )
+        replaceable = _is_replaceable_folder(path, folder)
         kind = f"a new or empty folder, or one with a {folder}"
     if not replaceable:
         raise FileExistsError(
             f"Expected `path` to be {kind}. Received: {path}, which is "
             f"{'a folder with other things' if path.is_dir() else 'a file'}"
         )
+
+
+def _is_replaceable_folder(path: pathlib.Path, name: str) -> bool:
+    """Whether nothing is at `path`, or a folder that is empty or has `name`.
+
+    Another process may exchange the folder between two looks at it: what is
+    refused is judged again until it is the same one before and after.
+    """
+    while True:
+        try:
+            before = path.stat()
+            found = os.listdir(path)
+            if not found or name in found:
+                return True
+            after = path.stat()
+        except FileNotFoundError:
+            return True
+        except NotADirectoryError:
+            return False
+        if os.path.samestat(before, after):
+            return False
 
 
 def _stage(parent: pathlib.Path) -> tuple[pathlib.Path, int | None]:

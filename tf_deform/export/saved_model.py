@@ -167,7 +167,14 @@ def write(
     # As Keras' own export does: tf.Module has properties of such names.
     holder = tf.__internal__.tracking.AutoTrackable()
     holder.serve = serve
-    used = serve.get_concrete_function().variables
+    endpoint = serve.get_concrete_function()
+    # The graph keeps its variables in a set, and their handles in order.
+    captures = endpoint.graph.captures
+    order = {id(handle): index for index, (handle, _) in enumerate(captures)}
+    used = sorted(
+        endpoint.variables,
+        key=lambda variable: order.get(id(variable.handle), len(order)),
+    )
     for name, variables in _list_variables(source, used).items():
         setattr(holder, name, variables)
     signatures = {"serving_default": flat.get_concrete_function()}
