@@ -118,19 +118,19 @@ def _is_replaceable_folder(path: pathlib.Path, name: str) -> bool:
     Another process may exchange the folder between two looks at it: what is
     refused is judged again until it is the same one before and after.
     """
-    while True:
+    while path.exists():
         try:
             before = path.stat()
             found = os.listdir(path)
             if not found or name in found:
                 return True
-            after = path.stat()
+            if os.path.samestat(before, path.stat()):
+                return False
         except FileNotFoundError:
-            return True
+            continue
         except NotADirectoryError:
             return False
-        if os.path.samestat(before, after):
-            return False
+    return True
 
 
 def _stage(parent: pathlib.Path) -> tuple[pathlib.Path, int | None]:
