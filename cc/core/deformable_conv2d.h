@@ -25,7 +25,10 @@
 #ifndef TF_DEFORM_CC_CORE_DEFORMABLE_CONV2D_H_
 #define TF_DEFORM_CC_CORE_DEFORMABLE_CONV2D_H_
 
+#include <array>
+
 #include "cc/core/common.h"
+#include "cc/core/op.h"
 
 namespace tf_deform {
 
@@ -57,7 +60,9 @@ struct DeformableConv2DParams {
 
 // The shapes of one call. `mask` and `grad_output` are null when there is none.
 struct DeformableConv2DShapes {
-  Shape inputs, kernel, offset;
+  const Shape* inputs = nullptr;
+  const Shape* kernel = nullptr;
+  const Shape* offset = nullptr;
   const Shape* mask = nullptr;
   const Shape* grad_output = nullptr;
 };
@@ -76,6 +81,11 @@ struct DeformableConv2DInputs {
   const void* mask = nullptr;  // null: all ones
 };
 
+// Judges the type, and that `params` are those of a call whose shapes were all
+// known.
+Status CheckOperands(const DeformableConv2DParams& params, DataType type,
+                     const DeformableConv2DInputs& operands);
+
 // Where the gradients go, each shaped and typed like its operand and
 // overwritten whole. Null: not wanted, not computed.
 struct DeformableConv2DGradients {
@@ -83,6 +93,31 @@ struct DeformableConv2DGradients {
   void* kernel = nullptr;
   void* offset = nullptr;
   void* mask = nullptr;
+};
+
+// The op, from which glue is made; see op.h.
+struct DeformableConv2D
+    : OpTypes<DeformableConv2DParams, DeformableConv2DShapes,
+              DeformableConv2DInputs, DeformableConv2DGradients> {
+  static constexpr char kName[] = "DeformableConv2D";
+  enum : int { kInputs, kKernel, kOffset, kMask };
+  static constexpr Operand kOperands[] = {
+      {"inputs", kValue, kRequired, &Shapes::inputs, &Inputs::inputs,
+       &Gradients::inputs},
+      {"kernel", kValue, kRequired, &Shapes::kernel, &Inputs::kernel,
+       &Gradients::kernel},
+      {"offset", kCoordinate, kRequired, &Shapes::offset, &Inputs::offset,
+       &Gradients::offset},
+      {"mask", kCoordinate, kOptional, &Shapes::mask, &Inputs::mask,
+       &Gradients::mask},
+  };
+
+  static std::array<Dimension, 4> OutputShape(const Params& p) {
+    return {{{p.batch, kInputs, 0},
+             {p.out_h, kOffset, 1},
+             {p.out_w, kOffset, 2},
+             {p.filters, kKernel, 3}}};
+  }
 };
 
 namespace cpu {

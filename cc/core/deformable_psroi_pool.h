@@ -37,7 +37,10 @@
 #ifndef TF_DEFORM_CC_CORE_DEFORMABLE_PSROI_POOL_H_
 #define TF_DEFORM_CC_CORE_DEFORMABLE_PSROI_POOL_H_
 
+#include <array>
+
 #include "cc/core/common.h"
+#include "cc/core/op.h"
 
 namespace tf_deform {
 
@@ -61,7 +64,8 @@ struct DeformablePSROIPoolParams {
 // The shapes of one call. `trans` and `grad_output` are null when there is
 // none.
 struct DeformablePSROIPoolShapes {
-  Shape inputs, rois;
+  const Shape* inputs = nullptr;
+  const Shape* rois = nullptr;
   const Shape* trans = nullptr;
   const Shape* grad_output = nullptr;
 };
@@ -82,11 +86,39 @@ struct DeformablePSROIPoolInputs {
   bool bad_rois_are_padding = false;
 };
 
+// Judges the type, that `params` are those of a call whose shapes were all
+// known and, unless bad ROIs are padding, the batch indices.
+Status CheckOperands(const DeformablePSROIPoolParams& params, DataType type,
+                     const DeformablePSROIPoolInputs& operands);
+
 // Where the gradients go, each shaped and typed like its operand and
 // overwritten whole. Null: not wanted, not computed. ROIs have none.
 struct DeformablePSROIPoolGradients {
   void* inputs = nullptr;
   void* trans = nullptr;
+};
+
+// The op, from which glue is made; see op.h.
+struct DeformablePSROIPool
+    : OpTypes<DeformablePSROIPoolParams, DeformablePSROIPoolShapes,
+              DeformablePSROIPoolInputs, DeformablePSROIPoolGradients> {
+  static constexpr char kName[] = "DeformablePSROIPool";
+  enum : int { kInputs, kRois, kTrans };
+  static constexpr Operand kOperands[] = {
+      {"inputs", kValue, kRequired, &Shapes::inputs, &Inputs::inputs,
+       &Gradients::inputs},
+      {"rois", kCoordinate, kRequired, &Shapes::rois, &Inputs::rois, nullptr},
+      {"trans", kCoordinate, kOptional, &Shapes::trans, &Inputs::trans,
+       &Gradients::trans},
+  };
+  static constexpr std::array<const char*, 1> kExtraOutputs = {"count"};
+  static constexpr bool Inputs::* kBadRoisArePadding =
+      &Inputs::bad_rois_are_padding;
+
+  static std::array<Dimension, 4> OutputShape(const Params& p) {
+    return {
+        {{p.num_rois, kRois, 0}, {p.pooled_h}, {p.pooled_w}, {p.output_dim}}};
+  }
 };
 
 namespace cpu {

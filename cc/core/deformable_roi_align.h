@@ -30,7 +30,10 @@
 #ifndef TF_DEFORM_CC_CORE_DEFORMABLE_ROI_ALIGN_H_
 #define TF_DEFORM_CC_CORE_DEFORMABLE_ROI_ALIGN_H_
 
+#include <array>
+
 #include "cc/core/common.h"
+#include "cc/core/op.h"
 
 namespace tf_deform {
 
@@ -51,7 +54,8 @@ struct DeformableROIAlignParams {
 // The shapes of one call. `offset` and `grad_output` are null when there is
 // none.
 struct DeformableROIAlignShapes {
-  Shape inputs, rois;
+  const Shape* inputs = nullptr;
+  const Shape* rois = nullptr;
   const Shape* offset = nullptr;
   const Shape* grad_output = nullptr;
 };
@@ -72,11 +76,40 @@ struct DeformableROIAlignInputs {
   bool bad_rois_are_padding = false;
 };
 
+// Judges the type, that `params` are those of a call whose shapes were all
+// known and, unless bad ROIs are padding, the batch indices.
+Status CheckOperands(const DeformableROIAlignParams& params, DataType type,
+                     const DeformableROIAlignInputs& operands);
+
 // Where the gradients go, each shaped and typed like its operand and
 // overwritten whole. Null: not wanted, not computed. ROIs have none.
 struct DeformableROIAlignGradients {
   void* inputs = nullptr;
   void* offset = nullptr;
+};
+
+// The op, from which glue is made; see op.h.
+struct DeformableROIAlign
+    : OpTypes<DeformableROIAlignParams, DeformableROIAlignShapes,
+              DeformableROIAlignInputs, DeformableROIAlignGradients> {
+  static constexpr char kName[] = "DeformableROIAlign";
+  enum : int { kInputs, kRois, kOffset };
+  static constexpr Operand kOperands[] = {
+      {"inputs", kValue, kRequired, &Shapes::inputs, &Inputs::inputs,
+       &Gradients::inputs},
+      {"rois", kCoordinate, kRequired, &Shapes::rois, &Inputs::rois, nullptr},
+      {"offset", kCoordinate, kOptional, &Shapes::offset, &Inputs::offset,
+       &Gradients::offset},
+  };
+  static constexpr bool Inputs::* kBadRoisArePadding =
+      &Inputs::bad_rois_are_padding;
+
+  static std::array<Dimension, 4> OutputShape(const Params& p) {
+    return {{{p.num_rois, kRois, 0},
+             {p.pooled_h},
+             {p.pooled_w},
+             {p.channels, kInputs, 3}}};
+  }
 };
 
 namespace cpu {
