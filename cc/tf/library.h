@@ -20,15 +20,4 @@ bool RegistersOps();
 
 }  // namespace tf_deform
 
-// REGISTER_OP of the first copy.
-#define TF_DEFORM_REGISTER_OP(name) \
-  TF_NEW_ID_FOR_INIT(TF_DEFORM_REGISTER_OP_AS, name)
-#define TF_DEFORM_REGISTER_OP_AS(id, name)                        \
-  static const ::tensorflow::InitOnStartupMarker register_op_##id \
-      TF_ATTRIBUTE_UNUSED =                                       \
-          !::tf_deform::RegistersOps()                            \
-              ? ::tensorflow::InitOnStartupMarker{}               \
-              : ::tensorflow::InitOnStartupMarker{}               \
-                    << ::tensorflow::register_op::OpDefBuilderWrapper(name)
-
 #endif  // TF_DEFORM_CC_TF_LIBRARY_H_
