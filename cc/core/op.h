@@ -26,8 +26,8 @@
 
 namespace tf_deform {
 
-// kValue: elements of the type T, or of float16, bfloat16 and so on that T
-// stands for. kCoordinate: float, or double if T is double.
+// kValue: elements of the type T, which is float16, bfloat16, float32 or
+// float64. kCoordinate: float32, or float64 if T is float64.
 enum OperandKind { kValue, kCoordinate };
 
 enum OperandPresence { kRequired, kOptional };
