@@ -198,8 +198,8 @@ Status Validate(const DeformableConv2DShapes& shapes,
   TF_DEFORM_RETURN_IF_ERROR(
       CheckBytes("output", {p.batch, p.out_h, p.out_w, p.filters}));
 
-  // What one operand leaves open another may tell: output and gradients have
-  // these sizes in common.
+  // Another operand may tell a size that one leaves open: output and gradients
+  // have these sizes in common.
   if (p.batch < 0) p.batch = offset.dim(0);
   if (p.out_h < 0) p.out_h = offset.dim(1);
   if (p.out_w < 0) p.out_w = offset.dim(2);

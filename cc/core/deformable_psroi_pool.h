@@ -44,9 +44,9 @@
 
 namespace tf_deform {
 
-// What an operator call is made of. The caller sets the first part; Validate
-// checks it and fills the second. The fields, in this order, are what the C
-// entry points take.
+// The parameters of a call. The caller sets the first part; Validate checks it
+// and fills the second. The fields, in this order, are what the C entry points
+// take.
 struct DeformablePSROIPoolParams {
   double spatial_scale = 1;  // map pixels per image pixel
   double trans_std = 0.1;
@@ -86,12 +86,12 @@ struct DeformablePSROIPoolInputs {
   bool bad_rois_are_padding = false;
 };
 
-// Judges the type, that `params` are those of a call whose shapes were all
+// Judges the type, that Validate filled `params` from shapes that were all
 // known and, unless bad ROIs are padding, the batch indices.
 Status CheckOperands(const DeformablePSROIPoolParams& params, DataType type,
                      const DeformablePSROIPoolInputs& operands);
 
-// Where the gradients go, each shaped and typed like its operand and
+// Memory for the gradients, each shaped and typed like its operand and
 // overwritten whole. Null: not wanted, not computed. ROIs have none.
 struct DeformablePSROIPoolGradients {
   void* inputs = nullptr;
@@ -130,9 +130,9 @@ namespace cpu {
 int64_t WorkspaceBytes(const DeformablePSROIPoolParams& params, DataType type,
                        int num_workers);
 
-// The same for Backward with the gradients that are non-null in `wanted`; the
-// images are then the repacked ones or their gradients (float32 for 16-bit
-// types).
+// Bytes of scratch that Backward needs for the gradients that are non-null in
+// `wanted`; the images are then the repacked ones or their gradients (float32
+// for 16-bit types).
 int64_t BackwardWorkspaceBytes(const DeformablePSROIPoolParams& params,
                                DataType type,
                                const DeformablePSROIPoolGradients& wanted,
@@ -157,17 +157,18 @@ Status Backward(const DeformablePSROIPoolParams& params, DataType type,
 
 }  // namespace cpu
 
-// The same on a GPU; only in a build with nvcc (TF_DEFORM_CUDA). A ROI whose
-// batch index is no integer or not below batch counts as padding: values cannot
-// be judged in time. An error of the device, or a driver that is too old, is
-// kInternal.
+// The entry points on a GPU, only in a build with nvcc (TF_DEFORM_CUDA). A ROI
+// whose batch index is no integer or not below batch counts as padding: values
+// cannot be judged in time. An error of the device, or a driver that is too
+// old, is kInternal.
 namespace cuda {
 
 // Bytes of scratch that Forward needs.
 int64_t WorkspaceBytes(const DeformablePSROIPoolParams& params, DataType type);
 
-// The same for Backward: at most 64 MiB; for 16-bit types also the float32
-// image of the inputs' gradient, of one image if that of all is larger.
+// Bytes of scratch that Backward needs: at most 64 MiB; for 16-bit types also
+// the float32 image of the inputs' gradient, of one image if that of all is
+// larger.
 int64_t BackwardWorkspaceBytes(const DeformablePSROIPoolParams& params,
                                DataType type,
                                const DeformablePSROIPoolGradients& wanted,

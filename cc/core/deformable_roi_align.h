@@ -37,9 +37,9 @@
 
 namespace tf_deform {
 
-// What an operator call is made of. The caller sets the first part; Validate
-// checks it and fills the second. The fields, in this order, are what the C
-// entry points take.
+// The parameters of a call. The caller sets the first part; Validate checks it
+// and fills the second. The fields, in this order, are what the C entry points
+// take.
 struct DeformableROIAlignParams {
   double spatial_scale = 1;  // map pixels per image pixel
   double gamma = 0.1;
@@ -76,12 +76,12 @@ struct DeformableROIAlignInputs {
   bool bad_rois_are_padding = false;
 };
 
-// Judges the type, that `params` are those of a call whose shapes were all
+// Judges the type, that Validate filled `params` from shapes that were all
 // known and, unless bad ROIs are padding, the batch indices.
 Status CheckOperands(const DeformableROIAlignParams& params, DataType type,
                      const DeformableROIAlignInputs& operands);
 
-// Where the gradients go, each shaped and typed like its operand and
+// Memory for the gradients, each shaped and typed like its operand and
 // overwritten whole. Null: not wanted, not computed. ROIs have none.
 struct DeformableROIAlignGradients {
   void* inputs = nullptr;
@@ -120,9 +120,9 @@ namespace cpu {
 int64_t WorkspaceBytes(const DeformableROIAlignParams& params, DataType type,
                        int num_workers);
 
-// The same for Backward with the gradients that are non-null in `wanted`; for
-// 16-bit types also as many float32 images of the inputs' gradient as fit in 4
-// MiB a worker, but at least one.
+// Bytes of scratch that Backward needs for the gradients that are non-null in
+// `wanted`; for 16-bit types also as many float32 images of the inputs'
+// gradient as fit in 4 MiB a worker, but at least one.
 int64_t BackwardWorkspaceBytes(const DeformableROIAlignParams& params,
                                DataType type,
                                const DeformableROIAlignGradients& wanted,
@@ -146,17 +146,18 @@ Status Backward(const DeformableROIAlignParams& params, DataType type,
 
 }  // namespace cpu
 
-// The same on a GPU; only in a build with nvcc (TF_DEFORM_CUDA). A ROI whose
-// batch index is no integer or not below batch counts as padding: values cannot
-// be judged in time. An error of the device, or a driver that is too old, is
-// kInternal.
+// The entry points on a GPU, only in a build with nvcc (TF_DEFORM_CUDA). A ROI
+// whose batch index is no integer or not below batch counts as padding: values
+// cannot be judged in time. An error of the device, or a driver that is too
+// old, is kInternal.
 namespace cuda {
 
 // Bytes of scratch that Forward needs.
 int64_t WorkspaceBytes(const DeformableROIAlignParams& params, DataType type);
 
-// The same for Backward: at most 64 MiB; for 16-bit types also the float32
-// image of the inputs' gradient, of one image if that of all is larger.
+// Bytes of scratch that Backward needs: at most 64 MiB; for 16-bit types also
+// the float32 image of the inputs' gradient, of one image if that of all is
+// larger.
 int64_t BackwardWorkspaceBytes(const DeformableROIAlignParams& params,
                                DataType type,
                                const DeformableROIAlignGradients& wanted,

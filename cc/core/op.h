@@ -66,7 +66,7 @@ struct OpTypes {
   static constexpr bool Inputs::* kBadRoisArePadding = nullptr;
 };
 
-// How many operands of an op every call has.
+// Counts the operands that every call of an op has.
 template <typename Op>
 constexpr int NumRequired() {
   int number = 0;

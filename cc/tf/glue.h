@@ -58,7 +58,8 @@ inline DataType ToDataType(tensorflow::DataType type) {
   }
 }
 
-// How long the caller leaves a loop to the pool before it lends a hand.
+// The time for which the caller leaves a loop to the pool before it lends a
+// hand.
 constexpr std::chrono::milliseconds kPatience(20);
 
 // The pool's threads do the work and the caller sleeps: a caller that works
@@ -82,10 +83,10 @@ inline void RunOnPool(void* context, int64_t num_tasks, ParallelFor::Task task,
   loop->Wait();
 }
 
-// What TensorFlow gives a kernel to run on. Valid while `context` is.
-// ParallelFor: the threads of CPU kernels. CudaStream: the stream of GPU
-// kernels, and what the program allows on it. Kernels are templates of one of
-// the two: all else is the same on both devices.
+// Returns the executor that TensorFlow gives a kernel, valid while `context`
+// is: as a ParallelFor the threads of CPU kernels, as a CudaStream the stream
+// of GPU kernels and the program's settings for it. Kernels are templates over
+// the executor: all else is the same on both devices.
 template <typename Executor>
 Executor GetExecutor(tensorflow::OpKernelContext* context);
 

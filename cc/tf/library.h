@@ -12,10 +12,10 @@
 
 namespace tf_deform {
 
-// That of the package, in setup.py.
+// The version of the package, as in setup.py.
 constexpr char kVersion[] = "0.1.0";
 
-// Whether this copy is the first, which registers ops and kernels.
+// Tells whether this copy is the first, which registers ops and kernels.
 bool RegistersOps();
 
 }  // namespace tf_deform

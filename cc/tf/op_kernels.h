@@ -36,7 +36,7 @@ tensorflow::Status InferParams(
   return ToTensorFlow(Judge<Op>(*num_operands, has_gradient, shape_of, params));
 }
 
-// Where a size is not known, the operand's own dimension is taken, so that equal
+// Takes the operand's own dimension where a size is not known, so that equal
 // unknown dimensions are known to be equal.
 template <typename Op>
 tensorflow::Status ForwardShape(
@@ -73,7 +73,8 @@ tensorflow::Status BackwardShape(
   return tensorflow::Status();
 }
 
-// What the kernels of both ops do before the arithmetic.
+// Reads attributes and judges operands, for the kernels of an op and of its
+// gradient op.
 template <typename Op>
 class Kernel : public tensorflow::OpKernel {
  public:
@@ -184,8 +185,8 @@ class BackwardKernel : public Kernel<Op> {
   }
 
  private:
-  // Allocates an output, shaped like its operand, and counts it; an unwanted one
-  // comes out empty. `target` stays null if nothing is to be computed: not
+  // Allocates an output, shaped like its operand, and counts it; an unwanted
+  // one comes out empty. `target` stays null if nothing is to be computed: not
   // wanted, pruned from the graph, or without elements.
   tensorflow::Status AllocateGradient(tensorflow::OpKernelContext* context,
                                       int output, int operand,

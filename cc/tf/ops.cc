@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// All that TensorFlow is told when it loads the library, in one unit: its
+// Registers all ops when TensorFlow loads the library. One unit: TensorFlow's
 // headers take long to compile.
 
 #include "cc/tf/ops.h"
@@ -40,7 +40,8 @@ const char* OwnPath() {
              : "a file of unknown name";
 }
 
-// TensorFlow hands an error of a registration to whoever loads the library.
+// TensorFlow hands an error of a registration to the program that loads the
+// library.
 const bool is_refused = [] {
   if (RegistersOps() || std::strcmp(first_copy.version, kVersion) == 0) {
     return false;
@@ -79,8 +80,9 @@ TF_DEFORM_EXPORT const char* TfDeformRegisteredVersion() {
   return tf_deform::first_copy.version;
 }
 
-// How many gradients of each operand that has one kernels of this process have
-// computed: tests ask, to see that unwanted gradients cost nothing.
+// Counts the gradients of each differentiable operand that kernels of this
+// process have computed: tests ask, to see that unwanted gradients cost
+// nothing.
 #define TF_DEFORM_REGISTER(Op)                                             \
   TF_DEFORM_EXPORT void TfDeform##Op##GradientsComputed(int64_t* counts) { \
     const int number = tf_deform::NumGradients<tf_deform::Op>(             \
@@ -96,8 +98,8 @@ TF_DEFORM_FOR_EACH_OP(TF_DEFORM_REGISTER);
 namespace tf_deform {
 namespace {
 
-// The marker has neither outputs nor state: nothing waits for it, and TensorFlow
-// prunes it from what runs.
+// The marker has neither outputs nor state: nothing waits for it, and
+// TensorFlow prunes it from what runs.
 const bool marker_is_registered = [] {
   if (!RegistersOps()) return false;
   tensorflow::register_op::OpDefBuilderWrapper op(kMarker);

@@ -65,7 +65,7 @@ std::string ToMlir(const char* name, const std::vector<int64_t>& values) {
   return text + ">";
 }
 
-// What XLA compiles the ops for.
+// Returns the devices for which XLA compiles the ops.
 std::vector<absl::string_view> Devices() {
   std::vector<absl::string_view> devices = {tensorflow::DEVICE_CPU_XLA_JIT};
 #ifdef TF_DEFORM_CUDA
@@ -181,8 +181,8 @@ class XlaKernel : public tensorflow::XlaOpKernel {
   }
 
  private:
-  // What the call will run on, as far as its workspace depends on it; also
-  // written to `attributes`.
+  // Returns the executor of the call, as far as its workspace depends on it,
+  // and adds it to `attributes`.
   static XlaExecutor Plan(tensorflow::XlaOpKernelContext* context,
                           std::string* attributes) {
 #ifdef TF_DEFORM_CUDA
@@ -216,7 +216,7 @@ Args MakeArgs(size_t struct_size) {
   return args;
 }
 
-// Whether a function of the interface did its work.
+// Tells whether a function of the interface did its work.
 bool Succeeded(const XLA_FFI_Api* api, XLA_FFI_Error* error) {
   if (error == nullptr) return true;
   auto args = MakeArgs<XLA_FFI_Error_Destroy_Args>(
@@ -315,7 +315,7 @@ int64_t NumThreads(const XLA_FFI_CallFrame& frame) {
 // The caller takes part, as it may be a thread of the pool, for which nobody
 // else might be left. It waits for tasks, not for workers.
 void RunOnXlaPool(void* context, int64_t num_tasks, ParallelFor::Task task,
-               void* argument) {
+                  void* argument) {
   using Shared = std::shared_ptr<Loop>;
   const auto* pool = static_cast<const Pool*>(context);
   const XLA_FFI_Api* const api = pool->frame->api;
@@ -424,8 +424,9 @@ Status RunOnCuda(XlaCall* call, const XLA_FFI_CallFrame& frame) {
 }
 #endif
 
-// What XLA calls, `run` on one platform. Before it registers a handler, XLA asks
-// for the version of the interface that the handler was compiled with.
+// Handles a call of XLA by `run`, which is for one platform. Before XLA
+// registers a handler, it asks for the version of the interface that the
+// handler was compiled with.
 template <typename Call, Status (*run)(XlaCall*, const XLA_FFI_CallFrame&)>
 XLA_FFI_Error* Handle(XLA_FFI_CallFrame* frame) {
   if (frame->extension_start != nullptr &&

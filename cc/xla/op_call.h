@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// An op inside XLA, made from its description: what a call computes.
+// An op inside XLA, made from its description.
 //
 // Inside tf.function(jit_compile=True) an op becomes a typed custom call of its
 // own name: operands and results are the op's, and the workspace is one result
@@ -24,7 +24,7 @@
 
 namespace tf_deform {
 
-// What a call runs on: threads of XLA's pool, or XLA's stream.
+// The executor of a call: threads of XLA's pool, or XLA's stream.
 #ifdef TF_DEFORM_CUDA
 using XlaExecutor = std::variant<ParallelFor, CudaStream>;
 #else
@@ -141,7 +141,7 @@ class OpCall final : public XlaCall {
              const XlaExecutor& executor) const override {
     auto operands =
         ToInputs<Op>(num_operands_, [&](int i) { return buffers.operands[i]; });
-    // The same on every device that XLA compiles for.
+    // XLA gives the same results on every device: no device judges values.
     if constexpr (Op::kBadRoisArePadding != nullptr) {
       operands.*Op::kBadRoisArePadding = true;
     }

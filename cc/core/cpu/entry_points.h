@@ -6,8 +6,8 @@
 #define TF_DEFORM_CC_CORE_CPU_ENTRY_POINTS_H_
 
 // Defines what the contract of `Op` declares in namespace cpu. An op's cpu/*.cc
-// includes every_isa-inl.h before; the arguments after `Op` name the output that
-// Forward has besides `output`, if there is one.
+// includes every_isa-inl.h before; the arguments after `Op` name the output
+// that Forward has besides `output`, if there is one.
 #define TF_DEFORM_CPU_ENTRY_POINTS(Op, ...)                                  \
   int64_t WorkspaceBytes(const Op::Params& params, DataType type,            \
                          int num_workers) {                                  \
