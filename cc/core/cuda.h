@@ -10,15 +10,14 @@
 namespace tf_deform {
 namespace cuda {
 
-// Tells whether a driver for CUDA `driver` runs code whose CUDA runtime is
-// `runtime` (1000 * major + 10 * minor, 0: there is none). The error names
-// both.
+// Whether a driver for CUDA `driver` runs code whose CUDA runtime is `runtime`
+// (1000 * major + 10 * minor, 0: there is none). The error names both.
 Status JudgeDriver(int driver, int runtime);
 
-// Tells whether a GPU of that compute capability runs this build's code.
+// Whether a GPU of that compute capability runs this build's code.
 Status JudgeGpu(int major, int minor);
 
-// Judges this machine's driver, this build's runtime and the current GPU.
+// The same of this machine's driver, this build's runtime and the current GPU.
 Status CheckDriver();
 
 }  // namespace cuda
