@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Shared by every operator of the core: status, element types, shapes and the
+// What every operator of the core shares: status, element types, shapes and the
 // caller's threads.
 
 #ifndef TF_DEFORM_CC_CORE_COMMON_H_
@@ -9,7 +9,7 @@
 
 namespace tf_deform {
 
-// The outcome of a call. The core never throws, prints or exits: the caller
+// Outcome of a call. The core never throws, prints or exits: whoever calls it
 // decides what an error becomes.
 struct Status {
   enum Code : int {
