@@ -11,6 +11,7 @@ steps, outside everything timed.
 
 Frameworks are imported when a contender is built, never before: which of them
 is installed, and how many threads it starts, differs from process to process.
+What runs on a GPU is in `contenders_torch.py`.
 """
 
 import dataclasses
@@ -24,14 +25,26 @@ class Unsupported(Exception):
     """The contender has no implementation of what the message names."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What a contender is told besides its case."""
+
+    threads: int  # on the CPU
+    precision: str  # of inputs, kernel and output
+    device: str = "cpu"  # as PyTorch names it
+
+
 class Contender:
     """One way to compute a case. Results are channels last, in NumPy.
 
     Built from the case, the operands as `prepare` returned them, and the
-    number of threads.
+    setting.
     """
 
     deformable = True
+    # "required": a contender whose results differ is not timed. "shown": its
+    # difference is in the table. "none": it computes something else.
+    agreement = "required"
     both: Callable[[], None] | None = None  # forward + backward, if it has one
     # Backward alone, if it has one that needs nothing of forward's.
     backward: Callable[[], None] | None = None
@@ -81,6 +94,16 @@ class Suite:
     repeats: int
     memory_repeats: int
     memory_at_all_threads: bool  # or at the largest number only
+    # Computes what all must reproduce, where no contender is the baseline.
+    oracle: type[Contender] | None = None
+
+
+def configure_tensorflow(threads: int, inter_op_threads: int = 1) -> None:
+    """Sets the sizes of TensorFlow's pools, before they are started."""
+    import tensorflow as tf
+
+    tf.config.threading.set_intra_op_parallelism_threads(threads)
+    tf.config.threading.set_inter_op_parallelism_threads(inter_op_threads)
 
 
 def numpy_dtype(name: str) -> Any:
@@ -133,7 +156,9 @@ class TensorFlow(Contender):
         """The operands that `_call` takes, `inputs` first."""
         raise NotImplementedError
 
-    def __init__(self, case: Any, arrays: dict[str, np.ndarray], threads: int):
+    def __init__(
+        self, case: Any, arrays: dict[str, np.ndarray], setting: Setting
+    ):
         import tensorflow as tf
 
         self._case = case
@@ -207,7 +232,9 @@ class OnnxRuntime(Contender):
 
     opset = 22
 
-    def __init__(self, case: Any, arrays: dict[str, np.ndarray], threads: int):
+    def __init__(
+        self, case: Any, arrays: dict[str, np.ndarray], setting: Setting
+    ):
         import onnxruntime
         from onnx import TensorProto, helper
 
@@ -231,7 +258,7 @@ class OnnxRuntime(Contender):
             ir_version=10,
         )
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = setting.threads
         options.inter_op_num_threads = 1
         # Workers may spin while a call runs, not while others are timed.
         options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -266,7 +293,9 @@ class OnnxRuntime(Contender):
 class OpenVino(Contender):
     """OpenVINO on a graph of one node."""
 
-    def __init__(self, case: Any, arrays: dict[str, np.ndarray], threads: int):
+    def __init__(
+        self, case: Any, arrays: dict[str, np.ndarray], setting: Setting
+    ):
         import openvino
         from openvino import opset8
 
@@ -281,7 +310,7 @@ class OpenVino(Contender):
             "CPU",
             {
                 "PERFORMANCE_HINT": "LATENCY",
-                "INFERENCE_NUM_THREADS": threads,
+                "INFERENCE_NUM_THREADS": setting.threads,
                 # Without this it computes in bfloat16 where it can.
                 "INFERENCE_PRECISION_HINT": "f32",
                 # The process is pinned already, the same for everybody.

@@ -24,6 +24,7 @@ import numpy as np  # noqa: E402
 import onnx  # noqa: E402
 import onnxruntime  # noqa: E402
 import openvino  # noqa: E402
+import report  # noqa: E402
 import tensorflow as tf  # noqa: E402
 from onnxruntime import quantization  # noqa: E402
 from onnxruntime.transformers import float16  # noqa: E402
@@ -253,10 +254,8 @@ def main() -> None:
                         cell = "fails"
                     table.setdefault(name, []).append(cell)
                     print(columns[-1], name, cell, flush=True)
-    print(f"\n| | {' | '.join(columns)} |")
-    print("|---|" + "---:|" * len(columns))
-    for name, cells in table.items():
-        print(f"| {name} | {' | '.join(cells)} |")
+    rows = [[name, *cells] for name, cells in table.items()]
+    print(f"\n{report.markdown(['', *columns], rows, words=1)}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from contenders import (
     Contender,
     OnnxRuntime,
     OpenVino,
+    Setting,
     Suite,
     TensorFlow,
     Unsupported,
@@ -122,6 +123,16 @@ class Case:
     def output_shape(self) -> tuple[int, ...]:
         """The output's shape, channels last."""
         return (self.batch, *self.output_size, self.filters)
+
+    @property
+    def product_flop(self) -> int:
+        """Operations of the forward matrix products, a multiply-add two.
+
+        The backward pass has two more products of the same size.
+        """
+        pixels = math.prod(self.output_shape[:3])
+        depth = self.channels // self.groups
+        return 2 * pixels * self.taps * depth * self.filters
 
     @property
     def padding(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -401,10 +412,12 @@ class DeformableConvolution(_ChannelsFirst, OpenVino):
     lets it be laid out ahead of time.
     """
 
-    def __init__(self, case: Case, arrays: dict[str, np.ndarray], threads: int):
+    def __init__(
+        self, case: Case, arrays: dict[str, np.ndarray], setting: Setting
+    ):
         arrays = dict(arrays)
         self._kernel = arrays.pop("kernel")
-        super().__init__(case, arrays, threads)
+        super().__init__(case, arrays, setting)
         del self._kernel
 
     def _node(self, case: Case, inputs, offset, mask=None) -> Any:

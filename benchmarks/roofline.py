@@ -20,8 +20,9 @@ import tempfile
 from typing import Any
 
 from convolution import Case
-from run import TITLES, describe_machine
-from worker import KINDS, pin
+from report import KINDS, TITLES, markdown
+from run import describe_machine
+from worker import pin
 
 # Other guests of the machine can slow it down for seconds; the best counts.
 ROUNDS = 3
@@ -47,8 +48,7 @@ def flop(case: Case, kind: str) -> int:
     coordinates and weights, which all channels share.
     """
     pixels = math.prod(case.output_shape[:3])
-    product = 2 * pixels * case.taps * case.channels // case.groups
-    product *= case.filters
+    product = case.product_flop
     samples = pixels * case.taps * case.channels
     if kind == "forward":
         return product + 9 * samples
@@ -140,12 +140,6 @@ def describe(
         limit,
         f"{limits[limit] / time:.0%}",
     ]
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table."""
-    rows = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
 def main() -> None:
