@@ -155,6 +155,7 @@ def _time(
             for key, value in of_kind["this"].items()
         )
         rows[kind] = {
+            "contender": "tf_deform",
             "kind": kind,
             "equal_bits": equal,
             "disagreement": max(differences.values()),

@@ -182,7 +182,7 @@ def table(report: dict[str, Any], op: str) -> str:
             columns.append(("TFLOP/s (of peak)", cell))
     if on_gpu:
         columns.append(("largest difference", _difference_cell))
-    else:
+    elif any(row["extra_mib"] for row in rows):
         columns += [
             (f"extra MiB {HEADS[kind]}", functools.partial(_memory_cell, kind))
             for kind in KINDS
