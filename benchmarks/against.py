@@ -66,6 +66,8 @@ class Build:
     def _read(self) -> dict[str, Any]:
         line = self._process.stdout.readline()
         if not line:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(10)  # it may still be saying why
             raise RuntimeError(
                 f"the process ended: {last_lines(self._log)[-1]}"
             )

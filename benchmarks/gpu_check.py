@@ -19,9 +19,14 @@ import sys
 import time
 from typing import Any
 
+import machine
 from processes import WORKER, run_program
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))
+
+from cc import build  # noqa: E402
+
 # In this order; the profile only if it is asked for.
 SECTIONS = ("table", "tests", "memcheck", "racecheck", "profile")
 # Seconds after which a unit is given up. A unit is a test file; those of the
@@ -57,22 +62,13 @@ def count_gpus() -> int:
     return count.value
 
 
-def find_nvcc() -> str | None:
-    """Returns the nvcc that cc/build.py would take."""
-    path = ROOT / "cc" / "build.py"
-    spec = importlib.util.spec_from_file_location("build", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.find_nvcc()
-
-
 def find_missing(options: argparse.Namespace) -> list[str]:
     """Returns what this machine lacks."""
     found = []
     if not options.emulate:
         if not count_gpus():
             found.append("a GPU with its driver")
-        if not options.core and not find_nvcc():
+        if not options.core and not build.find_nvcc():
             found.append("nvcc")
     packages = {"torch": "PyTorch", "numpy": "NumPy", "pytest": "pytest"}
     for package, title in packages.items():
@@ -121,16 +117,10 @@ class Check:
         self.lines: list[str] = []
         self.failed = False
         self.started = time.monotonic()
-        self.environment = {
-            **os.environ,
-            "PYTHONUNBUFFERED": "1",
-            "TF_DEFORM_TEST_GPU": "0" if options.emulate else "1",
-        }
-        if options.core:
-            self.use_core(os.path.abspath(options.core))
-
-    def use_core(self, path: str) -> None:
-        self.core = self.environment["TF_DEFORM_CORE"] = path
+        self.folder = ROOT / "build" / "gpu_check"
+        self.core = os.path.abspath(options.core or self.folder / "_core.so")
+        os.environ["TF_DEFORM_CORE"] = self.core
+        os.environ["TF_DEFORM_TEST_GPU"] = "0" if options.emulate else "1"
 
     def close(self, unit: str, text: str, failed: bool = False) -> None:
         """Notes how a unit went: a run that is ended leaves it."""
@@ -153,27 +143,24 @@ class Check:
             self.timeout(section),
             stderr=subprocess.STDOUT,
             cwd=ROOT,
-            env=self.environment | environment,
+            env=os.environ | environment,
         )
         with open(self.out / f"{section}.log", "a") as log:
             log.write(output)
         return status, output
 
-    def build(self) -> bool:
+    def make(self) -> bool:
         """Makes the core, and emulated kernels, unless they are given."""
-        folder = ROOT / "build" / "gpu_check"
         commands = []
         if not self.options.core:
-            self.use_core(str(folder / "_core.so"))
             command = [sys.executable, "cc/build.py", "--output", self.core]
-            command += ["--objects", str(folder / "objects")]
+            command += ["--objects", str(self.folder / "objects")]
             if not (self.options.emulate or self.options.all_architectures):
                 command += find_architecture()
             commands.append(command)
         name = "TF_DEFORM_EMULATED_CORE"
-        if self.options.emulate and name not in self.environment:
-            path = self.environment[name] = str(folder / "emulated.so")
-            os.environ[name] = path  # for the table
+        if self.options.emulate and name not in os.environ:
+            path = os.environ[name] = str(self.folder / "emulated.so")
             script = f"import gpu; gpu.build_emulated({path!r})"
             commands.append([sys.executable, "-c", script])
         options = {"PYTHONPATH": str(ROOT / "tests" / "core")}
@@ -264,10 +251,7 @@ class Check:
 
 def find_architecture() -> list[str]:
     """Returns the option for cc/build.py to build for this GPU only."""
-    import run
-
-    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv"]
-    found = run.first_match(query, r"\n(\d+\.\d+)")
+    found = machine.ask_driver("compute_cap")
     if found == "unknown":
         return []
     return ["--architectures", found.replace(".", "")]
@@ -378,7 +362,7 @@ def main(arguments: list[str] | None = None) -> int:
     check.out.mkdir(parents=True, exist_ok=True)
     for log in check.out.glob("*.log"):
         log.unlink()  # of the last run: logs are appended to
-    if check.build():
+    if check.make():
         for section in sections:
             if section in ("table", "profile"):
                 getattr(check, section)([*of_table, "--core", check.core])

@@ -19,9 +19,9 @@ import sys
 import tempfile
 from typing import Any
 
+import machine
 from convolution import Case
 from report import KINDS, TITLES, markdown
-from run import describe_machine
 from worker import pin
 
 # Other guests of the machine can slow it down for seconds; the best counts.
@@ -171,11 +171,9 @@ def main() -> None:
         parser.error("expected rows of tf_deform's convolution; there are none")
     peaks = measure_peaks(sorted({row["threads"] for row in rows}))
 
-    machine = describe_machine()
+    about = machine.describe()
     command = shlex.join(["python", "benchmarks/roofline.py", *sys.argv[1:]])
-    print(
-        f"`{command}`: {machine['cpu']}, {machine['processors']} processors\n"
-    )
+    print(f"`{command}`: {about['cpu']}, {about['processors']} processors\n")
     names = list(
         dict.fromkeys(name for peak in peaks.values() for name in peak)
     )

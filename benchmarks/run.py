@@ -8,25 +8,18 @@ See README.md in this folder for what is compared and how to read it.
 """
 
 import argparse
-import ctypes
 import datetime
-import glob
-import importlib.metadata
-import importlib.util
 import os
-import platform
-import re
 import shlex
-import shutil
-import subprocess
 import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import against
+import machine
 import report as reports
 from contenders import Suite
-from processes import progress, run_program, run_worker
+from processes import progress, run_worker
 from timing import TOLERANCES
 from worker import CPU_SUITES, suites
 
@@ -37,9 +30,6 @@ PACKAGES = (
     "onnx",
     "openvino",
     "numpy",
-)
-INSTRUCTION_SETS = re.compile(
-    r"sse4_2|avx.*|fma|f16c|amx.*|asimd.*|sve.*|bf16|i8mm"
 )
 PRECISIONS = ("float32", "tf32", "float16", "bfloat16")  # of a GPU
 # Seconds after which a shape is given up: it hangs.
@@ -144,6 +134,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="write results.json and table.md there, as results come",
     )
 
+    add_device_arguments(parser)
+    return parser
+
+
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     cpu = parser.add_argument_group("on the CPU")
     cpu.add_argument(
         "--baseline",
@@ -188,7 +183,6 @@ def make_parser() -> argparse.ArgumentParser:
         help="small shapes and emulated kernels on the CPU: tries the harness "
         "without a GPU",
     )
-    return parser
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -210,11 +204,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         options.repeats = 3
     if options.repeats is not None and options.repeats < 1:
         parser.error(f"--repeats must be at least 1, not {options.repeats}")
+    if options.against and options.repeats < 6:
+        parser.error("--against needs 6 --repeats or more for an interval")
     if options.memory_repeats is not None and options.memory_repeats < 0:
         parser.error("--memory-repeats must be at least 0")
     if options.timeout is None:
         options.timeout = TIMEOUTS[options.device]
-    available = len(_processors())
+    available = machine.count_processors()
     for threads in options.threads:
         if on_cpu and not 1 <= threads <= available:
             parser.error(
@@ -273,12 +269,6 @@ def find_units(
                 f"shape. Received: {word}"
             )
     return [u for u in dict.fromkeys(found) if u.is_chosen(options.only)]
-
-
-def _processors() -> set[int]:
-    if hasattr(os, "sched_getaffinity"):
-        return os.sched_getaffinity(0)
-    return set(range(os.cpu_count() or 1))
 
 
 # The run.
@@ -421,83 +411,7 @@ def document(options: argparse.Namespace, report: dict[str, Any]) -> str:
     return reports.document(report, suites(options.device))
 
 
-# The machine.
-
-
-def instruction_set() -> str | None:
-    """What `tf_deform` uses on this processor, in this environment."""
-    spec = importlib.util.find_spec("tf_deform")
-    folders = spec.submodule_search_locations if spec else None
-    for folder in folders or []:
-        for path in glob.glob(os.path.join(folder, "_core*.so")):
-            name = ctypes.CDLL(path).TfDeformInstructionSet
-            name.restype = ctypes.c_char_p
-            return name().decode()
-    return None
-
-
-def describe_machine() -> dict[str, Any]:
-    """What a reader needs to judge the numbers; nothing that names a host."""
-    model, flags = platform.processor() or platform.machine(), []
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            fields = dict(
-                re.findall(r"^(.*?)\s*:[ \t]*(.*)$", file.read(), re.M)
-            )
-    except OSError:
-        fields = {}
-    model = fields.get("model name", model)
-    flags = fields.get("flags", fields.get("Features", "")).split()
-    return {
-        "cpu": model,
-        "architecture": platform.machine(),
-        "processors": len(_processors()),
-        "instruction_sets": [f for f in flags if INSTRUCTION_SETS.fullmatch(f)],
-        "memory_gib": _memory_gib(),
-        "system": f"{platform.system()} {platform.release()}",
-    }
-
-
-def _memory_gib() -> float | None:
-    try:
-        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None
-    return round(pages / 2**30, 1)
-
-
-def describe_cuda() -> dict[str, str]:
-    """Returns the versions of the driver and of nvcc."""
-    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-    query = ["--query-gpu=driver_version", "--format=csv"]
-    return {
-        "driver": first_match(["nvidia-smi", *query], r"\n(.*)"),
-        "nvcc": first_match([nvcc, "--version"], r"release ([\d.]+)"),
-    }
-
-
-def first_match(command: list[str], pattern: str) -> str:
-    """Returns what the pattern's group matches in a program's output."""
-    try:
-        _, output = run_program(command, 60, stderr=subprocess.DEVNULL)
-    except OSError:
-        return "unknown"
-    match = re.search(pattern, output)
-    return match[1].strip() if match else "unknown"
-
-
-def _load() -> list[float] | None:
-    return list(os.getloadavg()) if hasattr(os, "getloadavg") else None
-
-
-def _versions(packages: tuple[str, ...]) -> dict[str, str | None]:
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return versions
+# The report.
 
 
 def new_report(
@@ -530,9 +444,10 @@ def new_report(
         "command": " ".join([*limits, script]),
         "device": options.device,
         "emulated": options.emulate,
-        "machine": describe_machine() | ({} if on_cpu else describe_cuda()),
-        "instruction_set": instruction_set() if on_cpu else None,
-        "versions": _versions(PACKAGES if on_cpu else ()),
+        "machine": machine.describe()
+        | ({} if on_cpu else machine.describe_cuda()),
+        "instruction_set": machine.instruction_set() if on_cpu else None,
+        "versions": machine.versions(PACKAGES if on_cpu else ()),
         "settings": {
             "dtype": options.dtype if on_cpu else "float32",
             "mask": not options.no_mask,
@@ -544,7 +459,7 @@ def new_report(
             "ratio_to": of_suites(None, "ratio_to"),
             "tolerance": tolerance,
         },
-        "load_average": {"before": _load()},
+        "load_average": {"before": machine.load()},
         "peaks": {},
         "missing": {},
         "errors": [],
@@ -557,7 +472,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     report = new_report(options, arguments)
     run_all(options, report)
-    report["load_average"]["after"] = _load()
+    report["load_average"]["after"] = machine.load()
     report["complete"] = True
     save(options, report)
     print(document(options, report), end="")
