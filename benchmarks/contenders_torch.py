@@ -24,7 +24,7 @@ from contenders import Contender, Setting, Suite, Unsupported
 from timing import HostClock, first_line, take_turns
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.append(os.path.join(ROOT, "tests", "core"))
+sys.path += [os.path.join(ROOT, "tests", name) for name in ("lib", "core")]
 
 import core  # noqa: E402
 import gpu  # noqa: E402

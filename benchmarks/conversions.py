@@ -206,10 +206,18 @@ def convert(
             "the same, node_block_list=nodes",
             lambda: to_float16(common, node_block_list=nodes),
         )
+    yield from convert_with_nncf(kind, size, source, target)
+
+
+def convert_with_nncf(
+    kind: str, size: int, source: pathlib.Path, target: pathlib.Path
+) -> Iterator[tuple[str, Callable[[], Run]]]:
+    """Yields the same of nncf's conversions, if it is installed."""
     try:
         import nncf
     except ImportError:
         return
+    nodes = layers_nodes(onnx.load(source))
 
     def quantize_nncf(**options) -> Run:
         batches = [make_inputs(kind, size, seed) for seed in range(1, 7)]
