@@ -113,40 +113,8 @@ def results_of(contender: Contender, kind: str) -> Results:
     return contender.gradients(kind)
 
 
-class Oracle:
-    """The baseline's results: what every other contender must reproduce."""
-
-    def __init__(self, build: Callable[[Any], Contender], operands: Any):
-        self._build = build
-        self._operands = operands
-        self._results: dict[tuple[bool, str], Results] = {}
-
-    def results(self, deformable: bool, kind: str) -> Results:
-        """Returns results; with zero offsets if not `deformable`."""
-        # Not everybody has a backward pass alone; the gradients are the same.
-        key = deformable, "both" if kind == "backward" else kind
-        if key not in self._results:
-            operands = self._operands
-            contender = self._build(
-                operands if deformable else operands.undeformed()
-            )
-            self._results[key] = results_of(contender, key[1])
-        return self._results[key]
-
-
-def check(
-    contender: Contender, oracle: Oracle, kind: str, tolerance: float
-) -> tuple[dict[str, float], str | None]:
-    """Compares with the oracle: (disagreements by result, error or None)."""
-    if contender.agreement == "none":
-        return {}, None
-    expected = oracle.results(contender.deformable, kind)
-    found, error = agree(results_of(contender, kind), expected, tolerance)
-    return found, error if contender.agreement == "required" else None
-
-
 class Unit:
-    """One shape: its operands, and who takes part."""
+    """One shape: its operands, who takes part, and what all must reproduce."""
 
     def __init__(self, job: dict[str, Any], names: list[str]):
         self._job, self._names = job, names
@@ -158,24 +126,40 @@ class Unit:
         self.clock = HostClock()
         if job["torch_device"] == "cuda":
             self.clock = CudaClock(job["eager"])
-        self._oracle = Oracle(self._build_oracle, self.operands)
-
-    def setting(self, precision: str) -> Setting:
-        return Setting(
-            self._job["threads"], precision, self._job["torch_device"]
-        )
+        self._expected: dict[tuple[bool, str], Results] = {}
 
     def build(
         self, make: type[Contender], precision: str, operands: Any
     ) -> Contender:
+        threads, device = self._job["threads"], self._job["torch_device"]
         arrays = make.prepare(self.case, operands)
-        return make(self.case, arrays, self.setting(precision))
+        return make(self.case, arrays, Setting(threads, precision, device))
 
-    def _build_oracle(self, operands: Any) -> Contender:
-        make = self.suite.oracle
-        if make is None:
-            make = self.suite.contenders[self._job["baseline"]][0]
-        return self.build(make, self.case.dtype, operands)
+    def expected(self, deformable: bool, kind: str) -> Results:
+        """Returns the oracle's results; with zero offsets if not deformable."""
+        # Not everybody has a backward pass alone; the gradients are the same.
+        key = deformable, "both" if kind == "backward" else kind
+        if key not in self._expected:
+            make = self.suite.oracle
+            if make is None:
+                make = self.suite.contenders[self._job["baseline"]][0]
+            operands = self.operands
+            if not deformable:
+                operands = operands.undeformed()
+            oracle = self.build(make, self.case.dtype, operands)
+            self._expected[key] = results_of(oracle, key[1])
+        return self._expected[key]
+
+    def check(
+        self, contender: Contender, kind: str, precision: str
+    ) -> tuple[dict[str, float], str | None]:
+        """Compares a contender: (disagreements by result, error or None)."""
+        if contender.agreement == "none":
+            return {}, None
+        results = results_of(contender, kind)
+        expected = self.expected(contender.deformable, kind)
+        found, error = agree(results, expected, TOLERANCES[precision])
+        return found, error if contender.agreement == "required" else None
 
     def compare(
         self, name: str, row: dict[str, Any], precision: str
@@ -200,13 +184,11 @@ class Unit:
             if call is None:
                 continue
             try:
-                differences, error = check(
-                    contender, self._oracle, kind, TOLERANCES[precision]
-                )
+                found, error = self.check(contender, kind, precision)
             except Exception as failure:
-                differences, error = {}, first_line(failure)
+                found, error = {}, first_line(failure)
                 self.clock.synchronize()
-            for result, value in differences.items():
+            for result, value in found.items():
                 known = row["disagreement"].get(result, 0.0)
                 row["disagreement"][result] = max(value, known)
             if error:
