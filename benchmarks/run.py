@@ -125,7 +125,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--timeout",
         type=float,
         metavar="SECONDS",
-        help=f"give up a shape after so long (default: {TIMEOUTS})",
+        help=f"give up a shape after so long (default: {TIMEOUTS['cpu']}, with "
+        f"--device cuda {TIMEOUTS['cuda']})",
     )
     parser.add_argument("--json", metavar="PATH", help="write all results here")
     parser.add_argument(
