@@ -8,6 +8,7 @@ other one runs.
 
 import contextlib
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -23,6 +24,9 @@ from timing import TOLERANCES, Sampler, agree, take_turns
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BUILDS = ("this", "other")
+# A process has its luck with memory and processors all its life. So each shape
+# is timed in so many pairs of processes, a part of the rounds in each.
+PAIRS = 3
 # Bounds on times of this tree's build, divided by the other's: of the
 # geometric mean over all rows, and of the lower end of a row's interval.
 MEAN_GOAL = 1.01
@@ -107,8 +111,38 @@ def time_unit(
     """Compares two builds, then times them; a row for each kind of call.
 
     Raises:
-        RuntimeError: if a process ends, or if time is over.
+        RuntimeError: if a process ends, or if one pair's time is over.
     """
+    job = job | {"repeats": math.ceil(job["repeats"] / PAIRS)}
+    pairs = [_time_pair(job, trees, timeout, seed) for seed in range(PAIRS)]
+    rows = []
+    for kind, row in pairs[0][0].items():
+        of_kind = [found[kind] for found, _ in pairs]
+        for other in of_kind:
+            row["equal_bits"] &= other["equal_bits"]
+            row["disagreement"] = max(
+                row["disagreement"], other["disagreement"]
+            )
+            row["errors"] |= other["errors"]
+        if not row["errors"]:
+            times = {
+                name: [ms for _, samples in pairs for ms in samples[name, kind]]
+                for name in BUILDS
+            }
+            row["this"] = summary(times["this"], times["other"])
+            row["other"] = summary(times["other"], None)
+            ratios = np.divide(times["this"], times["other"])
+            row["interval"] = interval(ratios.tolist())
+            by_pair = np.median(ratios.reshape(PAIRS, -1), axis=1)
+            row["ratio_by_pair"] = by_pair.tolist()
+        rows.append(row)
+    return rows
+
+
+def _time_pair(
+    job: dict[str, Any], trees: dict[str, str], timeout: float, seed: int
+) -> tuple[dict[str, dict[str, Any]], dict[Any, list[float]]]:
+    """Starts both builds: returns rows by kind of call, and milliseconds."""
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         builds = {}
@@ -127,7 +161,14 @@ def time_unit(
         timer.start()
         stack.callback(timer.cancel)
         try:
-            return _time(job, builds)
+            rows = _compare(job, builds)
+            samplers = {
+                (name, kind): build.sampler(kind)
+                for kind, row in rows.items()
+                for name, build in builds.items()
+                if not row["errors"]
+            }
+            return rows, take_turns(samplers, job["repeats"], seed)
         except (OSError, RuntimeError):
             if is_over.is_set():
                 raise RuntimeError(
@@ -136,44 +177,30 @@ def time_unit(
             raise
 
 
-def _time(
+def _compare(
     job: dict[str, Any], builds: dict[str, Build]
-) -> list[dict[str, Any]]:
+) -> dict[str, dict[str, Any]]:
     results = {name: build.results() for name, build in builds.items()}
     if results["this"].keys() != results["other"].keys():
         raise RuntimeError("the builds do not have the same results")
-    rows: dict[str, dict[str, Any]] = {}
-    samplers = {}
+    rows = {}
     for kind in builds["this"].kinds:
-        of_kind = {
-            name: {k: v for k, v in found.items() if k.split()[0] == kind}
-            for name, found in results.items()
-        }
-        differences, error = agree(
-            of_kind["this"], of_kind["other"], TOLERANCES[job["dtype"]]
+        this, other = (
+            {k: v for k, v in results[name].items() if k.split()[0] == kind}
+            for name in BUILDS
         )
-        equal = all(
-            value.tobytes() == of_kind["other"][key].tobytes()
-            for key, value in of_kind["this"].items()
-        )
+        differences, error = agree(this, other, TOLERANCES[job["dtype"]])
         rows[kind] = {
             "contender": "tf_deform",
             "kind": kind,
-            "equal_bits": equal,
+            "equal_bits": all(
+                value.tobytes() == other[key].tobytes()
+                for key, value in this.items()
+            ),
             "disagreement": max(differences.values()),
             "errors": {kind: error} if error else {},
         }
-        if not error:
-            for name, build in builds.items():
-                samplers[name, kind] = build.sampler(kind)
-    samples = take_turns(samplers, job["repeats"])
-    for kind, row in rows.items():
-        if not row["errors"]:
-            this, other = (samples[name, kind] for name in BUILDS)
-            row |= {"this": summary(this, other), "other": summary(other, None)}
-            ratios = [a / b for a, b in zip(this, other, strict=True)]
-            row["interval"] = interval(ratios)
-    return list(rows.values())
+    return rows
 
 
 def judge(rows: list[dict[str, Any]]) -> list[str]:
@@ -215,6 +242,7 @@ def name_of(row: dict[str, Any]) -> str:
 def document(report: dict[str, Any]) -> str:
     """Returns the table and what it says as Markdown."""
     header = "shape, threads, kind, this ms, other ms, ratio, 95 % interval"
+    header += ", ratio by pair of processes"
     cells = [
         [
             row["shape"],
@@ -223,6 +251,7 @@ def document(report: dict[str, Any]) -> str:
             *(f"{row[name]['median_ms']:.2f}" for name in BUILDS),
             f"{row['this']['ratio_by_round']['median']:.3f}",
             "{:.3f} to {:.3f}".format(*row["interval"]),
+            " ".join(f"{ratio:.3f}" for ratio in row["ratio_by_pair"]),
         ]
         for row in report["rows"]
         if "interval" in row

@@ -208,7 +208,7 @@ class CudaClock(HostClock):
 
 
 def take_turns(
-    samplers: Mapping[Any, Sampler], repeats: int
+    samplers: Mapping[Any, Sampler], repeats: int, seed: int = 0
 ) -> dict[Any, list[float]]:
     """Returns milliseconds: one sample of each a round, in random order.
 
@@ -218,7 +218,7 @@ def take_turns(
     """
     samples: dict[Any, list[float]] = {key: [] for key in samplers}
     order = list(samplers)
-    orders = random.Random(0)
+    orders = random.Random(seed)
     gc.collect()
     gc.disable()
     try:

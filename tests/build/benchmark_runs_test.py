@@ -304,6 +304,7 @@ def test_a_slower_build_is_found(compare_builds):
         low, high = row["interval"]
         assert 1.5 < low <= row["this"]["ratio_by_round"]["median"] <= high
         assert len(row["this"]["samples_ms"]) == run.AGAINST_REPEATS
+        assert len(row["ratio_by_pair"]) == against.PAIRS
     bits, mean, slower = text.splitlines()[-3:]
     assert bits == "- Results are equal to the bit in all 2 rows."
     assert "MISSED" in mean
