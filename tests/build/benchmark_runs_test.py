@@ -44,16 +44,21 @@ def test_run_program_returns_what_is_said():
 
 
 def test_run_program_ends_what_hangs_and_its_children(tmp_path):
-    child = f"import time; time.sleep(4); open({str(tmp_path / 'x')!r}, 'w')"
-    script = (
-        "import subprocess, sys, time; print('begun', flush=True)\n"
-        f"subprocess.Popen([sys.executable, '-c', {child!r}])\n"
-        "time.sleep(60)"
+    file = tmp_path / "alive"
+    child = (
+        "import time\n"
+        f"while True: open({str(file)!r}, 'a').write('x'); time.sleep(0.05)"
     )
-    started = time.monotonic()
-    assert processes.run_program(python(script), 2) == (None, "begun\n")
-    time.sleep(max(0.0, 7 - (time.monotonic() - started)))
-    assert not (tmp_path / "x").exists()
+    script = (
+        "import os, subprocess, sys, time\n"
+        f"subprocess.Popen([sys.executable, '-c', {child!r}])\n"
+        f"while not os.path.exists({str(file)!r}): time.sleep(0.05)\n"
+        "print('begun', flush=True); time.sleep(600)"
+    )
+    assert processes.run_program(python(script), 4) == (None, "begun\n")
+    size = file.stat().st_size
+    time.sleep(0.5)
+    assert file.stat().st_size == size
 
 
 # Toys: the shape says what goes wrong, and in whom.
@@ -173,10 +178,17 @@ def use_toys(tmp_path, monkeypatch):
     return use
 
 
-def test_failures_cost_their_unit_and_no_more(tmp_path, use_toys, capsys):
+def test_failures_cost_their_unit_and_no_more(
+    tmp_path, use_toys, capsys, monkeypatch
+):
+    def run_worker(job: dict, timeout: float) -> tuple:
+        assert timeout == 321
+        return processes.run_worker(job, 2 if job["shape"] == "hang" else 321)
+
     use_toys("toys.Ours")
+    monkeypatch.setattr(run, "run_worker", run_worker)
     out = tmp_path / "out"
-    status = run.main(["--threads", "1", "--timeout", "6", "--out", str(out)])
+    status = run.main(["--threads", "1", "--timeout", "321", "--out", str(out)])
     assert status == 1
     report = json.loads((out / "results.json").read_text())
     assert report["complete"]
@@ -200,7 +212,7 @@ def test_failures_cost_their_unit_and_no_more(tmp_path, use_toys, capsys):
         "crash, threads 1, float32: the process ended with exit status 7: "
         "illegal memory access"
     )
-    assert hang == "hang, threads 1, float32: not finished after 6 s"
+    assert hang == "hang, threads 1, float32: not finished after 2 s"
     table = (out / "table.md").read_text()
     assert table == capsys.readouterr().out
     assert "| wrong | 1 | peer | error |" in table
@@ -342,11 +354,12 @@ def test_a_build_whose_results_are_wrong_is_not_timed(compare_builds):
     [
         ("os._exit(3)", "the process ended: "),
         ("raise OSError('no such file')", "the process ended: OSError: no"),
-        ("time.sleep(600)", "not finished after 6 s"),
+        ("time.sleep(600)", "not finished after 2 s"),
     ],
 )
 def test_a_build_that_fails_costs_its_unit(compare_builds, other, message):
-    status, report, text = compare_builds(RIGHT, other, timeout=6)
+    timeout = 2 if "sleep" in other else 60
+    status, report, text = compare_builds(RIGHT, other, timeout)
     assert status == 1 and report["rows"] == []
     assert f"- ERROR right, threads 1: {message}" in text
 
