@@ -61,7 +61,7 @@ def representable(array: np.ndarray) -> np.ndarray:
 class ConvOperands(convolution.Operands):
     @classmethod
     def random(cls, case: convolution.Case) -> "ConvOperands":
-        """Offsets are odd multiples of 1/8.
+        """Makes operands whose offsets are odd multiples of 1/8.
 
         In float16, in which torchvision adds coordinates up, these are then
         exact too (in images of less than 256 pixels).

@@ -58,7 +58,7 @@ def displace(layer: Any, size: float = 1.0) -> None:
 
 
 def displace_all(model: Any, images: np.ndarray) -> None:
-    """The same for the convolutions of a model, from the first to the last."""
+    """Displaces a model's convolutions, from the first to the last."""
     import keras
 
     import tf_deform
@@ -80,7 +80,7 @@ def make_segmenter() -> tuple[Any, Any, Cases]:
 
 
 def make_detector() -> tuple[Any, Any, Cases]:
-    """The network, and the function that makes detections of what it gives."""
+    """Returns the network, and the function that returns detections."""
     import keras
     from detection import detector
 
@@ -113,7 +113,7 @@ def make_resnet() -> tuple[Any, Any, Cases]:
 
 
 def make_recurrent() -> tuple[Any, Any, Cases]:
-    """A state that each frame moves: the deformable layer aligns it."""
+    """Returns a model whose state a deformable layer aligns to each frame."""
     import keras
     import tensorflow as tf
 
@@ -151,7 +151,7 @@ def make_recurrent() -> tuple[Any, Any, Cases]:
 
 
 def make_conditional() -> tuple[Any, Any, Cases]:
-    """Deformable or plain, as the input says."""
+    """Returns a model that is deformable or plain, as the input says."""
     import keras
 
     import tf_deform
@@ -187,7 +187,7 @@ def make_conditional() -> tuple[Any, Any, Cases]:
 
 
 def make(name: str, folder: pathlib.Path) -> tuple[Any, Any, Cases]:
-    """A model, what is exported of it, and inputs.
+    """Returns a model, the part of it that is exported, and inputs.
 
     The first call writes weights, inputs and outputs to the folder; the others
     read the weights.

@@ -180,7 +180,7 @@ def run(name: str, target: str, folder: pathlib.Path) -> dict[str, Any]:
 def run_tfjs(
     path: pathlib.Path, cases: Cases, folder: pathlib.Path
 ) -> dict[str, Any]:
-    """With the wasm backend; if that fails, with the one in JavaScript."""
+    """Runs with the wasm backend; if that fails, in plain JavaScript."""
     wrong = ""
     for backend in ("wasm", "cpu"):
         try:
@@ -207,7 +207,7 @@ def compare_all(folder: pathlib.Path, whose: str, received: Cases) -> float:
 
 
 def compare(expected: dict, received: dict) -> float:
-    """The largest difference of any output."""
+    """Returns the largest difference of any output."""
     if len(expected) != len(received):
         raise ValueError(
             f"Expected {len(expected)} outputs. Received: {len(received)}"
@@ -233,7 +233,7 @@ def measure(expected: np.ndarray, received: np.ndarray) -> float:
 
 
 def find_format(target: str) -> str:
-    """The format that a target runs."""
+    """Returns the format that a target runs."""
     for ending in ("-node", "-web", "-openvino"):
         if not target.startswith("keras"):
             target = target.removesuffix(ending)

@@ -68,8 +68,8 @@ TARGETS = {
     "keras-litert": ("Keras, `litert`", "LiteRT"),
     "keras-torch": ("Keras, `torch`", "PyTorch"),
 }
-# What tensorflow.js' converter imports with: newer ones of the others do not
-# fit it, and it is not asked for newer.
+# tensorflow.js' converter and packages that it can import: newer versions do
+# not fit it.
 CONVERTER = (
     "tensorflowjs==4.22.0",
     "tensorflow==2.19.0",
@@ -85,7 +85,7 @@ from tensorflowjs.converters import converter, normalize_bias_add
 normalize_bias_add.normalize_bias_add_op = lambda graph: graph
 converter.pip_main()
 """
-# What a runtime says, in words that tell more.
+# Messages of runtimes, in words that tell more.
 REASONS = {
     "TensorListReserve": "LiteRT's builtin operations have no lists of "
     "tensors, of which `tf.scan` makes its loop",
@@ -114,7 +114,7 @@ PACKAGES = (
 def spawn(
     command: Sequence[Any], timeout: float, **arguments: Any
 ) -> dict[str, Any]:
-    """What a process says in its last line, or the reason why it does not."""
+    """Returns the last line of a process, or the reason of its failure."""
     words = [str(word) for word in command]
     with start(words, stderr=subprocess.PIPE, **arguments) as process:
         try:
@@ -176,7 +176,7 @@ def converter(out: pathlib.Path) -> pathlib.Path:
 
 
 class Table:
-    """What is known so far, and how the rest is found out."""
+    """The cells that are known so far; finds out the others."""
 
     def __init__(self, out: pathlib.Path, timeout: float):
         self.out, self.timeout = out, timeout
@@ -270,7 +270,7 @@ class Table:
         report.save(str(self.file), stored)
 
     def render(self) -> str:
-        """The table in Markdown, with reasons and versions below it."""
+        """Returns the table in Markdown, reasons and versions below it."""
         reasons: list[str] = []
 
         def cite(reason: str) -> str:
@@ -310,7 +310,7 @@ def format_number(difference: float) -> str:
 
 
 def shorten(reason: str) -> str:
-    """One line of Markdown, without paths of this machine."""
+    """Returns a line of Markdown, without paths of this machine."""
     for pattern, words in REASONS.items():
         if re.search(pattern, reason):
             return words
@@ -340,7 +340,7 @@ def versions() -> dict[str, str]:
 
 
 def choose(only: Sequence[str], skip: Mapping[str, Any]) -> list[tuple]:
-    """The cells that `--only` names: MODEL, :TARGET or MODEL:TARGET."""
+    """Returns the cells that `--only` names, or else all unknown ones."""
     chosen = []
     for target in TARGETS:
         for model in MODELS:

@@ -77,7 +77,7 @@ def find_missing(options: argparse.Namespace) -> list[str]:
     return found
 
 
-# What is run.
+# Sections and units.
 
 
 def choose_cases(lines: list[str], each: int) -> list[str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The machine and what is installed: what a reader of numbers must know."""
+"""The machine and what is installed: numbers mean nothing without them."""
 
 import ctypes
 import glob
@@ -28,7 +28,7 @@ def count_processors() -> int:
 
 
 def instruction_set() -> str | None:
-    """What `tf_deform` uses on this processor, in this environment."""
+    """Returns what `tf_deform` uses on this processor, in this environment."""
     spec = importlib.util.find_spec("tf_deform")
     folders = spec.submodule_search_locations if spec else None
     for folder in folders or []:
@@ -40,7 +40,7 @@ def instruction_set() -> str | None:
 
 
 def describe() -> dict[str, Any]:
-    """What a reader needs to judge the numbers; nothing that names a host."""
+    """Returns what tells about the numbers; nothing that names a host."""
     model, flags = platform.processor() or platform.machine(), []
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:

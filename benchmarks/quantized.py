@@ -50,7 +50,7 @@ def load(path: pathlib.Path, threads: int) -> Run:
 
 
 def run_all(run: Run, images: np.ndarray) -> dict[str, np.ndarray]:
-    """Outputs for any number of images."""
+    """Returns outputs for any number of images, in batches."""
     batches = np.split(images, range(BATCH, len(images), BATCH))
     outputs = [run(batch) for batch in batches]
     return {
@@ -92,7 +92,7 @@ def measure(
     threads: int,
     calls: int,
 ) -> list[list[str]]:
-    """Rows of the table.
+    """Returns rows of the table.
 
     Args:
         name: what the rows are called.
@@ -120,7 +120,7 @@ def measure(
                 path,
                 kind,
                 calibration=np.split(calibration, 4),
-                # What is judged here are all test scenes.
+                # All test scenes are judged below.
                 tolerance=float("inf"),
                 verbose=False,
             )

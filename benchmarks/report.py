@@ -385,7 +385,7 @@ def comparisons(
             if "ratio" in time
         }
         found.append(("ratio", f"times {reference}", ratios))
-    # Where shapes begin with an operator's name, by operator.
+    # By operator, if shapes begin with the name of one.
     for operator in dict.fromkeys(shape.rpartition(":")[0] for shape in ours):
         for names in suite.peers:
             others = {

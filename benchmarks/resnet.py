@@ -33,14 +33,14 @@ TOLERANCE = 1e-5
 
 
 def make_plain(size: int | None) -> keras.Model:
-    """ResNet-50 without its classifier, with random weights."""
+    """Returns ResNet-50 without its classifier, with random weights."""
     return keras.applications.ResNet50(
         weights=None, include_top=False, input_shape=(size, size, 3)
     )
 
 
 def make_twin(plain: keras.Model) -> keras.Model:
-    """The same model with deformable layers, and with the same weights."""
+    """Returns the model with deformable layers and the same weights."""
 
     def clone(layer: keras.layers.Layer) -> keras.layers.Layer:
         config = layer.get_config()

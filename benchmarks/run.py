@@ -35,7 +35,7 @@ PRECISIONS = ("float32", "tf32", "float16", "bfloat16")  # of a GPU
 # Seconds after which a shape is given up: it hangs.
 TIMEOUTS = {"cpu": 900, "cuda": 60}
 AGAINST_REPEATS = 21
-# Who could be what all others must reproduce: takes part everywhere, trains.
+# Contenders that can be the baseline: they take part everywhere, and train.
 BASELINES = [
     name
     for name in CPU_SUITES["conv"].contenders
@@ -52,7 +52,10 @@ ENVIRONMENT = ("TF_DEFORM_MAX_ISA", "ONEDNN_MAX_CPU_ISA")
 
 
 class Unit(NamedTuple):
-    """What one process compares and times; a crash or a hang costs no more."""
+    """A shape that one process compares and times.
+
+    A crash or a hang costs no more than that.
+    """
 
     op: str
     shape: str
@@ -429,7 +432,7 @@ def new_report(
     script = shlex.join(["python", "benchmarks/run.py", *arguments])
 
     def of_suites(choice: int | None, name: str) -> dict[str, Any]:
-        """By operator: what the user chose, or else the suite's own."""
+        """Returns, by operator, the user's choice or the suite's own."""
         return {
             op: getattr(suite, name) if choice is None else choice
             for op, suite in chosen.items()

@@ -93,8 +93,8 @@ def start_frameworks(
                     missing[name] = (
                         "not installed: pip install 'tf-deform[benchmark]'"
                     )
-            # Whatever a package does on import, such as refusing to load
-            # next to the wrong TensorFlow, the others can still be compared.
+            # A package may do anything on import, such as refuse to load next
+            # to the wrong TensorFlow. The others can still be compared.
             except Exception as error:
                 missing[name] = f"cannot be imported: {first_line(error)}"
             else:
@@ -114,7 +114,7 @@ def results_of(contender: Contender, kind: str) -> Results:
 
 
 class Unit:
-    """One shape: its operands, who takes part, and what all must reproduce."""
+    """A shape: its operands, its contenders and the expected results."""
 
     def __init__(self, job: dict[str, Any], names: list[str]):
         self._job, self._names = job, names
@@ -249,7 +249,7 @@ class Unit:
 # Both counters count touched pages only, in the kernel's own rough steps, and
 # a framework's housekeeping comes and goes: one or two MiB mean nothing.
 def peak_extra_memory(job: dict[str, Any], name: str) -> dict[str, float]:
-    """MiB by kind; without what the system does not tell, or what fails."""
+    """Returns MiB by kind, as far as the system tells and nothing fails."""
     suite = suites(job["device"])[job["op"]]
     case = suite.case.parse(job["shape"], job["dtype"], job["mask"])
     setting = Setting(job["threads"], job["dtype"])
@@ -286,7 +286,7 @@ def peak_extra_memory(job: dict[str, Any], name: str) -> dict[str, float]:
 
 
 def _status(field: str) -> int:
-    """A field of this process's status, in KiB."""
+    """Reads a field of this process's status, in KiB."""
     with open("/proc/self/status", encoding="ascii") as file:
         return int(re.search(rf"^{field}:\s+(\d+)", file.read(), re.M)[1])
 

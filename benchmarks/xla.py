@@ -33,7 +33,7 @@ GOAL = 1.05
 
 
 def stack(layer) -> keras.Model:
-    """Four convolutions that are deformable or not: little else to do."""
+    """Returns four convolutions, deformable or not, with little else."""
     inputs = x = keras.Input((32, 32, 64))
     for _ in range(4):
         x = layer(64, 3, padding="same", activation="relu")(x)
