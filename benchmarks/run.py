@@ -34,6 +34,7 @@ PACKAGES = (
 PRECISIONS = ("float32", "tf32", "float16", "bfloat16")  # of a GPU
 # Seconds after which a shape is given up: it hangs.
 TIMEOUTS = {"cpu": 900, "cuda": 60}
+EMULATION = 20  # times slower than a GPU, or more: it also compiles
 AGAINST_REPEATS = 21
 # Contenders that can be the baseline: they take part everywhere, and train.
 BASELINES = [
@@ -214,6 +215,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--memory-repeats must be at least 0")
     if options.timeout is None:
         options.timeout = TIMEOUTS[options.device]
+        options.timeout *= EMULATION if options.emulate else 1
     available = machine.count_processors()
     for threads in options.threads:
         if on_cpu and not 1 <= threads <= available:
