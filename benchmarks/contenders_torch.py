@@ -3,7 +3,7 @@
 
 All run on PyTorch's tensors and its current stream; this package's kernels are
 called through the core's C entry points, so that TensorFlow is not needed. On
-the device "cpu" they are the emulated kernels of `tests/core/gpu.py`, which
+the device "cpu" they are the emulated kernels of `tests/lib/gpu.py`, which
 tries the harness on a machine without a GPU.
 """
 
@@ -24,7 +24,7 @@ from contenders import Contender, Setting, Suite, Unsupported
 from timing import HostClock, first_line, take_turns
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path += [os.path.join(ROOT, "tests", name) for name in ("lib", "core")]
+sys.path.append(os.path.join(ROOT, "tests", "lib"))
 
 import core  # noqa: E402
 import gpu  # noqa: E402

@@ -163,7 +163,7 @@ class Check:
             path = os.environ[name] = str(self.folder / "emulated.so")
             script = f"import gpu; gpu.build_emulated({path!r})"
             commands.append([sys.executable, "-c", script])
-        options = {"PYTHONPATH": str(ROOT / "tests" / "core")}
+        options = {"PYTHONPATH": str(ROOT / "tests" / "lib")}
         if self.options.emulate:
             options["TF_DEFORM_NVCC"] = "0"
         for command in commands:
