@@ -508,6 +508,8 @@ def test_a_kernel_that_crashes_costs_its_own_rows(tmp_path, monkeypatch):
 )
 def test_the_whole_table_emulated(tmp_path):
     arguments = ["--emulate", "--only", "table", "--repeats", "5"]
+    if core := os.environ.get("TF_DEFORM_CORE"):  # or it builds one
+        arguments += ["--core", core]
     result = subprocess.run(
         [sys.executable, gpu_check.__file__, *arguments]
         + ["--out", str(tmp_path)],
