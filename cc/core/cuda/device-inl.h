@@ -335,6 +335,34 @@ __host__ __device__ constexpr int64_t Max(int64_t a, int64_t b) {
   return a > b ? a : b;
 }
 
+// A number above 0 that kernels divide by often: a division of 64 bits takes a
+// subroutine, about as long as a read from memory; this takes a product.
+struct Divider {
+  int64_t value;
+  uint64_t factor;  // 2^(63 + shift) / value, rounded up
+  int shift;        // log2(value), rounded up
+
+  Divider(int64_t by) : value(by), shift(0) {  // NOLINT: stands for a number
+    while (shift < 62 && (int64_t{1} << shift) < by) ++shift;
+    const unsigned __int128 power = static_cast<unsigned __int128>(1)
+                                    << (63 + shift);
+    const auto divisor = static_cast<unsigned __int128>(by);
+    factor = static_cast<uint64_t>((power + divisor - 1) / divisor);
+  }
+  __host__ __device__ operator int64_t() const { return value; }
+
+  // `number` must not be negative.
+  __device__ __forceinline__ friend int64_t operator/(int64_t number,
+                                                      const Divider& by) {
+    return static_cast<int64_t>(
+        __umul64hi(2 * static_cast<uint64_t>(number), by.factor) >> by.shift);
+  }
+  __device__ __forceinline__ friend int64_t operator%(int64_t number,
+                                                      const Divider& by) {
+    return number - number / by * by.value;
+  }
+};
+
 // Calls body(T()) for the type of the elements.
 template <typename Body>
 Status WithType(DataType type, const Body& body) {
