@@ -119,16 +119,17 @@ static void ForEachPooledRoi(const Rule& rule, const T* inputs, const E* rois,
 template <typename T, typename E>
 static inline void PoolBin(const RoiGeometry& g, const RoiScratch<E>& s,
                            const T* map, int64_t channels, E share, T* to) {
+  const AxisWeights<E> y = s.y, x = s.x;  // kept in registers
   ForEachVector<E>(channels, [&](auto lanes, int64_t i) {
     constexpr int kN = lanes.value;
     Sum<kN, T> sum = {};
-    for (int64_t a = 0; a < s.y.count; ++a) {
-      const T* row = map + s.y.at[a] + i;
+    for (int64_t a = 0; a < y.count; ++a) {
+      const T* row = map + y.at[a] + i;
       Sum<kN, T> in_row = {};
-      for (int64_t b = 0; b < s.x.count; ++b) {
-        in_row += s.x.weight[b] * LoadSum<kN>(row + s.x.at[b]);
+      for (int64_t b = 0; b < x.count; ++b) {
+        in_row += x.weight[b] * LoadSum<kN>(row + x.at[b]);
       }
-      sum += s.y.weight[a] * in_row;
+      sum += y.weight[a] * in_row;
     }
     StoreSum<kN>(sum * share, g.class_channels - i, to + i);
   });
@@ -136,8 +137,11 @@ static inline void PoolBin(const RoiGeometry& g, const RoiScratch<E>& s,
 
 // Writes the output and, if not null, the count of a ROI on `map`.
 template <typename T, typename Rule, typename E>
-static void PoolRoi(const Rule& rule, const Roi<E>& roi, const E* displacements,
-                    const T* map, RoiScratch<E>* s, T* output, float* count) {
+static __attribute__((noinline)) void PoolRoi(const Rule& rule,
+                                              const Roi<E>& roi,
+                                              const E* displacements,
+                                              const T* map, RoiScratch<E>* s,
+                                              T* output, float* count) {
   const BinRange all = AllBins(rule);
   if (UsesLanes(rule, roi, displacements)) {
     ForEachLaneBin<false>(
@@ -203,23 +207,24 @@ template <typename Rule, typename T, typename E>
 static inline void DisplaceBin(const Rule& rule, const Roi<E>& roi,
                                const RoiScratch<E>& s, const T* map,
                                const T* grad_output, E share, E* to) {
+  const AxisWeights<E> y = s.y, x = s.x;  // kept in registers
   // Without samples no gradient, even where it is infinite.
-  if (s.y.count == 0 || s.x.count == 0) return;
+  if (y.count == 0 || x.count == 0) return;
   const E* gradient = WideRow(grad_output, rule.class_channels, s.row);
   E along_y = 0, along_x = 0;
   ForEachVector<E>(rule.class_channels, [&](auto lanes, int64_t i) {
     constexpr int kN = lanes.value;
     Sum<kN, T> by_y = {}, by_x = {};
-    for (int64_t a = 0; a < s.y.count; ++a) {
-      const T* row = map + s.y.at[a] + i;
+    for (int64_t a = 0; a < y.count; ++a) {
+      const T* row = map + y.at[a] + i;
       Sum<kN, T> value = {}, change = {};
-      for (int64_t b = 0; b < s.x.count; ++b) {
-        const Sum<kN, T> pixel = LoadSum<kN>(row + s.x.at[b]);
-        value += s.x.weight[b] * pixel;
-        change += s.x.slope[b] * pixel;
+      for (int64_t b = 0; b < x.count; ++b) {
+        const Sum<kN, T> pixel = LoadSum<kN>(row + x.at[b]);
+        value += x.weight[b] * pixel;
+        change += x.slope[b] * pixel;
       }
-      by_y += s.y.slope[a] * value;
-      by_x += s.y.weight[a] * change;
+      by_y += y.slope[a] * value;
+      by_x += y.weight[a] * change;
     }
     const Vector<E, kN> g = Load<kN>(gradient + i);
     along_y += SumLanes<E, kN>(by_y * g);
@@ -231,10 +236,9 @@ static inline void DisplaceBin(const Rule& rule, const Roi<E>& roi,
 
 // Adds what a ROI on `map` sends to the gradient of its displacements.
 template <typename T, typename Rule, typename E>
-static void DisplaceRoi(const Rule& rule, const Roi<E>& roi,
-                        const E* displacements, const T* map,
-                        const T* grad_output, RoiScratch<E>* s,
-                        E* grad_displacements) {
+static __attribute__((noinline)) void DisplaceRoi(
+    const Rule& rule, const Roi<E>& roi, const E* displacements, const T* map,
+    const T* grad_output, RoiScratch<E>* s, E* grad_displacements) {
   const BinRange all = AllBins(rule);
   if (UsesLanes(rule, roi, displacements)) {
     ForEachLaneBin<true>(rule, roi, displacements, all, 0, rule.Depth(),
@@ -324,12 +328,13 @@ struct Owned {
 template <typename T, typename E>
 static inline void ScatterBin(const RoiScratch<E>& s, const T* grad_output,
                               int64_t count, E share, E* map) {
+  const AxisWeights<E> y = s.y, x = s.x;  // kept in registers
   const E* gradient = WideRow(grad_output, count, s.row);
-  for (int64_t a = 0; a < s.y.count; ++a) {
-    E* row = map + s.y.at[a];
-    for (int64_t b = 0; b < s.x.count; ++b) {
-      E* to = row + s.x.at[b];
-      const E weight = s.y.weight[a] * s.x.weight[b] * share;
+  for (int64_t a = 0; a < y.count; ++a) {
+    E* row = map + y.at[a];
+    for (int64_t b = 0; b < x.count; ++b) {
+      E* to = row + x.at[b];
+      const E weight = y.weight[a] * x.weight[b] * share;
       ForEachVector<E>(count, [&](auto lanes, int64_t i) {
         constexpr int kN = lanes.value;
         Store(Load<kN>(to + i) + weight * Load<kN>(gradient + i), to + i);
