@@ -11,7 +11,7 @@
 // and only samples far away are deferred. The gradient at a pixel is then a sum
 // in an order that strips, offsets and kDeferredBytes decide, not the workers.
 // So are the sums of a small kernel's gradient, of which each pair of an even
-// and an odd strip (a room) has its own.
+// and an odd strip has its own.
 
 namespace tf_deform {
 namespace cpu {
@@ -43,7 +43,7 @@ constexpr int64_t kFusedFilters = 256;
 
 // And so many strips must be worked on at the same time, at least: a pass for
 // the kernel alone would keep any number of workers busy.
-constexpr int64_t kFusedRooms = 4;
+constexpr int64_t kFusedPairs = 4;
 
 // Rows of an image's output in a strip, at least.
 constexpr int64_t kStripRows = 7;
@@ -69,6 +69,8 @@ struct Deferred {
   }
 };
 
+struct StripBlock;
+
 // A strip of an image's output, and how far it has come.
 struct Strip {
   int64_t n;
@@ -77,8 +79,41 @@ struct Strip {
   int64_t bundle, begin, next;  // to do next: bundle, its row, pixel
   int64_t used;                 // bytes of deferred gradients
   char* deferred;
-  int64_t room;  // which sums of the kernel's gradient, which room deferred
+  int64_t pair;  // whose sums of the kernel's gradient and whose `deferred`
+
+  bool IsDone(const Geometry& g) const { return bundle == g.Bundles(); }
+  // Moves on to the first pixel of the next block of rows.
+  void ToBlockAfter(const StripBlock& block);
 };
+
+// The block of rows that a strip works on next.
+struct StripBlock {
+  Bundle bundle;
+  int64_t begin, end;  // rows of the bundle
+  int64_t num_runs;
+  int64_t most;  // bytes that a pixel may defer
+
+  // Writes the block's runs to `runs`.
+  template <typename E>
+  static StripBlock At(const Geometry& g, const Blocks& blocks,
+                       const Strip& strip, Run* runs) {
+    StripBlock block = {Bundle(g, strip.bundle), strip.begin, 0, 0, 0};
+    block.end = blocks.End(g, block.bundle, block.begin);
+    block.num_runs = FindRuns(g, block.bundle, block.begin, block.end, runs);
+    for (int64_t run = 0; run < block.num_runs; ++run) {
+      block.most += Deferred<E>::Bytes(runs[run].count);
+    }
+    return block;
+  }
+};
+
+inline void Strip::ToBlockAfter(const StripBlock& block) {
+  next = first;
+  begin = block.end;
+  if (begin < block.bundle.rows) return;
+  ++bundle;
+  begin = 0;
+}
 
 // Rows of columns whose gradients are made together: as many as kPixelBytes
 // lets a pixel defer, or kPanel.
@@ -136,9 +171,9 @@ struct DataPlan {
   int64_t wide_bytes;      // of their gradients in float32, for 16-bit types
   int64_t strips;          // of an image: 1 or an even number
   int64_t deferred_bytes;  // of a strip
-  int64_t rooms;           // strips worked on at the same time
-  // Is the gradient of the kernel made here too? Every room then has sums of
-  // its own, which take their place from the deferred gradients.
+  int64_t pairs;           // strips worked on at the same time
+  // Is the gradient of the kernel made here too? Every pair of strips then has
+  // sums of its own, which take their place from the deferred gradients.
   bool fused;
 
   DataPlan(const DeformableConv2DParams& params, bool wants_inputs)
@@ -161,16 +196,16 @@ struct DataPlan {
       }
       if (strips < 4) strips = images < 4 ? 4 : 1;
     }
-    rooms = Max(1, strips == 1 ? images : images * strips / 2);
+    pairs = Max(1, strips == 1 ? images : images * strips / 2);
     int64_t place = kDeferredBytes;
     if (narrow && images > 1) place -= images * float_image;
-    const int64_t least = strips == 1 ? 0 : rooms * (kDeferredBytes / 30);
+    const int64_t least = strips == 1 ? 0 : pairs * (kDeferredBytes / 30);
     fused = std::is_same<O, E>::value && g.group_filters <= kFusedFilters &&
             KernelBytes() <= kFusedBytes &&
-            (rooms >= kFusedRooms || IsSerial(g)) &&
-            rooms * KernelBytes() + least <= place;
-    if (fused) place -= rooms * KernelBytes();
-    deferred_bytes = strips == 1 ? 0 : place / rooms / 64 * 64;
+            (pairs >= kFusedPairs || IsSerial(g)) &&
+            pairs * KernelBytes() + least <= place;
+    if (fused) place -= pairs * KernelBytes();
+    deferred_bytes = strips == 1 ? 0 : place / pairs / 64 * 64;
     Arena arena{nullptr};
     DataScratch<T, O>(blocks, fused, &arena);
     scratch_bytes = arena.used;
@@ -192,7 +227,7 @@ struct DataPlan {
   int64_t StripBytes() const {
     return RoundUp(images * strips * static_cast<int64_t>(sizeof(Strip)), 64);
   }
-  int64_t DeferredBytes() const { return scatter ? rooms * deferred_bytes : 0; }
+  int64_t DeferredBytes() const { return scatter ? pairs * deferred_bytes : 0; }
 };
 
 // Adds a sample's gradient to those corners of the image that `flags` names.
@@ -265,9 +300,9 @@ static void MakeStrips(const DataPlan<T, O>& plan, int64_t n, int64_t count,
       strip.row_first = i == 0 ? 0 : (row(i - 1) + row(i)) / 2;
       strip.row_last =
           i + 1 >= plan.strips ? g.height : (row(i + 1) + row(i + 2)) / 2;
-      // Even and odd strips, never worked on at the same time, share a room.
-      strip.room = (image * plan.strips + i) / (plan.strips == 1 ? 1 : 2);
-      strip.deferred = deferred + strip.room * plan.deferred_bytes;
+      // An even and an odd strip, never worked on at the same time, are a pair.
+      strip.pair = (image * plan.strips + i) / (plan.strips == 1 ? 1 : 2);
+      strip.deferred = deferred + strip.pair * plan.deferred_bytes;
     }
   }
 }

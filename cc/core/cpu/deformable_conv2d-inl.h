@@ -69,6 +69,8 @@
 //
 #include "cc/core/cpu/conv2d_strips-inl.h"
 //
+#include "cc/core/cpu/conv2d_gradients-inl.h"
+//
 #include "cc/core/cpu/deformable_conv2d_data-inl.h"
 
 namespace tf_deform {
