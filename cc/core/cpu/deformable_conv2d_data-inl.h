@@ -171,7 +171,7 @@ static inline void FinishTile(const Geometry& g, const StripBlock& block,
 // gradients may not hold the next pixels' (false). Without `packed` no
 // gradients of columns are made.
 template <typename Makes, typename T, typename O, typename E>
-static bool Advance(const DataPlan<T, O>& plan, const Operands<T>& operands,
+static __attribute__((noinline)) bool Advance(const DataPlan<T, O>& plan, const Operands<T>& operands,
                     const O* packed, DataScratch<T, O> s, Strip* strip,
                     DataTargets<E> targets) {
   const Geometry& g = plan.g;

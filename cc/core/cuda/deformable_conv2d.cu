@@ -25,7 +25,7 @@
 //                 always be the same, the columns' gradients go to memory, some
 //                 pixels at a time, and OrderedAdditionKernel adds them
 //                 (deformable_conv2d_data-inl.h).
-//   KernelKernel  Like ForwardKernel, with the pixels as inner dimension,
+//   KernelGradientKernel  Like ForwardKernel, with the pixels as inner dimension,
 //                 divided into parts (deformable_conv2d_kernel-inl.h).
 //
 // Direct...Kernel are the same without a matrix product: for double, and for
@@ -420,14 +420,16 @@ Status KernelOf(const Geometry& g, const Operands<T>& in, const T* grad_output,
         constexpr int kN = decltype(filters)::value;
         E* const parts = work.count > 1 ? static_cast<E*>(workspace) : nullptr;
         if constexpr (kN == 0) {
-          TF_DEFORM_RETURN_IF_ERROR(
-              Launch("DirectKernelKernel", DirectKernelKernel<T>, blocks,
-                     kThreads, 0, stream, g, in, grad_output, work, parts, to));
+          TF_DEFORM_RETURN_IF_ERROR(Launch("DirectKernelGradientKernel",
+                                           DirectKernelGradientKernel<T>,
+                                           blocks, kThreads, 0, stream, g, in,
+                                           grad_output, work, parts, to));
         } else if constexpr (sizeof(T) <= 4) {
           TF_DEFORM_RETURN_IF_ERROR(WithTf32<T>(stream, [&](auto tf32) {
             constexpr bool kTf32 = decltype(tf32)::value;
             using Sums = KernelSums<T, kTf32, kN>;
-            return Launch("KernelKernel", KernelKernel<T, kTf32, kN>, blocks,
+            return Launch("KernelGradientKernel",
+                          KernelGradientKernel<T, kTf32, kN>, blocks,
                           Sums::kThreads, sizeof(KernelBuffers<T, kTf32, kN>),
                           stream, g, in, grad_output, work,
                           CountChannelPieces(g), parts, to);

@@ -91,9 +91,9 @@ using KernelBuffers = ColumnBuffers<T, KernelSums<T, kTf32, kN>,
 
 template <typename T, bool kTf32, int kN>
 __global__ void __launch_bounds__(KernelSums<T, kTf32, kN>::kThreads)
-    KernelKernel(const Geometry g, const Operands<T> in, const T* grad_output,
-                 const KernelParts work, int64_t pieces, float* parts,
-                 T* gradient) {
+    KernelGradientKernel(const Geometry g, const Operands<T> in,
+                         const T* grad_output, const KernelParts work,
+                         int64_t pieces, float* parts, T* gradient) {
   using Sums = KernelSums<T, kTf32, kN>;
   auto* const shared =
       reinterpret_cast<KernelBuffers<T, kTf32, kN>*>(SharedMemory());
@@ -156,9 +156,9 @@ __global__ void __launch_bounds__(KernelSums<T, kTf32, kN>::kThreads)
 // The same without a matrix product: a thread makes one element of a part.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    DirectKernelKernel(const Geometry g, const Operands<T> in,
-                       const T* grad_output, const KernelParts work,
-                       Accumulator<T>* parts, T* gradient) {
+    DirectKernelGradientKernel(const Geometry g, const Operands<T> in,
+                               const T* grad_output, const KernelParts work,
+                               Accumulator<T>* parts, T* gradient) {
   using E = Accumulator<T>;
   const int64_t kernel = g.taps * g.group_channels * g.filters;
   const int64_t index =
