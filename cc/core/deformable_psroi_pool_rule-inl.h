@@ -36,8 +36,7 @@ struct PSROIPoolRule : RoiGeometry {
     const E start = Product(RoundHalfAway(from), spatial_scale) - E(0.5);
     const E end = Product(RoundHalfAway(to) + 1, spatial_scale) - E(0.5);
     const E size = end - start > E(0.1) ? end - start : E(0.1);
-    const int64_t pooled = along_x ? pooled_w : pooled_h;
-    const E bin = size / static_cast<E>(pooled);
+    const E bin = size / static_cast<E>(Pooled(along_x));
     const E step = bin / static_cast<E>(samples_h);
     return {start, size, bin, step, static_cast<SampleCount>(samples_h)};
   }

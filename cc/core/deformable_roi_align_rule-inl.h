@@ -37,8 +37,7 @@ struct ROIAlignRule : RoiGeometry {
   TF_DEFORM_RULE_FUNCTION RoiAxis<E> Axis(E from, E to, bool along_x) const {
     const E start = Product(from, spatial_scale) - E(0.5);
     const E size = (to - from) * spatial_scale;
-    const int64_t pooled = along_x ? pooled_w : pooled_h;
-    const E bin = size / static_cast<E>(pooled);
+    const E bin = size / static_cast<E>(Pooled(along_x));
     int64_t samples = sampling_ratio;
     if (samples <= 0) {
       const int64_t most = along_x ? samples_w : samples_h;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Deformable convolution on the CPU: from the gradients of columns to those of
-// inputs, offset and mask.
+// Deformable convolution on the CPU: adds gradients of columns to the gradients
+// of inputs, offset and mask.
 //
 // No include guard: see simd-inl.h.
 
@@ -8,8 +8,8 @@ namespace tf_deform {
 namespace cpu {
 namespace TF_DEFORM_ISA {
 
-// Sums over a run's channels: column gradient times the sample's slopes and
-// value.
+// Sums over a run's channels of column gradient times the sample's slopes, and
+// times its value.
 template <typename E>
 struct SlopeSums {
   Vector<E, kLanes<E>> dy = {}, dx = {}, value = {};
@@ -23,9 +23,9 @@ struct SlopeSums {
       dx += gradient * along_x;
       value += gradient * sample;
     } else {
-      // Lane after lane: of two products that are added a compiler may contract
-      // either, another one in each variant of the function that it inlines
-      // this into, and results would depend on what else is wanted.
+      // Lane after lane: where two products are added, a compiler may contract
+      // either of them, a different one in each variant of the caller, and
+      // results would depend on which other gradients are wanted.
       for (int i = 0; i < kN; ++i) {
         rest_dy += gradient[i] * along_y[i];
         rest_dx += gradient[i] * along_x[i];
@@ -74,16 +74,16 @@ static inline __attribute__((always_inline)) void UseColumns(
   });
 }
 
-// Where the results of a strip go. Null: not wanted.
+// The gradients that a strip adds to. Null: not wanted.
 template <typename E>
 struct DataTargets {
-  E* image;        // the gradient of the strip's image; added to
-  E* offset;       // added to
-  E* mask;         // added to
-  E* kernel_sums;  // what the strip's pair adds to the gradient of the kernel
+  E* image;  // of the strip's image
+  E* offset;
+  E* mask;
+  E* kernel_sums;  // of the kernel, for the strip's pair
 };
 
-// What is made of the gradients of columns, decided before the loops.
+// The gradients that are made from those of columns, decided before the loops.
 template <bool kSlopesOf, bool kScatterOf, bool kColumnsOf>
 struct Making {
   static constexpr bool kSlopes = kSlopesOf;    // gradients of offset and mask

@@ -8,11 +8,11 @@ namespace tf_deform {
 namespace cpu {
 namespace TF_DEFORM_ISA {
 
-// What a DataPass does of what is wanted.
+// The gradients that a DataPass makes.
 template <typename T, typename O>
 struct DataWanted {
-  bool columns;  // gradients of columns: for inputs, offset, mask
-  bool slopes;   // offset or mask
+  bool columns;  // of columns: from which inputs, offset and mask follow
+  bool slopes;   // of offset or mask
   bool kernel;
 
   DataWanted(const DataPlan<T, O>& plan,
@@ -23,7 +23,7 @@ struct DataWanted {
         kernel(plan.fused && gradients.kernel != nullptr) {}
 };
 
-// A depthwise kernel in the order (multiplier, tap, channel).
+// Packs a depthwise kernel in the order (multiplier, tap, channel).
 template <typename T, typename E>
 static void PackDepthwise(const Geometry& g, const T* kernel, E* packed,
                           const ParallelFor& parallel_for) {
@@ -38,9 +38,9 @@ static void PackDepthwise(const Geometry& g, const T* kernel, E* packed,
   });
 }
 
-// The kernel packed for the data pass: for every block of kInner filters (of
-// one group) and every part of the kernel (see Piece) a packed transposed B;
-// for a depthwise kernel the order (multiplier, tap, channel).
+// Packs the kernel for the data pass: for every block of kInner filters (of one
+// group) and every part of the kernel (see Piece) a packed transposed B; a
+// depthwise kernel as PackDepthwise does.
 template <typename T, typename O>
 static void PackTransposed(const DataPlan<T, O>& plan, const T* kernel,
                            O* packed, const ParallelFor& parallel_for) {
@@ -53,24 +53,22 @@ static void PackTransposed(const DataPlan<T, O>& plan, const T* kernel,
   const int64_t filter_blocks = CeilDiv(g.group_filters, kInner);
   const int64_t parts = g.groups == 1 ? 1 : g.taps * g.groups;
   const int64_t rows = g.groups == 1 ? g.rows : g.group_channels;
-  const int64_t pieces = CeilDiv(rows, kRows);
-  RunTasks(
-      parallel_for, filter_blocks * parts * pieces, [&](int64_t task, int) {
-        const int64_t row = task % pieces * kRows;
-        const int64_t f = task / pieces % filter_blocks * kInner;
-        const int64_t part = task / pieces / filter_blocks;
-        const int64_t filters = Min(kInner, g.group_filters - f);
-        const int64_t inner = PackedInner<O>(filters);
-        PackPanels(
-            kernel + (part / g.groups * g.group_channels + row) * g.filters +
-                part % g.groups * g.group_filters + f,
-            1, g.filters, filters, Min(kRows, rows - row),
-            packed + (parts * f + part * inner) * PackedColumns<O>(rows) +
-                row * inner);
-      });
+  const int64_t tasks = CeilDiv(rows, kRows);  // of a part
+  RunTasks(parallel_for, filter_blocks * parts * tasks, [&](int64_t task, int) {
+    const int64_t row = task % tasks * kRows;
+    const int64_t f = task / tasks % filter_blocks * kInner;
+    const int64_t part = task / tasks / filter_blocks;
+    const int64_t filters = Min(kInner, g.group_filters - f);
+    const int64_t inner = PackedInner<O>(filters);
+    PackPanels(kernel + (part / g.groups * g.group_channels + row) * g.filters +
+                   part % g.groups * g.group_filters + f,
+               1, g.filters, filters, Min(kRows, rows - row),
+               packed + (parts * f + part * inner) * PackedColumns<O>(rows) +
+                   row * inner);
+  });
 }
 
-// The gradients of a depthwise tile's columns, element by element.
+// Makes the gradients of a depthwise tile's columns, element by element.
 template <typename T, typename E>
 static void DepthwiseColumnGradients(const Geometry& g, const T* from,
                                      const E* packed, int64_t begin,
@@ -168,12 +166,14 @@ static inline void FinishTile(const Geometry& g, const StripBlock& block,
 }
 
 // Works on `strip` until it is done (returns true) or its room for deferred
-// gradients may not hold the next pixels' (false). Without `packed` no
-// gradients of columns are made.
+// gradients may not hold those of the next pixels (false). Without `packed` no
+// gradients of columns are made. Never inlined: its loops need all registers.
 template <typename Makes, typename T, typename O, typename E>
-static __attribute__((noinline)) bool Advance(const DataPlan<T, O>& plan, const Operands<T>& operands,
-                    const O* packed, DataScratch<T, O> s, Strip* strip,
-                    DataTargets<E> targets) {
+static __attribute__((noinline)) bool Advance(const DataPlan<T, O>& plan,
+                                              const Operands<T>& operands,
+                                              const O* packed,
+                                              DataScratch<T, O> s, Strip* strip,
+                                              DataTargets<E> targets) {
   const Geometry& g = plan.g;
   const Sampling<E> in(g, operands.offset, operands.mask);
   __builtin_memset(static_cast<void*>(s.zeros), 0,
@@ -230,6 +230,7 @@ struct DataMemory {
   }
 };
 
+// Bytes for DataPass.
 template <typename T, typename O>
 static int64_t DataWorkspace(const DeformableConv2DParams& params,
                              const DeformableConv2DGradients& gradients,
@@ -242,8 +243,8 @@ static int64_t DataWorkspace(const DeformableConv2DParams& params,
   return arena.used + num_workers * plan.scratch_bytes;
 }
 
-// Makes the gradients of offset and mask alone: no pixels share their target,
-// so tiles are divided among workers.
+// Makes the gradients of offset and mask alone. No two pixels add to the same
+// element, so tiles are divided among workers.
 template <typename T, typename O, typename E>
 static void AdvanceTiles(const DataPlan<T, O>& plan,
                          const Operands<T>& operands,
@@ -308,7 +309,7 @@ static void AdvanceStrips(const DataPlan<T, O>& plan,
         any = any || strip.used > 0;
       }
       if (!any) continue;
-      // By image and some of its rows.
+      // A task adds to some rows of an image.
       const int64_t adders = plan.scatter ? images * plan.strips : 0;
       RunTasks(parallel_for, adders, [&](int64_t index, int) {
         const int64_t part = index % plan.strips;
@@ -345,6 +346,8 @@ static void SumPairs(const DataPlan<T, O>& plan, const DataMemory<T, O>& memory,
   });
 }
 
+// Writes the wanted gradients of inputs, offset and mask and, if plan.fused,
+// that of the kernel.
 template <typename T, typename O>
 static void DataPass(const DeformableConv2DParams& params,
                      const DeformableConv2DInputs& inputs,

@@ -5,7 +5,7 @@
 // No include guard: see simd-inl.h.
 
 #include "cc/core/cpu/simd-inl.h"
-// Each of the next ones builds on those before.
+// Each of the next files builds on those before.
 #include "cc/core/cpu/tasks-inl.h"
 //
 #include "cc/core/cpu/roi_bins-inl.h"

@@ -11,7 +11,7 @@
 // row. A bin of 4 x 4 samples that is 2 pixels wide reads 9 to 16 pixels this
 // way, not 64.
 //
-// How a pooling operator flows, by file:
+// A pooling operator flows through these files:
 //
 //   roi_bins      A Rule places a ROI's bins; AxisWeights finds the rows and
 //                 the columns that a bin reads, with their weights.
@@ -60,6 +60,7 @@ struct RoiGeometry {
   int64_t Pixels() const { return height * width; }
   int64_t Image() const { return Pixels() * Cells() * Depth(); }
   int64_t Bins() const { return pooled_h * pooled_w; }
+  int64_t Pooled(bool along_x) const { return along_x ? pooled_w : pooled_h; }
 
   // Rows or columns that a bin reads, at most. The last one may come twice, see
   // AxisWeights.

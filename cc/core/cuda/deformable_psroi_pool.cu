@@ -4,7 +4,7 @@
 #include "cc/core/checks.h"
 #include "cc/core/cuda/roi_passes-inl.h"
 #include "cc/core/deformable_psroi_pool.h"
-// The rule builds on those before.
+// The rule builds on the files before.
 #include "cc/core/deformable_psroi_pool_rule-inl.h"
 
 namespace tf_deform {

@@ -3,8 +3,8 @@
 // which pixels they read.
 //
 // The sums are those of cpu/roi_bins-inl.h: a bin is the weighted sum of the
-// rows and columns that its samples read. How a pooling operator flows, by
-// file:
+// rows and columns that its samples read. A pooling operator flows through
+// these files:
 //
 //   roi_bins      A Rule places a ROI's bins. Two threads of each bin find the
 //                 rows and the columns that it reads, with their weights, and
@@ -68,6 +68,9 @@ struct RoiGeometry {
   }
   __host__ __device__ int64_t Bins() const {
     return pooled_h.value * pooled_w.value;
+  }
+  __host__ __device__ int64_t Pooled(bool along_x) const {
+    return along_x ? pooled_w.value : pooled_h.value;
   }
 };
 
