@@ -162,6 +162,13 @@ __device__ __forceinline__ void CopyPanel(const T* from, int row_stride,
 // Shared memory of MultiplyColumns.
 template <typename T, typename Sums, int kPlan>
 struct ColumnBuffers {
+  // Packs of a panel that a thread samples.
+  static constexpr int kLoads =
+      Sums::A::kRows * Sums::A::kPacks / Sums::kThreads;
+  static_assert(Sums::A::kRows * Sums::A::kPacks % Sums::kThreads == 0,
+                "all threads sample");
+  static_assert(kPlan <= Sums::kThreads, "a thread locates one sample");
+
   alignas(16) T a[2][Sums::A::kElements];
   alignas(16) T b[3][Sums::B::kElements];
   Sample<float> plans[2][kPlan];
@@ -186,10 +193,7 @@ __device__ __forceinline__ void MultiplyColumns(
     ColumnBuffers<T, Sums, Cursor::kPlan>* shared, Sums* sums) {
   using Shape = typename Sums::A;
   constexpr int kBlock = Sums::kThreads;
-  constexpr int kLoads = Shape::kRows * Shape::kPacks / kBlock;
-  static_assert(Shape::kRows * Shape::kPacks % kBlock == 0,
-                "all threads sample");
-  static_assert(Cursor::kPlan <= kBlock, "a thread locates one sample");
+  constexpr int kLoads = ColumnBuffers<T, Sums, Cursor::kPlan>::kLoads;
   const int thread = threadIdx.x;
   const bool plans = thread < Cursor::kPlan;
 

@@ -171,6 +171,21 @@ struct DataBuffers {
   Sample<float> plan[kDataPixels];
 };
 
+// Returns the sample of one tap at output pixel p; one that lies outside if not
+// `exists`.
+template <typename T>
+__device__ __forceinline__ Sample<float> LocateSample(const Geometry& g,
+                                                      const Operands<T>& in,
+                                                      int64_t p, bool exists,
+                                                      int64_t tap,
+                                                      int64_t field) {
+  Pixel<float> pixel = {0, 0, 0, -1};
+  if (exists) pixel = Pixel<float>::At<uint32_t>(g, p);
+  return Sample<float>::Locate<uint32_t>(
+      g, pixel, tap,
+      Displacement<float>::Read(pixel, field, in.offset, in.mask));
+}
+
 // A block makes the gradient of the columns of kDataPixels pixels, one tap and
 // one offset group: grad_output times the transposed kernel, some channels at a
 // time. A warp then takes the gradients of one pixel and passes them on.
@@ -191,11 +206,8 @@ __global__ void __launch_bounds__(DataBuffers<T, kTf32>::Sums::kThreads)
   const int64_t first = out.first + tile * kDataPixels;
   const int64_t pixels = Min(kDataPixels, out.end - first);
   if (thread < kDataPixels) {
-    Pixel<float> pixel = {0, 0, 0, -1};
-    if (thread < pixels) pixel = Pixel<float>::At<uint32_t>(g, first + thread);
-    shared->plan[thread] = Sample<float>::Locate<uint32_t>(
-        g, pixel, tap,
-        Displacement<float>::Read(pixel, field, in.offset, in.mask));
+    shared->plan[thread] =
+        LocateSample(g, in, first + thread, thread < pixels, tap, field);
   }
 
   constexpr int kRows = kDataPixels / kWarps;  // pixels of a warp
