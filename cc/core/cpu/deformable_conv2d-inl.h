@@ -34,16 +34,17 @@
 //                 corners turns it into gradients of offset and mask, which
 //                 belong to the tile's own pixels; in the same look it is added
 //                 to the gradient of the inputs, which lands anywhere in the
-//                 image, divided into strips (conv2d_strips-inl.h,
-//                 deformable_conv2d_data-inl.h). If the kernel is small,
-//                 this look leaves the columns too, and the tile's share of the
-//                 gradient of the kernel is made as in KernelPass.
+//                 image, divided into strips (conv2d_gradients-inl.h,
+//                 conv2d_strips-inl.h, deformable_conv2d_data-inl.h). If the
+//                 kernel is small, this look leaves the columns too, and the
+//                 tile's share of the gradient of the kernel is made as in
+//                 KernelPass.
 //   KernelPass    Rows of the kernel (taps and channels) are divided among
 //                 workers; each samples its part of the columns, tile after
 //                 tile over all pixels, and adds the transposed tile times
 //                 grad_output (deformable_conv2d_kernel-inl.h).
 //
-// The words for parts of this work, each within the one before:
+// The words for parts of this work:
 //
 //   bundle        Consecutive groups of the convolution, sampled in one go.
 //   block         Rows of a bundle's columns that are worked on together.

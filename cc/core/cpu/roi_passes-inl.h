@@ -135,7 +135,8 @@ static inline void PoolBin(const RoiGeometry& g, const RoiScratch<E>& s,
   });
 }
 
-// Writes the output and, if not null, the count of a ROI on `map`.
+// Writes the output and, if not null, the count of a ROI on `map`. Never
+// inlined: its loops need all registers.
 template <typename T, typename Rule, typename E>
 static __attribute__((noinline)) void PoolRoi(const Rule& rule,
                                               const Roi<E>& roi,
@@ -183,8 +184,9 @@ static void PoolPass(const Rule& rule, const T* inputs, const E* rois,
                      __builtin_memset(static_cast<void*>(output + first), 0,
                                       roi_outputs * sizeof(T));
                      if (count == nullptr) return;
-                     for (int64_t i = 0; i < roi_outputs; ++i)
+                     for (int64_t i = 0; i < roi_outputs; ++i) {
                        count[first + i] = 0;
+                     }
                    });
 }
 
@@ -234,7 +236,8 @@ static inline void DisplaceBin(const Rule& rule, const Roi<E>& roi,
   to[1] += along_x * share * rule.DisplacementSlope(roi.x.size);
 }
 
-// Adds what a ROI on `map` sends to the gradient of its displacements.
+// Adds what a ROI on `map` sends to the gradient of its displacements. Never
+// inlined, like PoolRoi.
 template <typename T, typename Rule, typename E>
 static __attribute__((noinline)) void DisplaceRoi(
     const Rule& rule, const Roi<E>& roi, const E* displacements, const T* map,
