@@ -48,7 +48,6 @@ LONG_FUNCTIONS = {
     "benchmarks/run.py: parse_arguments",
     "cc/core/deformable_conv2d.cc: Validate",
     "tf_deform/_portable/deformable_conv2d.py: deformable_conv2d",
-    "tf_deform/_portable/roi_pooling.py: pool",
 }
 
 
