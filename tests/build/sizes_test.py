@@ -22,10 +22,6 @@ SOURCES = sorted(
 # Files that are still longer, and functions that are. A name leaves these lists
 # with the change that makes it shorter.
 LONG_FILES = {
-    "benchmarks/export_table.py",
-    "benchmarks/gpu_check.py",
-    "benchmarks/gpu_worker.py",
-    "benchmarks/run.py",
     "tests/core/deformable_psroi_pool_core_test.py",
     "tests/core/deformable_roi_align_core_test.py",
     "tests/export/export_test.py",
@@ -44,8 +40,6 @@ LONG_FILES = {
     "tf_deform/_plain_weights.py",
 }
 LONG_FUNCTIONS = {
-    "benchmarks/conversions.py: convert",
-    "benchmarks/run.py: parse_arguments",
     "cc/core/deformable_conv2d.cc: Validate",
     "tf_deform/_portable/deformable_conv2d.py: deformable_conv2d",
 }
