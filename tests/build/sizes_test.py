@@ -39,10 +39,7 @@ LONG_FILES = {
     "tests/ops/portable_test.py",
     "tf_deform/_plain_weights.py",
 }
-LONG_FUNCTIONS = {
-    "cc/core/deformable_conv2d.cc: Validate",
-    "tf_deform/_portable/deformable_conv2d.py: deformable_conv2d",
-}
+LONG_FUNCTIONS = {"cc/core/deformable_conv2d.cc: Validate"}
 
 
 def python_functions(text: str) -> list[tuple[str, int]]:
