@@ -92,7 +92,7 @@ def test_tiles_of_pixels(size, deterministic):
     roi_gpu.check_against_cpu(OP, operands, attributes, DTYPES, **options)
 
 
-# Around what a window holds, from one row of pixels to samples that
+# Around what a window of taps holds, from one row of pixels to samples that
 # are many pixels apart; and as many as the ROI is large.
 @pytest.mark.parametrize("samples", [0, 1, 7, 8, 9, 15, 16, 17, 40])
 @pytest.mark.parametrize("size", [(1, 40), (9, 16), (200, 17)])
