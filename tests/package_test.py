@@ -7,7 +7,6 @@ import os
 import pathlib
 import re
 import shutil
-import subprocess
 import sys
 
 import keras
@@ -86,49 +85,6 @@ def test_import_of_a_package_that_was_not_built(
     printed = run_python(BROKEN, copy_of_the_package.parent)
     assert "ImportError: Expected" in printed
     assert "pip install" in printed
-
-
-def run_module(folder, *arguments, **environment):
-    """`python -m tf_deform` with the package that is in `folder`."""
-    return subprocess.run(
-        [sys.executable, "-m", "tf_deform", *arguments],
-        # The folder in which it runs would come before PYTHONPATH.
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(folder), **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
-@pytest.mark.parametrize("implementation", ["", "portable"])
-def test_the_module_prints_where_the_library_is(implementation):
-    """And nothing else: `serve $(python -m tf_deform) ...`."""
-    result = run_module(PACKAGE.parent, TF_DEFORM_IMPLEMENTATION=implementation)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == f"{_loader.LIBRARY}\n"
-
-
-def test_the_module_tells_what_the_path_is_for():
-    result = run_module(PACKAGE.parent, "--help")
-    assert result.returncode == 0, result.stderr
-    text = " ".join(result.stdout.split())
-    assert "tf.load_op_library(path)" in text
-    assert "TF_LoadLibrary(path, status)" in text
-
-
-def test_the_module_without_a_library(copy_of_the_package):
-    library = copy_of_the_package / "_ops.so"
-    library.unlink()
-    result = run_module(copy_of_the_package.parent)
-    assert result.returncode == 1
-    assert result.stdout == ""
-    # After the package's warning.
-    text = result.stderr.splitlines()[-1]
-    assert text.startswith(
-        f"Expected the op library of tf_deform at {library}. Received: "
-    )
 
 
 def test_both_builds_take_the_same_sources():
