@@ -326,7 +326,7 @@ def _diagnose() -> tuple[dict[str, dict[str, str]], str]:
             end = f"signal {signal.Signals(-status).name}"
     except subprocess.TimeoutExpired as error:
         outputs, errors = error.stdout or b"", error.stderr or b""
-        end = f"no answer for {_TIMEOUT} seconds"
+        end = f"no answer for {_TIMEOUT} s"
     results: dict[str, dict[str, str]] = {}
     for line in outputs.decode(errors="replace").splitlines():
         if line.startswith(_MARK):

@@ -30,7 +30,7 @@ SECTIONS |= {"Weights"}
 
 
 class Page(html.parser.HTMLParser):
-    """What a page has: identifiers, headings, items of lists, other text."""
+    """Collects the names, headings, items of lists and other text of a page."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -117,13 +117,13 @@ def test_nothing_private_is_there(pages):
         if re.search(r"(^|\.)_", name) and not name.endswith("__")
     }
     assert private == set()
-    # What Keras calls has Keras' descriptions.
+    # Keras describes the methods that it calls.
     assert not {name for name in names if name.endswith(".get_config")}
     assert "DeformableConv2D.set_weights" in names
 
 
 def test_docstrings_became_sections_and_lists(pages):
-    """What pdoc does not know stays as it is written, and runs together."""
+    """A section that pdoc does not know would run together into one line."""
     for page in pages.values():
         assert {heading.rstrip(":") for heading in page.headings} <= SECTIONS
         text = page.text.replace("**kwargs: Any", "")  # in signatures

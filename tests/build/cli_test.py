@@ -265,7 +265,7 @@ def test_tensorflow_is_of_another_version(copy):
     ],
 )
 def test_the_process_ends_before_its_answer(end, expected, tmp_path):
-    """What it said last is told; a line that was not ended does no harm."""
+    """Its last words are told; a line that it did not end does no harm."""
     stubs = write_module(
         tmp_path / "stubs",
         "tensorflow",
@@ -276,6 +276,17 @@ def test_the_process_ends_before_its_answer(end, expected, tmp_path):
     status, findings = diagnose([stubs, PACKAGE.parent])
     text = assert_stopped_at("TensorFlow", status, findings)
     assert text == f"the process ended with {expected}\nof the old kind"
+
+
+def test_the_process_hangs(tmp_path):
+    stubs = write_module(
+        tmp_path / "stubs", "tensorflow", "import time; time.sleep(600)"
+    )
+    script = "import tf_deform_cli as c; c._TIMEOUT = 1; exit(c.main())"
+    command = [sys.executable, "-c", script]
+    result = run(command, "doctor", path=[stubs, PACKAGE.parent])
+    assert result.returncode == 1
+    assert "FAILED: the process ended with no answer for 1 s" in result.stdout
 
 
 def test_the_op_library_is_broken(copy):

@@ -88,7 +88,7 @@ def workplace(tmp_path, monkeypatch) -> None:
 
 
 def names() -> dict:
-    """What the blocks of docs use without making it: a model, and its data."""
+    """Returns a model and its data, which the blocks of docs use unmade."""
     rng = np.random.default_rng(0)
     image = keras.Input((16, 16, 3), name="image")
     x = tf_deform.layers.DeformableConv2D(4, 3, modulation="2sigmoid")(image)

@@ -81,7 +81,7 @@ def imports(
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno} is relative"
             for alias in node.names:
-                # What is imported may be a module itself.
+                # The imported name may be that of a module.
                 name = f"{node.module}.{alias.name}"
                 yield name if name in MODULES else node.module, node.lineno
         lazy = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or (
