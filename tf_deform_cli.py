@@ -190,7 +190,8 @@ def _check_tensorflow() -> str:
 
     info = _build_info()
     expected = f"{_minor(info.TENSORFLOW_VERSION)}.*" if info else "unknown"
-    return f"{tf.__version__}, expected {expected}"
+    gpus = len(tf.config.list_physical_devices("GPU"))
+    return f"{tf.__version__}, expected {expected}; sees {gpus} GPUs"
 
 
 def _check_keras() -> str:
