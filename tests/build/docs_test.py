@@ -172,6 +172,16 @@ def test_every_page_can_be_found():
         assert f"{path.name})" in text, path
 
 
+def test_the_table_of_exports_is_whole():
+    """A trial of benchmarks/export_table.py overwrites it with what it ran."""
+    text = (ROOT / "docs/export.md").read_text()
+    table = text.partition("<!-- the table begins -->")[2]
+    rows = re.findall(r"^\|.*\|$", table, re.MULTILINE)
+    assert len(rows) > 20
+    for row in rows:
+        assert all(cell.strip() for cell in row.strip("|").split("|")), row
+
+
 def test_the_readme_is_short():
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 150
