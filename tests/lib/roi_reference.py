@@ -12,9 +12,10 @@ which pixels are read and whether the sample counts.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
+import compare
 import numpy as np
 from reference import Pair, pair
 
@@ -371,58 +372,6 @@ def deformable_roi_align_grad(
     )
 
 
-# What the tests of both ops draw their operands and compare results with.
-
-# Largest error as a share of the largest value (or of 1), against float64.
-TOLERANCES = {"float64": 1e-9, "float32": 1e-5}
-# The 16-bit types are summed in float32 and rounded once: half a unit of the
-# last place, as a share of each value, besides what float32 may be off.
-HALF_UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
-
-
-def assert_close(
-    received: np.ndarray, expected: np.ndarray, dtype: str, what: str
-) -> None:
-    """Compares results of `dtype` with the reference; all are finite."""
-    assert received.shape == expected.shape, what
-    if expected.size == 0:
-        return
-    received = np.asarray(received).astype(np.float64)
-    assert np.isfinite(received).all(), what
-    error = np.abs(received - expected)
-    scale = max(1, np.abs(expected).max())
-    allowed = TOLERANCES.get(dtype, TOLERANCES["float32"]) * scale
-    if dtype in HALF_UNIT:
-        allowed = allowed + 1.01 * HALF_UNIT[dtype] * np.abs(expected)
-    assert (error <= allowed).all(), (what, error.max())
-
-
-def assert_finite_differences(
-    rng: np.random.Generator,
-    loss: Callable[[], float],
-    operand: np.ndarray,
-    gradient: np.ndarray,
-    how_many: int = 60,
-    step: float = 1e-4,
-) -> None:
-    """Compares some slopes of `loss` with `gradient`.
-
-    The loss is linear in every number of an operand alone, up to the next
-    place where its slope jumps.
-    """
-    assert gradient.shape == operand.shape
-    flat = operand.reshape(-1)
-    for index in rng.permutation(flat.size)[:how_many]:
-        value = flat[index]
-        flat[index] = value + step
-        above = loss()
-        flat[index] = value - step
-        below = loss()
-        flat[index] = value
-        slope = (above - below) / (2 * step)
-        assert abs(slope - gradient.reshape(-1)[index]) < 1e-9
-
-
 def reach_of_displacements(
     bins: Iterator[Bin], shape: tuple[int, ...]
 ) -> np.ndarray:
@@ -437,167 +386,21 @@ def reach_of_displacements(
     return np.where(reach == 0, 1, np.abs(reach)).reshape(shape)
 
 
-ROI_KINDS = (
-    "inside",
-    "across the edge",
-    "outside",
-    "reversed",
-    "many maps wide",
-    "halves",
-    "padding",
-    "not finite",
+# Under their former names, for the tests that still use them.
+from compare import assert_finite_differences  # noqa: E402, F401
+from operands import (  # noqa: E402, F401
+    ROI_KINDS,
+    draw_psroi_pool_call,
+    draw_roi_align_call,
+    draw_rois,
+    move_off_kinks,
 )
+from tolerances import HALF_UNIT, POOLING  # noqa: E402, F401
 
 
-def draw_rois(
-    rng: np.random.Generator,
-    batch: int,
-    size: Pair,
-    spatial_scale: float,
-    count: int,
-    kinds: tuple[str, ...] = ROI_KINDS,
-) -> np.ndarray:
-    """`count` ROIs of all kinds in turn, as (count, 5) in float64.
-
-    Corners are exact in float32, so that they mean the same in every type.
-    """
-    rois = np.zeros((count, 5))
-    shift = rng.integers(len(kinds))
-    for index, roi in enumerate(rois):
-        kind = kinds[(index + shift) % len(kinds)]
-        low, high = np.sort(rng.uniform(size=(2, 2)), axis=0)
-        if kind == "across the edge":
-            low, high = low - 0.4, high + 0.3
-            if rng.integers(2):
-                low, high = low + 0.6, high + 0.6
-        elif kind == "outside":
-            side = rng.choice([-1.5, 1.5], 2) * rng.permutation([1, 0])
-            low, high = low + side, high + side
-        elif kind == "reversed":
-            low, high = high, low
-        elif kind == "many maps wide":
-            low, high = low - 3, high + 4
-        elif kind == "halves" and rng.integers(2):
-            low, high = low - 0.7, high - 0.7
-        roi[1:3], roi[3:] = (
-            corner * size[::-1] / spatial_scale for corner in (low, high)
-        )
-        if kind == "halves":
-            roi[1:] = np.round(2 * roi[1:]) / 2
-        roi[0] = rng.integers(batch) if batch else -1
-        if kind == "padding":
-            roi[0] = rng.choice([-1, -7, -np.inf])
-        if kind == "not finite":
-            bad = rng.choice([np.nan, np.inf, -np.inf])
-            roi[rng.integers(1, 5)] = bad
-    return rois.astype(np.float32).astype(np.float64)
-
-
-def _draw_pair(rng: np.random.Generator, low: int, high: int) -> Pair:
-    return tuple(int(n) for n in rng.integers(low, high, 2))
-
-
-def _draw_map_size(rng: np.random.Generator, seed: int) -> Pair:
-    """Every sixth map is a row or a column, every 23rd is empty."""
-    size = _draw_pair(rng, 1, 12)
-    if seed % 6 == 0:
-        size = tuple(rng.permutation([1, size[0]]).tolist())
-    return (0, 4) if seed % 23 == 0 else size
-
-
-def _draw_displacements(
-    rng: np.random.Generator, shape: tuple[int, ...]
-) -> np.ndarray | None:
-    """Now and then None; some are not finite. Exact in float32."""
-    if rng.random() < 0.2:
-        return None
-    displacements = np.float32(rng.normal(size=shape))
-    if displacements.size > 20:
-        spots = rng.integers(0, displacements.size, 5)
-        displacements.flat[spots] = [np.nan, np.inf, -np.inf, 1e30, -1e30]
-    return displacements.astype(np.float64)
-
-
-def draw_psroi_pool_call(seed: int) -> tuple[tuple, dict]:
-    """Returns `(inputs, rois, trans, output_grad)` and the attributes."""
-    rng = np.random.default_rng(seed)
-    size = _draw_map_size(rng, seed)
-    batch, classes = int(rng.integers(1, 4)), int(rng.integers(1, 4))
-    pooled, samples = _draw_pair(rng, 1, 6), int(rng.integers(1, 6))
-    num_rois = int(rng.choice([0, 1, 4, 9]))
-    if seed % 11 == 0:
-        pooled, samples, num_rois = (2, 1), 16, 3
-    elif pooled[0] * pooled[1] * samples**2 > 100:
-        num_rois = min(num_rois, 4)  # The reference is slow.
-    group = [None, 1, _draw_pair(rng, 1, 5)][rng.integers(3)]
-    part = [None, 1, _draw_pair(rng, 1, 8)][rng.integers(3)]
-    attributes = dict(
-        output_dim=classes * int(rng.integers(1, 8)),
-        spatial_scale=float(rng.choice([1 / 16, 0.3, 1.0, 2.5])),
-        pooled_size=pooled,
-        group_size=group,
-        part_size=part,
-        sample_per_part=samples,
-        trans_std=float(rng.choice([0.0, 0.1, 0.3])),
-    )
-    groups, parts = pair(group or pooled), pair(part or pooled)
-    channels = attributes["output_dim"] * groups[0] * groups[1]
-    operands = (
-        rng.normal(size=(batch, *size, channels)),
-        draw_rois(rng, batch, size, attributes["spatial_scale"], num_rois),
-        _draw_displacements(rng, (num_rois, *parts, 2 * classes)),
-        rng.normal(size=(num_rois, *pooled, attributes["output_dim"])),
-    )
-    return operands, attributes
-
-
-def draw_roi_align_call(seed: int) -> tuple[tuple, dict]:
-    """Returns `(inputs, rois, offset, output_grad)` and the attributes."""
-    rng = np.random.default_rng(1000 + seed)
-    size = _draw_map_size(rng, seed)
-    batch, channels = int(rng.integers(1, 4)), int(rng.integers(1, 24))
-    pooled = _draw_pair(rng, 1, 6)
-    ratio = int(rng.choice([0, -3, 0, 1, 2, 3, 5]))
-    num_rois = int(rng.choice([0, 1, 4, 8]))
-    if seed % 11 == 0:
-        pooled, ratio, num_rois = (2, 1), 16, 3
-    attributes = dict(
-        pooled_size=pooled,
-        spatial_scale=float(rng.choice([1 / 16, 0.3, 1.0, 2.5])),
-        sampling_ratio=ratio,
-        gamma=float(rng.choice([0.0, 0.1, 0.3])),
-    )
-    operands = (
-        rng.normal(size=(batch, *size, channels)),
-        draw_rois(rng, batch, size, attributes["spatial_scale"], num_rois),
-        _draw_displacements(rng, (num_rois, *pooled, 2)),
-        rng.normal(size=(num_rois, *pooled, channels)),
-    )
-    return operands, attributes
-
-
-def move_off_kinks(
-    rng: np.random.Generator,
-    make_bins: Callable[[], Iterator[Bin]],
-    displacement: np.ndarray,
-    margin: float = 0.02,
+def assert_close(
+    received: np.ndarray, expected: np.ndarray, dtype: str, what: str
 ) -> None:
-    """Draws anew what brings a sample near a place where the slope jumps.
-
-    Those are integers, and half a pixel outside of the map. `displacement`
-    is changed in place until `make_bins` yields no such sample.
-    """
-    *cells, channels = displacement.shape
-    pairs = displacement.reshape(*cells, channels // 2, 2)
-    for _ in range(1000):
-        bad = set()
-        for b in make_bins():
-            for axis, places in enumerate((b.ys, b.xs)):
-                twice = 2 * np.array(places)
-                if (np.abs(twice - np.round(twice)) < 2 * margin).any():
-                    bad.add((*b.place, axis))
-        if not bad:
-            return
-        for place in sorted(bad):
-            pairs[place] = rng.uniform(-2.5, 2.5)
-    raise AssertionError("these ROIs stay at the places of a jump")
+    """Compares results of `dtype` with the reference; all are finite."""
+    __tracebackhide__ = True
+    compare.assert_close(received, expected, POOLING[dtype], name=what)
