@@ -191,6 +191,12 @@ def _runs_with(isa: str) -> str:
     ).stdout.strip()
 
 
+@pytest.fixture(scope="module")
+def expected_results(tmp_path_factory):
+    """A folder in which runs share what does not depend on instructions."""
+    return tmp_path_factory.mktemp("expected")
+
+
 # Pooling uses no instructions beyond AVX-512: the other tests use the best.
 @pytest.mark.parametrize(
     "isa, name",
@@ -200,7 +206,7 @@ def _runs_with(isa: str) -> str:
         ("avx512_bf16", "deformable_conv2d"),
     ],
 )
-def test_results_of_other_instruction_sets(isa, name):
+def test_results_of_other_instruction_sets(isa, name, expected_results):
     """The same tests, with faster instructions switched off."""
     if _runs_with(isa) != isa:
         pytest.skip(f"this processor has no {isa}")
@@ -210,7 +216,11 @@ def test_results_of_other_instruction_sets(isa, name):
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
         + ["-k", TESTS[name], str(here / f"{name}_core_test.py")],
-        env={**os.environ, "TF_DEFORM_MAX_ISA": isa},
+        env={
+            **os.environ,
+            "TF_DEFORM_MAX_ISA": isa,
+            "TF_DEFORM_TEST_EXPECTED": str(expected_results),
+        },
         capture_output=True,
         text=True,
         check=False,

@@ -16,8 +16,8 @@ import numpy as np
 import pooling
 import pytest
 import roi_reference
-from compare import assert_equal, assert_finite_differences
-from pooling import DTYPES, PSROI_POOL, ROI_ALIGN, assert_same_bits, results
+from compare import assert_equal, assert_finite_differences, assert_same_bits
+from pooling import DTYPES, PSROI_POOL, ROI_ALIGN, results
 
 # Fewer in the runs with other instruction sets.
 SEEDS = 30 if os.environ.get("TF_DEFORM_MAX_ISA") else 100

@@ -10,7 +10,8 @@ import numpy as np
 import pooling
 import pytest
 import roi_gpu
-from pooling import DTYPES, PSROI_POOL, ROI_ALIGN, assert_same_bits, results
+from compare import assert_same_bits
+from pooling import DTYPES, PSROI_POOL, ROI_ALIGN, results
 from pooling_core_test import (
     draw_crowd,
     op,

@@ -13,7 +13,7 @@ import core
 import numpy as np
 import operands
 import roi_reference
-from compare import assert_close
+from compare import assert_close, assert_same_bits
 from operands import coordinate_type
 from reference import pair
 from tolerances import POOLING
@@ -237,15 +237,6 @@ def check(
         dtype,
         case or f"{dtype} {attributes}",
     )
-
-
-def assert_same_bits(received: dict, expected: dict, case: object = "") -> None:
-    """Compares results byte by byte; a message names the first difference."""
-    assert received.keys() == expected.keys(), case
-    for name, array in received.items():
-        if array.tobytes() != expected[name].tobytes():
-            assert_close(array, expected[name], case=case, name=name)
-            raise AssertionError(f"{case}: {name}: another sign or NaN")
 
 
 def check_threads(

@@ -7,8 +7,8 @@ import core
 import gpu
 import numpy as np
 import pooling
-from compare import Tolerance, assert_close
-from pooling import assert_same_bits, results
+from compare import Tolerance, assert_close, assert_same_bits
+from pooling import results
 from tolerances import HALF_UNIT
 
 NAMES = ("inputs", "displacement")
