@@ -21,7 +21,7 @@ from tolerances import POOLING
 DTYPES = list(core.DTYPES)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Op:
     """One of the two ops, and how it is asked for what both can do."""
 
