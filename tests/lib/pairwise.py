@@ -52,3 +52,39 @@ def pairwise(axes: dict[str, list]) -> list[Row]:
             missing.pop(pair, None)
         rows.append(row)
     return rows
+
+
+def grid(axes: dict[str, list]) -> Any:
+    """Returns `pytest.mark.parametrize` over the whole grid of `axes`.
+
+    Rows beyond a cover of all pairs are marked slow. At import it checks that
+    no pair is missing in the cover.
+    """
+    import pytest
+
+    cover = [tuple(row.values()) for row in pairwise(axes)]
+    rows = [tuple(row.values()) for row in all_rows(axes)]
+    _check_pairs(cover, rows)
+    parameters = [
+        pytest.param(
+            *row,
+            marks=() if row in cover else pytest.mark.slow,
+            id="-".join(str(value) for value in row),
+        )
+        for row in rows
+    ]
+    return pytest.mark.parametrize(tuple(axes), parameters)
+
+
+def _check_pairs(cover: list[tuple], rows: list[tuple]) -> None:
+    held, wanted = (
+        {pair for row in some for pair in pairs_of_values(row)}
+        for some in (cover, rows)
+    )
+    if wanted - held:
+        raise AssertionError(f"a cover lacks {wanted - held}")
+
+
+def pairs_of_values(row: tuple) -> Iterator[tuple]:
+    """Yields the pairs of (axis, value) that a row holds."""
+    return itertools.combinations(enumerate(row), 2)

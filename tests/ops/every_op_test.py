@@ -14,6 +14,7 @@ from operands import Conv2DCase, coordinate_type
 from pooling import PSROI_POOL, ROI_ALIGN
 
 from tf_deform import _loader, ops
+from tf_deform.layers import DeformableConv2D
 
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
 
@@ -305,6 +306,23 @@ def test_without_displacements_only_inputs_have_a_gradient(call, mode):
 
     run = gradient if mode == "eager" else tf.function(gradient)
     assert computed_by(call, run) == ("inputs",)
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_a_frozen_layer_computes_no_kernel_gradient(mode):
+    layer = DeformableConv2D(5, 3)
+    layer.build((None, None, None, 6))
+    layer.trainable = False
+    inputs = tf.random.normal((2, 9, 8, 6))
+
+    def gradient():
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            output = layer(inputs)
+        return tape.gradient(output, inputs)
+
+    run = gradient if mode == "eager" else tf.function(gradient)
+    assert computed_by(CONV2D, run) == ("inputs", "offset")
 
 
 # The same bits, however many threads.
