@@ -13,6 +13,7 @@ import reference
 from compare import Tolerance, assert_close, assert_equal, assert_same_bits
 from conv2d_gpu import backward, forward
 from convolution import DTYPES, NAMES, draw_call, rounded
+from pairwise import grid
 from tolerances import CORE_CONV2D
 
 OP = "TfDeformDeformableConv2DCuda"
@@ -97,12 +98,16 @@ def case(
 # One below, at, and one past the blocks of pixels (128; 32 or 16 of a step of
 # the gradient of the kernel), of channels (128; 32 or 16 of a step) and of
 # filters (64, 128, 256). In packs of 16 bytes and not.
-@pytest.mark.parametrize("pixels", [1, 31, 33, 127, 128, 129, 257])
-@pytest.mark.parametrize(
-    "channels, filters",
-    [(8, 64), (16, 65), (32, 72), (33, 128), (40, 8), (128, 136), (136, 264)],
+@grid(
+    {
+        "pixels": [1, 31, 33, 127, 128, 129, 257],
+        "channels, filters": [
+            *((8, 64), (16, 65), (32, 72), (33, 128), (40, 8)),
+            *((128, 136), (136, 264)),
+        ],
+        "dtype, allow_tf32": TYPES_AND_TF32[1:],
+    }
 )
-@pytest.mark.parametrize("dtype, allow_tf32", TYPES_AND_TF32[1:])
 def test_block_edges(pixels, channels, filters, dtype, allow_tf32):
     operands, attributes = case(pixels, 1, (1, pixels), channels, filters)
     check(operands, attributes, dtype, allow_tf32=allow_tf32)
@@ -110,20 +115,21 @@ def test_block_edges(pixels, channels, filters, dtype, allow_tf32):
 
 # Groups of channels that come in packs, that do not, and too small for a
 # product; offset groups that cut across groups.
-@pytest.mark.parametrize(
-    "channels, filters, groups, offset_groups",
-    [
-        (48, 32, 2, 3),
-        (48, 48, 3, 2),
-        (64, 16, 1, 8),
-        (30, 24, 3, 5),
-        (12, 12, 12, 2),
-        (6, 24, 6, 1),
-        (256, 80, 2, 2),
-    ],
+@grid(
+    {
+        "channels, filters, groups, offset_groups": [
+            (48, 32, 2, 3),
+            (48, 48, 3, 2),
+            (64, 16, 1, 8),
+            (30, 24, 3, 5),
+            (12, 12, 12, 2),
+            (6, 24, 6, 1),
+            (256, 80, 2, 2),
+        ],
+        "dtype, allow_tf32": TYPES_AND_TF32,
+        "boundary": ["zeros", "clamp"],
+    }
 )
-@pytest.mark.parametrize("boundary", ["zeros", "clamp"])
-@pytest.mark.parametrize("dtype, allow_tf32", TYPES_AND_TF32)
 def test_groups(
     channels, filters, groups, offset_groups, boundary, dtype, allow_tf32
 ):

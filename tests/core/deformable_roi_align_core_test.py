@@ -8,6 +8,7 @@ import numpy as np
 import pooling
 import pytest
 from compare import assert_close, assert_equal
+from pairwise import grid
 from tolerances import HALF_UNIT
 
 
@@ -35,11 +36,15 @@ def test_vector_edges(runner, channels, dtype):
     pooling.check_threads(runner, operands, attributes, dtype, (2,))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("displaced", [False, True])
-@pytest.mark.parametrize("channels", [1, 19])
-@pytest.mark.parametrize("axis", [1, 0])
-@pytest.mark.parametrize("samples", [2, 3, 4, 5, 7, 8, 9, 11, 16, 17])
+@grid(
+    {
+        "samples": [2, 3, 4, 5, 7, 8, 9, 11, 16, 17],
+        "axis": [1, 0],
+        "channels": [1, 19],
+        "displaced": [False, True],
+        "dtype": ["float32", "float64"],
+    }
+)
 def test_samples_outside_count_in_the_mean(
     runner, samples, axis, channels, displaced, dtype
 ):

@@ -17,6 +17,7 @@ import pooling
 import pytest
 import roi_reference
 from compare import assert_equal, assert_finite_differences, assert_same_bits
+from pairwise import grid
 from pooling import DTYPES, PSROI_POOL, ROI_ALIGN, results
 
 # Fewer in the runs with other instruction sets.
@@ -41,8 +42,7 @@ def test_agrees_with_reference(runner, seed, dtype):
     pooling.check(runner, operands, attributes, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("seed", range(SEEDS))
+@grid({"seed": list(range(SEEDS)), "dtype": DTYPES, "op": pooling.OPS})
 def test_threads_change_no_bit_of_random_calls(op, seed, dtype):
     operands, attributes = op.draw_call(seed)
     pooling.check_threads(pooling.Cpu(op), operands, attributes, dtype, (2, 5))
@@ -213,10 +213,14 @@ def one_bin(op, channels):
     )
 
 
-@pytest.mark.parametrize("channels", [1, 40])
-@pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("op", "y", "value", "slope"), PLACES, ids=str)
+@grid(
+    {
+        "op, y, value, slope": PLACES,
+        "dtype": DTYPES,
+        "axis": [0, 1],
+        "channels": [1, 40],
+    }
+)
 def test_value_and_slope_at_a_place(
     runner, y, value, slope, axis, dtype, channels
 ):
@@ -439,21 +443,20 @@ def test_values_that_are_not_finite_show_where_they_are_read(runner, dtype):
     assert np.argwhere(~np.isfinite(output)).tolist() == [[0, 0, 0, 1]]
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "batch, size, num_rois",
-    [(0, (4, 5), 0), (0, (4, 5), 3), (2, (0, 5), 3), (2, (4, 0), 3)]
-    + [(2, (0, 0), 3), (2, (4, 5), 0)],
-)
-@pytest.mark.parametrize(
-    ("op", "more"),
-    [
-        (PSROI_POOL, dict(output_dim=3, group_size=2, part_size=(2, 1))),
-        (ROI_ALIGN, dict(sampling_ratio=0)),
-        (ROI_ALIGN, dict(sampling_ratio=2)),
-    ],
-    ids=str,
+@grid(
+    {
+        "batch, size, num_rois": [
+            *((0, (4, 5), 0), (0, (4, 5), 3), (2, (0, 5), 3)),
+            *((2, (4, 0), 3), (2, (0, 0), 3), (2, (4, 5), 0)),
+        ],
+        "dtype": DTYPES,
+        "op, more": [
+            (PSROI_POOL, dict(output_dim=3, group_size=2, part_size=(2, 1))),
+            (ROI_ALIGN, dict(sampling_ratio=0)),
+            (ROI_ALIGN, dict(sampling_ratio=2)),
+        ],
+        "threads": [1, 2],
+    }
 )
 def test_empty(runner, more, batch, size, num_rois, dtype, threads):
     """No image takes padding only; an empty map gives zeros."""

@@ -8,9 +8,11 @@ only one of the ops does is tested in its own file.
 import core
 import numpy as np
 import pooling
+import pooling_core_test
 import pytest
 import roi_gpu
 from compare import assert_same_bits
+from pairwise import grid
 from pooling import DTYPES, PSROI_POOL, ROI_ALIGN, results
 from pooling_core_test import (
     draw_crowd,
@@ -22,7 +24,6 @@ from pooling_core_test import (
     test_far_corners_and_large_sizes_keep_their_order_of_operations,
     test_gradients_equal_finite_differences,
     test_huge_corners_give_what_the_formula_gives,
-    test_more_elements_than_32_bits_can_count,
     test_padding_and_rois_that_are_not_finite_touch_nothing,
     test_value_and_slope_at_a_place,
     test_values_that_are_not_finite_show_where_they_are_read,
@@ -44,9 +45,13 @@ def runner(op, deterministic, misaligned):
     return roi_gpu.Gpu(op, deterministic, misaligned)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("seed", "misaligned"), [(seed, seed % 3 == 0) for seed in range(40)]
+@grid(
+    {
+        "op": pooling.OPS,
+        "seed, misaligned": [(seed, seed % 3 == 0) for seed in range(40)],
+        "dtype": DTYPES,
+        "deterministic": [False, True],
+    }
 )
 def test_agrees_with_reference(runner, seed, dtype):
     operands, attributes = runner.op.draw_call(seed)
@@ -83,18 +88,19 @@ CHANNELS += [127, 128, 129, 130, 255, 257, 511, 512, 513, 1024, 1025]
 
 
 # Around 16 bytes, filled up or not, and the threads of a block.
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("op", "channels", "group_size"),
-    [
-        (PSROI_POOL, channels, group_size)
-        for group_size in (1, (2, 1))
-        for channels in sorted({*CHANNELS, 6, 24})
-    ]
-    + [(ROI_ALIGN, channels, None) for channels in CHANNELS],
-    ids=str,
+@grid(
+    {
+        "op, channels, group_size": [
+            (PSROI_POOL, channels, group_size)
+            for group_size in (1, (2, 1))
+            for channels in sorted({*CHANNELS, 6, 24})
+        ]
+        + [(ROI_ALIGN, channels, None) for channels in CHANNELS],
+        "dtype": DTYPES,
+        "misaligned": [False, True],
+        "deterministic": [False, True],
+    }
 )
-@pytest.mark.parametrize("misaligned", [False, True])
 def test_channels(runner, channels, group_size, dtype):
     operands, attributes = draw(
         runner.op,
@@ -224,3 +230,13 @@ def test_bad_batch_indices_are_padding(runner, more, dtype):
         rtol=ONE_ROUNDING[dtype],
         atol=1e-5,
     )
+
+
+# No gradient of the inputs is computed, so both ways differ in nothing.
+@pytest.mark.parametrize(
+    "deterministic",
+    [False, pytest.param(True, marks=pytest.mark.slow)],
+    indirect=True,
+)
+def test_more_elements_than_32_bits_can_count(runner):
+    pooling_core_test.test_more_elements_than_32_bits_can_count(runner)

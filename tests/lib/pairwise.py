@@ -57,26 +57,39 @@ def pairwise(axes: dict[str, list]) -> list[Row]:
 def grid(axes: dict[str, list]) -> Any:
     """Returns `pytest.mark.parametrize` over the whole grid of `axes`.
 
-    Rows beyond a cover of all pairs are marked slow. At import it checks that
-    no pair is missing in the cover.
+    An axis `"y, x"` has pairs and is two parameters. Rows beyond a cover of all
+    pairs of settings are marked slow. At import it is checked that the cover
+    lacks no pair.
     """
     import pytest
 
-    cover = [tuple(row.values()) for row in pairwise(axes)]
-    rows = [tuple(row.values()) for row in all_rows(axes)]
+    # By number: not all settings can be compared.
+    numbers = {name: list(range(len(values))) for name, values in axes.items()}
+    cover = {tuple(row.values()) for row in pairwise(numbers)}
+    rows = [tuple(row.values()) for row in all_rows(numbers)]
     _check_pairs(cover, rows)
+    names = [name.split(", ") for name in axes]
+
+    def settings(row: tuple) -> list:
+        flat = []
+        for parts, values, number in zip(
+            names, axes.values(), row, strict=True
+        ):
+            flat += values[number] if len(parts) > 1 else [values[number]]
+        return flat
+
     parameters = [
         pytest.param(
-            *row,
+            *settings(row),
             marks=() if row in cover else pytest.mark.slow,
-            id="-".join(str(value) for value in row),
+            id="-".join(map(str, settings(row))),
         )
         for row in rows
     ]
-    return pytest.mark.parametrize(tuple(axes), parameters)
+    return pytest.mark.parametrize(sum(names, []), parameters)
 
 
-def _check_pairs(cover: list[tuple], rows: list[tuple]) -> None:
+def _check_pairs(cover: set[tuple], rows: list[tuple]) -> None:
     held, wanted = (
         {pair for row in some for pair in pairs_of_values(row)}
         for some in (cover, rows)

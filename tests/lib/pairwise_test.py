@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Covers of grids: every pair of settings is in a row that is not slow."""
 
+import itertools
+
 import pairwise
 import pytest
 
@@ -25,7 +27,11 @@ def test_a_cover_holds_every_pair_and_the_grid_every_row(how_many):
     expected = [tuple(row.values()) for row in pairwise.all_rows(axes)]
     assert every == expected
     wanted, held = (
-        {pair for row in some for pair in pairwise.pairs_of_values(row)}
+        {
+            pair
+            for row in some
+            for pair in itertools.combinations(enumerate(row), 2)
+        }
         for some in (expected, fast)
     )
     assert held == wanted
@@ -33,7 +39,19 @@ def test_a_cover_holds_every_pair_and_the_grid_every_row(how_many):
 
 
 def test_a_missing_pair_is_noticed(monkeypatch):
-    cover = pairwise.pairwise(AXES)
-    monkeypatch.setattr(pairwise, "pairwise", lambda axes: cover[1:])
+    whole = pairwise.pairwise
+    monkeypatch.setattr(pairwise, "pairwise", lambda axes: whole(axes)[1:])
     with pytest.raises(AssertionError, match="a cover lacks"):
         pairwise.grid(AXES)
+
+
+def test_an_axis_of_several_parameters():
+    axes = {"y, x": [(1, 2), (3, 4)], "dtype": ["a", "b"]}
+    names, parameters = pairwise.grid(axes).args
+    assert names == ["y", "x", "dtype"]
+    assert [p.values for p in parameters] == [
+        (1, 2, "a"),
+        (1, 2, "b"),
+        (3, 4, "a"),
+        (3, 4, "b"),
+    ]
