@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-RANDOM_CASES = 40
+RANDOM_CASES = 60
 OPS = ("conv2d", "psroi_pool", "roi_align")
 # The operands that have gradients, in the order of the functions' arguments.
 DIFFERENTIABLE = {
@@ -250,7 +250,7 @@ def random_align(rng: np.random.Generator) -> dict:
 
 @functools.cache
 def cases() -> dict[str, dict]:
-    """All cases by name: op, number, and what it is called with."""
+    """All cases by name: the op and what it is called with."""
     made = list(CHOSEN)
     for number, make in enumerate((random_conv, random_psroi, random_align)):
         rng = np.random.default_rng(number)
@@ -263,9 +263,15 @@ def cases() -> dict[str, dict]:
                 words += f",{name}={value}"
         for name, value in case["attributes"].items():
             words += f",{name}={value}"
-        name = f"{case['op']}/{len(named):03d}[{words.replace(' ', '')}]"
-        named[name] = case
+        # No number: another case leaves the others' names, and values, alone.
+        named[f"{case['op']}/{words.replace(' ', '')}"] = case
+    assert len(named) == len(made)
     return named
+
+
+def is_chosen(name: str) -> bool:
+    """Whether the case is one of the eighth that stands for all."""
+    return zlib.crc32(name.encode()) % 8 == 0
 
 
 def work_of(case: dict) -> int:

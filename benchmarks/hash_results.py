@@ -52,6 +52,7 @@ from hash_cases import (
     DIFFERENTIABLE,
     LAYERS,
     cases,
+    is_chosen,
     operands,
     pair,
     work_of,
@@ -498,9 +499,9 @@ def groups() -> Iterator[tuple[str, dict[str, Any], list[tuple]]]:
         two,
         [
             (f"{name}/{dtype}", "run_function", name, dtype, "portable")
-            for number, name in enumerate(small)
+            for name in small
             for dtype in DTYPES
-            if dtype == "float32" or number % 8 == 0
+            if dtype == "float32" or is_chosen(name)
         ],
     )
     yield (
@@ -508,9 +509,8 @@ def groups() -> Iterator[tuple[str, dict[str, Any], list[tuple]]]:
         two,
         [
             (f"{name}/{dtype}", "run_function", name, dtype, "native", True)
-            for number, name in enumerate(cases())
+            for name in filter(is_chosen, cases())
             for dtype in ("float32", "bfloat16")
-            if number % 8 == 0
         ],
     )
     yield (
