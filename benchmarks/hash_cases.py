@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `hash_results.py` calls the functions with: shapes, values, attributes.
+"""Lists the cases of `hash_results.py`: shapes, attributes, operands.
 
-Every size around which a kernel changes its way is there: blocks, vectors of
-all instruction sets, strips, windows, repacked images. A new block or switch
-needs a case in `CHOSEN`; the others are random with fixed seeds.
+`CHOSEN` has every size around which a kernel takes another way: blocks, vectors
+of all instruction sets, strips, windows, repacked images. A new block or switch
+needs a case there. The other cases are random with fixed seeds.
 """
 
 import functools
@@ -15,7 +15,7 @@ import numpy as np
 
 RANDOM_CASES = 60
 OPS = ("conv2d", "psroi_pool", "roi_align")
-# The operands that have gradients, in the order of the functions' arguments.
+# Operands that have gradients, in the order of the functions' arguments.
 DIFFERENTIABLE = {
     "conv2d": ("inputs", "kernel", "offset", "mask"),
     "psroi_pool": ("inputs", "trans"),
@@ -28,7 +28,7 @@ def pair(value: Any) -> tuple[int, int]:
 
 
 def conv_output(case: dict) -> tuple[int, int]:
-    """Height and width of the output of a convolution."""
+    """Returns the height and width of the output of a convolution."""
     padding = case["attributes"].get("padding", "valid")
     result = []
     for axis in range(2):
@@ -53,7 +53,7 @@ def conv(
     spread: float = 1.5,
     **attributes: Any,
 ) -> dict:
-    """A convolution; offsets are `spread` times normal numbers.
+    """Describes a convolution; offsets are `spread` times normal numbers.
 
     `inputs` is (batch, height, width, channels), `kernel` is (kernel_h,
     kernel_w, filters).
@@ -78,7 +78,10 @@ def psroi(
     spread: float = 1,
     **attributes: Any,
 ) -> dict:
-    """PS-ROI pooling of maps (batch, height, width); classes 0: no `trans`."""
+    """Describes PS-ROI pooling of maps (batch, height, width).
+
+    With 0 classes there is no `trans`.
+    """
     output_dim = max(classes, 1) * class_channels
     attributes = {"output_dim": output_dim, "spatial_scale": 0.5} | attributes
     cells = attributes.get("group_size", attributes["pooled_size"])
@@ -104,7 +107,7 @@ def align(
     spread: float = 1,
     **attributes: Any,
 ) -> dict:
-    """ROIAlign of maps (batch, height, width, channels)."""
+    """Describes ROIAlign of maps (batch, height, width, channels)."""
     attributes = {"spatial_scale": 0.5} | attributes
     return dict(
         op="roi_align",
@@ -179,7 +182,7 @@ CHOSEN = [
     ),
     align((3, 12, 10, 64), 66, pooled_size=7, sampling_ratio=2),
     align((1, 20, 24, 24), 33, displaced=False, pooled_size=4),
-    # Nothing at all.
+    # Empty batches, no regions.
     conv((0, 5, 4, 3), (3, 2, 5)),
     psroi((1, 5, 4), 0, 2, 3, pooled_size=2),
     align((1, 5, 4, 3), 0, pooled_size=2),
@@ -250,7 +253,7 @@ def random_align(rng: np.random.Generator) -> dict:
 
 @functools.cache
 def cases() -> dict[str, dict]:
-    """All cases by name: the op and what it is called with."""
+    """Returns all cases by name: the op, its shapes and attributes."""
     made = list(CHOSEN)
     for number, make in enumerate((random_conv, random_psroi, random_align)):
         rng = np.random.default_rng(number)
@@ -263,19 +266,19 @@ def cases() -> dict[str, dict]:
                 words += f",{name}={value}"
         for name, value in case["attributes"].items():
             words += f",{name}={value}"
-        # No number: another case leaves the others' names, and values, alone.
+        # Names have no numbers: a new case changes no name, hence no operand.
         named[f"{case['op']}/{words.replace(' ', '')}"] = case
     assert len(named) == len(made)
     return named
 
 
 def is_chosen(name: str) -> bool:
-    """Whether the case is one of the eighth that stands for all."""
+    """Returns whether the case is in the eighth that stands for all."""
     return zlib.crc32(name.encode()) % 8 == 0
 
 
 def work_of(case: dict) -> int:
-    """About the number of products of the case."""
+    """Returns about how many multiplications the case takes."""
     if case["op"] != "conv2d":
         samples = case["attributes"].get("sample_per_part", 4)
         bins = math.prod(pair(case["attributes"]["pooled_size"]))
@@ -286,7 +289,7 @@ def work_of(case: dict) -> int:
 
 @functools.lru_cache(maxsize=1)
 def operands(name: str) -> dict[str, np.ndarray]:
-    """The function's operands and the output's gradient, in float64."""
+    """Makes the operands and the output's gradient, in float64."""
     case = cases()[name]
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     batch, height, width, _ = case["inputs"]
@@ -324,7 +327,7 @@ def operands(name: str) -> dict[str, np.ndarray]:
 
 
 def random_rois(rng: np.random.Generator, case: dict) -> np.ndarray:
-    """Regions inside, across and beyond images; padding; not finite."""
+    """Makes regions inside and outside of images, infinite, and padding."""
     count, (batch, height, width, _) = case["rois"], case["inputs"]
     scale = case["attributes"]["spatial_scale"]
     size = np.array([width, height, width, height]) / scale
@@ -345,7 +348,7 @@ def random_rois(rng: np.random.Generator, case: dict) -> np.ndarray:
     return np.concatenate([image, corners], axis=1)
 
 
-# Class, arguments, and shapes of what it is called with; ROIs are (count,).
+# Class, its arguments, and the shapes of the call's; ROIs are (count,).
 LAYERS: list[tuple[str, dict, dict]] = [
     (
         "DeformableConv2D",

@@ -24,7 +24,7 @@ names begin with
 
 NaNs count as equal whatever their sign and payload: a compiler that exchanges
 the operands of a sum changes them. `--only cpu/avx2/1/roi_align` runs the cases
-whose names match. A whole run takes about six minutes of processor time.
+whose names match. A whole run takes about three minutes of processor time.
 """
 
 import argparse
@@ -70,13 +70,13 @@ Results = Iterable[tuple[str, Any]]
 
 
 def digest(value: Any) -> str:
-    """The SHA-256 of an array's or a text's content."""
+    """Returns the SHA-256 of the content of an array or a text."""
     if isinstance(value, str):
         return hashlib.sha256(value.encode()).hexdigest()
     array = np.asarray(value)
     kind = f"{array.dtype} {array.shape}".encode()
     if array.dtype.kind not in "iub":
-        # Exact for all four types; a NaN is a NaN.
+        # float64 holds all numbers of the four types.
         array = array.astype(np.float64)
         array = np.where(np.isnan(array), np.nan, array)
     return hashlib.sha256(kind + array.tobytes()).hexdigest()
@@ -96,7 +96,10 @@ def line_of(name: str, results: Results) -> str:
 def run_function(
     name: str, dtype: str, implementation: str = "native", xla: bool = False
 ) -> Iterator[tuple[str, Any]]:
-    """Output, count, gradients together and, of few products, one by one."""
+    """Yields output, count, gradients and, of a small case, each one alone.
+
+    A gradient alone takes another way through the kernels.
+    """
     import tensorflow as tf
 
     import tf_deform
@@ -170,7 +173,7 @@ class Stream(ctypes.Structure):
 
 
 def pointers(arrays: list[np.ndarray | None]) -> ctypes.Array:
-    """The operands' addresses, then zeros: what a call may be told besides."""
+    """Returns the addresses of operands, and zeros for what may follow."""
     addresses = [None if a is None else a.ctypes.data for a in arrays]
     return (ctypes.c_void_p * 8)(*addresses)
 
@@ -230,7 +233,7 @@ NAMES = {
 
 @functools.cache
 def emulated_core() -> ctypes.CDLL:
-    """The core with the CUDA kernels compiled for the host."""
+    """Loads the core whose CUDA kernels are compiled for the host."""
     path = next((ROOT / "tests").rglob("emulated_nvcc.py"))
     spec = importlib.util.spec_from_file_location("emulated_nvcc", path)
     module = importlib.util.module_from_spec(spec)
@@ -261,7 +264,7 @@ def scratch(name: str, *arguments: Any) -> np.ndarray:
 
 
 def aligned(shape: tuple, dtype: Any) -> np.ndarray:
-    """Memory whose bytes are all 0xFF, aligned to 256 bytes."""
+    """Returns memory of bytes 0xFF, aligned to 256 bytes."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.full(size + 256, 0xFF, np.uint8)
     start = -memory.ctypes.data % 256
@@ -271,7 +274,7 @@ def aligned(shape: tuple, dtype: Any) -> np.ndarray:
 def run_cuda(
     name: str, dtype: str, tf32: bool, deterministic: bool
 ) -> Iterator[tuple[str, Any]]:
-    """Output, count and gradients of the emulated kernels."""
+    """Yields output, count and gradients of the emulated kernels."""
     import ml_dtypes
 
     case = cases()[name]
@@ -287,7 +290,7 @@ def run_cuda(
     slots = DIFFERENTIABLE[case["op"]]
     order = slots if case["op"] == "conv2d" else (slots[0], "rois", slots[1])
 
-    # What Validate fills in follows the attributes.
+    # Validate writes sizes behind the attributes.
     params = PARAMS[case["op"]](case["attributes"])
     params = ctypes.create_string_buffer(params, len(params) + 128)
     shapes = [
@@ -345,7 +348,7 @@ POLICIES = ("float32", "float64", "mixed_bfloat16", "mixed_float16")
 
 
 def run_layer(index: int, policy: str, how: str) -> Iterator[tuple[str, Any]]:
-    """Configuration, outputs, gradients of operands and weights.
+    """Yields configuration, outputs, gradients of operands and weights.
 
     `how` is "native", "portable" or "xla".
     """
@@ -386,7 +389,7 @@ def run_layer(index: int, policy: str, how: str) -> Iterator[tuple[str, Any]]:
         with tf.GradientTape() as tape:
             tape.watch(sources)
             outputs = layer(**given)
-            # Some weight for each element, whose gradients then differ.
+            # Neighbours have different weights, so no gradients cancel out.
             ramp = tf.cast(tf.range(tf.size(outputs)) % 17 - 7, outputs.dtype)
             loss = tf.reduce_sum(outputs * tf.reshape(ramp, outputs.shape))
         weights = [weight.value for weight in layer.trainable_weights]
@@ -410,7 +413,7 @@ DEMOS = {
 
 
 def run_demo(name: str) -> Iterator[tuple[str, Any]]:
-    """The losses of ten training steps on 64 scenes, for each model."""
+    """Yields the losses of ten training steps on 64 scenes, by model."""
     script, arms = DEMOS[name]
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
@@ -433,7 +436,7 @@ def run_demo(name: str) -> Iterator[tuple[str, Any]]:
 
 
 def environment(**variables: Any) -> dict[str, str]:
-    """The environment of a process that imports the checkout's package."""
+    """Returns the environment in which the checkout's package is imported."""
     path = os.pathsep.join(
         filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
     )
@@ -442,7 +445,7 @@ def environment(**variables: Any) -> dict[str, str]:
 
 
 def is_available(isa: str) -> bool:
-    """Whether the processor has the instruction set."""
+    """Returns whether the processor has the instruction set."""
     core = next((ROOT / "tf_deform").rglob("*core.so"))
     script = "import ctypes, sys; f = ctypes.CDLL(sys.argv[1])"
     script += ".TfDeformInstructionSet; f.restype = ctypes.c_char_p"
@@ -457,9 +460,9 @@ def is_available(isa: str) -> bool:
 
 
 def groups() -> Iterator[tuple[str, dict[str, Any], list[tuple]]]:
-    """Cases that share a process: prefix, environment, names and arguments.
+    """Yields cases that share a process: prefix, environment, cases.
 
-    The arguments are those of a function of this file, which comes first.
+    A case is a name, a function of this file, and its arguments.
     """
     for isa in filter(is_available, INSTRUCTION_SETS):
         for threads in THREADS:

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mistakes that `mistakes.py` makes."""
+"""Lists the mistakes that `mistakes.py` makes."""
 
 from typing import NamedTuple
 
 
 class Mistake(NamedTuple):
-    """An entry of `MISTAKES`.
+    """Describes one mistake.
 
     Attributes:
         name: Where it is made, and what it is.
-        old: Text of the product, which is there once.
-        new: What it becomes.
+        old: Text that is in the sources once, however it is spaced.
+        new: Text in its place.
         tests: Names of test files, without `.py`.
     """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mistakes that the tests must find, and a command that makes each of them.
+"""Makes mistakes, each of which the tests must find.
 
     python tests/mistakes.py               all (hours: it compiles for many)
     python tests/mistakes.py --list
@@ -37,7 +37,7 @@ SOURCES = [
 
 @functools.cache
 def read_sources() -> dict[pathlib.Path, str]:
-    """The product's sources by their paths from the checkout's root."""
+    """Returns the product's sources by their paths from the root."""
     return {
         path.relative_to(ROOT): path.read_text()
         for pattern in SOURCES
@@ -46,7 +46,7 @@ def read_sources() -> dict[pathlib.Path, str]:
 
 
 def find(mistake: Mistake) -> list[tuple[pathlib.Path, re.Match]]:
-    """The places of a mistake's text in the product, spaced in any way."""
+    """Returns the places of a mistake's text, spaced in any way."""
     words = map(re.escape, mistake.old.split())
     pattern = re.compile(r"\s+".join(words))
     return [
@@ -57,7 +57,7 @@ def find(mistake: Mistake) -> list[tuple[pathlib.Path, re.Match]]:
 
 
 def find_tests(mistake: Mistake) -> list[pathlib.Path]:
-    """The test files, from the checkout's root."""
+    """Returns the paths of the test files from the root."""
     found = []
     for name in mistake.tests:
         paths = list((ROOT / "tests").rglob(f"{name}.py"))
@@ -71,7 +71,7 @@ def find_tests(mistake: Mistake) -> list[pathlib.Path]:
 
 
 def copy_checkout() -> None:
-    """Brings the copy up to date; what was built there stays."""
+    """Brings the copy up to date and keeps what was built there."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "-co", "--exclude-standard"],
         cwd=ROOT,
@@ -100,6 +100,7 @@ def copy_checkout() -> None:
 
 
 def run(command: list, log: pathlib.Path, **variables: str) -> int:
+    """Runs Python in the copy and returns the exit status."""
     with log.open("a") as file:
         return subprocess.run(
             [sys.executable, *map(str, command)],
@@ -110,8 +111,10 @@ def run(command: list, log: pathlib.Path, **variables: str) -> int:
         ).returncode
 
 
-def build(source: pathlib.Path, tests: list[pathlib.Path], log: pathlib.Path):
-    """Compiles what the tests need; returns the exit status.
+def build(
+    source: pathlib.Path, tests: list[pathlib.Path], log: pathlib.Path
+) -> int:
+    """Compiles for the tests and returns the exit status.
 
     The tests of CUDA kernels compile those themselves.
     """
@@ -121,7 +124,7 @@ def build(source: pathlib.Path, tests: list[pathlib.Path], log: pathlib.Path):
         command = ["cc/build.py", "--output", "tf_deform/_core.so"]
     else:
         command = ["setup.py", "build_ext", "--inplace"]
-    # Quickly: it is not the compiler that is tested.
+    # -O1 compiles faster, and the tests do not judge the compiler.
     return run(command, log, TF_DEFORM_NVCC="0", CXXFLAGS="-O1")
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The list of mistakes fits the sources; `mistakes.py` makes them."""
+"""Tests that the list of mistakes fits the sources."""
 
 import mistakes
 import pytest
