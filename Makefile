@@ -6,8 +6,9 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
-SOURCES := $(wildcard cc/*/*.cc cc/*/*.cu cc/*/*.h)
-TEST_SOURCES := $(wildcard tests/*.c tests/*.cc tests/*/*.cc tests/*/*.h)
+SOURCES := $(wildcard cc/*/*.cc cc/*/*.h cc/core/*/*.cc cc/core/*/*.cu \
+	cc/core/*/*.h)
+TEST_SOURCES := $(wildcard tests/*/*.c tests/*/*.cc tests/*/*.h)
 
 .PHONY: help install demo demo-full test test-full benchmark gpu-check \
 	gpu-check-tf lint format bazel clean
@@ -67,9 +68,10 @@ gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK)
 
 gpu-check-tf: $(INSTALLED)
-	TF_DEFORM_TEST_DEVICE=/GPU:0 $(RUN) -m pytest tests/gpu_test.py \
-		tests/deformable_*_test.py tests/roi_layers_test.py \
-		tests/xla_test.py
+	TF_DEFORM_TEST_DEVICE=/GPU:0 $(RUN) -m pytest tests/gpu/gpu_test.py \
+		tests/ops/deformable_*_test.py \
+		tests/layers/deformable_*_test.py tests/layers/roi_layers_test.py \
+		tests/xla/xla_test.py
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .

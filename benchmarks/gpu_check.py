@@ -603,7 +603,7 @@ class Run:
             self.emulated = os.path.join(folder, "emulated.so")
             script = f"import gpu; gpu.build_emulated({self.emulated!r})"
             commands.append([sys.executable, "-c", script])
-            environment["PYTHONPATH"] = os.path.join(ROOT, "tests", "core")
+            environment["PYTHONPATH"] = os.path.join(ROOT, "tests", "lib")
         if not commands:
             return True
         started = time.monotonic()

@@ -7,7 +7,7 @@ it prints is progress. The kernels are called through the core's C entry
 points, on PyTorch's tensors and its current stream.
 
 With the device "cpu" the whole of it runs without a GPU, for who changes it:
-the kernels are then the emulated ones of `tests/core/gpu.py`.
+the kernels are then the emulated ones of `tests/lib/gpu.py`.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.append(os.path.join(ROOT, "tests", "core"))
+sys.path.append(os.path.join(ROOT, "tests", "lib"))
 
 import convolution  # noqa: E402
 import core  # noqa: E402

@@ -26,8 +26,8 @@ from collections.abc import Iterable, Mapping
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # The same globs as in BUILD: a new op edits no build file.
-CORE_SOURCES = "cc/core/*.cc"
-CUDA_SOURCES = "cc/core/*_cuda.cu"  # BUILD has none of CUDA
+CORE_SOURCES = "cc/core/**/*.cc"
+CUDA_SOURCES = "cc/core/cuda/*.cu"  # BUILD has none of CUDA
 FLAGS = ["-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden"]
 FLAGS += ["-ffp-contract=fast", "-g0", "-Wall", "-Wno-psabi", "-I."]
 FLAGS += ["-fwrapv"]  # Python's own flag for extensions: it changes the code
@@ -149,7 +149,7 @@ def describe(cuda: Cuda | None) -> str:
 def _steps(pattern: str, folder: str, command: list[str]) -> list[Step]:
     return [
         Step(source, f"{os.path.join(folder, source)}.o", command)
-        for source in sorted(glob.glob(pattern, root_dir=ROOT))
+        for source in sorted(glob.glob(pattern, root_dir=ROOT, recursive=True))
     ]
 
 

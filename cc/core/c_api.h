@@ -1,4 +1,5 @@
-// What the C entry points have in common. SPDX-License-Identifier: Apache-2.0
+// SPDX-License-Identifier: Apache-2.0
+// What the C entry points have in common.
 //
 // Every entry point that can fail returns a Status::Code and, if that is not
 // 0, writes the text of the error to `message` (message_size bytes, may be 0).

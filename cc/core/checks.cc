@@ -1,5 +1,5 @@
-// Judgements of attributes and shapes that operators have in common.
 // SPDX-License-Identifier: Apache-2.0
+// Judgements of attributes and shapes that operators have in common.
 
 #include "cc/core/checks.h"
 

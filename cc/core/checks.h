@@ -1,5 +1,5 @@
-// Judgements of attributes and shapes that operators have in common.
 // SPDX-License-Identifier: Apache-2.0
+// Judgements of attributes and shapes that operators have in common.
 
 #ifndef TF_DEFORM_CC_CORE_CHECKS_H_
 #define TF_DEFORM_CC_CORE_CHECKS_H_

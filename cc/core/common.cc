@@ -1,5 +1,6 @@
+// SPDX-License-Identifier: Apache-2.0
 // Status and shape texts, and the plain threads that stand in for a framework's
-// pool behind the C entry points. SPDX-License-Identifier: Apache-2.0
+// pool behind the C entry points.
 
 #include "cc/core/common.h"
 

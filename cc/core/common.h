@@ -1,5 +1,6 @@
+// SPDX-License-Identifier: Apache-2.0
 // What every operator of the core shares: status, element types, shapes and the
-// caller's threads. SPDX-License-Identifier: Apache-2.0
+// caller's threads.
 
 #ifndef TF_DEFORM_CC_CORE_COMMON_H_
 #define TF_DEFORM_CC_CORE_COMMON_H_

@@ -1,5 +1,6 @@
+// SPDX-License-Identifier: Apache-2.0
 // The GPU's driver, and what this build needs of it. Only in a build with nvcc
-// (TF_DEFORM_CUDA). SPDX-License-Identifier: Apache-2.0
+// (TF_DEFORM_CUDA).
 
 #ifndef TF_DEFORM_CC_CORE_CUDA_H_
 #define TF_DEFORM_CC_CORE_CUDA_H_

@@ -1,5 +1,5 @@
-// The GPU's driver: C entry points, for callers without a framework.
 // SPDX-License-Identifier: Apache-2.0
+// The GPU's driver: C entry points, for callers without a framework.
 
 #ifdef TF_DEFORM_CUDA
 

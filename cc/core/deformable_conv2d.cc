@@ -1,5 +1,6 @@
+// SPDX-License-Identifier: Apache-2.0
 // Deformable convolution: the judgement of attributes and shapes, the same for
-// every device and framework. SPDX-License-Identifier: Apache-2.0
+// every device and framework.
 
 #include "cc/core/deformable_conv2d.h"
 
@@ -14,9 +15,8 @@ Status OutputSize(const char* axis, int64_t size, int64_t kernel,
                   int64_t* before, int64_t* after, int64_t* out) {
   if (padding == Padding::kValid) *before = *after = 0;
   if (size < 0 || kernel < 0) return Status();
-  const int64_t span =
-      (kernel - 1) * dilation +
-      1;  // input pixels between the first and the last tap, both included
+  // Counts input pixels from the first to the last tap, both included.
+  const int64_t span = (kernel - 1) * dilation + 1;
   if (padding == Padding::kSame) {
     *out = size / stride + (size % stride != 0);
     int64_t total = 0;

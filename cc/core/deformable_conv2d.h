@@ -1,10 +1,10 @@
-// Deformable convolution on plain pointers: forward and backward.
 // SPDX-License-Identifier: Apache-2.0
+// Deformable convolution on plain pointers: forward and backward.
 //
 // For output pixel (i, j), tap (kh, kw), and input channel c in offset group g:
 //   y = i * stride_h - pad_top + kh * dilation_h + dy,   x likewise,
-//   output[n, i, j, f] = sum over taps and channels of kernel[kh, kw, c, f] *
-//   mask[g, kh, kw] * X_c(y, x)
+//   output[n, i, j, f] = sum over taps and channels of
+//                        kernel[kh, kw, c, f] * mask[g, kh, kw] * X_c(y, x)
 // with X_c(y, x) the bilinear sample of inputs[n, :, :, c]. Dai et al. 2017,
 // arXiv:1703.06211, Eq. 2-4; the mask is Zhu et al. 2018, arXiv:1811.11168,
 // Eq. 1.
@@ -12,12 +12,15 @@
 // All tensors are dense, row major, and aligned to their element; T is the
 // element type of inputs, kernel and output, and the coordinate type is float
 // (double when T is double):
-//   inputs  (batch, height, width, channels)                             T
-//   kernel  (kernel_h, kernel_w, channels / groups, filters)             T
-//   offset  (batch, out_h, out_w, offset_groups * kernel_h * kernel_w * 2),
-//   [group][kh][kw][(dy, dx)], input pixels mask    (batch, out_h, out_w,
-//   offset_groups * kernel_h * kernel_w), or null: all ones output  (batch,
-//   out_h, out_w, filters)                               T
+//   inputs  (batch, height, width, channels)                    T
+//   kernel  (kernel_h, kernel_w, channels / groups, filters)    T
+//   offset  (batch, out_h, out_w,
+//            offset_groups * kernel_h * kernel_w * 2)           coordinate
+//           [group][kh][kw][(dy, dx)], in input pixels
+//   mask    (batch, out_h, out_w,
+//            offset_groups * kernel_h * kernel_w)               coordinate
+//           null: all ones
+//   output  (batch, out_h, out_w, filters)                      T
 
 #ifndef TF_DEFORM_CC_CORE_DEFORMABLE_CONV2D_H_
 #define TF_DEFORM_CC_CORE_DEFORMABLE_CONV2D_H_
@@ -29,8 +32,9 @@ namespace tf_deform {
 enum class Padding : int { kValid = 0, kSame = 1, kExplicit = 2 };
 
 // kZeros: a sample counts where -1 < y < height and -1 < x < width, and pixels
-// outside the image are 0. kClamp: a sample counts where 0 <= y < height and 0
-// <= x < width, and the last row and column are held.
+// outside the image are 0.
+// kClamp: a sample counts where 0 <= y < height and 0 <= x < width, and the last
+// row and column are held.
 enum class Boundary : int { kZeros = 0, kClamp = 1 };
 
 // What an operator call is made of. The caller sets the first part; Validate
@@ -39,8 +43,8 @@ enum class Boundary : int { kZeros = 0, kClamp = 1 };
 struct DeformableConv2DParams {
   int64_t stride_h = 1, stride_w = 1;
   int64_t dilation_h = 1, dilation_w = 1;
-  int64_t pad_top = 0, pad_bottom = 0, pad_left = 0,
-          pad_right = 0;  // input; for kValid and kSame set by Validate
+  // The caller sets the padding for kExplicit, Validate for kValid and kSame.
+  int64_t pad_top = 0, pad_bottom = 0, pad_left = 0, pad_right = 0;
   int64_t offset_groups = 1;
   Padding padding = Padding::kValid;
   Boundary boundary = Boundary::kZeros;

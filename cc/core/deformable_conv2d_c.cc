@@ -1,5 +1,5 @@
-// Deformable convolution: C entry points, for callers without a framework.
 // SPDX-License-Identifier: Apache-2.0
+// Deformable convolution: C entry points, for callers without a framework.
 
 #include "cc/core/c_api.h"
 #include "cc/core/deformable_conv2d.h"

@@ -1,6 +1,6 @@
+// SPDX-License-Identifier: Apache-2.0
 // Deformable position-sensitive ROI pooling: the judgement of attributes and
 // shapes, the same for every device and framework.
-// SPDX-License-Identifier: Apache-2.0
 
 #include "cc/core/deformable_psroi_pool.h"
 

@@ -1,5 +1,6 @@
+// SPDX-License-Identifier: Apache-2.0
 // Deformable position-sensitive ROI pooling on plain pointers: forward and
-// backward. SPDX-License-Identifier: Apache-2.0
+// backward.
 //
 // With one group cell (group_h = group_w = 1): deformable ROI pooling. For ROI
 // (n, x1, y1, x2, y2), bin (ph, pw) and output channel o, along y (x likewise):
@@ -13,8 +14,8 @@
 //   class = o // (output_dim // num_classes)
 // A sample counts if -0.5 <= y <= height - 0.5 (x likewise); it is clamped to
 // [0, height - 1] and read bilinearly from input channel
-//   (o * group_h + ph * group_h // pooled_h) * group_w + pw * group_w //
-//   pooled_w
+//   (o * group_h + ph * group_h // pooled_h) * group_w
+//       + pw * group_w // pooled_w
 // The output is the mean over the samples that count, 0 if none does. Dai et
 // al. 2017, arXiv:1703.06211, Eq. 5 and 6.
 //
@@ -25,12 +26,13 @@
 // All tensors are dense, row major, and aligned to their element; T is the
 // element type of inputs and output, and the coordinate type is float (double
 // when T is double):
-//   inputs  (batch, height, width, output_dim * group_h * group_w)    T
-//   rois    (num_rois, 5), see rois.h coordinate trans   (num_rois, part_h,
-//   part_w, num_classes * 2), (dy, dx) of each
-//           class, in fractions of the ROI; null: no displacement coordinate
-//   output  (num_rois, pooled_h, pooled_w, output_dim)                T
-//   count   as output: samples that count                             float
+//   inputs  (batch, height, width, output_dim * group_h * group_w)  T
+//   rois    (num_rois, 5), see rois.h                               coordinate
+//   trans   (num_rois, part_h, part_w, num_classes * 2)             coordinate
+//           (dy, dx) of each class, in fractions of the ROI; null: none
+//   output  (num_rois, pooled_h, pooled_w, output_dim)              T
+//   count   (num_rois, pooled_h, pooled_w, output_dim)              float
+//           samples that count
 
 #ifndef TF_DEFORM_CC_CORE_DEFORMABLE_PSROI_POOL_H_
 #define TF_DEFORM_CC_CORE_DEFORMABLE_PSROI_POOL_H_

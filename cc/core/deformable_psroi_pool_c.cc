@@ -1,5 +1,6 @@
+// SPDX-License-Identifier: Apache-2.0
 // Deformable position-sensitive ROI pooling: C entry points, for callers
-// without a framework. SPDX-License-Identifier: Apache-2.0
+// without a framework.
 
 #include "cc/core/c_api.h"
 #include "cc/core/deformable_psroi_pool.h"

@@ -1,5 +1,6 @@
+// SPDX-License-Identifier: Apache-2.0
 // Deformable ROIAlign: the judgement of attributes and shapes, the same for
-// every device and framework. SPDX-License-Identifier: Apache-2.0
+// every device and framework.
 
 #include "cc/core/deformable_roi_align.h"
 

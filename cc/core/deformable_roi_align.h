@@ -1,5 +1,5 @@
-// Deformable ROIAlign on plain pointers: forward and backward.
 // SPDX-License-Identifier: Apache-2.0
+// Deformable ROIAlign on plain pointers: forward and backward.
 //
 // Without displacements: ROIAlign. For ROI (n, x1, y1, x2, y2) and bin (ph,
 // pw), along y (x likewise):
@@ -21,11 +21,11 @@
 // All tensors are dense, row major, and aligned to their element; T is the
 // element type of inputs and output, and the coordinate type is float (double
 // when T is double):
-//   inputs  (batch, height, width, channels)                        T
-//   rois    (num_rois, 5), see rois.h                               coordinate
-//   offset  (num_rois, pooled_h, pooled_w, 2), (dy, dx), in fractions of the
-//           ROI; null: no displacement                              coordinate
-//   output  (num_rois, pooled_h, pooled_w, channels)                T
+//   inputs  (batch, height, width, channels)         T
+//   rois    (num_rois, 5), see rois.h                coordinate
+//   offset  (num_rois, pooled_h, pooled_w, 2)        coordinate
+//           (dy, dx), in fractions of the ROI; null: none
+//   output  (num_rois, pooled_h, pooled_w, channels) T
 
 #ifndef TF_DEFORM_CC_CORE_DEFORMABLE_ROI_ALIGN_H_
 #define TF_DEFORM_CC_CORE_DEFORMABLE_ROI_ALIGN_H_

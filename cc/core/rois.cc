@@ -1,5 +1,5 @@
-// Judgements of regions of interest that pooling operators have in common.
 // SPDX-License-Identifier: Apache-2.0
+// Judgements of regions of interest that pooling operators have in common.
 
 #include "cc/core/rois.h"
 

@@ -1,5 +1,5 @@
-// Judgements of regions of interest that pooling operators have in common.
 // SPDX-License-Identifier: Apache-2.0
+// Judgements of regions of interest that pooling operators have in common.
 //
 // `rois` is (num_rois, 5): batch_index, x1, y1, x2, y2, in image pixels, of the
 // coordinate type. A negative batch index marks a padding ROI.

@@ -1,5 +1,5 @@
-// Plain threads as a ParallelFor.
 // SPDX-License-Identifier: Apache-2.0
+// Plain threads as a ParallelFor.
 
 #include "cc/core/threads.h"
 

@@ -1,5 +1,5 @@
-// Plain threads as a ParallelFor, for callers that have no pool of their own.
 // SPDX-License-Identifier: Apache-2.0
+// Plain threads as a ParallelFor, for callers that have no pool of their own.
 
 #ifndef TF_DEFORM_CC_CORE_THREADS_H_
 #define TF_DEFORM_CC_CORE_THREADS_H_

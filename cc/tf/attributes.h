@@ -1,5 +1,5 @@
-// Attributes of ops, as TensorFlow glue and XLA glue read them.
 // SPDX-License-Identifier: Apache-2.0
+// Attributes of ops, as TensorFlow glue and XLA glue read them.
 //
 // Nothing here needs a kernel or a graph, whose headers take long to compile.
 

@@ -1,5 +1,5 @@
-// Deformable convolution in TensorFlow: ops, shape functions, kernels.
 // SPDX-License-Identifier: Apache-2.0
+// Deformable convolution in TensorFlow: ops, shape functions, kernels.
 
 #include "cc/tf/deformable_conv2d_op.h"
 

@@ -1,5 +1,6 @@
+// SPDX-License-Identifier: Apache-2.0
 // Deformable convolution: attributes, and the core by what it runs on,
-// for TensorFlow glue and XLA glue. SPDX-License-Identifier: Apache-2.0
+// for TensorFlow glue and XLA glue.
 
 #ifndef TF_DEFORM_CC_TF_DEFORMABLE_CONV2D_OP_H_
 #define TF_DEFORM_CC_TF_DEFORMABLE_CONV2D_OP_H_

@@ -1,5 +1,6 @@
+// SPDX-License-Identifier: Apache-2.0
 // Deformable position-sensitive ROI pooling in TensorFlow: ops, shape
-// functions, kernels. SPDX-License-Identifier: Apache-2.0
+// functions, kernels.
 
 #include "cc/tf/deformable_psroi_pool_op.h"
 

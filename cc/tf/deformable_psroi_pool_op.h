@@ -1,6 +1,6 @@
+// SPDX-License-Identifier: Apache-2.0
 // Deformable position-sensitive ROI pooling: attributes, and the core by what
-// it runs on, for TensorFlow glue and XLA glue. SPDX-License-Identifier:
-// Apache-2.0
+// it runs on, for TensorFlow glue and XLA glue.
 
 #ifndef TF_DEFORM_CC_TF_DEFORMABLE_PSROI_POOL_OP_H_
 #define TF_DEFORM_CC_TF_DEFORMABLE_PSROI_POOL_OP_H_

@@ -1,5 +1,5 @@
-// What every op's TensorFlow glue shares.
 // SPDX-License-Identifier: Apache-2.0
+// What every op's TensorFlow glue shares.
 
 #include "cc/tf/glue.h"
 

@@ -1,5 +1,5 @@
-// What every op's TensorFlow glue shares: shapes, threads, types, outputs.
 // SPDX-License-Identifier: Apache-2.0
+// What every op's TensorFlow glue shares: shapes, threads, types, outputs.
 
 #ifndef TF_DEFORM_CC_TF_GLUE_H_
 #define TF_DEFORM_CC_TF_GLUE_H_

@@ -1,5 +1,5 @@
-// One library for a process.
 // SPDX-License-Identifier: Apache-2.0
+// One library for a process.
 
 #include "cc/tf/library.h"
 

@@ -1,5 +1,5 @@
-// One library for a process: which of its copies registers the ops.
 // SPDX-License-Identifier: Apache-2.0
+// One library for a process: which of its copies registers the ops.
 //
 // A process may come to load the library twice, as a part of the Python package
 // and as a file beside a SavedModel, and TensorFlow ends a process that

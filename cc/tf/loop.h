@@ -1,5 +1,5 @@
-// A loop over tasks that several threads of a pool take part in.
 // SPDX-License-Identifier: Apache-2.0
+// A loop over tasks that several threads of a pool take part in.
 
 #ifndef TF_DEFORM_CC_TF_LOOP_H_
 #define TF_DEFORM_CC_TF_LOOP_H_

@@ -1,5 +1,5 @@
-// The marker in TensorFlow: op, kernel.
 // SPDX-License-Identifier: Apache-2.0
+// The marker in TensorFlow: op, kernel.
 
 #include "cc/tf/marker_op.h"
 

@@ -1,5 +1,5 @@
-// The op whose name tells what to do where the ops are not registered.
 // SPDX-License-Identifier: Apache-2.0
+// The op whose name tells what to do where the ops are not registered.
 //
 // Of a SavedModel that needs this library, a program that has not loaded it
 // learns from TensorFlow one thing: the type of the first op that it does not

@@ -1,5 +1,5 @@
-// Deformable convolution inside XLA.
 // SPDX-License-Identifier: Apache-2.0
+// Deformable convolution inside XLA.
 
 #include <cstdint>
 #include <memory>

@@ -1,5 +1,5 @@
-// Deformable position-sensitive ROI pooling inside XLA.
 // SPDX-License-Identifier: Apache-2.0
+// Deformable position-sensitive ROI pooling inside XLA.
 
 #include <cstdint>
 #include <memory>

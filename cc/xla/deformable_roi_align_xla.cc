@@ -1,5 +1,5 @@
-// Deformable ROIAlign inside XLA.
 // SPDX-License-Identifier: Apache-2.0
+// Deformable ROIAlign inside XLA.
 
 #include <cstdint>
 #include <memory>

@@ -1,5 +1,5 @@
-// What every op's XLA glue shares: compilation, handlers, threads.
 // SPDX-License-Identifier: Apache-2.0
+// What every op's XLA glue shares: compilation, handlers, threads.
 
 #include "cc/xla/glue.h"
 

@@ -1,5 +1,5 @@
-// What every op's XLA glue shares: how a call is compiled, and how it runs.
 // SPDX-License-Identifier: Apache-2.0
+// What every op's XLA glue shares: how a call is compiled, and how it runs.
 //
 // Inside tf.function(jit_compile=True) an op becomes a typed custom call of its
 // own name: operands and results are the op's, and the workspace is one result

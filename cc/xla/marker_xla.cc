@@ -1,5 +1,5 @@
-// The marker inside XLA, which does not prune it.
 // SPDX-License-Identifier: Apache-2.0
+// The marker inside XLA, which does not prune it.
 
 #include "cc/tf/marker_op.h"
 #include "cc/xla/glue.h"

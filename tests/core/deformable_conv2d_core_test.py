@@ -481,7 +481,7 @@ def test_other_instruction_sets(isa):
     here = pathlib.Path(__file__)
     script = "import core; print(core.instruction_set())"
     environment = {**os.environ, "TF_DEFORM_MAX_ISA": isa}
-    path = [str(here.parent), str(here.parent.parent)]
+    path = [str(here.parents[1] / "lib")]
     environment["PYTHONPATH"] = os.pathsep.join(path)
     name = subprocess.run(
         [sys.executable, "-c", script],
@@ -508,7 +508,7 @@ def test_other_instruction_sets(isa):
 
 
 def test_needs_no_tensorflow():
-    here = pathlib.Path(__file__).parent
+    here = pathlib.Path(__file__).parents[1] / "lib"
     script = (
         "import sys, core, numpy as np;"
         "core.forward(*(np.ones(s) for s in"

@@ -706,7 +706,7 @@ def test_other_instruction_sets(isa):
     here = pathlib.Path(__file__)
     script = "import core; print(core.instruction_set())"
     environment = {**os.environ, "TF_DEFORM_MAX_ISA": isa}
-    path = [str(here.parent), str(here.parent.parent)]
+    path = [str(here.parents[1] / "lib")]
     environment["PYTHONPATH"] = os.pathsep.join(path)
     name = subprocess.run(
         [sys.executable, "-c", script],

@@ -1,0 +1,377 @@
+// SPDX-License-Identifier: Apache-2.0
+// Where the taps of a deformable convolution read, for one instruction set.
+//
+// No include guard: see simd-inl.h.
+//
+// Indices: n image, q pixel of an image's output (row major), r row of a
+// bundle's columns = tap * bundle.channels + channel within the bundle. "Group"
+// alone is a group of the convolution, not an offset group.
+
+namespace tf_deform {
+namespace cpu {
+namespace TF_DEFORM_ISA {
+
+// Filters whose sums are made together, at most.
+constexpr int64_t kFilterBlock = 1024;
+
+// Sizes derived from the parameters, in elements.
+struct Geometry : DeformableConv2DParams {
+  int64_t taps;             // of the kernel
+  int64_t group_channels;   // of one group
+  int64_t group_filters;    // of one group
+  int64_t offset_channels;  // of one offset group
+  int64_t fields;           // offset pairs (or masks) of one output pixel
+  int64_t rows;             // of the columns of all channels
+  int64_t image;            // elements of one input image
+  int64_t pixels;           // of one image's output
+  int64_t total_pixels;     // of the batch's output
+  bool depthwise;           // a group is one channel
+
+  explicit Geometry(const DeformableConv2DParams& params)
+      : DeformableConv2DParams(params),
+        taps(kernel_h * kernel_w),
+        group_channels(channels / groups),
+        group_filters(filters / groups),
+        offset_channels(channels / offset_groups),
+        fields(offset_groups * taps),
+        rows(taps * channels),
+        image(height * width * channels),
+        pixels(out_h * out_w),
+        total_pixels(batch * pixels),
+        depthwise(groups > 1 && group_channels == 1) {}
+
+  // Groups are bundled, so that their channels are sampled in one go.
+  int64_t BundleGroups() const {
+    const int64_t most = Max(1, kFilterBlock / group_filters);
+    return CeilDiv(groups, CeilDiv(groups, most));
+  }
+  int64_t Bundles() const { return CeilDiv(groups, BundleGroups()); }
+};
+
+// Consecutive groups: their channels, filters, and rows of columns.
+struct Bundle {
+  int64_t group, channel, channels, filter, filters, rows;
+
+  Bundle(const Geometry& g, int64_t index) : group(index * g.BundleGroups()) {
+    const int64_t groups = Min(g.BundleGroups(), g.groups - group);
+    channel = group * g.group_channels;
+    channels = groups * g.group_channels;
+    filter = group * g.group_filters;
+    filters = groups * g.group_filters;
+    rows = g.taps * channels;
+  }
+};
+
+// Rows of a bundle are worked on in blocks. Blocks of at most `limit` rows, of
+// nearly equal length; where there are groups a block holds whole groups or
+// part of one.
+struct Blocks {
+  int64_t limit;
+
+  // `multiple` divides `most`.
+  Blocks(const Geometry& g, int64_t most, int64_t multiple) : limit(most) {
+    const int64_t rows = g.groups == 1 ? g.rows : g.group_channels;
+    if (g.groups > 1 && rows <= most) {
+      limit = most / rows * rows;
+    } else {
+      limit = RoundUp(CeilDiv(rows, CeilDiv(rows, most)), multiple);
+    }
+  }
+
+  // Where the block that starts at `begin` ends.
+  int64_t End(const Geometry& g, const Bundle& bundle, int64_t begin) const {
+    int64_t end = Min(begin + limit, bundle.rows);
+    if (g.groups > 1 && g.group_channels > limit) {
+      end = Min(end, (begin / g.group_channels + 1) * g.group_channels);
+    }
+    return end;
+  }
+};
+
+// Rows of a block that are multiplied by the same part of the kernel: all of
+// them, or the channels of one group at one tap.
+struct Piece {
+  int64_t row, count;  // rows [row, row + count) of the bundle
+  int64_t group;
+  int64_t kernel_row;   // of the first of them: tap, channel within the group
+  int64_t kernel_part;  // tap * groups + group, or 0
+  int64_t part_row;     // within that part
+};
+
+template <typename Step>
+static inline __attribute__((always_inline)) void ForEachPiece(
+    const Geometry& g, const Bundle& bundle, int64_t begin, int64_t end,
+    const Step& step) {
+  if (g.groups == 1) {
+    step(Piece{begin, end - begin, 0, begin, 0, begin});
+    return;
+  }
+  for (int64_t row = begin, count; row < end; row += count) {
+    const int64_t tap = row / bundle.channels;
+    const int64_t channel = bundle.channel + row % bundle.channels;
+    const int64_t group = channel / g.group_channels;
+    const int64_t in_group = channel % g.group_channels;
+    count = Min(end - row, g.group_channels - in_group);
+    step(Piece{row, count, group, tap * g.group_channels + in_group,
+               tap * g.groups + group, in_group});
+  }
+}
+
+// Rows of a bundle that share a tap and an offset group, and so their samples'
+// places.
+struct Run {
+  int64_t row, count;  // rows [row, row + count) of the bundle
+  int64_t channel;     // of the first of them, in the image
+  int64_t tap;
+  int64_t field;         // offset_group * taps + tap
+  int64_t tap_y, tap_x;  // distance from tap (0, 0), input pixels
+};
+
+// Writes the runs of rows [begin, end) of `bundle`, in order, and returns their
+// number.
+static int64_t FindRuns(const Geometry& g, const Bundle& bundle, int64_t begin,
+                        int64_t end, Run* to) {
+  int64_t runs = 0;
+  for (int64_t row = begin, count; row < end; row += count, ++runs) {
+    const int64_t tap = row / bundle.channels;
+    const int64_t in_bundle = row % bundle.channels;
+    const int64_t channel = bundle.channel + in_bundle;
+    const int64_t offset_group = channel / g.offset_channels;
+    count =
+        Min(end - row, Min(bundle.channels - in_bundle,
+                           g.offset_channels - channel % g.offset_channels));
+    to[runs] = {row,
+                count,
+                channel,
+                tap,
+                offset_group * g.taps + tap,
+                tap / g.kernel_w * g.dilation_h,
+                tap % g.kernel_w * g.dilation_w};
+  }
+  return runs;
+}
+
+// The last row up to `row` where a run may be cut: whole vectors from its
+// start. Compilers contract sums of products differently for different vectors,
+// so where the number of workers decides about cuts, each channel must still be
+// computed in the same kind of vector.
+template <typename E>
+static int64_t CutRow(const Geometry& g, const Bundle& bundle, int64_t row) {
+  const int64_t in_bundle = row % bundle.channels;
+  const int64_t in_offset_group =
+      (bundle.channel + in_bundle) % g.offset_channels;
+  return row - Min(in_bundle, in_offset_group) % kLanes<E>;
+}
+
+// The output pixels that the rows of a tile stand for. Arrays have room for a
+// multiple of kLanes<E>.
+template <typename E>
+struct Pixels {
+  int64_t first;   // of the batch's output
+  int64_t count;   // in the tile
+  E *y, *x;        // input coordinates of tap (0, 0) at zero offset
+  int64_t* image;  // element of `inputs` where the pixel's image begins
+
+  Pixels(int64_t most, Arena* arena)
+      : first(0),
+        count(0),
+        y(arena->Take<E>(RoundUp(most, kLanes<E>))),
+        x(arena->Take<E>(RoundUp(most, kLanes<E>))),
+        image(arena->Take<int64_t>(most)) {}
+
+  // The `count` pixels from `first` on.
+  void Locate(const Geometry& g, int64_t first, int64_t count) {
+    this->first = first;
+    this->count = count;
+    int64_t n = first / g.pixels, row = first % g.pixels / g.out_w,
+            column = first % g.pixels % g.out_w;
+    for (int64_t p = 0; p < count; ++p) {
+      y[p] = static_cast<E>(row * g.stride_h - g.pad_top);
+      x[p] = static_cast<E>(column * g.stride_w - g.pad_left);
+      image[p] = n * g.image;
+      if (++column < g.out_w) continue;
+      column = 0;
+      if (++row < g.out_h) continue;
+      row = 0;
+      ++n;
+    }
+    for (int64_t p = count; p % kLanes<E> != 0; ++p) y[p] = x[p] = 0;
+  }
+};
+
+// Where along one axis samples count, in the coordinate type.
+template <typename E>
+struct AxisRange {
+  E above, below;  // positions between the two, both excluded
+  int32_t last;    // the last pixel
+  bool clamp;
+
+  AxisRange(Boundary boundary, int64_t size)
+      : above(E(-1)),
+        below(static_cast<E>(size)),
+        last(static_cast<int32_t>(size - 1)),
+        clamp(boundary == Boundary::kClamp) {
+    // From 0 on, 0 included: above the largest number below it.
+    if (clamp) above = -LeastPositive(E());
+  }
+
+ private:
+  static float LeastPositive(float) { return __FLT_DENORM_MIN__; }
+  static double LeastPositive(double) { return __DBL_DENORM_MIN__; }
+};
+
+// What all samples of a call have in common.
+template <typename E>
+struct Sampling {
+  AxisRange<E> y, x;
+  int64_t row, pixel;  // elements from one row, one pixel to the next
+  int64_t fields;      // of one output pixel
+  const E* offset;
+  const E* mask;
+
+  Sampling(const Geometry& g, const E* offset, const E* mask)
+      : y(g.boundary, g.height),
+        x(g.boundary, g.width),
+        row(g.width * g.channels),
+        pixel(g.channels),
+        fields(g.fields),
+        offset(offset),
+        mask(mask) {}
+};
+
+// Corners of a sample that lie inside the image, and axes along which the edge
+// is held (no derivative there). No flag at all: the sample lies outside and
+// counts 0.
+constexpr int32_t kTopLeft = 1;
+constexpr int32_t kTopRight = 2;
+constexpr int32_t kBottomLeft = 4;
+constexpr int32_t kBottomRight = 8;
+constexpr int32_t kInside = 15;  // all four
+constexpr int32_t kHeldY = 16;
+constexpr int32_t kHeldX = 32;
+
+// Bilinear weights of the four corners of a sample.
+template <typename E>
+struct Weights {
+  E top_left, top_right, bottom_left, bottom_right;
+};
+
+// Where one run reads, at kLanes pixels of a tile: the plan that all channels
+// of the run share. Vectors hold a pixel in each lane.
+template <typename E>
+struct Samples {
+  static constexpr int kN = kLanes<E>;
+
+  int32_t flags[kN];
+  int32_t top[kN], left[kN];  // pixel of the top left corner
+  E ly[kN], lx[kN];           // distance from it, in [0, 1)
+  E mask[kN];
+  E top_left[kN], top_right[kN], bottom_left[kN], bottom_right[kN];  // weights
+
+  // At pixels [p, p + kN) of the tile, as far as there are.
+  void Locate(const Sampling<E>& in, const Pixels<E>& pixels, int64_t p,
+              const Run& run) {
+    using V = Vector<E, kN>;
+    using I = Vector<int32_t, kN>;
+    const int64_t count = Min(kN, pixels.count - p);
+    const int64_t field = (pixels.first + p) * in.fields + run.field;
+    E dy[kN] = {}, dx[kN] = {};
+    for (int64_t l = 0; l < count; ++l) {
+      dy[l] = in.offset[2 * (field + l * in.fields)];
+      dx[l] = in.offset[2 * (field + l * in.fields) + 1];
+    }
+    for (int64_t l = 0; l < count; ++l) {
+      mask[l] = in.mask == nullptr ? E(1) : in.mask[field + l * in.fields];
+    }
+    V y = (Load<kN>(pixels.y + p) + static_cast<E>(run.tap_y)) + Load<kN>(dy);
+    V x = (Load<kN>(pixels.x + p) + static_cast<E>(run.tap_x)) + Load<kN>(dx);
+    // Written so that NaN lies outside. What is outside goes to pixel (0, 0),
+    // where converting is defined.
+    using M = decltype(V() > V());
+    const M counts = (y > in.y.above) & (y < in.y.below) & (x > in.x.above) &
+                     (x < in.x.below);
+    y = BitCast<V>(BitCast<M>(y) & counts);
+    x = BitCast<V>(BitCast<M>(x) & counts);
+    const I inside = __builtin_convertvector(counts, I);
+    I held_y = {}, held_x = {};
+    const I i = Split(in.y, y, &held_y), j = Split(in.x, x, &held_x);
+    const V hy = 1 - y, hx = 1 - x;
+    Store(i, top);
+    Store(j, left);
+    Store(y, ly);
+    Store(x, lx);
+    Store(hy * hx, top_left);
+    Store(hy * x, top_right);
+    Store(y * hx, bottom_left);
+    Store(y * x, bottom_right);
+    // Inside, the corner is at most the last pixel and its neighbour at least
+    // the first.
+    const I has_top = i >= 0, has_bottom = i < in.y.last;
+    const I has_left = j >= 0, has_right = j < in.x.last;
+    I found = (has_top & has_left & kTopLeft) |
+              (has_top & has_right & kTopRight) |
+              (has_bottom & has_left & kBottomLeft) |
+              (has_bottom & has_right & kBottomRight);
+    // An image without pixels has no corner to hold.
+    const I some = inside & (found != 0);
+    Store(some & (found | (held_y & kHeldY) | (held_x & kHeldX)), flags);
+  }
+
+  Weights<E> WeightsAt(int64_t lane) const {
+    return {top_left[lane], top_right[lane], bottom_left[lane],
+            bottom_right[lane]};
+  }
+
+  // Element of the top left corner, channel 0, in its image.
+  int64_t Corner(const Sampling<E>& in, int64_t lane) const {
+    return top[lane] * in.row + left[lane] * in.pixel;
+  }
+
+ private:
+  // Returns the pixel at or before each position, and leaves the distance.
+  static Vector<int32_t, kN> Split(const AxisRange<E>& axis,
+                                   Vector<E, kN>& position,
+                                   Vector<int32_t, kN>* held) {
+    using V = Vector<E, kN>;
+    using I = Vector<int32_t, kN>;
+    // Sizes are below 2^31, so positions inside fit.
+    I pixel = __builtin_convertvector(position, I);
+    pixel += __builtin_convertvector(
+        position < __builtin_convertvector(pixel, V), I);
+    position -= __builtin_convertvector(pixel, V);
+    if (axis.clamp) {
+      const auto at_edge = pixel >= axis.last;
+      *held = at_edge;
+      using M = decltype(V() > V());
+      const M wide = __builtin_convertvector(at_edge, M);
+      position = BitCast<V>(BitCast<M>(position) & ~wide);
+    }
+    return pixel;
+  }
+};
+
+// The corners of a sample from one channel on; a corner outside the image reads
+// zeros.
+template <typename T>
+struct Corners {
+  const T *top_left, *top_right, *bottom_left, *bottom_right;
+
+  // `corner` is the top left one.
+  template <typename E>
+  Corners(const Sampling<E>& in, const T* corner, int32_t flags,
+          const T* zeros) {
+    top_left = corner;
+    top_right = top_left + in.pixel;
+    bottom_left = top_left + in.row;
+    bottom_right = bottom_left + in.pixel;
+    if ((flags & kInside) == kInside) return;
+    if (!(flags & kTopLeft)) top_left = zeros;
+    if (!(flags & kTopRight)) top_right = zeros;
+    if (!(flags & kBottomLeft)) bottom_left = zeros;
+    if (!(flags & kBottomRight)) bottom_right = zeros;
+  }
+};
+
+}  // namespace TF_DEFORM_ISA
+}  // namespace cpu
+}  // namespace tf_deform

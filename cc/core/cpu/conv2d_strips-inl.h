@@ -1,0 +1,277 @@
+// SPDX-License-Identifier: Apache-2.0
+// Deformable convolution on the CPU: how the gradient of the inputs is divided.
+//
+// No include guard: see simd-inl.h.
+//
+// The output of each image is divided into strips of pixels. While a strip is
+// worked on, some rows of the gradient of the inputs, around it, are its own.
+// What belongs there is added at once; what belongs elsewhere is deferred:
+// written down, and added when no strip is worked on. Even strips are worked on
+// together, then odd ones, so that each owns half of its idle neighbours' rows,
+// and only samples far away are deferred. The gradient at a pixel is then a sum
+// in an order that strips, offsets and kDeferredBytes decide, not the workers.
+// So are the sums of a small kernel's gradient, of which each pair of an even
+// and an odd strip (a room) has its own.
+
+namespace tf_deform {
+namespace cpu {
+namespace TF_DEFORM_ISA {
+
+// Pixels in a tile, at most: a multiple of kMicroRows, and of the 16 rows that
+// AMX reads at a time.
+constexpr int64_t kDataPixels = kMicroRows == 14 ? 112 : 108;
+static_assert(kMicroRows != 14 || kDataPixels % 16 == 0, "rows of AMX");
+
+// What one pixel may defer, at most, unless kPanel rows are more.
+constexpr int64_t kPixelBytes = 4 << 10;
+
+// Deferred gradients of all strips that are worked on together. A strip's
+// share, 1/30 at least, has room for those of kLanes pixels. With the scratch
+// of one worker (see DataScratch) it must stay within kScratchBytes.
+constexpr int64_t kDeferredBytes = 5 << 19;
+
+// Images that are worked on together, and strips of all of them, at most.
+constexpr int64_t kImagesAtOnce = 64;
+constexpr int64_t kStripsAtOnce = 32;
+
+// Where the gradient of the kernel is made here too: its bytes and a group's
+// filters, at most. The corners are then read once instead of twice, which
+// takes 4 to 28 % off the backward pass; but its sums leave the caches sooner
+// than in a pass of their own, and from 300 KiB on that costs more.
+constexpr int64_t kFusedBytes = 256 << 10;
+constexpr int64_t kFusedFilters = 256;
+
+// And so many strips must be worked on at the same time, at least: a pass for
+// the kernel alone would keep any number of workers busy.
+constexpr int64_t kFusedRooms = 4;
+
+// Rows of an image's output in a strip, at least.
+constexpr int64_t kStripRows = 7;
+
+// The gradient of one sample's channels that waits to be added; elements
+// follow.
+template <typename E>
+struct Deferred {
+  int64_t corner;  // element of the image: top left corner, first channel
+  int32_t flags;   // the corners that wait
+  int32_t top;     // row of the first of them
+  int64_t count;   // channels
+  E mask;
+  Weights<E> weights;
+
+  static int64_t Bytes(int64_t count) {
+    return RoundUp(static_cast<int64_t>(sizeof(Deferred)), 64) +
+           RoundUp(count * static_cast<int64_t>(sizeof(E)), 64);
+  }
+  E* Gradient() {
+    return reinterpret_cast<E*>(reinterpret_cast<char*>(this) +
+                                RoundUp(sizeof(Deferred), 64));
+  }
+};
+
+// A strip of an image's output, and how far it has come.
+struct Strip {
+  int64_t n;
+  int64_t first, last;          // pixels of the batch's output
+  int64_t row_first, row_last;  // its own rows of the image
+  int64_t bundle, begin, next;  // to do next: bundle, its row, pixel
+  int64_t used;                 // bytes of deferred gradients
+  char* deferred;
+  int64_t room;  // which sums of the kernel's gradient, which room deferred
+};
+
+// Rows of columns whose gradients are made together: as many as kPixelBytes
+// lets a pixel defer, or kPanel.
+template <typename E>
+static Blocks DataBlocks(const Geometry& g) {
+  const int64_t channels = Bundle(g, g.Bundles() - 1).channels;  // the least
+  const int64_t runs_per_tap =
+      g.Bundles() == 1 ? g.offset_groups : channels / g.offset_channels + 2;
+  int64_t rows = kPixelBytes / static_cast<int64_t>(sizeof(E)) / kPanel<E>;
+  for (rows *= kPanel<E>; rows > kPanel<E>; rows -= kPanel<E>) {
+    // Runs end where taps, bundles, offset groups and blocks do.
+    const int64_t runs = (rows / channels + 2) * runs_per_tap;
+    if (rows * static_cast<int64_t>(sizeof(E)) + runs * 2 * 64 <= kPixelBytes) {
+      break;
+    }
+  }
+  return Blocks(g, rows, kPanel<E>);
+}
+
+// What a worker needs. O is as in ColumnScratch.
+template <typename T, typename O>
+struct DataScratch {
+  using E = typename AccumulatorOf<T>::Type;
+
+  E* columns;           // [kDataPixels][stride], gradients
+  O* grad_rows;         // [kDataPixels][kTileStride], a tile of grad_output
+  E* grad_packed;       // the same as a packed B, for the kernel's gradient
+  Pixels<E> pixels;     // of the tile
+  Run* runs;            // [block rows]
+  Samples<E>* samples;  // [block rows], of the runs at kLanes pixels
+  T* zeros;             // [block rows]
+  int64_t stride;
+
+  DataScratch(const Blocks& blocks, bool fused, Arena* arena)
+      : columns(arena->Take<E>(kDataPixels * (blocks.limit + 16))),
+        grad_rows(arena->Take<O>(kDataPixels * kTileStride)),
+        grad_packed(arena->Take<E>(fused ? kDataPixels * kFusedFilters : 0)),
+        pixels(kDataPixels, arena),
+        runs(arena->Take<Run>(blocks.limit)),
+        samples(arena->Take<Samples<E>>(blocks.limit)),
+        zeros(arena->Take<T>(blocks.limit)),
+        stride(blocks.limit + 16) {}
+};
+
+// How the work of one call is divided.
+template <typename T, typename O>
+struct DataPlan {
+  using E = typename AccumulatorOf<T>::Type;
+
+  Geometry g;
+  Blocks blocks;
+  bool scatter;            // is the gradient of the inputs wanted?
+  int64_t scratch_bytes;   // of a DataScratch
+  int64_t images;          // worked on together
+  int64_t wide_bytes;      // of their gradients in float32, for 16-bit types
+  int64_t strips;          // of an image: 1 or an even number
+  int64_t deferred_bytes;  // of a strip
+  int64_t rooms;           // strips worked on at the same time
+  // Is the gradient of the kernel made here too? Every room then has sums of
+  // its own, which take their place from the deferred gradients.
+  bool fused;
+
+  DataPlan(const DeformableConv2DParams& params, bool wants_inputs)
+      : g(params), blocks(DataBlocks<E>(g)), scatter(wants_inputs) {
+    constexpr bool narrow = Operands<T>::kNarrow;
+    const int64_t float_image = g.image * static_cast<int64_t>(sizeof(E));
+    images = Min(g.batch, kImagesAtOnce);
+    if (narrow) {
+      // Small ones where strips would be, which need the room themselves.
+      const int64_t fit = Max(1, kDeferredBytes / Max(1, float_image));
+      images = CeilDiv(images, CeilDiv(Max(1, images), fit));
+      if (images < 4 || g.out_h >= 4 * kStripRows) images = Min(g.batch, 1);
+    }
+    wide_bytes = narrow && scatter ? RoundUp(images * float_image, 64) : 0;
+    strips = 1;
+    if (g.height >= 4 && !IsSerial(g)) {
+      while (strips * 2 * kStripRows <= g.out_h &&
+             strips * images < kStripsAtOnce) {
+        strips *= 2;
+      }
+      if (strips < 4) strips = images < 4 ? 4 : 1;
+    }
+    rooms = Max(1, strips == 1 ? images : images * strips / 2);
+    int64_t place = kDeferredBytes;
+    if (narrow && images > 1) place -= images * float_image;
+    const int64_t least = strips == 1 ? 0 : rooms * (kDeferredBytes / 30);
+    fused = std::is_same<O, E>::value && g.group_filters <= kFusedFilters &&
+            KernelBytes() <= kFusedBytes &&
+            (rooms >= kFusedRooms || IsSerial(g)) &&
+            rooms * KernelBytes() + least <= place;
+    if (fused) place -= rooms * KernelBytes();
+    deferred_bytes = strips == 1 ? 0 : place / rooms / 64 * 64;
+    Arena arena{nullptr};
+    DataScratch<T, O>(blocks, fused, &arena);
+    scratch_bytes = arena.used;
+  }
+
+  // Of the gradient of the kernel, as sums.
+  int64_t KernelBytes() const {
+    return RoundUp(g.rows * g.group_filters * static_cast<int64_t>(sizeof(E)),
+                   64);
+  }
+
+  int64_t KernelElements() const {
+    if (g.depthwise) return g.taps * g.filters;
+    return PackedInner<O>(g.group_filters) *
+           (g.groups == 1
+                ? PackedColumns<O>(g.rows)
+                : g.taps * g.groups * PackedColumns<O>(g.group_channels));
+  }
+  int64_t StripBytes() const {
+    return RoundUp(images * strips * static_cast<int64_t>(sizeof(Strip)), 64);
+  }
+  int64_t DeferredBytes() const { return scatter ? rooms * deferred_bytes : 0; }
+};
+
+// Adds a sample's gradient to those corners of the image that `flags` names.
+template <typename E>
+static void AddToCorners(const Sampling<E>& in, int32_t flags, const E* columns,
+                         int64_t count, E mask, const Weights<E>& weights,
+                         E* to) {
+  const auto add = [&](int32_t corner, int64_t distance, E weight) {
+    if (!(flags & corner)) return;
+    E* at = to + distance;
+    ForEachVector<E>(count, [&](auto lanes, int64_t i) {
+      constexpr int kN = lanes.value;
+      const Vector<E, kN> scaled = mask * Load<kN>(columns + i);
+      Store(Load<kN>(at + i) + weight * scaled, at + i);
+    });
+  };
+  add(kTopLeft, 0, weights.top_left);
+  add(kTopRight, in.pixel, weights.top_right);
+  add(kBottomLeft, in.row, weights.bottom_left);
+  add(kBottomRight, in.row + in.pixel, weights.bottom_right);
+}
+
+// The corners of a sample in rows [first, last).
+static inline int32_t CornersInRows(int32_t flags, int32_t top, int64_t first,
+                                    int64_t last) {
+  int32_t mine = 0;
+  if (top >= first && top < last) mine |= kTopLeft | kTopRight;
+  if (top + 1 >= first && top + 1 < last) mine |= kBottomLeft | kBottomRight;
+  return flags & mine;
+}
+
+// Adds what `strip` has deferred for rows [first, last) of its image.
+template <typename E>
+static void AddDeferred(const Sampling<E>& in, const Strip& strip,
+                        int64_t first, int64_t last, E* grad_image) {
+  for (int64_t at = 0; at < strip.used;) {
+    auto* entry = reinterpret_cast<Deferred<E>*>(strip.deferred + at);
+    at += Deferred<E>::Bytes(entry->count);
+    const int32_t mine = CornersInRows(entry->flags, entry->top, first, last);
+    if (mine == 0) continue;
+    AddToCorners(in, mine, entry->Gradient(), entry->count, entry->mask,
+                 entry->weights, grad_image + entry->corner);
+  }
+}
+
+// Divides the output of `count` images from image n on into strips.
+template <typename T, typename O>
+static void MakeStrips(const DataPlan<T, O>& plan, int64_t n, int64_t count,
+                       char* deferred, Strip* strips) {
+  const Geometry& g = plan.g;
+  const auto start = [&](int64_t strip) {
+    return g.pixels * strip / plan.strips;
+  };
+  // Row of the image under the middle of the kernel where a strip starts.
+  const auto row = [&](int64_t strip) {
+    if (strip <= 0) return int64_t{0};
+    if (strip >= plan.strips) return g.height;
+    const int64_t y = start(strip) / g.out_w * g.stride_h - g.pad_top +
+                      (g.kernel_h - 1) * g.dilation_h / 2;
+    return Max(0, Min(y, g.height));
+  };
+  for (int64_t image = 0; image < count; ++image) {
+    for (int64_t i = 0; i < plan.strips; ++i) {
+      Strip& strip = strips[image * plan.strips + i];
+      const int64_t first = (n + image) * g.pixels;
+      strip = {};
+      strip.n = n + image;
+      strip.first = strip.next = first + start(i);
+      strip.last = first + start(i + 1);
+      strip.row_first = i == 0 ? 0 : (row(i - 1) + row(i)) / 2;
+      strip.row_last =
+          i + 1 >= plan.strips ? g.height : (row(i + 1) + row(i + 2)) / 2;
+      // Even and odd strips, never worked on at the same time, share a room.
+      strip.room = (image * plan.strips + i) / (plan.strips == 1 ? 1 : 2);
+      strip.deferred = deferred + strip.room * plan.deferred_bytes;
+    }
+  }
+}
+
+}  // namespace TF_DEFORM_ISA
+}  // namespace cpu
+}  // namespace tf_deform

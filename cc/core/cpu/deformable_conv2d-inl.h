@@ -1,0 +1,329 @@
+// SPDX-License-Identifier: Apache-2.0
+// Deformable convolution on the CPU, for one instruction set: how tiles flow.
+//
+// No include guard: see simd-inl.h.
+//
+// The convolution is a matrix product of columns (a row for every output pixel;
+// an entry for every tap and channel: the sample there times its mask) and the
+// kernel (rows in the same order of taps and channels; a column for every
+// filter). The columns exist only as tiles, some pixels by some taps and
+// channels, in a worker's scratch. How a tile flows:
+//
+//   Samples       Where one tap reads, at a vector of pixels: corners, weights,
+//                 mask, worked out once and shared by all channels of an offset
+//                 group (conv2d_sampling-inl.h).
+//   columns       [pixel][row]: for each pixel and tap the four corners are
+//                 read along their channels, mixed, and written where the
+//                 product reads them (conv2d_columns-inl.h). At most
+//                 half of the second-level cache.
+//   MatrixProduct A panel of the packed kernel (256 rows by two vectors) stays
+//                 in the first-level cache while all pixels pass by, 14 (AVX2:
+//                 6) at a time, whose sums stay in registers
+//                 (matrix-inl.h). In bfloat16, where there is AMX
+//                 or AVX-512 BF16, all three are bfloat16 tiles
+//                 (matrix_bfloat16-inl.h).
+//
+//   ForwardPass   A tile of columns is sampled and at once multiplied by the
+//                 packed kernel into its pixels' outputs. Every tile packs the
+//                 kernel again, a block at a time: read from one packed copy
+//                 made beforehand, the whole pass takes .98 to 1.02 of the
+//                 time, in bfloat16 1.03 to 1.15.
+//   DataPass      The gradient of a tile's columns is grad_output times the
+//                 transposed packed kernel. A second look at the image's
+//                 corners turns it into gradients of offset and mask, which
+//                 belong to the tile's own pixels; in the same look it is added
+//                 to the gradient of the inputs, which lands anywhere in the
+//                 image, divided into strips (conv2d_strips-inl.h,
+//                 deformable_conv2d_data-inl.h). If the kernel is small,
+//                 this look leaves the columns too, and the tile's share of the
+//                 gradient of the kernel is made as in KernelPass.
+//   KernelPass    Rows of the kernel (taps and channels) are divided among
+//                 workers; each samples its part of the columns, tile after
+//                 tile over all pixels, and adds the transposed tile times
+//                 grad_output (deformable_conv2d_kernel-inl.h).
+//
+// Groups of the convolution are bundled: their channels are sampled in one go,
+// and every (tap, group) has a product of its own (Piece). Where a group is one
+// channel (depthwise) the products are done element by element.
+//
+// Blocks and strips that decide the order of a sum depend on shapes alone, so
+// that results never depend on the number of workers; a forward tile, which
+// decides about no sum, is as large as the second-level cache allows. See
+// conv2d_sampling-inl.h for the names of indices.
+
+#include "cc/core/cpu/simd-inl.h"
+// Each of the next ones builds on those before.
+#include "cc/core/cpu/tasks-inl.h"
+//
+#include "cc/core/cpu/matrix-inl.h"
+//
+#if TF_DEFORM_VECTOR_BYTES == 64
+#include "cc/core/cpu/matrix_bfloat16-inl.h"
+#endif
+//
+#include "cc/core/cpu/conv2d_sampling-inl.h"
+//
+#include "cc/core/cpu/conv2d_columns-inl.h"
+//
+#include "cc/core/cpu/deformable_conv2d_kernel-inl.h"
+//
+#include "cc/core/cpu/conv2d_strips-inl.h"
+//
+#include "cc/core/cpu/deformable_conv2d_data-inl.h"
+
+namespace tf_deform {
+namespace cpu {
+namespace TF_DEFORM_ISA {
+
+// -----------------------------------------------------------------------------
+// Forward.
+
+// Pixels in a tile, at most: a multiple of kMicroRows. Every tile packs the
+// kernel anew, block by block: for so many pixels that takes about 1 % of the
+// time (112: 4 %), and less than a packed copy in fresh memory.
+constexpr int64_t kForwardPixels = kMicroRows == 14 ? 504 : 480;
+
+// So many that their columns leave half of the second-level cache to the rest.
+template <typename O>
+static int64_t ForwardPixels() {
+  const int64_t fit =
+      SecondLevelCache() / 2 / (kTileStride * static_cast<int64_t>(sizeof(O)));
+  return Max(1, Min(fit, kForwardPixels) / kMicroRows) * kMicroRows;
+}
+
+template <typename T, typename O>
+struct ForwardScratch : ColumnScratch<T, O> {
+  using E = typename AccumulatorOf<T>::Type;
+
+  O* packed;  // [kInner][kFilterBlock], a block of the kernel
+  E* sums;    // [kForwardPixels][kFilterBlock], for 16-bit types
+
+  explicit ForwardScratch(Arena* arena)
+      // AMX reads 16 rows at a time.
+      : ColumnScratch<T, O>(RoundUp(kForwardPixels, 16), arena),
+        packed(arena->Take<O>(kInner * kFilterBlock)),
+        sums(arena->Take<E>(Operands<T>::kNarrow ? kForwardPixels * kFilterBlock
+                                                 : 0)) {}
+
+  static int64_t Bytes() {
+    Arena arena{nullptr};
+    ForwardScratch{&arena};
+    return arena.used;
+  }
+};
+
+template <typename T, typename O>
+static int64_t ForwardWorkspace(int num_workers) {
+  return num_workers * ForwardScratch<T, O>::Bytes();
+}
+
+// Adds (at tap 0: writes) a tile's share to the sums of filters [f, f +
+// filters) of each group of a depthwise bundle, element by element.
+template <typename T, typename E>
+static void DepthwiseProduct(const Geometry& g, const Bundle& bundle,
+                             const T* kernel, int64_t begin, int64_t num_runs,
+                             int64_t f, int64_t filters,
+                             const ForwardScratch<T, E>& s, E* sums,
+                             int64_t stride) {
+  for (const Run* run = s.runs; run != s.runs + num_runs; ++run) {
+    const T* from =
+        kernel + run->tap * g.filters + run->channel * g.group_filters + f;
+    for (int64_t j = 0; j < filters; ++j) {
+      for (int64_t i = 0; i < run->count; ++i) {
+        s.packed[j * kInner + i] = Load<1>(from + i * g.group_filters + j)[0];
+      }
+    }
+    const bool first = run->tap == 0;
+    for (int64_t p = 0; p < s.pixels.count; ++p) {
+      const E* columns = s.columns + p * kTileStride + (run->row - begin);
+      E* to = sums + p * stride + (run->channel - bundle.channel) * filters;
+      for (int64_t j = 0; j < filters; ++j) {
+        const E* weights = s.packed + j * kInner;
+        if (filters == 1) {
+          ForEachVector<E>(run->count, [&](auto lanes, int64_t i) {
+            constexpr int kN = lanes.value;
+            const Vector<E, kN> product =
+                Load<kN>(columns + i) * Load<kN>(weights + i);
+            Store(first ? product : Load<kN>(to + i) + product, to + i);
+          });
+          continue;
+        }
+        for (int64_t i = 0; i < run->count; ++i) {
+          E* sum = to + i * filters + j;
+          const E product = columns[i] * weights[i];
+          *sum = first ? product : *sum + product;
+        }
+      }
+    }
+  }
+}
+
+template <typename T, typename O>
+static void ForwardPass(const DeformableConv2DParams& params,
+                        const DeformableConv2DInputs& inputs, void* workspace,
+                        void* output, const ParallelFor& parallel_for) {
+  using E = typename AccumulatorOf<T>::Type;
+  const Geometry g(params);
+  if (g.total_pixels == 0) return;
+  const Operands<T> operands(inputs, nullptr);
+  const Blocks blocks(g, kInner, PackedInner<O>(16));
+  const int64_t scratch_bytes = ForwardScratch<T, O>::Bytes();
+  char* const scratch = static_cast<char*>(workspace);
+
+  // A multiple of the workers, twice as many where tiles do not get too small:
+  // all end at about the same time, and who is late is helped. Of few pixels
+  // every worker takes some of the filters instead, because a tile packs all
+  // that it needs of the kernel; sampling the same again costs less. No sum
+  // depends on any of this.
+  const int64_t most = ForwardPixels<O>();
+  const int64_t fewest = CeilDiv(g.total_pixels, most);
+  const int64_t panels = CeilDiv(g.group_filters, kPanel<E>);
+  int64_t tiles = fewest, parts = 1;
+  if (!IsSerial(g)) {
+    const int64_t workers = parallel_for.num_workers;
+    tiles = Max(fewest,
+                Min(2 * workers, CeilDiv(g.total_pixels, CeilDiv(most, 4))));
+    if (2 * tiles > workers || g.groups > 1) {
+      tiles = RoundUp(tiles, workers);
+    } else {
+      parts = Min(panels, workers / fewest);
+      tiles = Max(fewest, workers / parts);
+    }
+  }
+  tiles = Min(tiles, g.total_pixels);
+  RunTasks(parallel_for, tiles * parts, [&](int64_t task, int worker) {
+    const int64_t tile = task / parts, part = task % parts;
+    const int64_t f_begin = panels * part / parts * kPanel<E>;
+    const int64_t f_end =
+        Min(panels * (part + 1) / parts * kPanel<E>, g.group_filters);
+    Arena place{scratch + worker * scratch_bytes};
+    ForwardScratch<T, O> s(&place);
+    s.Clear();
+    const int64_t first = g.total_pixels * tile / tiles;
+    const int64_t count = g.total_pixels * (tile + 1) / tiles - first;
+    s.pixels.Locate(g, first, count);
+    for (int64_t index = 0; index < g.Bundles(); ++index) {
+      const Bundle bundle(g, index);
+      // Bundles of several groups have no more filters than a block.
+      for (int64_t f = f_begin; f < f_end; f += kFilterBlock) {
+        const int64_t filters = Min(kFilterBlock, f_end - f);
+        T* to = static_cast<T*>(output) + first * g.filters + bundle.filter + f;
+        E* sums = s.sums;
+        int64_t stride = kFilterBlock;
+        if constexpr (!Operands<T>::kNarrow) {
+          sums = to;
+          stride = g.filters;
+        }
+        for (int64_t begin = 0, end; begin < bundle.rows; begin = end) {
+          end = blocks.End(g, bundle, begin);
+          const int64_t num_runs =
+              SampleColumns<T, O>(g, operands, bundle, begin, end, s);
+          if constexpr (std::is_same<O, E>::value) {
+            if (g.depthwise) {
+              DepthwiseProduct<T, E>(g, bundle, operands.kernel, begin,
+                                     num_runs, f, filters, s, sums, stride);
+              continue;
+            }
+          }
+          ForEachPiece(g, bundle, begin, end, [&](const Piece& piece) {
+            PackPanels(operands.kernel + piece.kernel_row * g.filters +
+                           piece.group * g.group_filters + f,
+                       g.filters, 1, piece.count, filters, s.packed);
+            MatrixProduct<false>(
+                count, filters, piece.count, s.columns + (piece.row - begin),
+                s.packed, sums + (piece.group - bundle.group) * g.group_filters,
+                stride, piece.kernel_row > 0);
+          });
+        }
+        if constexpr (Operands<T>::kNarrow) {
+          const int64_t wide = g.BundleGroups() == 1 ? filters : bundle.filters;
+          for (int64_t p = 0; p < count; ++p) {
+            NarrowRow(sums + p * stride, wide, to + p * g.filters);
+          }
+        }
+      }
+    }
+  });
+}
+
+// -----------------------------------------------------------------------------
+// What deformable_conv2d.cc chooses from.
+
+// Calls body(T(), O()) for the type of the tensors and that of the elements of
+// products.
+template <typename Body>
+static void WithTypes(const DeformableConv2DParams& params, DataType type,
+                      const Body& body) {
+  (void)params;  // decides in bfloat16 only
+  WithType(type, [&](auto zero) {
+    using T = decltype(zero);
+#if TF_DEFORM_VECTOR_BYTES == 64
+    if constexpr (std::is_same<T, BFloat16>::value) {
+      // Groups that are whole registers need no zeros between them.
+      const Geometry g(params);
+      if (HasBFloat16Products() &&
+          (g.groups == 1 || (g.group_channels % kAmxInner == 0 &&
+                             g.group_filters % kAmxInner == 0))) {
+        return body(zero, BFloat16());
+      }
+    }
+#endif
+    body(zero, typename AccumulatorOf<T>::Type());
+  });
+}
+
+static int64_t WorkspaceBytes(const DeformableConv2DParams& params,
+                              DataType type, int num_workers) {
+  int64_t bytes = 0;
+  WithTypes(params, type, [&](auto zero, auto element) {
+    bytes = ForwardWorkspace<decltype(zero), decltype(element)>(num_workers);
+  });
+  return bytes;
+}
+
+// The passes run one after the other in the same workspace.
+static int64_t BackwardWorkspaceBytes(const DeformableConv2DParams& params,
+                                      DataType type,
+                                      const DeformableConv2DGradients& wanted,
+                                      int num_workers) {
+  int64_t bytes = 0;
+  WithTypes(params, type, [&](auto zero, auto element) {
+    using T = decltype(zero);
+    using O = decltype(element);
+    bytes = DataWorkspace<T, O>(params, wanted, num_workers);
+    if (wanted.kernel != nullptr && !DataPlan<T, O>(params, false).fused) {
+      bytes = Max(bytes, KernelWorkspace<T, O>(params, num_workers));
+    }
+  });
+  return bytes;
+}
+
+static void Forward(const DeformableConv2DParams& params, DataType type,
+                    const DeformableConv2DInputs& operands, void* workspace,
+                    void* output, const ParallelFor& parallel_for) {
+  WithTypes(params, type, [&](auto zero, auto element) {
+    ForwardPass<decltype(zero), decltype(element)>(params, operands, workspace,
+                                                   output, parallel_for);
+  });
+}
+
+static void Backward(const DeformableConv2DParams& params, DataType type,
+                     const DeformableConv2DInputs& operands,
+                     const void* grad_output, void* workspace,
+                     const DeformableConv2DGradients& gradients,
+                     const ParallelFor& parallel_for) {
+  WithTypes(params, type, [&](auto zero, auto element) {
+    using T = decltype(zero);
+    using O = decltype(element);
+    DataPass<T, O>(params, operands, grad_output, workspace, gradients,
+                   parallel_for);
+    if (gradients.kernel != nullptr && !DataPlan<T, O>(params, false).fused) {
+      KernelPass<T, O>(params, operands, grad_output, workspace,
+                       gradients.kernel, parallel_for);
+    }
+  });
+}
+
+}  // namespace TF_DEFORM_ISA
+}  // namespace cpu
+}  // namespace tf_deform

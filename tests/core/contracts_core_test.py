@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Headers of the core stay readable: formatters have run tables together."""
+
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+CONTRACTS = sorted((ROOT / "cc/core").glob("deformable_*.h"))
+SOURCES = sorted(
+    path
+    for path in [*ROOT.glob("cc/**/*"), *ROOT.glob("tests/**/*")]
+    if path.suffix in (".c", ".cc", ".cu", ".h")
+)
+TAG = "// SPDX-License-Identifier: Apache-2.0"
+OPERAND = re.compile(r"//   (\w+) +\(")
+
+
+def table_of(header: str) -> list[str]:
+    """Lines of the operand table, from the sentence before to the guard."""
+    table = header.partition("T is double):\n")[2]
+    return table.partition("\n\n#ifndef")[0].splitlines()
+
+
+def operands_of(header: str) -> set[str]:
+    """Names of the operands, by the contract's own declarations."""
+    struct = re.search(r"struct \w+Inputs \{\n(.*?)\n\};", header, re.DOTALL)
+    names = set(re.findall(r"const void\* (\w+)", struct[1]))
+    forward = re.search(r"Status Forward\((.*?)\);", header, re.DOTALL)
+    return names | set(re.findall(r"(?:void|float)\* (\w+)", forward[1]))
+
+
+@pytest.mark.parametrize("path", CONTRACTS, ids=lambda path: path.stem)
+def test_a_contract_has_one_operand_a_line(path):
+    header = path.read_text()
+    table = table_of(header)
+    begins = [line for line in table if OPERAND.match(line)]
+    names = [OPERAND.match(line)[1] for line in begins]
+    assert set(names) == operands_of(header) - {"workspace"}
+    assert len(set(names)) == len(names)
+    columns = {line.index("(") for line in begins}
+    assert len(columns) == 1, "shapes begin in one column"
+    for line in table:
+        # A line that continues an operand is set below its shape.
+        assert OPERAND.match(line) or re.match(r"// {9,12}\S", line), line
+        others = [name for name in names if re.search(rf"\b{name} +\(", line)]
+        assert len(others) <= 1, line
+
+
+def test_contracts_are_found():
+    assert len(CONTRACTS) >= 3 and len(SOURCES) > 50
+
+
+def test_a_garbled_table_is_noticed():
+    garbled = (
+        "// (double when T is double):\n"
+        "//   inputs  (batch)  T\n"
+        "//   offset  (batch),\n"
+        "//   [group], input pixels mask    (batch)\n\n#ifndef"
+    )
+    lines = table_of(garbled)
+    assert not all(
+        OPERAND.match(line) or re.match(r"// {9,12}\S", line) for line in lines
+    )
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_the_licence_is_a_line_of_its_own(path):
+    lines = path.read_text().splitlines()
+    assert lines[0] == TAG
+    assert sum("SPDX" in line for line in lines) == 1

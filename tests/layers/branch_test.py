@@ -1,0 +1,596 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of what the branch of `DeformableConv2D` is made of.
+
+Its convolution, which is trained when dilated and takes images without pixels,
+and NaN, which it hands on. That every configuration is trained is tested in
+training_grid_test.py.
+"""
+
+import itertools
+import pathlib
+
+import exported
+import keras
+import numpy as np
+import pytest
+import reference
+import tensorflow as tf
+
+import tf_deform
+from tf_deform.layers import DeformableConv2D
+from tf_deform.layers._branch import convolve, hand_on_nan
+
+
+def random(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def displace(layer: DeformableConv2D) -> None:
+    """Samples move, each by its own distance of a pixel or two."""
+    for seed, weight in enumerate(layer.weights):
+        scale = 0.5 / np.sqrt(np.prod(weight.shape[:-1]))
+        if weight is layer.offset_bias:
+            scale = 1.3
+        weight.assign(scale * random(*weight.shape, seed=seed))
+
+
+def operations(*functions: object) -> set[str]:
+    """The types of all operations of these graphs and of their functions."""
+    types = set()
+    for function in functions:
+        graph = function.graph.as_graph_def()
+        types |= {node.op for node in graph.node}
+        for inner in graph.library.function:
+            types |= {node.op for node in inner.node_def}
+    return types
+
+
+CONTROL_FLOW = {"If", "StatelessIf", "Switch", "Merge", "Case"}
+
+# The convolution.
+
+
+def plain(x, kernel, strides, padding, dilations):
+    """By the reference of the deformable one, which takes all of them."""
+    if padding != "same":
+        (top, bottom), (left, right) = padding
+        rows, columns = x.shape[1:3]
+        x = x[:, max(-top, 0) : rows - max(-bottom, 0)]
+        x = x[:, :, max(-left, 0) : columns - max(-right, 0)]
+        padding = tuple(tuple(max(n, 0) for n in side) for side in padding)
+    arguments = dict(strides=strides, dilation_rate=dilations)
+    size = reference.output_size(
+        padding, x.shape[1:3], kernel.shape[:2], **arguments
+    )
+    taps = kernel.shape[0] * kernel.shape[1]
+    offset = np.zeros((len(x), *size, 2 * taps))
+    return reference.deformable_conv2d(
+        x, kernel, offset, padding=padding, **arguments
+    )
+
+
+PADDINGS = ["same", ((0, 0), (0, 0)), ((3, 1), (0, 4)), ((4, -1), (-2, 3))]
+
+
+@pytest.mark.parametrize("padding", PADDINGS, ids=str)
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2), (3, 1), (2, 4)], ids=str)
+def test_convolution(strides, padding):
+    """Rates that divide the strides, are multiples of them, or neither."""
+    kernels = {size: random(*size, 2, 3) for size in [(3, 3), (2, 1), (1, 4)]}
+    cases = itertools.product(
+        kernels.items(), [(1, 1), (2, 2), (3, 2), (1, 3), (4, 6)], [11, 12]
+    )
+    for (size, kernel), dilations, height in cases:
+        x = random(2, height, 25, 2, seed=height)
+        expected = plain(x, kernel, strides, padding, dilations)
+        arguments = dict(strides=strides, padding=padding, dilations=dilations)
+        actual = convolve(tf.constant(x), tf.constant(kernel), **arguments)
+        case = f"{size}, {dilations}, {height}"
+        assert actual.shape == expected.shape, case
+        np.testing.assert_allclose(actual, expected, 0, 1e-12, err_msg=case)
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize(
+    ("strides", "dilations"),
+    [((1, 1), (1, 1)), ((2, 2), (2, 2)), ((2, 1), (3, 2))],
+)
+@pytest.mark.parametrize("padding", PADDINGS[::3], ids=str)
+def test_convolution_of_unknown_sizes(padding, strides, dilations, jit_compile):
+    kernel = random(3, 3, 2, 3)
+    run = tf.function(
+        lambda x: convolve(
+            x,
+            tf.constant(kernel),
+            strides=strides,
+            padding=padding,
+            dilations=dilations,
+        ),
+        input_signature=[tf.TensorSpec((None, None, None, 2), tf.float64)],
+        jit_compile=jit_compile,
+    )
+    assert run.get_concrete_function().output_shapes[-1] == 3
+    for size in [(9, 14), (12, 11)]:
+        x = random(2, *size, 2)
+        expected = plain(x, kernel, strides, padding, dilations)
+        np.testing.assert_allclose(run(x), expected, 0, 1e-12)
+
+
+@pytest.mark.parametrize("in_graph", [False, True])
+@pytest.mark.parametrize(
+    ("strides", "dilations", "padding"),
+    [
+        ((1, 1), (2, 2), "same"),
+        ((2, 2), (2, 2), "same"),
+        ((2, 1), (3, 2), ((0, 1), (3, 2))),
+        ((1, 1), (1, 1), ((0, 1), (3, 2))),
+        ((1, 2), (2, 3), ((-1, 0), (2, -1))),
+    ],
+)
+def test_second_derivatives(strides, dilations, padding, in_graph):
+    """Of the square of the gradient, by differences; and forward mode."""
+    x, kernel = tf.constant(random(1, 9, 8, 2)), tf.constant(random(3, 3, 2, 2))
+    arguments = dict(strides=strides, padding=padding, dilations=dilations)
+
+    def value(x, kernel):
+        return tf.reduce_sum(tf.sin(convolve(x, kernel, **arguments)))
+
+    def penalty(x, kernel):
+        with tf.GradientTape() as tape:
+            tape.watch([x, kernel])
+            result = value(x, kernel)
+        return tf.add_n(
+            [tf.reduce_sum(g**2) for g in tape.gradient(result, [x, kernel])]
+        )
+
+    if in_graph:
+        value, penalty = tf.function(value), tf.function(penalty)
+    for function in (value, penalty):
+        with tf.GradientTape() as tape:
+            tape.watch([x, kernel])
+            result = function(x, kernel)
+        gradients = tape.gradient(result, [x, kernel])
+        ways = [tf.constant(random(*v.shape, seed=3)) for v in (x, kernel)]
+        step = 1e-5
+        expected = (
+            function(x + step * ways[0], kernel + step * ways[1])
+            - function(x - step * ways[0], kernel - step * ways[1])
+        ) / (2 * step)
+        actual = sum(
+            tf.reduce_sum(g * way)
+            for g, way in zip(gradients, ways, strict=True)
+        )
+        np.testing.assert_allclose(actual, expected, rtol=1e-6)
+        with tf.autodiff.ForwardAccumulator([x, kernel], ways) as accumulator:
+            result = function(x, kernel)
+        np.testing.assert_allclose(accumulator.jvp(result), expected, rtol=1e-6)
+
+
+# Images without pixels, and no image.
+
+EMPTY = [(0, 8, 9), (2, 0, 9), (2, 8, 0), (0, 0, 0), (0, 0, 9)]
+EMPTY_CONFIGS = [
+    {"padding": "same"},
+    {},
+    {"padding": "same", "dilation_rate": 2, "strides": 2},
+    {"padding": ((2, 0), (1, 3)), "dilation_rate": (3, 2)},
+    {"padding": ((4, 3), (5, 4)), "dilation_rate": 2},  # Outputs all the same.
+    {"dilation_rate": 2, "offset_dilation_rate": 1, "strides": (1, 2)},
+]
+
+
+def empty_results(layer, x, how):
+    """The layer's result and its gradients."""
+    known = {"unknown": (None,) * 3, "batch": (None, *x.shape[1:3])}
+
+    def step(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x)
+            loss = tf.reduce_sum(y**2)
+        return y, *tape.gradient(loss, [x, *(w.value for w in layer.weights)])
+
+    if how != "eager":
+        signature = (*known.get(how, x.shape[:3]), 2)
+        step = tf.function(
+            step,
+            input_signature=[tf.TensorSpec(signature)],
+            jit_compile=how == "xla",
+        )
+    return step(x)
+
+
+@pytest.mark.parametrize("how", ["eager", "unknown", "batch", "known", "xla"])
+@pytest.mark.parametrize("config", EMPTY_CONFIGS, ids=str)
+def test_empty(config, how, implementation="native"):
+    """The op's shape, and gradients that are zero but the biases'."""
+    layer = DeformableConv2D(
+        3, 3, modulation="sigmoid", implementation=implementation, **config
+    )
+    layer.build((None, None, None, 2))
+    displace(layer)
+    # XLA and a graph of another shape each are compiled anew.
+    sizes = EMPTY if how in ("eager", "unknown") else EMPTY[:2]
+    for size in sizes:
+        x = tf.zeros((*size, 2))
+        y, *gradients = empty_results(layer, x, how)
+        expected = layer.compute_output_shape(x.shape)
+        assert y.shape == expected, size
+        np.testing.assert_array_equal(y, np.broadcast_to(layer.bias, expected))
+        operands = [x, *layer.weights]
+        for gradient, operand in zip(gradients, operands, strict=True):
+            assert gradient.shape == operand.shape, size
+            if operand is not layer.bias:
+                assert not np.any(gradient), size
+
+
+def test_empty_in_stock_ops():
+    test_empty(EMPTY_CONFIGS[2], "unknown", "portable")
+
+
+_EMPTY_WITHOUT_ONEDNN = """
+import sys
+
+sys.path += sys.argv[1:]
+import branch_test
+
+for config in branch_test.EMPTY_CONFIGS:
+    for how in ("eager", "unknown", "batch"):
+        branch_test.test_empty(config, how)
+print("done")
+"""
+
+
+def test_empty_without_onednn(run_python):
+    layers = pathlib.Path(__file__).parent
+    received = run_python(
+        _EMPTY_WITHOUT_ONEDNN,
+        layers,
+        layers.parent / "lib",
+        layers.parents[1] / "examples",
+        TF_ENABLE_ONEDNN_OPTS=0,
+    )
+    assert received == "done\n"
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("channels", [1, 3, 8])
+@pytest.mark.parametrize(
+    "config", [{}, {"strides": 2}, {"padding": 2, "dilation_rate": 2}], ids=str
+)
+def test_an_empty_batch_of_a_plain_convolution(config, channels, data_format):
+    # It has the sizes of the convolution's inputs, channels included.
+    inputs = keras.Input((15, 20, channels))
+    x = keras.layers.Conv2D(8, 3, strides=2)(inputs)
+    if data_format == "channels_first":
+        x = keras.ops.transpose(x, (0, 3, 1, 2))
+    layer = DeformableConv2D(6, 3, data_format=data_format, **config)
+    model = keras.Model(inputs, layer(x))
+    function = tf.function(
+        model, input_signature=[tf.TensorSpec((None, 15, 20, channels))]
+    )
+    empty = function(tf.zeros((0, 15, 20, channels)))
+    assert tuple(empty.shape) == (0, *model.output.shape[1:])
+    images = random(2, 15, 20, channels).astype("float32")
+    np.testing.assert_allclose(function(images), model(images), 0, 1e-6)
+
+
+@pytest.mark.parametrize("padding", ["valid", ((0, 1), (0, 0))])
+@pytest.mark.parametrize("dilation_rate", [1, 2])
+def test_a_small_image_is_an_error(dilation_rate, padding):
+    """Known or not, it is the op that says so."""
+    layer = DeformableConv2D(3, 4, padding=padding, dilation_rate=dilation_rate)
+    layer.build((None, None, None, 2))
+    run = tf.function(
+        layer, input_signature=[tf.TensorSpec((None, None, None, 2))]
+    )
+    errors = (ValueError, tf.errors.InvalidArgumentError)
+    for call in (layer, run, tf.function(layer)):
+        with pytest.raises(errors, match="padded height to be at least"):
+            call(np.zeros((1, 2, 9, 2), "float32"))
+
+
+@pytest.mark.parametrize("size", [(None, None), (None, 9), (8, 9)], ids=str)
+@pytest.mark.parametrize("config", EMPTY_CONFIGS, ids=str)
+def test_no_graph_has_branches(config, size):
+    layer = DeformableConv2D(3, 3, modulation="sigmoid", **config)
+    layer.build((None, *size, 2))
+
+    def step(x):
+        with tf.GradientTape() as tape:
+            y = tf.reduce_sum(layer(x))
+        return tape.gradient(y, layer.trainable_weights)
+
+    signature = [tf.TensorSpec((None, *size, 2))]
+    graphs = [
+        tf.function(f, input_signature=signature).get_concrete_function()
+        for f in (layer, step)
+    ]
+    found = operations(*graphs)
+    assert not found & CONTROL_FLOW
+    assert "Conv2D" in found
+
+
+def test_a_graph_of_known_sizes_has_nothing_in_vain():
+    """The branch is a convolution and, where wanted, its padding."""
+    x = tf.zeros((2, 8, 9, 2))
+    for padding, dilation_rate, expected in [
+        ("same", 1, set()),
+        ("valid", 1, set()),
+        ("same", 2, {"Pad", "SpaceToBatchND", "BatchToSpaceND"}),
+        (1, 1, {"Pad"}),
+    ]:
+        run = tf.function(
+            lambda x, padding=padding, rate=dilation_rate: convolve(
+                x,
+                tf.zeros((3, 3, 2, 4)),
+                strides=(1, 1),
+                padding={"valid": ((0, 0),) * 2, 1: ((1, 1),) * 2}.get(
+                    padding, padding
+                ),
+                dilations=(rate, rate),
+            )
+        )
+        found = operations(run.get_concrete_function(x))
+        assert found - {"Placeholder", "Const", "Identity", "NoOp"} == {
+            "Conv2D",
+            *expected,
+        } | ({"Slice"} if dilation_rate > 1 else set())
+
+
+@pytest.mark.parametrize("how", ["native", "portable", "keras"])
+def test_no_saved_model_has_branches(how, tmp_path):
+    inputs = keras.Input((None, None, 2))
+    x = DeformableConv2D(3, 3, padding="same", modulation="sigmoid")(inputs)
+    x = DeformableConv2D(3, 3, padding=2, dilation_rate=2, strides=2)(x)
+    model = keras.Model(inputs, x)
+    for layer in model.layers[1:]:
+        displace(layer)
+    if how == "keras":
+        with tf_deform.implementation("portable"):
+            model.export(tmp_path / "model", verbose=False)
+    else:
+        exported.write(how, model, tmp_path / "model")
+    loaded = tf.saved_model.load(tmp_path / "model")
+    serve = loaded.signatures["serving_default"]
+    assert not operations(serve) & CONTROL_FLOW
+    (name,) = serve.structured_input_signature[1]
+    for size in [(2, 8, 9), (1, 5, 6), (0, 8, 9)]:
+        images = random(*size, 2).astype("float32")
+        (y,) = serve(**{name: tf.constant(images)}).values()
+        np.testing.assert_allclose(y, model(images), 1e-4, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"padding": "same"},
+        {"padding": "valid", "modulation": "sigmoid", "offset_groups": 2},
+        {"padding": ((0, 1), (3, 2)), "strides": 2},
+        {"padding": "same", "dilation_rate": 2, "groups": 2},
+        {"padding": 3, "dilation_rate": (3, 2), "strides": (1, 2)},
+        {"padding": "same", "data_format": "channels_first"},
+        {"padding": 2, "dilation_rate": 2, "implementation": "portable"},
+    ],
+    ids=str,
+)
+def test_gradients_per_example(config):
+    """By `tf.vectorized_map` over a tape: as one by one."""
+    layer = DeformableConv2D(2, 3, **config)
+    shape = [None, None, None, None]
+    shape[1 if layer.data_format == "channels_first" else 3] = 4
+    model = keras.Sequential([keras.Input(shape[1:]), layer])
+    displace(layer)
+    images = random(3, 4, 9, 8).astype("float32")
+    if layer.data_format == "channels_last":
+        images = images.transpose(0, 2, 3, 1)
+
+    def gradient(image):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(model(image[None]) ** 2)
+        return tape.gradient(loss, model.trainable_variables)
+
+    together = tf.function(
+        lambda images: tf.vectorized_map(gradient, images),
+        input_signature=[tf.TensorSpec(shape)],
+    )(images)
+    for index, image in enumerate(images):
+        for actual, expected in zip(
+            together, gradient(tf.constant(image)), strict=True
+        ):
+            assert np.any(expected)
+            np.testing.assert_allclose(
+                actual[index], expected, 0, 1e-5 * np.abs(expected).max()
+            )
+
+
+# NaN.
+
+
+def nan_model(implementation="native", **config) -> keras.Model:
+    """A layer that displaces a little, of unknown sizes."""
+    layer = DeformableConv2D(
+        4, 3, padding="same", implementation=implementation, **config
+    )
+    model = keras.Sequential([keras.Input((None, None, 2)), layer])
+    displace(layer)
+    return model
+
+
+def run_as(model, how):
+    if how == "eager":
+        return model
+    return tf.function(
+        model,
+        input_signature=[tf.TensorSpec((None, None, None, 2))],
+        jit_compile=how == "xla",
+    )
+
+
+@pytest.mark.parametrize(
+    ("implementation", "how"),
+    [
+        ("native", "eager"),
+        ("native", "graph"),
+        ("native", "xla"),
+        ("portable", "graph"),
+    ],
+)
+@pytest.mark.parametrize("modulation", [None, "2sigmoid"])
+def test_nan_of_a_pixel(modulation, implementation, how):
+    """All outputs whose branch sees it, and no other's."""
+    model = nan_model(implementation, modulation=modulation, use_bias=False)
+    layer = model.layers[0]
+    # The layer sees nothing of the NaN: it samples ten pixels away.
+    layer.offset_kernel.assign(np.zeros(layer.offset_kernel.shape))
+    fields = layer.offset_bias.shape[0]
+    layer.offset_bias.assign(np.full(fields, 10.0))
+    x = random(2, 30, 31, 2).astype("float32")
+    clean = np.array(model(x))
+    assert np.all(np.any(clean[:, :15, :15], -1))
+    x[1, 2, 3] = np.nan
+    y = np.array(run_as(model, how)(x))
+    where = np.zeros(y.shape, bool)
+    where[1, 1:4, 2:5] = True
+    np.testing.assert_array_equal(np.isnan(y), where)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "how"),
+    [
+        ("native", "eager"),
+        ("native", "graph"),
+        ("native", "xla"),
+        ("portable", "graph"),
+    ],
+)
+@pytest.mark.parametrize("field", [0, 26])
+def test_nan_of_one_field(field, implementation, how):
+    """First and last of the displacements and of the modulation."""
+    model = nan_model(implementation, modulation="sigmoid")
+    layer = model.layers[0]
+    bias = layer.offset_bias.numpy()
+    bias[field] = np.nan
+    layer.offset_bias.assign(bias)
+    y = run_as(model, how)(random(2, 6, 7, 2).astype("float32"))
+    assert np.all(np.isnan(y))
+
+
+@pytest.mark.parametrize(
+    ("implementation", "how"),
+    [
+        ("native", "eager"),
+        ("native", "graph"),
+        ("native", "xla"),
+        ("portable", "graph"),
+    ],
+)
+def test_infinity_is_outside(implementation, how):
+    """As the op says, also where both infinities are of one pixel."""
+    model = nan_model(implementation)
+    layer = model.layers[0]
+    layer.offset_kernel.assign(np.zeros(layer.offset_kernel.shape))
+    layer.offset_bias.assign(np.resize([np.inf, -np.inf, 0.5], 18))
+    y = run_as(model, how)(random(2, 6, 7, 2).astype("float32"))
+    np.testing.assert_array_equal(y, np.broadcast_to(layer.bias, y.shape))
+
+
+@pytest.mark.parametrize("policy", ["float64", "mixed_float16", "bfloat16"])
+def test_nan_in_every_type(policy):
+    model = nan_model(dtype=policy, data_format="channels_last")
+    x = random(2, 6, 7, 2).astype("float32")
+    assert np.all(np.isfinite(np.float64(model(x))))
+    layer = model.layers[0]
+    layer.offset_kernel.assign(np.full(layer.offset_kernel.shape, np.nan))
+    assert np.all(np.isnan(np.float64(model(x))))
+
+
+def test_healthy_outputs_keep_their_bits():
+    x = random(2, 6, 7, 3).astype("float32")
+    x[0, 0, 0] = [0.0, np.inf, -np.inf]
+    x[0, 0, 1, 0] = -0.0
+    fields = random(2, 6, 7, 18)
+    fields[1, 2, 3, :2] = [np.inf, -np.inf]
+    kept = hand_on_nan(tf.constant(x), tf.constant(fields)).numpy()
+    assert kept.tobytes() == x.tobytes()
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_training_on_nan_is_stopped(jit_compile):
+    model = nan_model()
+    layer = model.layers[0]
+    kernel = layer.offset_kernel.numpy()
+    kernel[0, 0, 0, 0] = np.nan
+    layer.offset_kernel.assign(kernel)
+    model.compile("sgd", "mse", jit_compile=jit_compile)
+    stop = keras.callbacks.TerminateOnNaN()
+    losses = model.fit(
+        random(4, 6, 7, 2), random(4, 6, 7, 4), 2, 3, 0, callbacks=[stop]
+    ).history["loss"]
+    assert len(losses) == 1 and np.isnan(losses[0])
+    assert model.stop_training
+
+
+def test_given_displacements_keep_the_rule_of_the_op():
+    """NaN is outside, and nothing of this is in the graph."""
+    layer = DeformableConv2D(4, 3, bias_initializer="normal")
+    x = tf.constant(random(2, 6, 7, 2).astype("float32"))
+    offset = tf.fill((2, 4, 5, 18), np.float32(np.nan))
+    y = layer(x, offset)
+    np.testing.assert_array_equal(y, np.broadcast_to(layer.bias, y.shape))
+    run = tf.function(lambda x, offset: layer(x, offset))
+    assert "IsNan" not in operations(run.get_concrete_function(x, offset))
+    own = DeformableConv2D(4, 3)
+    own.build(x.shape)
+    run = tf.function(own).get_concrete_function(x)
+    assert "IsNan" in operations(run)
+
+
+@pytest.mark.parametrize("kind", exported.FORMATS)
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"modulation": "sigmoid", "dilation_rate": 2, "boundary": "clamp"}],
+    ids=str,
+)
+def test_exports_hand_on_nan(config, kind, tmp_path):
+    """ONNX Runtime and LiteRT keep it, and infinity stays outside."""
+    model = nan_model(**config)
+    layer = model.layers[0]
+    x = random(2, 9, 8, 2).astype("float32")
+    path = str(tmp_path / "model")
+    exported.write(kind, model, path)
+    x[1, 4, 3] = np.nan
+    expected = np.isnan(model(x))
+    assert expected.any() and not expected.all()
+    (name,) = [tensor.name for tensor in model.inputs]
+    (y,) = exported.run(kind, path, {name: x}).values()
+    np.testing.assert_array_equal(np.isnan(y), expected)
+    if config:
+        return
+    layer.offset_kernel.assign(np.zeros(layer.offset_kernel.shape))
+    layer.offset_bias.assign(np.full(layer.offset_bias.shape, np.inf))
+    exported.write(kind, model, path)
+    (y,) = exported.run(kind, path, {name: np.zeros_like(x)}).values()
+    np.testing.assert_array_equal(y, np.broadcast_to(layer.bias, y.shape))
+
+
+_CHECK_NUMERICS = """
+import numpy as np
+import tensorflow as tf
+import tf_deform
+
+tf.debugging.enable_check_numerics()
+layer = tf_deform.layers.DeformableConv2D(4, 3, modulation="sigmoid")
+x = np.random.default_rng(0).random((2, 6, 7, 2), "float32")
+print(tf.function(layer)(x).shape, layer(x).shape)
+layer.offset_bias.assign(np.full(27, np.nan))
+try:
+    tf.function(layer)(x)
+except tf.errors.InvalidArgumentError as error:
+    print("NaN" in str(error))
+"""
+
+
+def test_who_looks_for_nan_finds_none_in_a_healthy_graph(run_python):
+    received = run_python(_CHECK_NUMERICS).splitlines()
+    assert received == ["(2, 4, 5, 4) (2, 4, 5, 4)", "True"]

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What XLA calls on "CUDA", on machines without a GPU.
+
+The ops are compiled for a GPU as far as XLA's own module (HLO), which needs no
+GPU. Then each custom call in it is run as it stands, attributes and workspace
+included, by XLA on the host: the function that is registered for "CUDA", with
+emulated kernels (emulated_gpu.py). On a GPU xla_test.py shows all of it.
+"""
+
+import ctypes
+import itertools
+import json
+import os
+import pathlib
+import re
+
+import emulated_gpu
+import numpy as np
+import pytest
+import tensorflow as tf
+import xla_test
+from gpu_test import TF32_TOLERANCE, TOLERANCE
+from tensorflow.compiler.tf2xla.ops import gen_xla_ops
+
+from tf_deform import _build_info, _loader
+
+TESTS = pathlib.Path(__file__).parents[1]
+FOLDERS = [str(TESTS / name) for name in ("xla", "gpu", "lib")]
+TYPES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
+TYPES |= {"f64": "float64", "u8": "uint8"}
+
+CASES = list(itertools.product(xla_test.OPS, xla_test.TYPES, (False, True)))
+
+_CALL = re.compile(
+    r" = \((?P<results>.*)\) custom-call\((?P<operands>.*?)\), "
+    r'custom_call_target="(?P<target>.*?)".*backend_config=(?P<attributes>\{.*})'
+)
+_SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
+
+
+class Call:
+    """A custom call in the text of an HLO module."""
+
+    def __init__(self, match: re.Match):
+        self.target = match["target"]
+        self.attributes = match["attributes"]
+        self.operands = _SHAPE.findall(match["operands"])
+        self.results = _SHAPE.findall(match["results"])
+
+    def run_on_host(self, operands: list[tf.Tensor]) -> list[tf.Tensor]:
+        """All results but the workspace."""
+
+        def types(shapes) -> list[str]:
+            prefix = {"u8": "ui8"}
+            return [
+                "tensor<{}{}>".format(
+                    "".join(f"{size}x" for size in dims.split(",") if size),
+                    prefix.get(element, element),
+                )
+                for element, dims in shapes
+            ]
+
+        names = [f"%arg{i}" for i in range(len(operands))]
+        given, made = types(self.operands), types(self.results)
+        signature = ", ".join(map("{}: {}".format, names, given))
+        results = self.results[:-1]
+        values = ", ".join(f"%0#{i}" for i in range(len(results)))
+        returned = ", ".join(made[:-1])
+        module = f"""
+            func.func public @main({signature}) -> ({returned}) {{
+              %0:{len(made)} = stablehlo.custom_call @"CUDA:{self.target}"(
+                  {", ".join(names)}) {{
+                api_version = 4 : i32, backend_config = {self.attributes}
+              }} : ({", ".join(given)}) -> ({", ".join(made)})
+              return {values} : {returned}
+            }}"""
+        return gen_xla_ops.xla_call_module(
+            args=operands,
+            version=9,
+            module=module.encode(),
+            Sout=[[int(n) for n in d.split(",") if n] for _, d in results],
+            Tout=[TYPES[element] for element, _ in results],
+            platforms=["CPU"],
+            dim_args_spec=[],
+            function_list=[],
+            has_token_input_output=False,
+            disabled_checks=[],
+        )
+
+
+def compiled_for_a_gpu(function, operands) -> list[Call]:
+    """The custom calls of a function inside XLA."""
+    make_text = tf.function(
+        function, jit_compile=True
+    ).experimental_get_compiler_ir(*operands)
+    text = make_text(stage="hlo", platform_name="GPU")
+    return [Call(match) for match in _CALL.finditer(text)]
+
+
+def with_gradients(op):
+    """All outputs and gradients, as a function of operands and a gradient."""
+
+    def run(*operands):
+        *operands, grad_output = operands
+        with tf.GradientTape() as tape:
+            tape.watch(operands)
+            outputs = tf.nest.flatten(op(*operands))
+        gradients = tape.gradient(outputs[0], operands, grad_output)
+        return outputs + [g for g in gradients if g is not None]
+
+    return run
+
+
+def main(plugin: str, tf32: str, deterministic: str) -> None:
+    """Runs all calls; prints a line of JSON for every result."""
+    tf.config.experimental.enable_tensor_float_32_execution(tf32 == "1")
+    if deterministic == "1":
+        tf.config.experimental.enable_op_determinism()
+        tf.random.set_seed(0)  # TensorFlow draws a number to find a device
+    _loader.op_library()
+    emulate = ctypes.CDLL(plugin).TfDeformEmulateXlaOnCuda
+    last_stream = ctypes.CDLL(_loader.LIBRARY).TfDeformEmulatedStream
+    emulate.restype = last_stream.restype = ctypes.c_void_p
+    stream = emulate()
+    assert stream, "not all ops are registered for CUDA"
+
+    for name, dtype, displaced in CASES:
+        is_convolution = name == "DeformableConv2D"
+        # Two blocks of pixels, and no groups, which are too small for products.
+        batch = {"batch": 5} if is_convolution else {}
+        op, operands = xla_test.OPS[name](dtype, displaced, **batch)
+        if is_convolution:
+            operands[1] = xla_test.random(3, 2, 6, 10, dtype=dtype, seed=1)
+        shape = tf.nest.flatten(op(*operands))[0].shape
+        operands.append(xla_test.random(*shape, dtype=dtype, seed=9))
+        run = with_gradients(op)
+        expected = run(*(tf.cast(x, "float64") for x in operands))
+
+        forward, backward = compiled_for_a_gpu(run, operands)
+        assert forward.target == f"TfDeform>{name}"
+        assert backward.target == f"TfDeform>{name}Grad"
+        results = []
+        for call, given in ((forward, operands[:-1]), (backward, operands)):
+            assert f"allow_tf32 = {tf32} :" in call.attributes
+            assert f"deterministic = {deterministic} :" in call.attributes
+            results += call.run_on_host(given)
+            assert last_stream() == stream
+        for i, (one, wanted) in enumerate(zip(results, expected, strict=True)):
+            error = np.abs(tf.cast(one, wanted.dtype) - wanted).max()
+            line = {
+                "what": [name, dtype, displaced, i],
+                "error": float(error / np.abs(wanted).max()),
+            }
+            print(json.dumps(line))
+
+
+@emulated_gpu.needs_compiler
+@pytest.mark.skipif(
+    not _build_info.XLA, reason="this TensorFlow has no headers of XLA"
+)
+@pytest.mark.skipif(
+    "TF_DEFORM_TEST_DEVICE" in os.environ, reason="xla_test.py shows it"
+)
+@pytest.mark.parametrize("settings", ["default", "float32", "deterministic"])
+def test_calls_for_cuda(settings):
+    emulated = emulated_gpu.build()
+    printed = emulated.run(
+        f"import sys; sys.path[1:1] = {FOLDERS}\n"
+        "import xla_gpu_test; xla_gpu_test.main(*sys.argv[1:])",
+        emulated.plugin,
+        int(settings == "default"),
+        int(settings == "deterministic"),
+        device=False,
+    )
+    results = [json.loads(line) for line in printed.splitlines()]
+    assert {tuple(result["what"][:3]) for result in results} == set(CASES)
+    for result in results:
+        name, dtype, *_ = result["what"]
+        tolerance = TOLERANCE[dtype]
+        if settings == "default" and dtype == "float32":
+            tolerance = TF32_TOLERANCE
+        assert result["error"] <= tolerance, result
+        if tolerance == TF32_TOLERANCE and name == "DeformableConv2D":
+            assert result["error"] > 1e-5, result  # all come of products
