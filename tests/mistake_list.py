@@ -21,12 +21,12 @@ class Mistake(NamedTuple):
 
 
 CONV = ("deformable_conv2d_core_test",)
-PSROI = ("deformable_psroi_pool_core_test",)
-ALIGN = ("deformable_roi_align_core_test",)
+PSROI = ("pooling_core_test", "deformable_psroi_pool_core_test")
+ALIGN = ("pooling_core_test", "deformable_roi_align_core_test")
 CUDA_CONV = ("deformable_conv2d_cuda_test",)
-CUDA_PSROI = ("deformable_psroi_pool_cuda_test",)
-CUDA_ALIGN = ("deformable_roi_align_cuda_test",)
-CONV_OP = ("deformable_conv2d_test",)
+CUDA_PSROI = ("pooling_cuda_test", "deformable_psroi_pool_cuda_test")
+CUDA_ALIGN = ("pooling_cuda_test", "deformable_roi_align_cuda_test")
+CONV_OP = ("every_op_test", "deformable_conv2d_test")
 CONV_LAYER = ("deformable_conv2d_layer_test",)
 ROI_LAYERS = ("roi_layers_test",)
 
@@ -191,7 +191,7 @@ MISTAKES = [
         "core-message",
         "Expected `%s` to have %s %lld (%s). Received: %s.shape=%s",
         "Expected `%s` to have %s %lld (%s). Found: %s.shape=%s",
-        ALIGN,
+        ("pooling_shapes_core_test",),
     ),
     Mistake(
         "core-same-odd-pixel-before",
@@ -411,7 +411,7 @@ MISTAKES = [
         "layer-message-in-the-ops-words",
         '_OP_NAMES = {"offset": "trans"}',
         "_OP_NAMES = {}",
-        ("roi_bad_calls_test",),
+        ("arguments_test",),
     ),
     Mistake(
         "layer-build-config-of-inputs-alone",
