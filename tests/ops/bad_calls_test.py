@@ -163,15 +163,14 @@ def test_what_is_no_dense_tensor_is_named(op, name, value):
 
 @pytest.mark.parametrize("op", POOLING)
 @pytest.mark.parametrize("scale", [1e-300, 1e-45, 1e-38, 3e38, 1e300])
-def test_extreme_scales_give_an_answer(op, scale):
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_extreme_scales_give_an_answer(op, scale, dtype):
     """Finite and positive: an output of zeros and edges, or an error."""
     operands, options = arguments_of(op, {"spatial_scale": scale})
-    operands["inputs"] = tf.ones_like(operands["inputs"])
-    for dtype in (tf.float32, tf.float64):
-        operands["inputs"] = tf.cast(operands["inputs"], dtype)
-        try:
-            output = op(**operands, **options).numpy()
-        except ERRORS as error:
-            assert re.search("Expected.*`spatial_scale`.*Received", str(error))
-        else:
-            assert set(output.ravel()) <= {0.0, 1.0}
+    operands["inputs"] = tf.ones(operands["inputs"].shape, dtype)
+    try:
+        output = op(**operands, **options).numpy()
+    except ERRORS as error:
+        assert re.search("Expected.*`spatial_scale`.*Received", str(error))
+    else:
+        assert set(output.ravel()) <= {0.0, 1.0}
