@@ -7,19 +7,19 @@ import re
 import subprocess
 import sys
 
-import convolution
 import core
+import core_conv2d
 import numpy as np
 import pytest
 from compare import assert_close, assert_equal, assert_same_bits
-from convolution import DTYPES, NAMES, draw_call, rounded
+from core_conv2d import DTYPES, NAMES, draw_call, rounded
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("seed", range(48))
 def test_agrees_with_reference(seed, dtype):
     operands, attributes = draw_call(seed)
-    convolution.check(operands, attributes, dtype)
+    core_conv2d.check(operands, attributes, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -27,7 +27,7 @@ def test_agrees_with_reference(seed, dtype):
 def test_threads_change_no_bit_of_random_calls(seed, dtype):
     operands, attributes = draw_call(seed)
     exact = rounded(operands, dtype)
-    convolution.check_threads(exact, (2, 5), dtype=dtype, **attributes)
+    core_conv2d.check_threads(exact, (2, 5), dtype=dtype, **attributes)
 
 
 # One below, at, and one past the blocks of pixels (8 located together in
@@ -45,7 +45,7 @@ def test_block_edges(pixels, channels, filters):
     mask = rng.normal(size=(1, 1, pixels, 1))
     grad_output = rng.normal(size=(1, 1, pixels, filters))
     operands = (inputs, kernel, offset, mask, grad_output)
-    convolution.check(operands, {}, "float64", threads=2)
+    core_conv2d.check(operands, {}, "float64", threads=2)
 
 
 # Strips of the output, which share out the gradient of the inputs: 4 (the
@@ -83,9 +83,9 @@ def test_strips(batch, size, channels, filters, groups, reach, dtype):
         dtype,
     )
     common = dict(padding="same", dtype=dtype)
-    convolution.check(operands, dict(padding="same"), dtype)
-    convolution.check_threads(operands, (2, 3, 7), **common)
-    convolution.check_alone(operands, threads=2, **common)
+    core_conv2d.check(operands, dict(padding="same"), dtype)
+    core_conv2d.check_threads(operands, (2, 3, 7), **common)
+    core_conv2d.check_alone(operands, threads=2, **common)
 
 
 def test_many_runs_and_little_room():
@@ -108,8 +108,8 @@ def test_many_runs_and_little_room():
     attributes = dict(padding="same", offset_groups=4)
     wanted = dict(wanted=("inputs",), **attributes)
     one, two = (core.backward(*operands, threads=t, **wanted) for t in (1, 2))
-    expected = convolution.expected_results(operands, **attributes)
-    convolution.assert_results_close(one, expected, "float32")
+    expected = core_conv2d.expected_results(operands, **attributes)
+    core_conv2d.assert_results_close(one, expected, "float32")
     assert_same_bits(two, one, "2 threads")
 
 
@@ -153,8 +153,8 @@ def test_groups(channels, filters, groups, dtype):
         dtype,
     )
     attributes = dict(padding="same", offset_groups=offset_groups)
-    convolution.check(operands, attributes, dtype)
-    convolution.check_threads(operands, (2, 5), dtype=dtype, **attributes)
+    core_conv2d.check(operands, attributes, dtype)
+    core_conv2d.check_threads(operands, (2, 5), dtype=dtype, **attributes)
 
 
 # Groups whose columns and filters lie side by side in registers.
@@ -198,7 +198,7 @@ def test_each_gradient_is_the_same_alone(dtype, filters, batch, threads):
         rng.normal(size=(batch, 9, 11, filters)),
     )
     common = dict(dtype=dtype, threads=threads, padding="same", offset_groups=2)
-    convolution.check_alone(operands, **common)
+    core_conv2d.check_alone(operands, **common)
 
 
 @pytest.mark.parametrize("dtype", core.DTYPES)
@@ -270,7 +270,7 @@ def test_large_common_value_does_not_drown_the_slope():
         rng.normal(size=(1, 4, 3, 4)),
     )
     exact = rounded(operands, "float32")
-    expected = convolution.expected_results(exact)["offset"]
+    expected = core_conv2d.expected_results(exact)["offset"]
     received = core.backward(*exact)["offset"]
     assert_close(received, expected, 1e-4, name="offset")
 

@@ -4,15 +4,15 @@
 import ctypes
 
 import conv2d_gpu
-import convolution
 import core
+import core_conv2d
 import gpu
 import numpy as np
 import pytest
 import reference
 from compare import Tolerance, assert_close, assert_equal, assert_same_bits
 from conv2d_gpu import backward, forward
-from convolution import DTYPES, NAMES, draw_call, rounded
+from core_conv2d import DTYPES, NAMES, draw_call, rounded
 from pairwise import grid
 from tolerances import CORE_CONV2D
 
@@ -34,7 +34,7 @@ def check(operands, attributes, dtype, **options):
         # columns, so that all but output and kernel stay exact.
         inputs, kernel, offset, mask, output_grad = exact
         exact = inputs, to_tf32(kernel), offset, mask, to_tf32(output_grad)
-    expected = convolution.expected_results(exact, **attributes)
+    expected = core_conv2d.expected_results(exact, **attributes)
     received = conv2d_gpu.results(exact, dtype, attributes, **options)
     for name, array in received.items():
         loose = tf32 and name in ("output", "kernel")
@@ -149,8 +149,8 @@ def test_deterministic_gradients(dtype, groups):
     exact = rounded(operands, dtype)
     common = (exact, dtype, attributes)
     made, again = (backward(*common, deterministic=True) for _ in range(2))
-    expected = convolution.expected_results(exact, **attributes)
-    convolution.assert_results_close(made, expected, dtype)
+    expected = core_conv2d.expected_results(exact, **attributes)
+    core_conv2d.assert_results_close(made, expected, dtype)
     assert_same_bits(again, made, "again")
 
 
@@ -198,7 +198,7 @@ def test_only_wanted_gradients(dtype, deterministic):
         assert tuple(alone) == wanted
         for name, gradient in alone.items():
             if name == "inputs" and not deterministic:  # in any order
-                convolution.assert_results_close(alone, together, dtype)
+                core_conv2d.assert_results_close(alone, together, dtype)
             else:
                 assert_same_bits({name: gradient}, {name: together[name]})
 
@@ -237,7 +237,7 @@ def test_not_finite_numbers_are_those_of_the_cpu(name, dtype, boundary, groups):
     made[0 if name == "inputs" else 4] = changed
     exact = rounded(made, dtype)
     ours = conv2d_gpu.results(exact, dtype, attributes)
-    theirs = convolution.results(exact, dtype=dtype, **attributes)
+    theirs = core_conv2d.results(exact, dtype=dtype, **attributes)
     assert_equal(np.isnan(ours["output"]), np.isnan(theirs["output"]))
     for gradient in NAMES:
         finite = np.isfinite(theirs[gradient])
@@ -266,12 +266,12 @@ def test_images_that_do_not_fit_in_the_workspace():
         6, 2, (2900, 2903), 1, 2, (1, 1), padding="valid", strides=331
     )
     exact = rounded(operands, "float16")
-    expected = convolution.expected_results(exact, **attributes)
+    expected = core_conv2d.expected_results(exact, **attributes)
     for deterministic in (False, True):
         made = backward(
             exact, "float16", attributes, deterministic=deterministic
         )
-        convolution.assert_results_close(
+        core_conv2d.assert_results_close(
             made, expected, "float16", f"{deterministic=}"
         )
 
@@ -282,7 +282,7 @@ def test_columns_that_do_not_fit_in_the_workspace():
         backward(operands, "float32", attributes, ("inputs",), **options)
         for options in ({}, {"deterministic": True})
     ]
-    convolution.assert_results_close(made[1], made[0], "float32")
+    core_conv2d.assert_results_close(made[1], made[0], "float32")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,7 +7,7 @@ from typing import Any
 import core
 import gpu
 import numpy as np
-from convolution import NAMES
+from core_conv2d import NAMES
 
 OP = "DeformableConv2D"
 
