@@ -22,7 +22,7 @@ ERRORS = (ValueError, TypeError, tf.errors.InvalidArgumentError)
 
 @dataclasses.dataclass(frozen=True)
 class BadCall:
-    """What is changed of a good call, and what the text must say then.
+    """Changes of a good call, and the words that the error must have then.
 
     `expected` and `received` are regular expressions. Where they stand, the
     text reads "Expected ... Received: ..."; `tensorflow` is an alternative
