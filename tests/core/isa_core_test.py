@@ -21,8 +21,8 @@ import sys
 import core
 import pytest
 
-# The bytes that begin an instruction in the encodings of AVX and AVX2 (VEX; also BMI and
-# AVX-512's instructions on masks) and of AVX-512 (EVEX), after prefixes of
+# First bytes of an instruction in the encodings of AVX and AVX2 (VEX; also BMI
+# and AVX-512's instructions on masks) and of AVX-512 (EVEX), after prefixes of
 # segment and address size. No other instruction begins like that in 64 bits.
 _VEX, _EVEX = {"c4", "c5"}, {"62"}
 _PREFIXES = {"26", "2e", "36", "3e", "64", "65", "67"}

@@ -51,7 +51,7 @@ def assert_ours(error: BaseException, *names: str) -> None:
 
 
 def refused(function, names: list[str], **arguments) -> list[str]:
-    """Returns a list of the one thing that is wrong with the answer, or none."""
+    """Returns one thing that is wrong with the answer, in a list, or none."""
     try:
         result = function(**arguments)
     except ERRORS as error:
