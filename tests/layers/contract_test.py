@@ -22,8 +22,6 @@ from layer_cases import (
     KINDS,
     ONE_OF_EACH,
     SOURCES,
-    by_hand,
-    by_the_op,
     displace,
     displaced,
     fit,
@@ -366,83 +364,6 @@ def test_subclassed_model(tmp_path):
     other(call)
     other.load_weights(tmp_path / "model.weights.h5")
     assert_equal(other(call), expected)
-
-
-# Displacements that are given.
-
-
-@every_kind
-def test_given_displacements(kind):
-    """The branch is not built, and the values are used as they are."""
-    call, layer = given_call(kind), new(kind)
-    output = layer(**call)
-    kernel = ["kernel", "bias"] if kind == "conv2d" else []
-    assert [v.name for v in layer.weights] == kernel
-    assert layer.offset_kernel is None and layer.offset_bias is None
-    assert_equal(output, by_the_op(layer, *call.values()))
-    assert_close(output, by_hand(layer, *call.values()), 1e-5)
-
-
-@every_kind
-def test_given_displacements_the_branch_does_not_run(kind):
-    """A branch full of NaN has no say."""
-    layer, call = displaced(kind), given_call(kind)
-    before = layer(**call)
-    branch = [v for v in layer.weights if v.name.startswith("offset_")]
-    for variable in branch:
-        variable.assign(np.full(variable.shape, np.nan))
-    assert_equal(layer(**call), before)
-    with tf.GradientTape() as tape:
-        loss = tf.reduce_sum(layer(**call))
-    assert tape.gradient(loss, branch) == [None] * len(branch)
-    assert len(branch) == 2
-
-
-@every_kind
-def test_given_by_position(kind):
-    call, layer = given_call(kind), new(kind)
-    assert_equal(layer(*call.values()), layer(**call))
-    call, layer = own_call(kind), displaced(kind)
-    arguments = list(call.values())
-    if kind == "psroi":
-        arguments.insert(2, None)
-    assert_equal(layer(*arguments), layer(**call))
-
-
-@every_kind
-def test_gradients_reach_given_displacements(kind):
-    layer = new(kind)
-    call = {k: tf.constant(v) for k, v in given_call(kind).items()}
-    results = []
-    for function in (layer, lambda **x: by_the_op(layer, *x.values())):
-        with tf.GradientTape() as tape:
-            tape.watch(list(call.values()))
-            output = function(**call)
-        results.append(tape.gradient(output, call))
-    actual, expected = results
-    assert actual.pop("rois", None) is expected.pop("rois", None) is None
-    for gradient in expected.values():
-        assert np.any(gradient)
-    assert_equal(actual, expected, name="gradients")
-
-
-@every_kind
-def test_given_in_tf_function_of_unknown_sizes(kind):
-    layer, call = new(kind), given_call(kind)
-    expected = layer(**call)
-    signature = [
-        tf.TensorSpec((None,) * (v.ndim - 1) + v.shape[-1:])
-        for v in call.values()
-    ]
-    function = tf.function(layer, input_signature=signature)
-    assert_equal(function(*call.values()), expected)
-    nothing = function(
-        *(
-            v[:2] if k == "inputs" and kind != "conv2d" else v[:0]
-            for k, v in call.items()
-        )
-    )
-    assert nothing.shape == (0, *KINDS[kind].output)
 
 
 # Training.

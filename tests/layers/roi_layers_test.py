@@ -260,21 +260,6 @@ def test_displacements_of_zero_are_none(kind):
     assert_equal(layer(**call), plain)
 
 
-@pytest.mark.parametrize("kind", POOLS)
-def test_a_factor_of_zero_switches_displacements_off(kind):
-    layer = displaced(kind, **{KINDS[kind].factor: 0})
-    plain = by_the_op(layer, **plain_call(kind))
-    assert_close(layer(**own_call(kind)), plain, 1e-5)
-    assert_close(layer(**given_call(kind)), plain, 1e-5)
-
-
-@pytest.mark.parametrize("classes", [1, 2, 6])
-def test_given_displacements_tell_their_own_number_of_classes(classes):
-    call, layer = plain_call("psroi"), new("psroi")
-    call["trans"] = 0.8 * random(7, 2, 5, 2 * classes)
-    assert_close(layer(**call), by_hand(layer, *call.values()), 1e-5)
-
-
 # Shapes.
 
 
