@@ -385,6 +385,19 @@ def test_exported_convolution(config, form, tmp_path):
     assert_equal(y, np.broadcast_to(layer.bias, y.shape))
 
 
+@pytest.mark.parametrize("form", ["onnx", "litert"])
+def test_exported_branch_that_is_all_nan(form, tmp_path):
+    """The difference that is reported is 0: NaN is where it is expected."""
+    (layer,) = nan_model(modulation="sigmoid").layers
+    model = keras.Sequential([keras.Input((10, 12, 2), name="image"), layer])
+    layer.offset_bias.assign(np.full(layer.offset_bias.shape, NAN))
+    image = random(2, 10, 12, 2)
+    report = write(form, model, tmp_path / "model", sample=image)
+    assert report.differences["output_0"] == 0
+    received = run(form, tmp_path / "model", {"image": image})
+    assert np.isnan(received["output_0"]).all()
+
+
 _CHECK_NUMERICS = """
 import numpy as np
 import tensorflow as tf

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from exported import random
+from operands import random
 
 import tf_deform
 from tf_deform.layers import (
