@@ -320,6 +320,7 @@ def deformable(filters=4, **options):
     return DeformableConv2D(filters, 3, padding="same", **options)
 
 
+MAPS, FRAMES, FLAT = (8, 9, 4), (3, 8, 9, 4), (None, 8 * 9 * 2)
 LAYERS = {
     "cond": (MAPS, lambda: Under(deformable(), "cond")),
     "cond of any size": ((None, None, 4), lambda: Under(deformable(), "cond")),
