@@ -23,7 +23,7 @@ from layer_cases import (
     own_call,
 )
 from operands import coordinate_type
-from pairwise import cases
+from pairwise import grid
 
 PLACES = [
     "alone",
@@ -78,17 +78,13 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "policy", "x_dtype", "place"),
-    cases(
-        {
-            "name": list(LAYERS),
-            "policy": FLOAT_POLICIES,
-            "x_dtype": ["float32", "float64"],
-            "place": PLACES,
-        },
-        full_with="name",
-    ),
+@pytest.mark.parametrize("name", LAYERS)
+@grid(
+    {
+        "policy": FLOAT_POLICIES,
+        "x_dtype": ["float32", "float64"],
+        "place": PLACES,
+    }
 )
 def test_dtype_policies(name, policy, x_dtype, place):
     """Keras casts differently in each place; the layer's result is one."""
@@ -171,9 +167,8 @@ GRID = {
 }
 
 
-@pytest.mark.parametrize(
-    ("kind", *GRID), cases({"kind": POOLS, **GRID}, full_with="kind")
-)
+@pytest.mark.parametrize("kind", POOLS)
+@grid(GRID)
 def test_rois_remain_float32(kind, policy, x_dtype, place):
     """For the layer and for its branch: neither sees 2048 for 2049."""
     origin = 39.5 if kind == "align" else 31.5
@@ -195,9 +190,8 @@ def test_rois_remain_float32(kind, policy, x_dtype, place):
     assert_equal(function(call), [[[[1 / 64 + 1 / 16 * width]]]])
 
 
-@pytest.mark.parametrize(
-    ("kind", *GRID), cases({"kind": list(KINDS), **GRID}, full_with="kind")
-)
+@pytest.mark.parametrize("kind", KINDS)
+@grid(GRID)
 def test_given_displacements_remain_float32(kind, policy, x_dtype, place):
     """0.10001 of 64 pixels: 16 bits would be off by 0.002 pixels or more.
 

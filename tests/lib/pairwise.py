@@ -52,29 +52,3 @@ def pairwise(axes: dict[str, list]) -> list[Row]:
             missing.pop(pair, None)
         rows.append(row)
     return rows
-
-
-def cases(axes: dict[str, list], full_with: str = "") -> Iterator[Any]:
-    """Yields the rows of the whole grid as arguments of a test.
-
-    The rows outside of the pairwise cover are marked `slow`. With
-    `full_with`, the cover holds every setting of that axis together with
-    every pair of the others.
-    """
-    import pytest
-
-    if full_with:
-        rest = {name: axes[name] for name in axes if name != full_with}
-        cover = [
-            {name: {**row, full_with: value}[name] for name in axes}
-            for value in axes[full_with]
-            for row in pairwise(rest)
-        ]
-    else:
-        cover = pairwise(axes)
-    for row in all_rows(axes):
-        yield pytest.param(
-            *row.values(),
-            marks=[] if row in cover else pytest.mark.slow,
-            id="-".join(map(str, row.values())),
-        )
