@@ -10,17 +10,18 @@ SOURCES := $(wildcard cc/*/*.cc cc/*/*.h cc/core/*/*.cc cc/core/*/*.cu \
 	cc/core/*/*.h)
 TEST_SOURCES := $(wildcard tests/*/*.c tests/*/*.cc tests/*/*.h)
 
-.PHONY: help install demo demo-full test test-full benchmark gpu-check \
+.PHONY: help install demo demo-full quick test test-full benchmark gpu-check \
 	gpu-check-tf lint format bazel clean
 
 help:
 	@echo "make demo       train a segmentation model and a detector, plain and"
 	@echo "                deformable"
 	@echo "make demo-full  the same with more models and three seeds"
-	@echo "make test       run the tests"
-	@echo "make test-full  train every configuration of the layer (an hour)"
+	@echo "make quick      run the most telling tests (two minutes)"
+	@echo "make test       run the tests (twelve minutes)"
+	@echo "make test-full  run all tests with whole grids (hours)"
 	@echo "make benchmark  time the ops beside their peers"
-	@echo "make gpu-check  test and time the GPU kernels: needs a GPU, nvcc and"
+	@echo "make gpu-check  time and test the GPU kernels: needs a GPU, nvcc and"
 	@echo "                PyTorch, and nothing of TensorFlow"
 	@echo "make gpu-check-tf"
 	@echo "                run TensorFlow's tests on a GPU"
@@ -56,9 +57,20 @@ demo-full: $(INSTALLED)
 test: $(INSTALLED)
 	$(RUN) -m pytest -n 2 --dist loadfile
 
-# What `make test` has no time for.
+# With what is marked slow: the rows of grids beyond a cover of all pairs.
 test-full: $(INSTALLED)
-	$(RUN) -m pytest -n 2 -m slow
+	$(RUN) -m pytest -n 2 --dist loadfile -m ""
+
+# The core without its kernels for GPUs, and the most telling file of each other
+# folder. What starts other processes takes long: it is left out.
+QUICK := tests/core/contracts_core_test.py tests/core/deformable_*_core_test.py \
+	tests/core/pooling_core_test.py tests/core/pooling_shapes_core_test.py \
+	tests/ops/every_op_test.py tests/ops/pooling_test.py \
+	tests/ops/deformable_conv2d_edges_test.py
+
+quick: $(INSTALLED)
+	$(RUN) -m pytest -n 2 --dist worksteal $(QUICK) \
+		-k "not any_number_of_threads and not strips and not 32_bits"
 
 benchmark: $(INSTALLED)
 	$(RUN) benchmarks/run.py
@@ -69,7 +81,8 @@ gpu-check:
 
 gpu-check-tf: $(INSTALLED)
 	TF_DEFORM_TEST_DEVICE=/GPU:0 $(RUN) -m pytest tests/gpu/gpu_test.py \
-		tests/ops/deformable_*_test.py \
+		tests/ops/deformable_*_test.py tests/ops/every_op_test.py \
+		tests/ops/pooling_test.py \
 		tests/layers/deformable_*_test.py tests/layers/roi_layers_test.py \
 		tests/xla/xla_test.py
 

@@ -5,14 +5,19 @@ Every instruction set has a namespace. All other code runs on any processor
 before one is chosen, so it must do with the baseline (SSE2). That goes for
 functions of the standard library too: the linker keeps one copy of an inline
 function, maybe the one that was compiled for AVX-512.
+
+What every set computes is told by the ops' own tests, which are run once more
+for each.
 """
 
 import collections
+import os
 import pathlib
 import platform
 import re
 import shutil
 import subprocess
+import sys
 
 import core
 import pytest
@@ -156,3 +161,68 @@ def test_what_is_in_a_set_passes():
     assert (
         _namespace("_ZN9tf_deform3cpu6avx512IN9tf_deform3cpu4avx2E") == "avx2"
     )
+
+
+# Each op's tests that depend on the instructions, by what their names contain.
+TESTS = {
+    "deformable_conv2d": "reference or threads or edges or conversions"
+    " or nearest or alone or strips or groups",
+    "pooling": "reference or threads or place or alone or 16_bit or order",
+    "deformable_psroi_pool": "edges or 16_bit",
+    "deformable_roi_align": "edges or 16_bit",
+}
+
+
+def _runs_with(isa: str) -> str:
+    """Returns what the core uses where it may use no more than `isa`."""
+    return subprocess.run(
+        [
+            *(sys.executable, "-c"),
+            "import core; print(core.instruction_set())",
+        ],
+        env={
+            **os.environ,
+            "TF_DEFORM_MAX_ISA": isa,
+            "PYTHONPATH": os.path.dirname(core.__file__),
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def expected_results(tmp_path_factory):
+    """A folder in which runs share what does not depend on instructions."""
+    return tmp_path_factory.mktemp("expected")
+
+
+# Pooling uses no instructions beyond AVX-512: the other tests use the best.
+@pytest.mark.parametrize(
+    "isa, name",
+    [
+        *[(isa, name) for name in TESTS for isa in ("baseline", "avx2")],
+        ("avx512", "deformable_conv2d"),
+        ("avx512_bf16", "deformable_conv2d"),
+    ],
+)
+def test_results_of_other_instruction_sets(isa, name, expected_results):
+    """The same tests, with faster instructions switched off."""
+    if _runs_with(isa) != isa:
+        pytest.skip(f"this processor has no {isa}")
+    if isa == core.instruction_set():
+        pytest.skip(f"{isa} is what the other tests use")
+    here = pathlib.Path(__file__).parent
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+        + ["-k", TESTS[name], str(here / f"{name}_core_test.py")],
+        env={
+            **os.environ,
+            "TF_DEFORM_MAX_ISA": isa,
+            "TF_DEFORM_TEST_EXPECTED": str(expected_results),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr

@@ -74,6 +74,20 @@ def assert_equal(
     assert_close(actual, expected, case=case, name=name, dtype=dtype)
 
 
+def assert_same_bits(
+    actual: Mapping[str, np.ndarray],
+    expected: Mapping[str, np.ndarray],
+    case: object = "",
+) -> None:
+    """Compares arrays by name and byte by byte: -0 is not 0 here."""
+    __tracebackhide__ = True
+    assert actual.keys() == expected.keys(), case
+    for name, array in actual.items():
+        if array.tobytes() != expected[name].tobytes():
+            assert_close(array, expected[name], case=case, name=name)
+            raise AssertionError(f"{case}: {name}: a sign or a NaN differs")
+
+
 def _compare(
     actual: Any,
     expected: Any,

@@ -14,6 +14,7 @@ from compare import (
     assert_close,
     assert_equal,
     assert_finite_differences,
+    assert_same_bits,
 )
 
 NAN, INF = np.nan, np.inf
@@ -194,3 +195,16 @@ def test_gradients_have_the_names_of_operands():
     )
     assert_equal(output, (x * y, x))
     assert_close(gradients, {"x": 2 * x * y, "y": 2 * x * x}, 1e-6)
+
+
+def test_bits_are_compared_by_name():
+    zeros = {"output": np.zeros(2), "count": np.ones(2)}
+    assert_same_bits(zeros, {k: v.copy() for k, v in zeros.items()})
+    with pytest.raises(AssertionError, match="2 threads: output: a sign"):
+        assert_same_bits(
+            {**zeros, "output": -zeros["output"]}, zeros, "2 threads"
+        )
+    with pytest.raises(AssertionError, match=r"output\[1\].*off by 1"):
+        assert_same_bits({**zeros, "output": np.arange(2.0)}, zeros)
+    with pytest.raises(AssertionError):
+        assert_same_bits({"output": zeros["output"]}, zeros)

@@ -170,6 +170,33 @@ def draw_conv2d_case(seed: int, **fixed: object) -> Conv2DCase:
     return Conv2DCase(**{**draw, **fixed})
 
 
+def conv2d_places(size: int, dtype: str) -> np.ndarray:
+    """Returns every kind of place on an axis of `size` pixels."""
+    dtype = np.dtype(dtype).type
+    marks = [dtype(v) for v in (-1, 0, 1, size - 1, size)]
+    marks += [np.nextafter(v, dtype(-np.inf)) for v in marks]
+    marks += [np.nextafter(v, dtype(np.inf)) for v in marks[:5]]
+    marks += [dtype(v) for v in (-2.5, -0.25, 0.5, size - 0.75, size + 7.5)]
+    marks += [dtype(v) for v in (np.nan, np.inf, -np.inf, 1e30, -1e30, 2**31)]
+    return np.array([*marks, np.finfo(dtype).max], dtype)
+
+
+def one_sample_per_image(
+    coordinates: np.ndarray, size: tuple[int, int], channels: int
+) -> tuple[list[np.ndarray], dict]:
+    """Draws operands of one tap and one output pixel: `offset` is `(y, x)`."""
+    rng = np.random.default_rng(0)
+    batch, dtype = len(coordinates), coordinates.dtype
+    image = rng.normal(size=(1, *size, channels))
+    operands = [
+        np.repeat(image, batch, axis=0).astype(dtype),
+        rng.normal(size=(1, 1, channels, 3)).astype(dtype),
+        coordinates.reshape(batch, 1, 1, 2),
+        rng.normal(size=(batch, 1, 1, 1)).astype(dtype),
+    ]
+    return operands, {"strides": size}
+
+
 # ROI pooling.
 
 ROI_KINDS = (

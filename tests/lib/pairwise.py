@@ -52,3 +52,52 @@ def pairwise(axes: dict[str, list]) -> list[Row]:
             missing.pop(pair, None)
         rows.append(row)
     return rows
+
+
+def grid(axes: dict[str, list]) -> Any:
+    """Returns `pytest.mark.parametrize` over the whole grid of `axes`.
+
+    An axis `"y, x"` has pairs and is two parameters. Rows beyond a cover of all
+    pairs of settings are marked slow. At import it is checked that the cover
+    lacks no pair.
+    """
+    import pytest
+
+    # By number: not all settings can be compared.
+    numbers = {name: list(range(len(values))) for name, values in axes.items()}
+    cover = {tuple(row.values()) for row in pairwise(numbers)}
+    rows = [tuple(row.values()) for row in all_rows(numbers)]
+    _check_pairs(cover, rows)
+    names = [name.split(", ") for name in axes]
+
+    def settings(row: tuple) -> list:
+        flat = []
+        for parts, values, number in zip(
+            names, axes.values(), row, strict=True
+        ):
+            flat += values[number] if len(parts) > 1 else [values[number]]
+        return flat
+
+    parameters = [
+        pytest.param(
+            *settings(row),
+            marks=() if row in cover else pytest.mark.slow,
+            id="-".join(map(str, settings(row))),
+        )
+        for row in rows
+    ]
+    return pytest.mark.parametrize(sum(names, []), parameters)
+
+
+def _check_pairs(cover: set[tuple], rows: list[tuple]) -> None:
+    held, wanted = (
+        {pair for row in some for pair in pairs_of_values(row)}
+        for some in (cover, rows)
+    )
+    if wanted - held:
+        raise AssertionError(f"a cover lacks {wanted - held}")
+
+
+def pairs_of_values(row: tuple) -> Iterator[tuple]:
+    """Yields the pairs of (axis, value) that a row holds."""
+    return itertools.combinations(enumerate(row), 2)

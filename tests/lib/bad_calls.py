@@ -1,23 +1,72 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Wrong calls of ROI pooling: each gets an error that a person can use.
+"""Calls of every op that are wrong, and what the error has to say.
 
-The error is a `ValueError`, a `TypeError` or an `InvalidArgumentError`, and
-its text says what was expected and what was received.
+Every error is a `ValueError`, a `TypeError` or an `InvalidArgumentError`; its
+text says what was expected and what was received.
 """
 
+import dataclasses
 import re
 
 import numpy as np
-import pytest
 import tensorflow as tf
-from bad_calls_test import ERRORS, BadCall, shape, zeros
 
-from tf_deform.ops import deformable_psroi_pool, deformable_roi_align
+from tf_deform.ops import (
+    deformable_conv2d,
+    deformable_psroi_pool,
+    deformable_roi_align,
+)
 
-# Good calls. Every bad call differs from one of them in what its `changes`
+ERRORS = (ValueError, TypeError, tf.errors.InvalidArgumentError)
+
+
+@dataclasses.dataclass(frozen=True)
+class BadCall:
+    """What is changed of a good call, and what the text must say then.
+
+    `expected` and `received` are regular expressions. Where they stand, the
+    text reads "Expected ... Received: ..."; `tensorflow` is an alternative
+    for the few calls that TensorFlow itself refuses before we see them.
+    """
+
+    name: str
+    changes: dict
+    expected: str
+    received: str
+    tensorflow: str | None = None
+
+    def check(self, error: BaseException) -> None:
+        # TensorFlow appends the op and its attributes: not what we said.
+        text = re.split(r" for '\{\{node| \[Op:", str(error))[0]
+        ours = f"Expected.*{self.expected}.*Received: .*{self.received}"
+        patterns = [ours] + ([self.tensorflow] if self.tensorflow else [])
+        assert any(re.search(p, text, re.DOTALL) for p in patterns), text
+
+
+def zeros(*shape: int, dtype: str = "float32") -> tf.Tensor:
+    if dtype == "string":
+        return tf.fill(shape, "0")
+    return tf.zeros(shape, dtype)
+
+
+def shape(name: str, *sizes: int) -> str:
+    """A regular expression for `name.shape=(2, 9, ...)` in a text."""
+    return re.escape(f"{name}.shape=({', '.join(map(str, sizes))})")
+
+
+# Good calls; that of the convolution has a 3x2 kernel, 2 offset groups and 7x9
+# output pixels. Every bad call differs from one of them in what its `changes`
 # name, and in nothing else. A tuple under the name of an operand is a shape.
-OPERANDS = ["inputs", "rois", "trans", "offset"]
+OPERANDS = ["inputs", "kernel", "rois", "offset", "trans", "mask"]
+CONV2D = {
+    "inputs": (2, 9, 10, 12),
+    "kernel": (3, 2, 12, 8),
+    "offset": (2, 7, 9, 24),
+    "mask": (2, 7, 9, 12),
+    "offset_groups": 2,
+}
 GOOD = {
+    deformable_conv2d: CONV2D,
     deformable_psroi_pool: {
         "inputs": (2, 8, 9, 36),
         "rois": (7, 5),
@@ -77,6 +126,144 @@ def _wrong_types(name: str, good: tuple, dtypes: str, right: str) -> list:
     ]
 
 
+# Refused by the shape: the graph builder says it with ValueError as soon as
+# shapes are known, the kernel with InvalidArgumentError when it runs.
+CONV2D_SHAPES = [
+    BadCall(
+        f"{name} of rank {len(sizes)}",
+        {name: zeros(*sizes)},
+        f"`{name}`.*(rank 4|4 dimensions)",
+        shape(name, *sizes) if len(sizes) > 1 else f"{name}.shape=",
+    )
+    for name, sizes in [
+        ("inputs", (9, 10, 12)),
+        ("inputs", (1, 2, 9, 10, 12)),
+        ("inputs", ()),
+        ("kernel", (3, 2, 12)),
+        ("kernel", (1, 3, 2, 12, 8)),
+        ("offset", (2, 7, 9, 2, 12)),
+        ("offset", (7, 9, 24)),
+        ("offset", ()),
+        ("mask", (7, 9, 12)),
+        ("mask", (2, 7, 9, 2, 6)),
+        ("mask", ()),
+    ]
+]
+CONV2D_SHAPES += [
+    BadCall(
+        f"{name} has a wrong {what}",
+        {name: zeros(*sizes)},
+        f"`{name}`.*{right}",
+        shape(name, *sizes),
+    )
+    for name, what, right, sizes in [
+        ("offset", "number of channels", "24", (2, 7, 9, 12)),
+        ("offset", "number of channels, one more", "24", (2, 7, 9, 25)),
+        ("offset", "number of channels, none", "24", (2, 7, 9, 0)),
+        ("offset", "batch", "2", (3, 7, 9, 24)),
+        ("offset", "batch, one for all", "2", (1, 7, 9, 24)),
+        ("offset", "batch, none", "2", (0, 7, 9, 24)),
+        ("offset", "height", "7", (2, 8, 9, 24)),
+        ("offset", "width", "9", (2, 7, 8, 24)),
+        ("offset", "height and width, swapped", "7", (2, 9, 7, 24)),
+        ("mask", "number of channels", "12", (2, 7, 9, 24)),
+        ("mask", "number of channels, one for all", "12", (2, 7, 9, 1)),
+        ("mask", "batch", "2", (1, 7, 9, 12)),
+        ("mask", "height", "7", (2, 1, 9, 12)),
+        ("mask", "width", "9", (2, 7, 1, 12)),
+    ]
+]
+CONV2D_SHAPES += [
+    BadCall(
+        "channels not divisible by those of the kernel",
+        {"kernel": zeros(3, 2, 5, 8)},
+        "channels.*`kernel`",
+        shape("kernel", 3, 2, 5, 8),
+    ),
+    BadCall(
+        "more channels in the kernel than in the inputs",
+        {"kernel": zeros(3, 2, 24, 8)},
+        "channels.*`kernel`",
+        shape("kernel", 3, 2, 24, 8),
+    ),
+    BadCall(
+        "kernel without channels",
+        {"kernel": zeros(3, 2, 0, 8)},
+        "`kernel`",
+        shape("kernel", 3, 2, 0, 8),
+    ),
+    BadCall(
+        "filters not divisible by groups",
+        {"kernel": zeros(3, 2, 4, 8)},
+        "(filters|`kernel`).*3",
+        shape("kernel", 3, 2, 4, 8),
+    ),
+    BadCall(
+        "channels not divisible by offset_groups",
+        {
+            "offset_groups": 5,
+            "offset": zeros(2, 7, 9, 60),
+            "mask": zeros(2, 7, 9, 30),
+        },
+        "`?offset_groups`?",
+        r"(offset_groups=5|inputs\.shape=\(2, 9, 10, 12\))",
+    ),
+    BadCall(
+        "more offset_groups than channels",
+        {
+            "offset_groups": 24,
+            "offset": zeros(2, 7, 9, 288),
+            "mask": zeros(2, 7, 9, 144),
+        },
+        "`?offset_groups`?",
+        r"(offset_groups=24|inputs\.shape=\(2, 9, 10, 12\))",
+    ),
+    BadCall(
+        "kernel of height 0",
+        {"kernel": zeros(0, 2, 12, 8)},
+        "`kernel`",
+        shape("kernel", 0, 2, 12, 8),
+    ),
+    BadCall(
+        "kernel of width 0",
+        {"kernel": zeros(3, 0, 12, 8)},
+        "`kernel`",
+        shape("kernel", 3, 0, 12, 8),
+    ),
+    BadCall(
+        "kernel higher than the inputs",
+        {"inputs": zeros(2, 2, 10, 12)},
+        "height.*3",
+        "height.*2",
+    ),
+    BadCall(
+        "kernel wider than the inputs",
+        {"inputs": zeros(2, 9, 1, 12)},
+        "width.*2",
+        "width.*1",
+    ),
+    BadCall(
+        "dilated kernel higher than the inputs",
+        {"dilation_rate": (5, 1)},
+        "height.*11",
+        "height.*9",
+    ),
+    *[
+        BadCall(
+            f"{name}={value} overflows",
+            {name: value},
+            f"`{name}`",
+            "(" + "|".join(re.findall(r"\d{10,}", str(value))) + ")",
+        )
+        for name, value in [
+            ("dilation_rate", 2**62),
+            ("dilation_rate", (1, 2**63 - 1)),
+            ("padding", 2**62),
+            ("padding", ((0, 2**63 - 1), (0, 0))),
+        ]
+    ],
+]
+
 SHAPES_OF_BOTH = [
     ("inputs", "rank", "`inputs`.*4", (8, 9, 36)),
     ("inputs", "rank", "`inputs`.*4", (1, 2, 8, 9, 36)),
@@ -89,9 +276,8 @@ SHAPES_OF_BOTH = [
     ("rois", "columns", "`rois`.*5", (7, 0)),
 ]
 
-# Refused by the shape: the graph builder says it with ValueError as soon as
-# shapes are known, the kernel with InvalidArgumentError when it runs.
 BAD_SHAPES = {
+    deformable_conv2d: CONV2D_SHAPES,
     deformable_psroi_pool: [
         *_wrong_shapes(
             [
@@ -198,7 +384,97 @@ VALUES_OF_BOTH = [
 ]
 
 # Refused by the value or the type of an argument.
+CONV2D_VALUES = [
+    *[
+        BadCall(f"{name}={value!r}", {name: value}, f"`{name}`", received)
+        for name, values in [
+            ("strides", [(0, "0"), (-1, "-1"), ((1, 0), "0")]),
+            ("strides", [((1, 2, 3), r"\(1, 2, 3\)"), ((1,), r"\(1,\)")]),
+            ("strides", [((), r"\(\)"), ({"h": 1}, "{'h': 1}")]),
+            ("strides", [("2", "'2'"), ((1, "2"), "'2'"), (1.5, "1.5")]),
+            ("strides", [(True, "True"), (None, "None")]),
+            ("dilation_rate", [(0, "0"), (-2, "-2"), ((0, 1), "0")]),
+            ("dilation_rate", [((1, 1, 1), r"\(1, 1, 1\)"), (1.0, "1.0")]),
+            ("dilation_rate", [("same", "'same'"), (None, "None")]),
+            ("offset_groups", [(0, "0"), (-1, "-1"), (2.0, "2.0")]),
+            ("offset_groups", [("2", "'2'"), ((1, 1), r"\(1, 1\)")]),
+            ("offset_groups", [(None, "None"), (True, "True")]),
+            ("boundary", [("reflect", "'reflect'"), ("ZEROS", "'ZEROS'")]),
+            ("boundary", [("", "''"), (None, "None"), (0, "0")]),
+            ("padding", [("full", "'full'"), ("", "''"), (-1, "-1")]),
+            ("padding", [((1, -1), "-1"), (((0, -1), (0, 0)), "-1")]),
+            ("padding", [((1, 2, 3), r"\(1, 2, 3\)"), (1.5, "1.5")]),
+            ("padding", [(None, "None"), (True, "True")]),
+            ("padding", [(((1, 2), 3), r"\(\(1, 2\), 3\)")]),
+            ("padding", [(((1, 2, 3), (1, 2)), r"\(1, 2, 3\)")]),
+            ("padding", [((1, "same"), "'same'")]),
+            ("padding", [(((0, 0),) * 4, r"\(\(0, 0\), \(0, 0\), ")]),
+        ]
+        for value, received in values
+    ],
+    *[
+        BadCall(
+            f"inputs of {dtype}",
+            {"inputs": zeros(*CONV2D["inputs"], dtype=dtype)},
+            "`inputs`.*float32",
+            dtype,
+        )
+        for dtype in ["int32", "uint8", "bool", "string", "complex64"]
+    ],
+    *[
+        BadCall(
+            f"inputs and kernel of {dtype}",
+            {
+                "inputs": zeros(*CONV2D["inputs"], dtype=dtype),
+                "kernel": zeros(*CONV2D["kernel"], dtype=dtype),
+            },
+            "`inputs`.*float32",
+            dtype,
+        )
+        for dtype in ["int32", "complex64"]
+    ],
+    *[
+        BadCall(
+            f"inputs of {inputs}, kernel of {kernel}",
+            {
+                "inputs": zeros(*CONV2D["inputs"], dtype=inputs),
+                "kernel": zeros(*CONV2D["kernel"], dtype=kernel),
+            },
+            f"`kernel`.*{inputs}",
+            kernel,
+        )
+        for inputs, kernel in [
+            ("float32", "float64"),
+            ("float16", "float32"),
+            ("bfloat16", "float16"),
+            ("float32", "int32"),
+        ]
+    ],
+    *[
+        BadCall(
+            f"{name} of {dtype}",
+            {name: zeros(*CONV2D[name], dtype=dtype)},
+            f"`{name}`.*float",
+            dtype,
+        )
+        for name in ["offset", "mask"]
+        for dtype in ["int32", "string", "complex64", "bool"]
+    ],
+    *[
+        BadCall(
+            f"{name} is None",
+            {name: None},
+            f"`{name}`",
+            "None",
+            tensorflow="None values not supported|NoneType",
+        )
+        for name in ["inputs", "kernel", "offset"]
+    ],
+]
+
+
 BAD_VALUES = {
+    deformable_conv2d: CONV2D_VALUES,
     deformable_psroi_pool: [
         *_wrong_values(
             [
@@ -288,22 +564,10 @@ BAD_DATA = [
 ]
 
 
-def _pairs(bad_calls: dict | list) -> dict:
-    """The op and the bad call, for `parametrize`."""
-    if isinstance(bad_calls, list):
-        bad_calls = {op: bad_calls for op in GOOD}
-    rows = [(op, bad) for op, calls in bad_calls.items() for bad in calls]
-    return {
-        "argnames": ("op", "bad_call"),
-        "argvalues": rows,
-        "ids": [f"{op.__name__}-{bad.name}" for op, bad in rows],
-    }
-
-
 BAD_BEFORE_RUNNING = {op: BAD_SHAPES[op] + BAD_VALUES[op] for op in GOOD}
 
 
-def _arguments(op, changes: dict) -> tuple[dict, dict]:
+def arguments_of(op, changes: dict) -> tuple[dict, dict]:
     """Returns the operands and the options of a call."""
     arguments = {**GOOD[op], **changes}
     operands = {
@@ -315,149 +579,11 @@ def _arguments(op, changes: dict) -> tuple[dict, dict]:
     return operands, options
 
 
-def _graph(op, operands: dict, options: dict, known: bool):
-    """The op in a `tf.function`, with every shape known, or none."""
-    present = {name: x for name, x in operands.items() if x is not None}
-    absent = {name: x for name, x in operands.items() if x is None}
-
-    @tf.function(
-        input_signature=[
-            tf.TensorSpec(x.shape if known else None, x.dtype)
-            for x in present.values()
-        ]
-    )
-    def graph(*tensors):
-        return op(
-            **dict(zip(present, tensors, strict=True)), **absent, **options
-        )
-
-    return graph, list(present.values())
-
-
-@pytest.mark.parametrize("op", GOOD)
-def test_the_good_calls_are_good(op):
-    operands, options = _arguments(op, {})
-    expected = op(**operands, **options)
-    assert expected.shape == (7, 3, 4, 6)
-    for known in (True, False):
-        graph, tensors = _graph(op, operands, options, known)
-        np.testing.assert_array_equal(graph(*tensors), expected)
-
-
-def test_there_are_enough_of_them():
-    for op in GOOD:
-        assert len(BAD_SHAPES[op] + BAD_VALUES[op] + BAD_DATA) >= 60
-
-
-@pytest.mark.parametrize(**_pairs(BAD_BEFORE_RUNNING))
-def test_eager(op, bad_call):
-    operands, options = _arguments(op, bad_call.changes)
-    with pytest.raises(ERRORS) as info:
-        op(**operands, **options)
-    bad_call.check(info.value)
-
-
-@pytest.mark.parametrize(**_pairs(BAD_BEFORE_RUNNING))
-def test_graph_with_known_shapes(op, bad_call):
-    """Refused while the graph is built, before anything runs."""
-    operands, options = _arguments(op, bad_call.changes)
-    graph, _ = _graph(op, operands, options, known=True)
-    with pytest.raises((ValueError, TypeError)) as info:
-        graph.get_concrete_function()
-    bad_call.check(info.value)
-
-
-@pytest.mark.parametrize(**_pairs(BAD_BEFORE_RUNNING))
-def test_graph_with_unknown_shapes(op, bad_call):
-    """What the graph cannot know the kernel refuses."""
-    operands, options = _arguments(op, bad_call.changes)
-    graph, tensors = _graph(op, operands, options, known=False)
-    with pytest.raises(ERRORS) as info:
-        graph(*tensors)
-    bad_call.check(info.value)
-
-
-@pytest.mark.parametrize(**_pairs(BAD_SHAPES))
-def test_bad_shape_under_a_tape(op, bad_call):
-    """The gradient does not get in the way of the error."""
-    operands, options = _arguments(op, bad_call.changes)
-    with tf.GradientTape() as tape, pytest.raises(ERRORS) as info:
-        tape.watch(list(operands.values()))
-        op(**operands, **options)
-    bad_call.check(info.value)
-
-
-@pytest.mark.parametrize("mode", ["eager", "known", "unknown"])
-@pytest.mark.parametrize(**_pairs(BAD_DATA))
-def test_batch_indices(op, bad_call, mode):
-    operands, options = _arguments(op, bad_call.changes)
-    graph, tensors = _graph(op, operands, options, known=mode == "known")
-    with pytest.raises(tf.errors.InvalidArgumentError) as info:
-        op(**operands, **options) if mode == "eager" else graph(*tensors)
-    bad_call.check(info.value)
-
-
-@pytest.mark.parametrize("op", GOOD)
-def test_batch_indices_of_float64_inputs(op):
-    """What float32 would round to an integer is none."""
-    rois = np.zeros((7, 5))
-    rois[3, 0] = 1 + 1e-12
-    operands, options = _arguments(op, {})
-    operands["inputs"] = tf.cast(operands["inputs"], tf.float64)
-    op(**operands, **options)
-    operands["rois"] = rois
-    with pytest.raises(tf.errors.InvalidArgumentError, match=r"rois\[3, 0\]"):
-        op(**operands, **options)
-
-
-@pytest.mark.parametrize("op", GOOD)
-def test_no_image_has_no_batch_index(op):
-    operands, options = _arguments(op, {})
-    operands["inputs"] = operands["inputs"][:0]
-    with pytest.raises(tf.errors.InvalidArgumentError, match="below 0"):
-        op(**operands, **options)
-    operands["rois"] = operands["rois"] - 1
-    assert not op(**operands, **options).numpy().any()
-
-
-@pytest.mark.parametrize("op", GOOD)
-def test_options_are_keywords(op):
-    operands, options = _arguments(op, {})
-    with pytest.raises(TypeError):
-        op(*operands.values(), *options.values())
-    for name in options:
-        if name not in ("group_size", "part_size"):
-            some = {k: v for k, v in options.items() if k != name}
-            with pytest.raises(TypeError, match=name):
-                op(**operands, **some)
-    with pytest.raises(TypeError, match="data_format"):
-        op(**operands, **options, data_format="NCHW")
-
-
-@pytest.mark.parametrize("op", GOOD)
-@pytest.mark.parametrize("name", OPERANDS)
-@pytest.mark.parametrize("value", [tf.ragged.constant([[1.0], []]), object()])
-def test_what_is_no_dense_tensor_is_named(op, name, value):
-    operands, options = _arguments(op, {})
-    if name in operands:
-        operands[name] = value
-        with pytest.raises(
-            TypeError, match=f"Expected `{name}` .* Received: .*"
-        ):
-            op(**operands, **options)
-
-
-@pytest.mark.parametrize("op", GOOD)
-@pytest.mark.parametrize("scale", [1e-300, 1e-45, 1e-38, 3e38, 1e300])
-def test_extreme_scales_give_an_answer(op, scale):
-    """Finite and positive: an output of zeros and edges, or an error."""
-    operands, options = _arguments(op, {"spatial_scale": scale})
-    operands["inputs"] = tf.ones_like(operands["inputs"])
-    for dtype in (tf.float32, tf.float64):
-        operands["inputs"] = tf.cast(operands["inputs"], dtype)
-        try:
-            output = op(**operands, **options).numpy()
-        except ERRORS as error:
-            assert re.search("Expected.*`spatial_scale`.*Received", str(error))
-        else:
-            assert set(output.ravel()) <= {0.0, 1.0}
+def rows_of(bad_calls: dict) -> dict:
+    """Returns the op and the bad call, for `pytest.mark.parametrize`."""
+    rows = [(op, bad) for op, calls in bad_calls.items() for bad in calls]
+    return {
+        "argnames": ("op", "bad_call"),
+        "argvalues": rows,
+        "ids": [f"{op.__name__}-{bad.name}" for op, bad in rows],
+    }
