@@ -448,19 +448,19 @@ MISTAKES = [
         "loader-order-for-name",
         "if number <= last.get(kind, -1):",
         "if number < last.get(kind, -1):",
-        ("plain_weights_test",),
+        ("plain_weights_test", "plain_weights_refused_test"),
     ),
     Mistake(
         "loader-half-loaded",
         "variable.assign(value) raise",
         "pass\n        raise",
-        ("plain_weights_test",),
+        ("plain_weights_test", "plain_weights_refused_test"),
     ),
     Mistake(
         "loader-bfloat16",
         "if _is_bfloat16(entry.arrays[name]):",
         "if False:",
-        ("plain_weights_test",),
+        ("plain_weights_test", "plain_weights_refused_test"),
     ),
     Mistake(
         "files-other-folder-replaced",
