@@ -87,6 +87,8 @@ gpu-check-tf: $(INSTALLED)
 		tests/ops/deformable_*_test.py tests/ops/every_op_test.py \
 		tests/ops/pooling_test.py \
 		tests/layers/deformable_*_test.py tests/layers/roi_layers_test.py \
+		tests/layers/contract_test.py tests/layers/given_test.py \
+		tests/layers/types_test.py \
 		tests/xla/xla_test.py
 
 lint: $(INSTALLED)

@@ -28,7 +28,7 @@ CUDA_PSROI = ("pooling_cuda_test", "deformable_psroi_pool_cuda_test")
 CUDA_ALIGN = ("pooling_cuda_test", "deformable_roi_align_cuda_test")
 CONV_OP = ("every_op_test", "deformable_conv2d_test")
 CONV_LAYER = ("deformable_conv2d_layer_test",)
-ROI_LAYERS = ("roi_layers_test",)
+EVERY_LAYER = ("contract_test",)
 
 MISTAKES = [
     # The convolution on the CPU.
@@ -362,7 +362,7 @@ MISTAKES = [
         "layer-config-without-dilation",
         '"offset_dilation_rate": self.offset_dilation_rate,',
         "",
-        CONV_LAYER,
+        EVERY_LAYER,
     ),
     Mistake(
         "layer-branch-split",
@@ -380,32 +380,32 @@ MISTAKES = [
         "layer-nan-hidden",
         "outputs = hand_on_nan(outputs, fields)",
         "pass",
-        (*CONV_LAYER, "branch_test"),
+        ("nan_test",),
     ),
     Mistake(
         "layer-frozen-kernel-costs",
         "if not self._kernel.trainable and not self.lora_enabled:",
         "if False:",
-        CONV_LAYER,
+        ("every_op_test",),
     ),
     Mistake(
         "layer-offset-in-compute-dtype",
         "return tf.cast(tensor, dtype)\n\n\ndef to_inputs",
         "return tf.cast(tf.cast(tensor, tf.bfloat16), dtype)\n\n\n"
         "def to_inputs",
-        CONV_LAYER,
+        ("types_test",),
     ),
     Mistake(
         "layer-branch-not-saved",
         'store["offset_bias"] = self.offset_bias',
         'store["offset_bias"] = 0 * self.offset_bias',
-        CONV_LAYER,
+        EVERY_LAYER,
     ),
     Mistake(
         "layer-data-format-of-outputs",
         "return tf.transpose(value, (0, 3, 1, 2))",
         "return tf.transpose(value, (0, 3, 2, 1))",
-        (*CONV_LAYER, "roi_data_format_test"),
+        ("data_format_test",),
     ),
     Mistake(
         "layer-message-in-the-ops-words",
@@ -417,50 +417,50 @@ MISTAKES = [
         "layer-build-config-of-inputs-alone",
         "if len(self._built_for) == 1:",
         "if self._built_for:",
-        CONV_LAYER,
+        (*EVERY_LAYER, "conv2d_calls_test"),
     ),
     Mistake(
         "roi-layer-config-in-keras-format",
         'config = {"data_format": "channels_last", **config}',
         "pass",
-        ("roi_data_format_test", *ROI_LAYERS),
+        ("data_format_test",),
     ),
     Mistake(
         "roi-layer-branch-on-padding",
         "offset = tf.where(exists, offset, tf.zeros_like(offset))",
         "pass",
-        ("roi_nan_branch_test", *ROI_LAYERS),
+        ("nan_test",),
     ),
     Mistake(
         "roi-layer-class-of-nan",
         "index = np.arange(bins) * parts // bins",
         "index = np.arange(bins) % parts",
-        ("roi_nan_branch_test", *ROI_LAYERS),
+        ("nan_test",),
     ),
     Mistake(
         "roi-layer-units-lost",
         'return {**super().get_config(), "units": self.units}',
         "return super().get_config()",
-        ROI_LAYERS,
+        EVERY_LAYER,
     ),
     # Files.
     Mistake(
         "loader-order-for-name",
         "if number <= last.get(kind, -1):",
         "if number < last.get(kind, -1):",
-        ("plain_weights_test",),
+        ("plain_weights_test", "plain_weights_refused_test"),
     ),
     Mistake(
         "loader-half-loaded",
         "variable.assign(value) raise",
         "pass\n        raise",
-        ("plain_weights_test",),
+        ("plain_weights_test", "plain_weights_refused_test"),
     ),
     Mistake(
         "loader-bfloat16",
         "if _is_bfloat16(entry.arrays[name]):",
         "if False:",
-        ("plain_weights_test",),
+        ("plain_weights_test", "plain_weights_refused_test"),
     ),
     Mistake(
         "files-other-folder-replaced",
@@ -472,7 +472,7 @@ MISTAKES = [
         "export-onnx-boundary",
         'if attributes["boundary"] != "zeros" or not known:',
         "if not known:",
-        ("onnx_test",),
+        ("onnx_control_flow_test",),
     ),
     Mistake(
         "export-onnx-same-odd-pixel",
@@ -484,7 +484,7 @@ MISTAKES = [
         "export-comparison-of-last-output",
         "differences[name] = max(found, differences.get(name, 0.0))",
         "differences[name] = found",
-        ("export_check_test", "export_test"),
+        ("export_check_test", "writing_test"),
     ),
     Mistake(
         "export-portable-not-checked",
@@ -496,6 +496,6 @@ MISTAKES = [
         "export-litert-positions-in-int8",
         "recipe.add_weight_only_config(_one_of(found.places), name, 8)",
         "pass",
-        ("litert_test",),
+        ("litert_quantized_test",),
     ),
 ]

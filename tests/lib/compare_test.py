@@ -137,7 +137,7 @@ def test_structures():
     assert_equal([x, None, (x, x)], [x, None, [x, x]])
     assert_equal({"a": x, "b": None}, {"b": None, "a": x})
     assert_equal([1.0, 2.0], [1.0, 2.0])
-    assert_equal(np.array([1.0, 2.0]), [1.0, 2.0])
+    assert_equal(np.array([[1.0], [2.0]]), [[1.0], [2.0]])
     assert message([x, x], [x, None]) == (
         "result[1]: expected None, received an array of shape (3,)"
     )
