@@ -16,7 +16,7 @@ from tf_deform import _build_info, _loader
 ROOT = pathlib.Path(__file__).parents[2]
 PACKAGE = pathlib.Path(tf_deform.__file__).parent
 COMMAND = [sys.executable, "-c", "import tf_deform_cli as c; exit(c.main())"]
-MODULE = [sys.executable, "-m", "tf_deform", "library"]
+MODULE = [sys.executable, "-m", "tf_deform"]
 STEPS = ["TensorFlow", "Keras", "tf_deform", "ops", "XLA"]
 
 
