@@ -10,15 +10,16 @@ SOURCES := $(wildcard cc/*/*.cc cc/*/*.h cc/core/*/*.cc cc/core/*/*.cu \
 	cc/core/*/*.h)
 TEST_SOURCES := $(wildcard tests/*/*.c tests/*/*.cc tests/*/*.h)
 
-.PHONY: help install demo demo-full docs test test-full benchmark gpu-check \
-	gpu-check-tf lint format bazel clean
+.PHONY: help install demo demo-full docs quick test test-full benchmark \
+	gpu-check gpu-check-tf lint format bazel clean
 
 help:
 	@echo "make demo       train a segmentation model and a detector, plain and"
 	@echo "                deformable"
 	@echo "make demo-full  the same with more models and three seeds"
-	@echo "make test       run the tests"
-	@echo "make test-full  train every configuration of the layer (an hour)"
+	@echo "make quick      run the most telling tests (two minutes)"
+	@echo "make test       run the tests (twelve minutes)"
+	@echo "make test-full  run all tests with whole grids (hours)"
 	@echo "make docs       write the API pages to build/docs"
 	@echo "make benchmark  time the ops beside their peers"
 	@echo "make gpu-check  time and test the GPU kernels: needs a GPU, nvcc and"
@@ -61,9 +62,23 @@ docs: $(INSTALLED)
 test: $(INSTALLED)
 	$(RUN) -m pytest -n 2 --dist loadfile
 
-# What `make test` has no time for.
+# With what is marked slow: the rows of grids beyond a cover of all pairs.
 test-full: $(INSTALLED)
-	$(RUN) -m pytest -n 2 -m slow
+	$(RUN) -m pytest -n 2 --dist loadfile -m ""
+
+# The core without its kernels for GPUs, the ops beside their references, what
+# the layers promise, and the comparisons that all of it rests on. Left out are
+# what compiles, starts other processes or needs gigabytes.
+QUICK := $(filter-out tests/core/isa_core_test.py, \
+		$(wildcard tests/core/*_core_test.py)) \
+	tests/ops/arguments_test.py tests/ops/bad_calls_test.py \
+	$(wildcard tests/ops/deformable_*_test.py) tests/ops/every_op_test.py \
+	tests/ops/pooling_test.py $(wildcard tests/layers/contract_test.py) \
+	tests/export/export_check_test.py tests/build/files_test.py tests/lib
+
+quick: $(INSTALLED)
+	$(RUN) -m pytest -n 2 --dist worksteal $(QUICK) \
+		-k "not any_number_of_threads and not strips and not 32_bits"
 
 benchmark: $(INSTALLED)
 	$(RUN) benchmarks/run.py
@@ -74,8 +89,11 @@ gpu-check:
 
 gpu-check-tf: $(INSTALLED)
 	TF_DEFORM_TEST_DEVICE=/GPU:0 $(RUN) -m pytest tests/gpu/gpu_test.py \
-		tests/ops/deformable_*_test.py \
+		tests/ops/deformable_*_test.py tests/ops/every_op_test.py \
+		tests/ops/pooling_test.py \
 		tests/layers/deformable_*_test.py tests/layers/roi_layers_test.py \
+		tests/layers/contract_test.py tests/layers/given_test.py \
+		tests/layers/types_test.py \
 		tests/xla/xla_test.py
 
 lint: $(INSTALLED)

@@ -13,6 +13,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+# Failures inside of helpers tell the values, too.
+pytest.register_assert_rewrite(
+    *(path.stem for path in pathlib.Path(__file__).parent.glob("lib/*.py"))
+)
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 DEVICE = os.environ.get("TF_DEFORM_TEST_DEVICE")
 if DEVICE is None and os.environ.get("TF_DEFORM_TEST_GPU") != "1":

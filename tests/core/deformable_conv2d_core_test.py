@@ -8,120 +8,26 @@ import subprocess
 import sys
 
 import core
+import core_conv2d
 import numpy as np
 import pytest
-import reference
-
-# Largest error as a share of the largest value, against float64.
-TOLERANCES = {
-    "float64": 1e-9,
-    "float32": 1e-5,
-    "float16": 2e-3,
-    "bfloat16": 1.6e-2,
-}
-NAMES = ("inputs", "kernel", "offset", "mask")
+from compare import assert_close, assert_equal, assert_same_bits
+from core_conv2d import DTYPES, NAMES, draw_call, rounded
 
 
-def random_case(seed: int):
-    """Operands (inputs, kernel, offset, mask, grad_output) and attributes.
-
-    Sizes differ from each other; every eighth case has many channels, every
-    ninth many filters, so that all blocks of the core are crossed.
-    """
-    rng = np.random.default_rng(seed)
-    groups, offset_groups = rng.choice([1, 1, 2, 3]), rng.choice([1, 1, 2, 4])
-    common = int(np.lcm(groups, offset_groups))
-    channels = common * int(rng.integers(1, 1 + 40 // common))
-    filters = int(groups * rng.integers(1, 20))
-    batch = int(rng.integers(0, 4))
-    size = tuple(int(n) for n in rng.integers(1, (9, 12)))
-    if seed % 8 == 0:
-        channels, batch, size = common * (272 // common), 1, (4, 3)
-    if seed % 9 == 0:
-        filters, batch, size = int(groups * (1026 // groups)), 2, (3, 2)
-    kernel_size = tuple(int(n) for n in rng.integers(1, 4, 2))
-    padding = [
-        "same",
-        "valid",
-        tuple(
-            tuple(int(n) for n in side) for side in rng.integers(0, 4, (2, 2))
-        ),
-    ][rng.integers(3)]
-    attributes = dict(
-        strides=tuple(int(n) for n in rng.integers(1, 4, 2)),
-        padding=padding,
-        dilation_rate=tuple(int(n) for n in rng.integers(1, 3, 2)),
-        offset_groups=int(offset_groups),
-        boundary=str(rng.choice(["zeros", "clamp"])),
-    )
-    shapes = [(batch, *size, channels)]
-    shapes += [(*kernel_size, channels // groups, filters)]
-    try:
-        params = core.validate(*shapes, None, **attributes)
-    except core.CoreError:  # the kernel does not fit in the image
-        attributes["padding"] = "same"
-        params = core.validate(*shapes, None, **attributes)
-    field = (batch, params.out_h, params.out_w)
-    taps = int(offset_groups) * kernel_size[0] * kernel_size[1]
-    inputs, kernel = (rng.normal(size=shape) for shape in shapes)
-    offset = np.float32(2 * rng.normal(size=(*field, 2 * taps)))
-    # Not within 0.01 of an integer: there the slope jumps, and roundings of
-    # a coordinate in float32 and float64 may fall on different sides.
-    offset += np.float32(0.02) * (np.abs(offset - np.round(offset)) < 0.01)
-    if offset.size > 20:
-        spots = rng.integers(0, offset.size, 5)
-        offset.flat[spots] = [np.nan, np.inf, -np.inf, 1e30, -1e30]
-    mask = rng.normal(size=(*field, taps)) if rng.random() < 0.7 else None
-    grad_output = rng.normal(size=(*field, filters))
-    return (inputs, kernel, offset.astype(float), mask, grad_output), attributes
-
-
-def rounded(operands, dtype):
-    """Operands as the core sees them: the reference must read the same."""
-    inputs, kernel, offset, mask, grad_output = operands
-    narrow = {
-        "float64": lambda a: a,
-        "float32": np.float32,
-        "float16": np.float16,
-        "bfloat16": lambda a: core.from_bfloat16(core.to_bfloat16(a)),
-    }[dtype]
-    wide = narrow if dtype == "float64" else np.float32
-    return (
-        narrow(inputs),
-        narrow(kernel),
-        offset,
-        None if mask is None else wide(mask),
-        narrow(grad_output),
-    )
-
-
-def assert_close(received, expected, dtype, what):
-    assert received.shape == expected.shape
-    if expected.size == 0:
-        return
-    error = np.abs(received.astype(float) - expected).max()
-    assert error <= TOLERANCES[dtype] * max(1, np.abs(expected).max()), what
-
-
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("seed", range(48))
-def test_agrees_with_reference_for_any_type_and_number_of_threads(seed):
-    operands, attributes = random_case(seed)
-    for dtype in TOLERANCES:
-        exact = rounded(operands, dtype)
-        expected = reference.deformable_conv2d(*exact[:4], **attributes)
-        gradients = reference.deformable_conv2d_grad(*exact, **attributes)
-        results = []
-        for threads in (1, 2, 5):
-            common = dict(dtype=dtype, threads=threads, **attributes)
-            output = core.forward(*exact[:4], **common)
-            made = core.backward(*exact, **common)
-            results.append([output, *made.values()])
-        assert_close(results[0][0], expected, dtype, "output")
-        for name, gradient in zip(made, results[0][1:], strict=True):
-            assert_close(gradient, getattr(gradients, name), dtype, name)
-        for other in results[1:]:
-            for one, two in zip(results[0], other, strict=True):
-                assert one.tobytes() == two.tobytes(), "threads changed it"
+def test_agrees_with_reference(seed, dtype):
+    operands, attributes = draw_call(seed)
+    core_conv2d.check(operands, attributes, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("seed", range(48))
+def test_threads_change_no_bit_of_random_calls(seed, dtype):
+    operands, attributes = draw_call(seed)
+    exact = rounded(operands, dtype)
+    core_conv2d.check_threads(exact, (2, 5), dtype=dtype, **attributes)
 
 
 # One below, at, and one past the blocks of pixels (8 located together in
@@ -139,15 +45,7 @@ def test_block_edges(pixels, channels, filters):
     mask = rng.normal(size=(1, 1, pixels, 1))
     grad_output = rng.normal(size=(1, 1, pixels, filters))
     operands = (inputs, kernel, offset, mask, grad_output)
-    received = core.forward(*operands[:4], dtype="float64", threads=2)
-    assert_close(
-        received, reference.deformable_conv2d(*operands[:4]), "float64", ""
-    )
-    expected = reference.deformable_conv2d_grad(*operands)
-    for name, gradient in core.backward(
-        *operands, dtype="float64", threads=2
-    ).items():
-        assert_close(gradient, getattr(expected, name), "float64", name)
+    core_conv2d.check(operands, {}, "float64", threads=2)
 
 
 # Strips of the output, which share out the gradient of the inputs: 4 (the
@@ -184,19 +82,10 @@ def test_strips(batch, size, channels, filters, groups, reach, dtype):
         ),
         dtype,
     )
-    expected = reference.deformable_conv2d_grad(*operands, padding="same")
-    common = dict(dtype=dtype, padding="same")
-    one = core.backward(*operands, threads=1, **common)
-    for name, gradient in one.items():
-        assert_close(gradient, getattr(expected, name), dtype, name)
-    for threads in (2, 3, 7):
-        for name, gradient in core.backward(
-            *operands, threads=threads, **common
-        ).items():
-            assert gradient.tobytes() == one[name].tobytes(), name
-    for name in NAMES:
-        alone = core.backward(*operands, wanted=(name,), threads=2, **common)
-        assert alone[name].tobytes() == one[name].tobytes(), name
+    common = dict(padding="same", dtype=dtype)
+    core_conv2d.check(operands, dict(padding="same"), dtype)
+    core_conv2d.check_threads(operands, (2, 3, 7), **common)
+    core_conv2d.check_alone(operands, threads=2, **common)
 
 
 def test_many_runs_and_little_room():
@@ -219,9 +108,9 @@ def test_many_runs_and_little_room():
     attributes = dict(padding="same", offset_groups=4)
     wanted = dict(wanted=("inputs",), **attributes)
     one, two = (core.backward(*operands, threads=t, **wanted) for t in (1, 2))
-    expected = reference.deformable_conv2d_grad(*operands, **attributes)
-    assert_close(one["inputs"], expected.inputs, "float32", "inputs")
-    assert one["inputs"].tobytes() == two["inputs"].tobytes()
+    expected = core_conv2d.expected_results(operands, **attributes)
+    core_conv2d.assert_results_close(one, expected, "float32")
+    assert_same_bits(two, one, "2 threads")
 
 
 # Groups of 1 channel (depthwise) to more channels than a block of rows holds,
@@ -264,23 +153,8 @@ def test_groups(channels, filters, groups, dtype):
         dtype,
     )
     attributes = dict(padding="same", offset_groups=offset_groups)
-    expected = reference.deformable_conv2d_grad(*operands, **attributes)
-    results = []
-    for threads in (1, 2, 5):
-        common = dict(dtype=dtype, threads=threads, **attributes)
-        results.append(core.backward(*operands, **common))
-        results[-1]["output"] = core.forward(*operands[:4], **common)
-    assert_close(
-        results[0]["output"],
-        reference.deformable_conv2d(*operands[:4], **attributes),
-        dtype,
-        "output",
-    )
-    for name in NAMES:
-        assert_close(results[0][name], getattr(expected, name), dtype, name)
-    for other in results[1:]:
-        for name, array in other.items():
-            assert array.tobytes() == results[0][name].tobytes(), name
+    core_conv2d.check(operands, attributes, dtype)
+    core_conv2d.check_threads(operands, (2, 5), dtype=dtype, **attributes)
 
 
 # Groups whose columns and filters lie side by side in registers.
@@ -324,12 +198,7 @@ def test_each_gradient_is_the_same_alone(dtype, filters, batch, threads):
         rng.normal(size=(batch, 9, 11, filters)),
     )
     common = dict(dtype=dtype, threads=threads, padding="same", offset_groups=2)
-    together = core.backward(*operands, **common)
-    for name in NAMES:
-        alone = core.backward(*operands, wanted=(name,), **common)
-        assert list(alone) == [name]
-        assert alone[name].tobytes() == together[name].tobytes()
-    assert core.backward(*operands, wanted=(), **common) == {}
+    core_conv2d.check_alone(operands, **common)
 
 
 @pytest.mark.parametrize("dtype", core.DTYPES)
@@ -347,8 +216,9 @@ def test_each_gradient_is_the_same_alone(dtype, filters, batch, threads):
         (3, 7, 1, 3),
     ],
 )
+@pytest.mark.parametrize("threads", [1, 2, 16])
 def test_scratch_is_bounded(
-    dtype, size, channels, filters, groups, offset_groups
+    threads, dtype, size, channels, filters, groups, offset_groups
 ):
     """4 MiB a worker; backward besides a packed kernel and a wide image."""
     params = core.validate(
@@ -369,26 +239,25 @@ def test_scratch_is_bounded(
     backward_bytes = (
         core.library().TfDeformDeformableConv2DCpuBackwardWorkspaceBytes
     )
-    for threads in (1, 2, 16):
-        scratch = threads * (4 << 20) + 4096
-        forward = core.library().TfDeformDeformableConv2DCpuWorkspaceBytes(
-            core.ctypes.byref(params), core.DTYPES[dtype], threads
+    scratch = threads * (4 << 20) + 4096
+    forward = core.library().TfDeformDeformableConv2DCpuWorkspaceBytes(
+        core.ctypes.byref(params), core.DTYPES[dtype], threads
+    )
+    assert forward <= scratch
+    for names in [(name,) for name in NAMES] + [NAMES]:
+        wanted = core.Pointers()
+        for name in names:
+            setattr(wanted, name, 1)
+        backward = backward_bytes(
+            core.ctypes.byref(params),
+            core.DTYPES[dtype],
+            core.ctypes.byref(wanted),
+            threads,
         )
-        assert forward <= scratch
-        for names in [(name,) for name in NAMES] + [NAMES]:
-            wanted = core.Pointers()
-            for name in names:
-                setattr(wanted, name, 1)
-            backward = backward_bytes(
-                core.ctypes.byref(params),
-                core.DTYPES[dtype],
-                core.ctypes.byref(wanted),
-                threads,
-            )
-            data = transposed if names != ("kernel",) else 0
-            data += image if "inputs" in names else 0
-            extra = max(data, kernel_image if "kernel" in names else 0)
-            assert backward <= extra + scratch, names
+        data = transposed if names != ("kernel",) else 0
+        data += image if "inputs" in names else 0
+        extra = max(data, kernel_image if "kernel" in names else 0)
+        assert backward <= extra + scratch, names
 
 
 def test_large_common_value_does_not_drown_the_slope():
@@ -401,9 +270,9 @@ def test_large_common_value_does_not_drown_the_slope():
         rng.normal(size=(1, 4, 3, 4)),
     )
     exact = rounded(operands, "float32")
+    expected = core_conv2d.expected_results(exact)["offset"]
     received = core.backward(*exact)["offset"]
-    expected = reference.deformable_conv2d_grad(*exact).offset
-    assert np.abs(received - expected).max() < 1e-4 * np.abs(expected).max()
+    assert_close(received, expected, 1e-4, name="offset")
 
 
 def test_more_elements_than_32_bits_can_count():
@@ -421,7 +290,7 @@ def test_more_elements_than_32_bits_can_count():
     offset[0, -1, -1] -= 23171  # where output pixel (1, 1) stands
     common = dict(dtype="float16", strides=23171)
     output = core.forward(inputs, kernel, offset, **common)
-    np.testing.assert_array_equal(output.ravel(), [0, 0, 0, 9])
+    assert_equal(output.ravel(), [0, 0, 0, 9])
     gradients = core.backward(
         inputs,
         kernel,
@@ -431,30 +300,31 @@ def test_more_elements_than_32_bits_can_count():
         wanted=("kernel", "offset"),
         **common,
     )
-    np.testing.assert_array_equal(gradients["kernel"].ravel(), [4.5])
+    assert_equal(gradients["kernel"].ravel(), [4.5])
     # Down is the zero row past the edge; to the right 3 becomes 5.
-    np.testing.assert_array_equal(gradients["offset"][0, 1, 1], [-9, 4])
+    assert_equal(gradients["offset"][0, 1, 1], [-9, 4])
 
 
-def test_half_conversions_are_exact():
-    """All 65536 values of each 16-bit type, through a 1x1 convolution."""
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_conversions_are_exact(dtype):
+    """All 65536 values of a 16-bit type, through a 1x1 convolution."""
     bits = np.arange(65536, dtype=np.uint16)
-    for dtype, values in (
-        ("float16", bits.view(np.float16)),
-        ("bfloat16", core.from_bfloat16(bits)),
-    ):
-        values = values[np.isfinite(values)].reshape(1, 1, -1, 1)
-        in_bfloat16 = core.instruction_set() in ("avx512_bf16", "amx")
-        if dtype == "bfloat16" and in_bfloat16:
-            # These products take numbers below the normal ones for 0.
-            values = values[np.abs(values) >= 2.0**-126].reshape(1, 1, -1, 1)
-        offset = np.zeros((*values.shape[:3], 2))
-        one = np.ones((1, 1, 1, 1))
-        with np.errstate(over="ignore"):
-            output = core.forward(values, one, offset, dtype=dtype)
-        # The last pixel has an infinite neighbour at weight 0 nowhere: all
-        # are finite, so 0 * neighbour is 0.
-        np.testing.assert_array_equal(output, values)
+    values = bits.view(np.float16)
+    if dtype == "bfloat16":
+        values = core.from_bfloat16(bits)
+    values = values[np.isfinite(values)]
+    in_bfloat16 = core.instruction_set() in ("avx512_bf16", "amx")
+    if dtype == "bfloat16" and in_bfloat16:
+        # These products take numbers below the normal ones for 0.
+        values = values[np.abs(values) >= 2.0**-126]
+    values = values.reshape(1, 1, -1, 1)
+    offset = np.zeros((*values.shape[:3], 2))
+    one = np.ones((1, 1, 1, 1))
+    with np.errstate(over="ignore"):
+        output = core.forward(values, one, offset, dtype=dtype)
+    # The last pixel has an infinite neighbour at weight 0 nowhere: all
+    # are finite, so 0 * neighbour is 0.
+    assert_equal(output, values)
 
 
 def test_rounds_to_nearest_even():
@@ -471,40 +341,6 @@ def test_rounds_to_nearest_even():
     close = np.isclose(received, expected, rtol=2**-10, atol=2**-24)
     assert close.all()
     assert (received == expected).mean() > 0.99  # but for sums in float32
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16"])
-def test_other_instruction_sets(isa):
-    """The same tests, with faster instructions switched off."""
-    if os.environ.get("TF_DEFORM_MAX_ISA"):
-        pytest.skip("this is the inner run")
-    here = pathlib.Path(__file__)
-    script = "import core; print(core.instruction_set())"
-    environment = {**os.environ, "TF_DEFORM_MAX_ISA": isa}
-    path = [str(here.parents[1] / "lib")]
-    environment["PYTHONPATH"] = os.pathsep.join(path)
-    name = subprocess.run(
-        [sys.executable, "-c", script],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    if isa != name.stdout.strip():
-        pytest.skip(f"this processor has no {isa}")
-    if isa == core.instruction_set():
-        pytest.skip(f"{isa} is what the other tests use")
-    selected = "reference or edges or conversions or nearest or alone"
-    selected += " or strips or groups"
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-        + ["-k", selected, str(here)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
 
 
 def test_needs_no_tensorflow():

@@ -5,20 +5,24 @@ Every instruction set has a namespace. All other code runs on any processor
 before one is chosen, so it must do with the baseline (SSE2). That goes for
 functions of the standard library too: the linker keeps one copy of an inline
 function, maybe the one that was compiled for AVX-512.
+
+The ops' own tests are run once more for each set, to compare its results.
 """
 
 import collections
+import os
 import pathlib
 import platform
 import re
 import shutil
 import subprocess
+import sys
 
 import core
 import pytest
 
-# What begins an instruction in the encodings of AVX and AVX2 (VEX; also BMI and
-# AVX-512's instructions on masks) and of AVX-512 (EVEX), after prefixes of
+# First bytes of an instruction in the encodings of AVX and AVX2 (VEX; also BMI
+# and AVX-512's instructions on masks) and of AVX-512 (EVEX), after prefixes of
 # segment and address size. No other instruction begins like that in 64 bits.
 _VEX, _EVEX = {"c4", "c5"}, {"62"}
 _PREFIXES = {"26", "2e", "36", "3e", "64", "65", "67"}
@@ -46,7 +50,7 @@ def _namespace(symbol: str) -> str:
 
 
 def _is_past(isa: str, encoding: str, mnemonic: str, operands: str) -> bool:
-    """Whether an instruction is past its set."""
+    """Returns whether an instruction is past its set."""
     first = next((b for b in encoding.split() if b not in _PREFIXES), "")
     if isa == "baseline":
         return first in _VEX | _EVEX or bool(_AFTER_SSE2.fullmatch(mnemonic))
@@ -80,7 +84,7 @@ def _disassembled(path: str):
 
 
 def _libraries(name: str) -> list[str]:
-    """The core, or next to it the ops that it is a part of."""
+    """Returns the core, or next to it the ops that it is a part of."""
     path = pathlib.Path(core.library()._name)
     if name == "core":
         return [str(path)]
@@ -118,7 +122,7 @@ def test_code_keeps_to_its_instruction_set(name):
                 for register in ("%ymm", "%zmm"):
                     widest[isa, register] += register in instruction[2]
         assert not past, f"{len(past)} functions of {path}: {past}"
-        # What was looked for is there, under the names that were looked for.
+        # All sets are there, under the names by which they were looked for.
         assert min(functions[isa] for isa in ("baseline", *_NAMESPACES)) > 50
         assert widest["avx2", "%ymm"] > 1000
         assert widest["avx512", "%zmm"] > 1000
@@ -156,3 +160,68 @@ def test_what_is_in_a_set_passes():
     assert (
         _namespace("_ZN9tf_deform3cpu6avx512IN9tf_deform3cpu4avx2E") == "avx2"
     )
+
+
+# Each op's tests that depend on the instructions, by what their names contain.
+TESTS = {
+    "deformable_conv2d": "reference or threads or edges or conversions"
+    " or nearest or alone or strips or groups",
+    "pooling": "reference or threads or place or alone or 16_bit or order",
+    "deformable_psroi_pool": "edges or 16_bit",
+    "deformable_roi_align": "edges or 16_bit",
+}
+
+
+def _runs_with(isa: str) -> str:
+    """Returns what the core uses where it may use no more than `isa`."""
+    return subprocess.run(
+        [
+            *(sys.executable, "-c"),
+            "import core; print(core.instruction_set())",
+        ],
+        env={
+            **os.environ,
+            "TF_DEFORM_MAX_ISA": isa,
+            "PYTHONPATH": os.path.dirname(core.__file__),
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def expected_results(tmp_path_factory):
+    """Makes a folder for expected results, which all instruction sets share."""
+    return tmp_path_factory.mktemp("expected")
+
+
+# Pooling uses no instructions beyond AVX-512: the other tests use the best.
+@pytest.mark.parametrize(
+    "isa, name",
+    [
+        *[(isa, name) for name in TESTS for isa in ("baseline", "avx2")],
+        ("avx512", "deformable_conv2d"),
+        ("avx512_bf16", "deformable_conv2d"),
+    ],
+)
+def test_results_of_other_instruction_sets(isa, name, expected_results):
+    """The same tests, with faster instructions switched off."""
+    if _runs_with(isa) != isa:
+        pytest.skip(f"this processor has no {isa}")
+    if isa == core.instruction_set():
+        pytest.skip(f"{isa} is what the other tests use")
+    here = pathlib.Path(__file__).parent
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+        + ["-k", TESTS[name], str(here / f"{name}_core_test.py")],
+        env={
+            **os.environ,
+            "TF_DEFORM_MAX_ISA": isa,
+            "TF_DEFORM_TEST_EXPECTED": str(expected_results),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr

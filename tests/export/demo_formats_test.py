@@ -15,7 +15,8 @@ import segmentation
 import tensorflow as tf
 from detection import detector
 from detection_test import make_detector, random_boxes, random_scores
-from exported import FORMATS, compile_openvino, random, run, write
+from exported import FORMATS, compile_openvino, run, write
+from operands import random
 
 from tf_deform import _loader
 

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from exported import random
+from operands import random
 
 from tf_deform import export
 from tf_deform.export import _common

@@ -13,7 +13,8 @@ import pytest
 import tensorflow as tf
 import tf2onnx
 from ai_edge_litert.interpreter import Interpreter
-from exported import assert_close, random
+from exported import assert_close
+from operands import random
 
 import tf_deform
 from tf_deform import layers

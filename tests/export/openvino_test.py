@@ -10,10 +10,12 @@ import conversions
 import keras
 import numpy as np
 import onnx
+import onnxruntime
 import openvino
 import pytest
 import tensorflow as tf
-from exported import assert_close, compile_openvino, random, run, write
+from exported import assert_close, compile_openvino, write
+from operands import random
 
 import tf_deform
 
@@ -167,88 +169,30 @@ def test_slices_without_an_end(cut, tmp_path):
     assert_close(received, function(x))
 
 
-FAR = [np.nan, np.inf, -np.inf, 1e10, -1e10, 3e38, -3e38, 2.0**31, -(2.0**31)]
-ROIS = np.array(
-    [
-        (0, 3, 4, 20, 22),
-        (1, -5, -3, 12, 40),
-        (1, 10, 10, 10, 10),
-        (-1, 1, 2, 10, 10),
-        (0, 0, 0, 30, 30),
-        (1, 5, 6, 25, 17),
-    ],
-    "float32",
-)
-
-
-@tf.function(
-    input_signature=[
-        tf.TensorSpec((None, None, None, 18), name="maps"),
-        tf.TensorSpec((None, None, None, 18), name="offset"),
-        tf.TensorSpec((None, None, None, 9), name="mask"),
-        tf.TensorSpec((None, 5), name="rois"),
-        tf.TensorSpec((None, 3, 3, 2), name="trans"),
-    ]
-)
-def all_operators(maps, offset, mask, rois, trans):
-    kernel = tf.constant(random(3, 3, 18, 2))
-    outputs = {
-        boundary: tf_deform.ops.deformable_conv2d(
-            maps, kernel, offset, mask, padding="same", boundary=boundary
-        )
-        for boundary in ("zeros", "clamp")
-    }
-    place = {"spatial_scale": 0.25, "pooled_size": 3}
-    outputs["align"] = tf_deform.ops.deformable_roi_align(
-        maps, rois, trans, **place
+def test_openvino_reads_onnx_of_others(tmp_path):
+    """With a bias, and attributes left out."""
+    x, w, b = random(1, 4, 6, 7), random(5, 4, 3, 3, seed=1), random(5, seed=2)
+    offset = random(1, 18, 4, 5, seed=3)
+    float_ = onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("DeformConv", ["x", "w", "o", "b"], ["y"])],
+        "graph",
+        [
+            onnx.helper.make_tensor_value_info("x", float_, x.shape),
+            onnx.helper.make_tensor_value_info("o", float_, offset.shape),
+        ],
+        [onnx.helper.make_tensor_value_info("y", float_, (1, 5, 4, 5))],
+        [onnx.numpy_helper.from_array(w, "w")]
+        + [onnx.numpy_helper.from_array(b, "b")],
     )
-    outputs["psroi"] = tf_deform.ops.deformable_psroi_pool(
-        maps, rois, trans, output_dim=2, **place
-    )
-    return outputs
-
-
-@pytest.mark.parametrize("kind", ["onnx", "portable"])
-def test_far_places_and_no_numbers(kind, tmp_path):
-    """They are outside, in offsets, displacements and regions."""
-    rng = np.random.default_rng(0)
-    inputs = {
-        "maps": random(2, 8, 9, 18),
-        "offset": random(2, 8, 9, 18, seed=1),
-        "mask": random(2, 8, 9, 9, seed=2),
-        "rois": ROIS,
-        "trans": random(6, 3, 3, 2, seed=3),
-    }
-    write(kind, all_operators, tmp_path / "model.onnx", sample=inputs)
-    runs = [compile_openvino(tmp_path / "model.onnx")]
-    if kind == "onnx":
-        runs.append(lambda given: run(kind, tmp_path / "model.onnx", given))
-
-    def check(changed):
-        given = {**inputs, **changed}
-        expected = all_operators(**given)
-        for run_ in runs:
-            received = run_(given)
-            for name, value in expected.items():
-                assert np.all(np.isfinite(value))
-                assert_close(received[name], value)
-
-    check({})
-    for value in FAR:
-        changed = {}
-        for name in ("offset", "trans"):
-            changed[name] = inputs[name].copy()
-            changed[name][rng.random(changed[name].shape) < 0.2] = value
-        changed["rois"] = ROIS.copy()
-        # In each of two regions another corner.
-        for row, column in ((0, 1), (1, 4), (4, 2), (5, 3)):
-            changed["rois"][row, column] = value
-        check(changed)
-    # Padding regions: some, and all.
-    for rows in ((0, 4), slice(None)):
-        rois = ROIS.copy()
-        rois[rows, 0] = -1
-        check({"rois": rois})
+    opsets = [onnx.helper.make_opsetid("", 19)]
+    proto = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9)
+    onnx.save(proto, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (expected,) = session.run(None, {"x": x, "o": offset})
+    compiled = compile_openvino(tmp_path / "model.onnx")
+    (received,) = compiled([x, offset]).values()
+    assert_close(received, expected)
 
 
 def test_default_precision_moves_samples(tmp_path):

@@ -1,28 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of what the branch of `DeformableConv2D` is made of.
 
-Its convolution, which is trained when dilated and takes images without pixels,
-and NaN, which it hands on. That every configuration is trained is tested in
-training_grid_test.py.
+Its convolution, which is trained when dilated and takes images without pixels.
+That every configuration is trained is tested in training_grid_test.py, NaN in
+nan_test.py.
 """
 
+import functools
 import itertools
 import pathlib
 
 import exported
 import keras
 import numpy as np
+import operands
 import pytest
 import reference
 import tensorflow as tf
 
 import tf_deform
 from tf_deform.layers import DeformableConv2D
-from tf_deform.layers._branch import convolve, hand_on_nan
+from tf_deform.layers._branch import convolve
 
-
-def random(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape)
+random = functools.partial(operands.random, dtype="float64")
 
 
 def displace(layer: DeformableConv2D) -> None:
@@ -402,195 +402,3 @@ def test_gradients_per_example(config):
             np.testing.assert_allclose(
                 actual[index], expected, 0, 1e-5 * np.abs(expected).max()
             )
-
-
-# NaN.
-
-
-def nan_model(implementation="native", **config) -> keras.Model:
-    """A layer that displaces a little, of unknown sizes."""
-    layer = DeformableConv2D(
-        4, 3, padding="same", implementation=implementation, **config
-    )
-    model = keras.Sequential([keras.Input((None, None, 2)), layer])
-    displace(layer)
-    return model
-
-
-def run_as(model, how):
-    if how == "eager":
-        return model
-    return tf.function(
-        model,
-        input_signature=[tf.TensorSpec((None, None, None, 2))],
-        jit_compile=how == "xla",
-    )
-
-
-@pytest.mark.parametrize(
-    ("implementation", "how"),
-    [
-        ("native", "eager"),
-        ("native", "graph"),
-        ("native", "xla"),
-        ("portable", "graph"),
-    ],
-)
-@pytest.mark.parametrize("modulation", [None, "2sigmoid"])
-def test_nan_of_a_pixel(modulation, implementation, how):
-    """All outputs whose branch sees it, and no other's."""
-    model = nan_model(implementation, modulation=modulation, use_bias=False)
-    layer = model.layers[0]
-    # The layer sees nothing of the NaN: it samples ten pixels away.
-    layer.offset_kernel.assign(np.zeros(layer.offset_kernel.shape))
-    fields = layer.offset_bias.shape[0]
-    layer.offset_bias.assign(np.full(fields, 10.0))
-    x = random(2, 30, 31, 2).astype("float32")
-    clean = np.array(model(x))
-    assert np.all(np.any(clean[:, :15, :15], -1))
-    x[1, 2, 3] = np.nan
-    y = np.array(run_as(model, how)(x))
-    where = np.zeros(y.shape, bool)
-    where[1, 1:4, 2:5] = True
-    np.testing.assert_array_equal(np.isnan(y), where)
-
-
-@pytest.mark.parametrize(
-    ("implementation", "how"),
-    [
-        ("native", "eager"),
-        ("native", "graph"),
-        ("native", "xla"),
-        ("portable", "graph"),
-    ],
-)
-@pytest.mark.parametrize("field", [0, 26])
-def test_nan_of_one_field(field, implementation, how):
-    """First and last of the displacements and of the modulation."""
-    model = nan_model(implementation, modulation="sigmoid")
-    layer = model.layers[0]
-    bias = layer.offset_bias.numpy()
-    bias[field] = np.nan
-    layer.offset_bias.assign(bias)
-    y = run_as(model, how)(random(2, 6, 7, 2).astype("float32"))
-    assert np.all(np.isnan(y))
-
-
-@pytest.mark.parametrize(
-    ("implementation", "how"),
-    [
-        ("native", "eager"),
-        ("native", "graph"),
-        ("native", "xla"),
-        ("portable", "graph"),
-    ],
-)
-def test_infinity_is_outside(implementation, how):
-    """As the op says, also where both infinities are of one pixel."""
-    model = nan_model(implementation)
-    layer = model.layers[0]
-    layer.offset_kernel.assign(np.zeros(layer.offset_kernel.shape))
-    layer.offset_bias.assign(np.resize([np.inf, -np.inf, 0.5], 18))
-    y = run_as(model, how)(random(2, 6, 7, 2).astype("float32"))
-    np.testing.assert_array_equal(y, np.broadcast_to(layer.bias, y.shape))
-
-
-@pytest.mark.parametrize("policy", ["float64", "mixed_float16", "bfloat16"])
-def test_nan_in_every_type(policy):
-    model = nan_model(dtype=policy, data_format="channels_last")
-    x = random(2, 6, 7, 2).astype("float32")
-    assert np.all(np.isfinite(np.float64(model(x))))
-    layer = model.layers[0]
-    layer.offset_kernel.assign(np.full(layer.offset_kernel.shape, np.nan))
-    assert np.all(np.isnan(np.float64(model(x))))
-
-
-def test_healthy_outputs_keep_their_bits():
-    x = random(2, 6, 7, 3).astype("float32")
-    x[0, 0, 0] = [0.0, np.inf, -np.inf]
-    x[0, 0, 1, 0] = -0.0
-    fields = random(2, 6, 7, 18)
-    fields[1, 2, 3, :2] = [np.inf, -np.inf]
-    kept = hand_on_nan(tf.constant(x), tf.constant(fields)).numpy()
-    assert kept.tobytes() == x.tobytes()
-
-
-@pytest.mark.parametrize("jit_compile", [False, True])
-def test_training_on_nan_is_stopped(jit_compile):
-    model = nan_model()
-    layer = model.layers[0]
-    kernel = layer.offset_kernel.numpy()
-    kernel[0, 0, 0, 0] = np.nan
-    layer.offset_kernel.assign(kernel)
-    model.compile("sgd", "mse", jit_compile=jit_compile)
-    stop = keras.callbacks.TerminateOnNaN()
-    losses = model.fit(
-        random(4, 6, 7, 2), random(4, 6, 7, 4), 2, 3, 0, callbacks=[stop]
-    ).history["loss"]
-    assert len(losses) == 1 and np.isnan(losses[0])
-    assert model.stop_training
-
-
-def test_given_displacements_keep_the_rule_of_the_op():
-    """NaN is outside, and nothing of this is in the graph."""
-    layer = DeformableConv2D(4, 3, bias_initializer="normal")
-    x = tf.constant(random(2, 6, 7, 2).astype("float32"))
-    offset = tf.fill((2, 4, 5, 18), np.float32(np.nan))
-    y = layer(x, offset)
-    np.testing.assert_array_equal(y, np.broadcast_to(layer.bias, y.shape))
-    run = tf.function(lambda x, offset: layer(x, offset))
-    assert "IsNan" not in operations(run.get_concrete_function(x, offset))
-    own = DeformableConv2D(4, 3)
-    own.build(x.shape)
-    run = tf.function(own).get_concrete_function(x)
-    assert "IsNan" in operations(run)
-
-
-@pytest.mark.parametrize("kind", exported.FORMATS)
-@pytest.mark.parametrize(
-    "config",
-    [{}, {"modulation": "sigmoid", "dilation_rate": 2, "boundary": "clamp"}],
-    ids=str,
-)
-def test_exports_hand_on_nan(config, kind, tmp_path):
-    """ONNX Runtime and LiteRT keep it, and infinity stays outside."""
-    model = nan_model(**config)
-    layer = model.layers[0]
-    x = random(2, 9, 8, 2).astype("float32")
-    path = str(tmp_path / "model")
-    exported.write(kind, model, path)
-    x[1, 4, 3] = np.nan
-    expected = np.isnan(model(x))
-    assert expected.any() and not expected.all()
-    (name,) = [tensor.name for tensor in model.inputs]
-    (y,) = exported.run(kind, path, {name: x}).values()
-    np.testing.assert_array_equal(np.isnan(y), expected)
-    if config:
-        return
-    layer.offset_kernel.assign(np.zeros(layer.offset_kernel.shape))
-    layer.offset_bias.assign(np.full(layer.offset_bias.shape, np.inf))
-    exported.write(kind, model, path)
-    (y,) = exported.run(kind, path, {name: np.zeros_like(x)}).values()
-    np.testing.assert_array_equal(y, np.broadcast_to(layer.bias, y.shape))
-
-
-_CHECK_NUMERICS = """
-import numpy as np
-import tensorflow as tf
-import tf_deform
-
-tf.debugging.enable_check_numerics()
-layer = tf_deform.layers.DeformableConv2D(4, 3, modulation="sigmoid")
-x = np.random.default_rng(0).random((2, 6, 7, 2), "float32")
-print(tf.function(layer)(x).shape, layer(x).shape)
-layer.offset_bias.assign(np.full(27, np.nan))
-try:
-    tf.function(layer)(x)
-except tf.errors.InvalidArgumentError as error:
-    print("NaN" in str(error))
-"""
-
-
-def test_who_looks_for_nan_finds_none_in_a_healthy_graph(run_python):
-    received = run_python(_CHECK_NUMERICS).splitlines()
-    assert received == ["(2, 4, 5, 4) (2, 4, 5, 4)", "True"]

@@ -11,14 +11,12 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from compare import assert_close, assert_equal
+from operands import random
 
 from tf_deform.layers import DeformableConv2D
 
 SHAPE = (None, 8, 9, 6)
-
-
-def random(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def laid_out(shape: tuple, data_format: str) -> tuple:
@@ -113,7 +111,7 @@ def test_a_layer_built_by_name_is_saved_and_loaded(name, tmp_path):
     loaded = keras.saving.load_model(
         tmp_path / "model.keras", custom_objects={"Model": Model}
     )
-    np.testing.assert_array_equal(loaded(x), model(x))
+    assert_equal(loaded(x), model(x))
 
 
 def test_build_config_of_given_displacements():
@@ -189,7 +187,7 @@ def test_inputs_of_every_kind(convert, data_format):
     layer.set_weights(plain.get_weights())
     actual = layer(convert(x))
     assert actual.dtype == expected.dtype
-    np.testing.assert_allclose(actual, expected, 0, 1e-5)
+    assert_close(actual, expected, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["complex64", "complex128"])
@@ -233,7 +231,7 @@ def test_convolution_op_may_be_overridden(
     expected = plain(x)
     layer.build(x.shape)
     layer.set_weights(plain.get_weights())
-    np.testing.assert_allclose(layer(x), expected, 0, 1e-5)
+    assert_close(layer(x), expected, 1e-5)
     # With displacements it still changes the kernel, and is trained.
     layer.offset_bias.assign(random(18))
     with tf.GradientTape() as tape:
@@ -254,9 +252,7 @@ def test_convolution_op_of_given_displacements():
     expected = layer(x, offset, modulator)
     halved.build(x.shape, offset.shape, modulator.shape)
     halved.set_weights(layer.get_weights())
-    np.testing.assert_allclose(
-        2 * halved(x, offset, modulator), expected, 0, 1e-5
-    )
+    assert_close(2 * halved(x, offset, modulator), expected, 1e-5)
     # Conv2D's signature has no place for them, and Python says so.
     short = StandardizedDeformable(4, 3)
     with pytest.raises(TypeError, match="convolution_op"):

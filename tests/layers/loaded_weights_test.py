@@ -5,7 +5,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from exported import random
+from operands import random
 
 from tf_deform import export
 from tf_deform.layers import DeformableConv2D

@@ -8,13 +8,13 @@ settings; `make test-full` takes all.
 
 import itertools
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from pairwise import Row, all_rows, pairs_of, pairwise
 
 from tf_deform.layers import DeformableConv2D
 
@@ -38,14 +38,10 @@ MORE_AXES = {
     "sizes": ["known", "unknown"],
     "mode": ["eager", "graph", "xla"],
 }
-Row = dict[str, Any]
 
 
 def grid() -> list[Row]:
-    rows = [
-        dict(zip(AXES, values, strict=True))
-        for values in itertools.product(*AXES.values())
-    ]
+    rows = all_rows(AXES)
     # XLA, which takes seconds to compile, is in one of eleven.
     modes = ["eager", "graph"] * 5 + ["xla"]
     more = list(itertools.product(*{**MORE_AXES, "mode": modes}.values()))
@@ -53,43 +49,6 @@ def grid() -> list[Row]:
     for index, row in enumerate(rows):
         values = more[index * 41 % len(more)]
         row.update(zip(MORE_AXES, values, strict=True))
-    return rows
-
-
-def pairs_of(row: Row) -> Iterator[tuple]:
-    return itertools.combinations(row.items(), 2)
-
-
-def pairwise(axes: dict[str, list]) -> list[Row]:
-    """Few rows in which any two settings of any two axes meet."""
-    missing = {
-        pair: None
-        for first, second in itertools.combinations(axes, 2)
-        for pair in itertools.product(
-            [(first, value) for value in axes[first]],
-            [(second, value) for value in axes[second]],
-        )
-    }
-    rows = []
-    while missing:
-        row = dict(next(iter(missing)))
-        for name, values in axes.items():
-            if name not in row:
-                row[name] = max(
-                    values,
-                    key=lambda value, name=name: sum(
-                        pair in missing
-                        for item in row.items()
-                        for pair in (
-                            (item, (name, value)),
-                            ((name, value), item),
-                        )
-                    ),
-                )
-        row = {name: row[name] for name in axes}
-        for pair in pairs_of(row):
-            missing.pop(pair, None)
-        rows.append(row)
     return rows
 
 
@@ -249,7 +208,7 @@ def test_pairwise_cover(index):
 _WITHOUT_ONEDNN = """
 import sys
 
-sys.path.append(sys.argv[1])
+sys.path += sys.argv[1:]
 import training_grid_test as grid
 
 rows = [row for row in grid.COVER if row["mode"] != "xla"]
@@ -263,6 +222,7 @@ def test_without_onednn(run_python):
     received = run_python(
         _WITHOUT_ONEDNN,
         pathlib.Path(__file__).parent,
+        pathlib.Path(__file__).parents[1] / "lib",
         TF_ENABLE_ONEDNN_OPTS=0,
     )
     assert received.startswith("trained")

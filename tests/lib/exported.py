@@ -1,17 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes models for other programs, and runs them as those do."""
 
+import compare
+import keras
 import numpy as np
+import onnx
 import onnxruntime
 import openvino
 import openvino_extension
 import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter
+from tolerances import ANOTHER_ORDER
 
 from tf_deform import export
+from tf_deform.export import _onnx_graph
+from tf_deform.layers import (
+    DeformableConv2D,
+    DeformablePSROIPooling,
+    DeformableROIAlign,
+    DeformableROIPooling,
+)
 
-# Float32 in another order, relative to the largest number.
-CLOSE = 1e-5
+CLOSE = ANOTHER_ORDER.of_largest
 FORMATS = ("native", "portable", "onnx", "litert")
 
 
@@ -23,22 +33,34 @@ def write(kind, model, path, **arguments):
     return getattr(export, kind)(model, path, **arguments)
 
 
-def run(kind, path, inputs):
-    """Runs what was exported; inputs and outputs by name."""
+def load(kind, path):
+    """Returns what runs a file: inputs and outputs by name."""
     if kind == "onnx":
         session = onnxruntime.InferenceSession(path)
         names = [output.name for output in session.get_outputs()]
-        return dict(zip(names, session.run(names, inputs), strict=True))
+        return lambda inputs: dict(
+            zip(names, session.run(names, inputs), strict=True)
+        )
     if kind == "openvino":
-        return compile_openvino(path)(inputs)
+        return compile_openvino(path)
     if kind == "litert":
         interpreter = Interpreter(str(path))
-        return interpreter.get_signature_runner("serving_default")(**inputs)
+        runner = interpreter.get_signature_runner("serving_default")
+        return lambda inputs: runner(**inputs)
     loaded = tf.saved_model.load(path)
-    outputs = loaded.signatures["serving_default"](
-        **{name: tf.constant(value) for name, value in inputs.items()}
-    )
-    return {name: value.numpy() for name, value in outputs.items()}
+
+    def serve(inputs):
+        outputs = loaded.signatures["serving_default"](
+            **{name: tf.constant(value) for name, value in inputs.items()}
+        )
+        return {name: value.numpy() for name, value in outputs.items()}
+
+    return serve
+
+
+def run(kind, path, inputs):
+    """Runs what was exported, once."""
+    return load(kind, path)(inputs)
 
 
 def compile_openvino(path, precision="f32"):
@@ -53,16 +75,93 @@ def compile_openvino(path, precision="f32"):
     }
 
 
-def assert_close(received, expected, tolerance=CLOSE):
-    expected = np.asarray(expected)
-    assert received.shape == expected.shape
-    assert received.dtype == expected.dtype
-    largest = np.abs(expected).max(initial=0)
-    np.testing.assert_allclose(received, expected, 0, tolerance * largest)
+def assert_close(received, expected, tolerance=CLOSE, name="result"):
+    """Compares what a file gave with what its model gives, types included."""
+    __tracebackhide__ = True
+    dtype = np.asarray(expected).dtype
+    compare.assert_close(received, expected, tolerance, dtype=dtype, name=name)
 
 
-def random(*shape, seed=0, dtype="float32"):
-    rng = np.random.default_rng(seed)
+def randomise(model, scale=0.3):
+    """Sets weights that leave nothing at zero: branches start there."""
+    rng = np.random.default_rng(7)
+    for weight in model.weights:
+        values = rng.normal(size=weight.shape) * scale
+        if "variance" in weight.path:
+            values = 1 + np.abs(values)
+        weight.assign(values)
+    return model
+
+
+def small_model(size=(None, None), channels=3, dtype="float32", **arguments):
+    """Returns two convolutions, the second deformable, and a score."""
+    image = keras.Input((*size, channels), dtype=dtype, name="image")
+    x = image
     if dtype == "uint8":
-        return rng.integers(0, 256, shape, dtype)
-    return rng.normal(size=shape).astype(dtype)
+        x = keras.layers.Rescaling(1 / 127, offset=-1)(image)
+    x = keras.layers.Conv2D(8, 3, strides=2, padding="same")(x)
+    x = keras.layers.ReLU()(keras.layers.BatchNormalization()(x))
+    arguments = {
+        "kernel_size": 3,
+        "padding": "same",
+        "modulation": "2sigmoid",
+        **arguments,
+    }
+    x = DeformableConv2D(6, name="deformable", **arguments)(x)
+    x = keras.layers.Conv2D(5, 1, activation="softmax")(x)
+    return randomise(keras.Model(image, x))
+
+
+def make_rois(batch, count, seed=0):
+    """Returns regions inside and across edges of maps of scale 1/4; padding."""
+    rng = np.random.default_rng(seed)
+    corner = rng.uniform(-20, 60, (count, 2))
+    rois = np.concatenate(
+        [
+            np.arange(count)[:, None] % (batch + 1) - 1,
+            corner,
+            corner + rng.uniform(1, 70, (count, 2)),
+        ],
+        axis=1,
+    )
+    return rois.astype("float32")
+
+
+def pooling_model(kind, own_branch=True):
+    """Returns a pooling layer over maps of 18 channels."""
+    features = keras.Input((None, None, 18), name="features")
+    rois = keras.Input((5,), name="rois")
+    if kind == "psroi":
+        layer = DeformablePSROIPooling(2, 3, 0.25, trans_std=0.3)
+        branch = {"trans_inputs": features} if own_branch else {}
+        outputs = layer(features, rois, **branch)
+    else:
+        layer = {
+            "roi": DeformableROIPooling(3, 0.25, trans_std=0.3, units=(7,)),
+            "align": DeformableROIAlign((3, 2), 0.25, gamma=0.3, units=(7,)),
+            "align-samples": DeformableROIAlign(2, 0.25, sampling_ratio=3),
+        }[kind]
+        outputs = layer(features, rois)
+    return randomise(keras.Model([features, rois], outputs))
+
+
+def check_onnx(function, path, samples, opset=19, tolerance=CLOSE):
+    """Compares a function with its file on all samples.
+
+    Returns the types of the file's nodes.
+    """
+    names = [spec.name for spec in function.input_signature]
+    write("onnx", function, path, opset=opset, sample=samples[0])
+    proto = onnx.load(path)
+    onnx.checker.check_model(proto, full_check=True)
+    assert [(x.domain, x.version) for x in proto.opset_import] == [("", opset)]
+    nodes = [node.op_type for node in _onnx_graph.walk(proto.graph)]
+    for sample in samples:
+        inputs = dict(zip(names, sample, strict=True))
+        received = run("onnx", path, inputs)
+        expected = function(*map(tf.constant, sample))
+        if not isinstance(expected, dict):
+            expected = {"output_0": expected}
+        for name, value in expected.items():
+            assert_close(received[name], value, tolerance)
+    return nodes

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the tests of the CUDA kernels run: on a GPU, or emulated.
+"""Runs the CUDA kernels for their tests: on a GPU, or emulated.
 
 With the environment variable TF_DEFORM_TEST_GPU=1 the kernels run on the
 machine's GPU: the library is the core (see core.py), built with nvcc, and its
@@ -159,6 +159,35 @@ def call(name: str, arguments) -> None:
         raise core.CoreError(message.value.decode())
 
 
+class Tensors:
+    """Tensors of one call, all of them aligned to an element only, or not."""
+
+    def __init__(self, misaligned: bool = False):
+        self.misaligned = misaligned
+
+    def of(self, array: np.ndarray | None) -> Tensor | None:
+        if array is None:
+            return None
+        offset = self.misaligned * array.dtype.itemsize
+        return Tensor(array, offset=offset)
+
+    def made(self, shape: tuple, dtype: str) -> Tensor:
+        """Returns a tensor that a kernel writes, in the type as it is kept."""
+        kept = np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
+        offset = self.misaligned * kept.itemsize
+        return Tensor(shape=shape, dtype=kept, offset=offset)
+
+
+def pointers(kind: type[ctypes.Structure], tensors) -> ctypes.Structure:
+    return kind(*(None if t is None else t.pointer for t in tensors))
+
+
+def values(tensor: Tensor, dtype: str) -> np.ndarray:
+    """Returns what a tensor holds, bfloat16 widened."""
+    array = tensor.numpy()
+    return core.from_bfloat16(array) if dtype == "bfloat16" else array
+
+
 def workspace_bytes(name: str, *arguments) -> int:
     function = getattr(library(), name)
     function.restype = ctypes.c_int64
@@ -167,3 +196,50 @@ def workspace_bytes(name: str, *arguments) -> int:
 
 def workspace(num_bytes: int) -> Tensor:
     return Tensor(shape=(num_bytes,), dtype=np.uint8, alignment=GUARD)
+
+
+def forward(op: str, params, dtype: str, operands, outputs, **options) -> int:
+    """Runs an op's kernels; returns how many bytes of scratch they had.
+
+    `operands` is the op's structure of pointers, `outputs` the tensors to be
+    written, or None.
+    """
+    name = f"TfDeform{op}Cuda"
+    common = (ctypes.byref(params), core.DTYPES[dtype])
+    num_bytes = workspace_bytes(f"{name}WorkspaceBytes", *common)
+    scratch = workspace(num_bytes)
+    call(
+        f"{name}Forward",
+        [
+            *(*common, ctypes.byref(operands)),
+            ctypes.c_void_p(scratch.pointer),
+            *(ctypes.c_void_p(x.pointer if x else None) for x in outputs),
+            ctypes.byref(stream(**options)),
+        ],
+    )
+    scratch.numpy()
+    return num_bytes
+
+
+def backward(
+    op: str, params, dtype: str, operands, output_grad, gradients, **options
+) -> int:
+    """Runs the gradient's kernels; returns their bytes of scratch."""
+    name = f"TfDeform{op}CudaBackward"
+    on = ctypes.byref(stream(**options))
+    common = (ctypes.byref(params), core.DTYPES[dtype])
+    num_bytes = workspace_bytes(
+        f"{name}WorkspaceBytes", *common, ctypes.byref(gradients), on
+    )
+    scratch = workspace(num_bytes)
+    call(
+        name,
+        [
+            *(*common, ctypes.byref(operands)),
+            ctypes.c_void_p(output_grad.pointer),
+            ctypes.c_void_p(scratch.pointer),
+            *(ctypes.byref(gradients), on),
+        ],
+    )
+    scratch.numpy()
+    return num_bytes

@@ -10,8 +10,8 @@ in the type of `offset` (float32 or float64), because where a sample falls is
 part of the definition.
 """
 
+import functools
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -140,15 +140,16 @@ class _Call:
 
     def __init__(
         self,
-        inputs,
-        kernel,
-        offset,
-        mask,
-        strides,
-        padding,
-        dilation_rate,
-        offset_groups,
-        boundary,
+        inputs: np.ndarray,
+        kernel: np.ndarray,
+        offset: np.ndarray,
+        mask: np.ndarray | None,
+        *,
+        strides: int | Pair = 1,
+        padding: Padding = "valid",
+        dilation_rate: int | Pair = 1,
+        offset_groups: int = 1,
+        boundary: str = "zeros",
     ):
         self.inputs = np.asarray(inputs).astype(np.float64)
         self.kernel = np.asarray(kernel).astype(np.float64)
@@ -199,9 +200,11 @@ class _Call:
             slice(group * f, (group + 1) * f),
         )
 
-    def samples(self) -> Iterator[_Sample]:
-        """Yields every sample that falls inside the image."""
+    @functools.cached_property
+    def samples(self) -> list[_Sample]:
+        """Every sample that falls inside the image."""
         coordinate = self.offset.dtype.type
+        samples = []
         for n, i, j, group, tap in np.ndindex(*self.offset.shape[:-1]):
             kh, kw = divmod(tap, self.kernel_size[1])
             dy, dx = self.offset[n, i, j, group, tap]
@@ -215,14 +218,16 @@ class _Call:
             x = float(coordinate(base_x) + dx)
             neighbours = _neighbours(y, x, self.size, self.boundary)
             if neighbours:
-                yield _Sample(n, i, j, tap, group, neighbours)
+                samples.append(_Sample(n, i, j, tap, group, neighbours))
+        return samples
 
+    @functools.cached_property
     def columns(self) -> np.ndarray:
-        """Returns `mask * X(y, x)` as [n, i, j, tap, channel]."""
+        """`mask * X(y, x)` as [n, i, j, tap, channel]."""
         columns = np.zeros(
             (*self.offset.shape[:3], self.taps, self.channels), np.float64
         )
-        for n, i, j, tap, group, neighbours in self.samples():
+        for n, i, j, tap, group, neighbours in self.samples:
             channels = self.channels_of_offset_group(group)
             value = sum(
                 p.weight * self.inputs[n, p.row, p.col, channels]
@@ -237,72 +242,25 @@ class _Call:
         return self.kernel.reshape(self.taps, -1, self.filters)
 
 
-def deformable_conv2d(
-    inputs: np.ndarray,
-    kernel: np.ndarray,
-    offset: np.ndarray,
-    mask: np.ndarray | None = None,
-    *,
-    strides: int | Pair = 1,
-    padding: Padding = "valid",
-    dilation_rate: int | Pair = 1,
-    offset_groups: int = 1,
-    boundary: str = "zeros",
-) -> np.ndarray:
-    """Returns what `tf_deform.ops.deformable_conv2d` should, in float64."""
-    call = _Call(
-        inputs,
-        kernel,
-        offset,
-        mask,
-        strides,
-        padding,
-        dilation_rate,
-        offset_groups,
-        boundary,
-    )
-    columns, kernel_by_tap = call.columns(), call.kernel_by_tap()
-    output = np.zeros((*columns.shape[:3], call.filters))
+def _output(call: _Call) -> np.ndarray:
+    kernel_by_tap = call.kernel_by_tap()
+    output = np.zeros((*call.columns.shape[:3], call.filters))
     for group in range(call.groups):
         c, f = call.channels_and_filters_of_group(group)
         output[..., f] = np.einsum(
             "nijkc,kcf->nijf",
-            columns[..., c],
+            call.columns[..., c],
             kernel_by_tap[..., f],
             optimize=True,
         )
     return output
 
 
-def deformable_conv2d_grad(
-    inputs: np.ndarray,
-    kernel: np.ndarray,
-    offset: np.ndarray,
-    mask: np.ndarray | None,
-    output_grad: np.ndarray,
-    *,
-    strides: int | Pair = 1,
-    padding: Padding = "valid",
-    dilation_rate: int | Pair = 1,
-    offset_groups: int = 1,
-    boundary: str = "zeros",
-) -> Gradients:
-    """Returns the gradients of `sum(output * output_grad)`, in float64."""
-    call = _Call(
-        inputs,
-        kernel,
-        offset,
-        mask,
-        strides,
-        padding,
-        dilation_rate,
-        offset_groups,
-        boundary,
-    )
+def _gradients(call: _Call, output_grad: np.ndarray) -> Gradients:
     output_grad = np.asarray(output_grad).astype(np.float64)
 
     # Through the convolution: to the kernel and to the columns.
-    columns, kernel_by_tap = call.columns(), call.kernel_by_tap()
+    columns, kernel_by_tap = call.columns, call.kernel_by_tap()
     kernel_grad = np.zeros_like(kernel_by_tap)
     columns_grad = np.zeros_like(columns)
     for group in range(call.groups):
@@ -324,7 +282,7 @@ def deformable_conv2d_grad(
     inputs_grad = np.zeros_like(call.inputs)
     offset_grad = np.zeros(call.offset.shape)
     mask_grad = np.zeros_like(call.mask)
-    for n, i, j, tap, group, neighbours in call.samples():
+    for n, i, j, tap, group, neighbours in call.samples:
         channels = call.channels_of_offset_group(group)
         column_grad = columns_grad[n, i, j, tap, channels]
         value_grad = call.mask[n, i, j, group, tap] * column_grad
@@ -344,3 +302,40 @@ def deformable_conv2d_grad(
         offset_grad.reshape(*pixels, 2 * channels),
         mask_grad.reshape(*pixels, channels) if call.has_mask else None,
     )
+
+
+def deformable_conv2d(
+    inputs: np.ndarray,
+    kernel: np.ndarray,
+    offset: np.ndarray,
+    mask: np.ndarray | None = None,
+    **options: object,
+) -> np.ndarray:
+    """Returns what `tf_deform.ops.deformable_conv2d` should, in float64."""
+    return _output(_Call(inputs, kernel, offset, mask, **options))
+
+
+def deformable_conv2d_grad(
+    inputs: np.ndarray,
+    kernel: np.ndarray,
+    offset: np.ndarray,
+    mask: np.ndarray | None,
+    output_grad: np.ndarray,
+    **options: object,
+) -> Gradients:
+    """Returns the gradients of `sum(output * output_grad)`, in float64."""
+    call = _Call(inputs, kernel, offset, mask, **options)
+    return _gradients(call, output_grad)
+
+
+def output_and_gradients(
+    inputs: np.ndarray,
+    kernel: np.ndarray,
+    offset: np.ndarray,
+    mask: np.ndarray | None,
+    output_grad: np.ndarray,
+    **options: object,
+) -> tuple[np.ndarray, Gradients]:
+    """Returns both, in little more time than the gradients alone."""
+    call = _Call(inputs, kernel, offset, mask, **options)
+    return _output(call), _gradients(call, output_grad)

@@ -1,330 +1,168 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls of the ROI ops' CUDA kernels, and the tests that both ops share.
+"""The pooling ops' CUDA kernels: see gpu.py, and pooling.py for the CPU."""
 
-As `core.forward_roi` and `core.backward_roi`; all tensors have guards around
-them and outputs and workspace are NaN before.
-"""
-
-import ctypes
+from typing import Any
 
 import core
 import gpu
 import numpy as np
-import roi_reference
+import pooling
+from compare import Tolerance, assert_close, assert_same_bits
+from pooling import results
+from tolerances import HALF_UNIT
 
 NAMES = ("inputs", "displacement")
 
 
-def _tensors(op, operands, dtype, attributes, misaligned):
-    """Operands and gradient (or None) on the device, and parameters.
+class Gpu:
+    """An op's kernels, called as `pooling.Cpu` is.
 
-    If `misaligned`, they are aligned to an element only.
+    All tensors have guards around them; outputs and scratch are NaN before.
+    If `misaligned`, tensors are aligned to an element only.
     """
-    *arrays, grad_output = operands
-    stored, _, params, _ = core._prepare_roi(
-        op, *arrays, dtype, grad_output, attributes
-    )
-    tensors = [
-        None
-        if array is None
-        else gpu.Tensor(array, offset=misaligned * array.dtype.itemsize)
-        for array in (*stored, core._stored(grad_output, dtype))
-    ]
-    return tensors, params
 
+    def __init__(
+        self,
+        op: pooling.Op,
+        deterministic: bool = False,
+        misaligned: bool = False,
+    ):
+        self.op = op
+        self.deterministic = deterministic
+        self.misaligned = misaligned
+        self.workspace_bytes = 0  # Of the latest call.
 
-def _pointers(kind, tensors):
-    return kind(*(None if t is None else t.pointer for t in tensors))
-
-
-# Of the latest call.
-workspace_bytes = 0
-
-
-def _workspace(name, params, number, *arguments):
-    global workspace_bytes
-    arguments = [ctypes.byref(argument) for argument in arguments]
-    workspace_bytes = gpu.workspace_bytes(
-        name, ctypes.byref(params), number, *arguments
-    )
-    assert workspace_bytes <= 64 << 20
-    return gpu.workspace(workspace_bytes)
-
-
-def _widened(array, dtype):
-    return core.from_bfloat16(array) if dtype == "bfloat16" else array
-
-
-def forward(
-    op,
-    operands,
-    dtype,
-    attributes,
-    *,
-    count=False,
-    misaligned=False,
-    **options,
-):
-    """The output or, with `count`, a pair."""
-    (*tensors, _), params = _tensors(
-        op, (*operands[:3], None), dtype, attributes, misaligned
-    )
-    storage = tensors[0].dtype
-    psroi = op == "DeformablePSROIPool"
-    shape = (
-        params.num_rois,
-        params.pooled_h,
-        params.pooled_w,
-        params.output_dim if psroi else params.channels,
-    )
-    output = gpu.Tensor(
-        shape=shape, dtype=storage, offset=misaligned * storage.itemsize
-    )
-    results = [ctypes.c_void_p(output.pointer)]
-    counts = gpu.Tensor(shape=shape, dtype=np.float32) if count else None
-    if psroi:
-        results.append(ctypes.c_void_p(counts.pointer if count else None))
-    name, number = f"TfDeform{op}Cuda", core.DTYPES[dtype]
-    workspace = _workspace(f"{name}WorkspaceBytes", params, number)
-    gpu.call(
-        f"{name}Forward",
-        [
-            ctypes.byref(params),
-            number,
-            ctypes.byref(_pointers(core.ROIOperands, tensors)),
-            ctypes.c_void_p(workspace.pointer),
-            *results,
-            ctypes.byref(gpu.stream(**options)),
-        ],
-    )
-    workspace.numpy()
-    result = _widened(output.numpy(), dtype)
-    return (result, counts.numpy()) if count else result
-
-
-def backward(
-    op,
-    operands,
-    dtype,
-    attributes,
-    *,
-    wanted=NAMES,
-    misaligned=False,
-    **options,
-):
-    """The wanted gradients by name; missing displacements have none."""
-    tensors, params = _tensors(op, operands, dtype, attributes, misaligned)
-    results = {
-        name: gpu.Tensor(
-            shape=tensor.shape,
-            dtype=tensor.dtype,
-            offset=misaligned * tensor.dtype.itemsize,
+    def _prepare(self, operands, dtype, output_grad, attributes):
+        stored, _, params, _ = core._prepare_roi(
+            self.op.name, *operands, dtype, output_grad, attributes
         )
-        for name, tensor in zip(NAMES, tensors[:3:2], strict=True)
-        if name in wanted and tensor is not None
-    }
-    gradients = _pointers(core.ROIGradients, map(results.get, NAMES))
-    name, number = f"TfDeform{op}Cuda", core.DTYPES[dtype]
-    stream = gpu.stream(**options)
-    workspace = _workspace(
-        f"{name}BackwardWorkspaceBytes", params, number, gradients, stream
-    )
-    gpu.call(
-        f"{name}Backward",
-        [
-            ctypes.byref(params),
-            number,
-            ctypes.byref(_pointers(core.ROIOperands, tensors[:3])),
-            ctypes.c_void_p(tensors[3].pointer),
-            ctypes.c_void_p(workspace.pointer),
-            ctypes.byref(gradients),
-            ctypes.byref(stream),
-        ],
-    )
-    workspace.numpy()
-    return {
-        name: _widened(tensor.numpy(), dtype if name == "inputs" else "")
-        for name, tensor in results.items()
-    }
+        tensors = gpu.Tensors(self.misaligned)
+        return tensors, [tensors.of(array) for array in stored], params
 
-
-def fixture(op, module, monkeypatch, deterministic):
-    """Lets the tests in `module`, the core's, test the GPU instead."""
-
-    def on_gpu_forward(
+    def forward(
+        self,
         inputs,
         rois,
         displacement=None,
         *,
-        dtype="float32",
-        threads=1,
-        return_count=False,
-        **attributes,
+        dtype: str = "float32",
+        threads: int = 1,
+        return_count: bool = False,
+        **attributes: Any,
     ):
-        operands = (inputs, rois, displacement)
-        return forward(op, operands, dtype, attributes, count=return_count)
-
-    def on_gpu_backward(
-        *operands,
-        dtype="float32",
-        threads=1,
-        wanted=NAMES,
-        **attributes,
-    ):
-        return backward(
-            op,
-            operands,
-            dtype,
-            attributes,
-            wanted=wanted,
-            deterministic=deterministic,
+        """Returns the output or, with `return_count`, a pair."""
+        tensors, operands, params = self._prepare(
+            (inputs, rois, displacement), dtype, None, attributes
         )
-
-    def on_gpu_check(operands, attributes, dtypes=module.DTYPES, threads=()):
-        check(op, operands, attributes, dtypes, deterministic=deterministic)
-
-    monkeypatch.setattr(module, "forward", on_gpu_forward)
-    monkeypatch.setattr(module, "backward", on_gpu_backward)
-    monkeypatch.setattr(module, "check", on_gpu_check)
-
-
-def check(op, operands, attributes, dtypes, **options):
-    """Output, count and gradients against the reference."""
-    psroi = op == "DeformablePSROIPool"
-    for dtype in dtypes:
-        exact = core.rounded(operands, dtype)
-        if psroi:
-            expected, count = roi_reference.deformable_psroi_pool(
-                *exact[:3], return_count=True, **attributes
+        counts = self.op.counts
+        channels = params.output_dim if counts else params.channels
+        shape = (params.num_rois, params.pooled_h, params.pooled_w, channels)
+        outputs = [tensors.made(shape, dtype)]
+        if counts:
+            outputs.append(
+                gpu.Tensor(shape=shape, dtype=np.float32)
+                if return_count
+                else None
             )
-            gradients = roi_reference.deformable_psroi_pool_grad(
-                *exact, **attributes
-            )
-        else:
-            expected = roi_reference.deformable_roi_align(
-                *exact[:3], **attributes
-            )
-            gradients = roi_reference.deformable_roi_align_grad(
-                *exact, **attributes
-            )
-        received = forward(op, exact, dtype, attributes, count=psroi, **options)
-        if psroi:
-            received, counts = received
-            np.testing.assert_array_equal(counts, count)
-        roi_reference.assert_close(received, expected, dtype, "output")
-        made = backward(op, exact, dtype, attributes, **options)
-        for name, gradient in made.items():
-            kind = dtype if name == "inputs" or dtype == "float64" else ""
-            roi_reference.assert_close(
-                gradient, getattr(gradients, name), kind, name
-            )
+        self.workspace_bytes = gpu.forward(
+            self.op.name,
+            params,
+            dtype,
+            gpu.pointers(core.ROIOperands, operands),
+            outputs,
+            deterministic=self.deterministic,
+        )
+        assert self.workspace_bytes <= 64 << 20
+        output = gpu.values(outputs[0], dtype)
+        return (output, outputs[1].numpy()) if return_count else output
+
+    def backward(
+        self,
+        inputs,
+        rois,
+        displacement,
+        output_grad,
+        *,
+        dtype: str = "float32",
+        threads: int = 1,
+        wanted: tuple[str, ...] = NAMES,
+        **attributes: Any,
+    ) -> dict[str, np.ndarray]:
+        """Returns the wanted gradients by name, if there are such operands."""
+        tensors, operands, params = self._prepare(
+            (inputs, rois, displacement), dtype, output_grad, attributes
+        )
+        kinds = {
+            "inputs": dtype,
+            "displacement": "float64" if dtype == "float64" else "float32",
+        }
+        made = {
+            name: tensors.made(tensor.shape, kinds[name])
+            for name, tensor in zip(NAMES, operands[::2], strict=True)
+            if name in wanted and tensor is not None
+        }
+        self.workspace_bytes = gpu.backward(
+            self.op.name,
+            params,
+            dtype,
+            gpu.pointers(core.ROIOperands, operands),
+            tensors.of(core._stored(output_grad, dtype)),
+            gpu.pointers(core.ROIGradients, map(made.get, NAMES)),
+            deterministic=self.deterministic,
+        )
+        assert self.workspace_bytes <= 64 << 20
+        return {
+            name: gpu.values(tensor, kinds[name])
+            for name, tensor in made.items()
+        }
 
 
-def check_against_cpu(op, operands, attributes, dtypes, **options):
-    """The same against the CPU core, which is faster than the reference.
+def check_against_cpu(
+    runner: Gpu, operands, attributes: dict, dtype: str
+) -> None:
+    """Compares with the CPU's core, which is faster than the reference.
 
     Two results that were rounded to 16 bits may be one unit apart.
     """
-    for dtype in dtypes:
-        exact = core.rounded(operands, dtype)
-        common = dict(dtype=dtype, **attributes)
-        output = core.forward_roi(op, *exact[:3], **common)
-        expected = {
-            "output": output,
-            **core.backward_roi(op, *exact, **common),
-        }
-        received = {
-            "output": forward(op, exact, dtype, attributes, **options),
-            **backward(op, exact, dtype, attributes, **options),
-        }
-        assert received.keys() == expected.keys()
-        for name, array in received.items():
-            array, other = np.float64(array), np.float64(expected[name])
-            scale = max(1, np.abs(other).max(initial=0))
-            allowed = 1e-11 if dtype == "float64" else 2e-6
-            allowed = allowed * scale
-            if name != "displacement":
-                unit = 2 * roi_reference.HALF_UNIT.get(dtype, 0)
-                allowed = allowed + 1.01 * unit * np.abs(other)
-            error = np.abs(array - other)
-            assert (error <= allowed).all(), (name, dtype, error.max())
-
-
-def check_alone_and_again(op, operands, dtype, attributes):
-    """Each result is the same alone, in any order of threads, to the bit."""
-
-    def results(**options):
-        made = backward(
-            op, operands, dtype, attributes, deterministic=True, **options
+    exact = core.rounded(operands, dtype)
+    common = dict(dtype=dtype, **attributes)
+    received = results(runner, exact, **common)
+    expected = results(pooling.Cpu(runner.op), exact, **common)
+    assert received.keys() == expected.keys()
+    of_largest = 1e-11 if dtype == "float64" else 2e-6
+    for name, array in received.items():
+        unit = 0 if name == "displacement" else 2 * HALF_UNIT.get(dtype, 0)
+        assert_close(
+            array,
+            expected[name],
+            Tolerance(of_largest, at_least=1, of_each=1.01 * unit),
+            case=f"{dtype} {attributes}",
+            name=name,
         )
-        output = forward(op, operands, dtype, attributes, deterministic=True)
-        return {
-            "output": output.tobytes(),
-            **{name: array.tobytes() for name, array in made.items()},
-        }
 
-    expected = results()
-    assert set(expected) == {"output", *NAMES}
+
+def check_alone_and_again(
+    op: pooling.Op, exact, dtype: str, attributes: dict
+) -> None:
+    """Each result is the same alone, in any order of threads, to the bit."""
+    runner = Gpu(op, deterministic=True)
+    common = dict(dtype=dtype, **attributes)
+    expected = results(runner, exact, **common)
     for name in NAMES:
-        alone = results(wanted=(name,))
-        assert set(alone) == {"output", name}
-        assert alone[name] == expected[name]
-    assert set(results(wanted=())) == {"output"}
+        alone = runner.backward(*exact, wanted=(name,), **common)
+        assert_same_bits(alone, {name: expected[name]}, f"{name} alone")
+    assert runner.backward(*exact, wanted=(), **common) == {}
     if gpu.ON_GPU:
-        assert all(results() == expected for _ in range(5))
+        for turn in range(5):
+            again = results(runner, exact, **common)
+            assert_same_bits(again, expected, f"turn {turn}")
         return
     try:
         gpu.library().TfDeformEmulatedOrder(1)
-        assert results() == expected
-        not_deterministic = backward(op, operands, dtype, attributes)
+        again = results(runner, exact, **common)
+        atomic = Gpu(op).backward(*exact, wanted=NAMES[1:], **common)
     finally:
         gpu.library().TfDeformEmulatedOrder(0)
-    displacement = not_deterministic["displacement"]
-    assert displacement.tobytes() == expected["displacement"]
-
-
-def check_bad_batch_indices(op, attributes, channels):
-    """Such ROIs are padding: zeros, and nothing is read out of bounds."""
-    bad = [2, 3, 1e9, 1e30, np.inf, -np.inf, np.nan, 0.5, 1.5, -0.5, -1]
-    rois = np.zeros((len(bad) + 2, 5))
-    rois[:, 3:] = 3
-    rois[1:-1, 0] = bad
-    rois[-1, 0] = 1
-    rng = np.random.default_rng(0)
-    outputs = (len(rois), 2, 2, attributes.get("output_dim", channels))
-    operands = (
-        rng.normal(size=(2, 4, 5, channels)),
-        rois,
-        rng.normal(size=(len(rois), 2, 2, 2)),
-        rng.normal(size=outputs),
-    )
-    for dtype in core.DTYPES:
-        exact = core.rounded(operands, dtype)
-        good = [
-            exact[0],
-            *(array[[0, -1]] for array in exact[1:]),
-        ]
-        for deterministic in (False, True):
-            options = dict(deterministic=deterministic)
-            output = forward(op, exact, dtype, attributes, **options)
-            assert not output[1:-1].any()
-            expected = forward(op, good, dtype, attributes)
-            assert output[[0, -1]].tobytes() == expected.tobytes()
-            made = backward(op, exact, dtype, attributes, **options)
-            expected = backward(op, good, dtype, attributes, **options)
-            assert not made["displacement"][1:-1].any()
-            received = made["displacement"][[0, -1]]
-            assert received.tobytes() == expected["displacement"].tobytes()
-            # Summed in another order: a rounding of the type, if unlucky.
-            rtol = {
-                "float64": 1e-12,
-                "float32": 1e-5,
-                "float16": 2**-9,
-                "bfloat16": 2**-7,
-            }[dtype]
-            np.testing.assert_allclose(
-                np.float64(made["inputs"]),
-                np.float64(expected["inputs"]),
-                rtol=rtol,
-                atol=1e-5,
-            )
+    assert_same_bits(again, expected, "threads in the opposite order")
+    expected = {"displacement": expected["displacement"]}
+    assert_same_bits(atomic, expected, "atomic")

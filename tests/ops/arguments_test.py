@@ -17,308 +17,28 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tensorflow as tf
+from arguments import (
+    BAD_TENSORS,
+    CALLABLES,
+    EVERY_ARGUMENT,
+    FUNCTIONS,
+    KINDS,
+    LAYER_CALLS,
+    LAYERS,
+    NONE,
+    OF_KERAS,
+    OPERANDS,
+)
 
 import tf_deform
 from tf_deform.layers import (
     DeformableConv2D,
     DeformablePSROIPooling,
-    DeformableROIAlign,
     DeformableROIPooling,
 )
-from tf_deform.ops import (
-    deformable_conv2d,
-    deformable_psroi_pool,
-    deformable_roi_align,
-)
+from tf_deform.ops import deformable_conv2d, deformable_psroi_pool
 
 ERRORS = (ValueError, TypeError, tf.errors.InvalidArgumentError)
-
-
-class Strange:
-    """Something that no library knows, with a long name for itself."""
-
-    def __repr__(self) -> str:
-        return "strange " * 1000
-
-
-def symbolic_tensor() -> tf.Tensor:
-    """A tensor of a graph that is not the one in which it is used."""
-    with tf.Graph().as_default():
-        return tf.compat.v1.placeholder(tf.int32, ())
-
-
-# What is no number, no list of numbers, no option and no tensor of numbers.
-NONSENSE = {
-    "text": "two",
-    "a digit": "2",
-    "bytes": b"2",
-    "bytearray": bytearray(b"2"),
-    "NumPy's text": np.array("2"),
-    "a tensor of text": tf.constant("2"),
-    "a complex number": 1j,
-    "NumPy's complex number": np.complex64(2),
-    "an array of complex numbers": np.array(2 + 0j),
-    "an array of objects": np.array([2, None], dtype=object),
-    "one object": np.array(2, dtype=object),
-    "a dictionary": {"height": 2, "width": 2},
-    "a set": {2, 3},
-    "a function": lambda: 2,
-    "a class": int,
-    "a strange object": Strange(),
-    "an ellipsis": ...,
-    "a slice": slice(2, 3),
-    "a duration": np.timedelta64(2),
-    "a date": np.datetime64("2020-01-01"),
-    "a sparse tensor": tf.sparse.from_dense([[2.0, 0.0]]),
-    "a ragged tensor": tf.ragged.constant([[2.0], []]),
-    "a ragged list": [[2], [2, 3]],
-    "a mixed list": [2, "two"],
-    "a list with None": [2, None],
-    "a Keras tensor": keras.KerasTensor((2,)),
-    "a Keras scalar": keras.KerasTensor((), "int32"),
-    "a tensor of another graph": symbolic_tensor(),
-    "a type": tf.float32,
-    "a specification": tf.TensorSpec((2,)),
-    "a data set": tf.data.Dataset.range(2),
-    "an exception": ValueError("2"),
-}
-NOT_FINITE = {
-    "NaN": float("nan"),
-    "NumPy's NaN": np.float32("nan"),
-    "infinity": float("inf"),
-    "minus infinity": -np.inf,
-}
-BOOLEANS = {
-    "True": True,
-    "False": False,
-    "NumPy's True": np.True_,
-    "an array of True": np.array(True),
-    "a tensor of True": tf.constant(True),
-}
-FRACTIONS = {
-    "2.0": 2.0,
-    "2.5": 2.5,
-    "NumPy's 2.0": np.float32(2),
-    "an array of 2.0": np.array(2.0),
-    "a tensor of 2.0": tf.constant(2.0),
-    "bfloat16": ml_dtypes.bfloat16(2),
-    "a decimal": decimal.Decimal(2),
-    "a fraction": fractions.Fraction(2),
-}
-NONE = {"None": None}
-HUGE = {
-    "2**31": 2**31,
-    "2**62": 2**62,
-    "2**64": 2**64,
-    "-2**64": -(2**64),
-    "10**400": 10**400,
-}
-LISTS = {
-    "no numbers": (),
-    "a list of one": [2],
-    "an array of one": np.array([2]),
-    "three numbers": (2, 2, 2),
-    "an array of three": np.array([2, 2, 2]),
-    "lists of one": ([2], [2]),
-}
-PAIRS = {"a pair": (2, 2), "an array of two": np.array([2, 2])}
-PARTS = {
-    "2.0 of two": (2, 2.0),
-    "True of two": (True, 2),
-    "text of two": (2, "2"),
-    "an array of two 2.0": np.array([2.0, 2.0]),
-    "NaN of two": (2, float("nan")),
-}
-
-INTEGER = {**NONSENSE, **NOT_FINITE, **BOOLEANS, **FRACTIONS, **HUGE, **LISTS}
-KINDS = {
-    "integer": {**INTEGER, **PAIRS, **NONE},
-    "count": {**INTEGER, **PAIRS, **NONE, "0": 0, "-1": -1},
-    "pair": {**INTEGER, **PARTS, **NONE, "0": 0, "(2, -1)": (2, -1)},
-    "pair or None": {**INTEGER, **PARTS, "0": 0, "(2, -1)": (2, -1)},
-    "padding": {
-        **INTEGER,
-        **PARTS,
-        **NONE,
-        "-1": -1,
-        "three sides": ((1, 1), (1, 1), (1, 1)),
-        "a number and a pair": (1, (1, 1)),
-        "a pair of True": ((1, True), (1, 1)),
-        "full": "full",
-    },
-    "number": {
-        **NONSENSE,
-        **NOT_FINITE,
-        **BOOLEANS,
-        **LISTS,
-        **PAIRS,
-        **NONE,
-        "-0.5": -0.5,
-        "10**400": 10**400,
-    },
-    "option": {
-        **NONSENSE,
-        **NOT_FINITE,
-        **BOOLEANS,
-        **FRACTIONS,
-        **HUGE,
-        **LISTS,
-        "empty": "",
-    },
-    "boolean": {
-        **NONSENSE,
-        **NOT_FINITE,
-        **FRACTIONS,
-        **HUGE,
-        **LISTS,
-        **PAIRS,
-        **NONE,
-        "2": 2,
-        "-1": -1,
-    },
-    "units": {
-        **NONSENSE,
-        **NOT_FINITE,
-        **BOOLEANS,
-        **FRACTIONS,
-        **HUGE,
-        **NONE,
-        **{name: v for name, v in PARTS.items() if "array" not in name},
-        "a number": 8,
-        "0 among them": (8, 0),
-        "-1 among them": [8, -1],
-        "an array": np.array([8, 4]),
-    },
-}
-KINDS["option or None"] = KINDS["option"]
-KINDS["option"] = {**KINDS["option"], **NONE}
-
-# A good call of each, and the kind of each argument but tensors.
-INPUTS = tf.ones((1, 5, 6, 4))
-ROIS = tf.constant([[0, 1.0, 1, 3, 4]])
-FUNCTIONS = {
-    deformable_conv2d: (
-        {
-            "inputs": INPUTS,
-            "kernel": tf.ones((2, 2, 4, 4)),
-            "offset": tf.zeros((1, 4, 5, 8)),
-            "mask": tf.ones((1, 4, 5, 4)),
-        },
-        {
-            "strides": "pair",
-            "padding": "padding",
-            "dilation_rate": "pair",
-            "offset_groups": "count",
-            "boundary": "option",
-            "implementation": "option",
-        },
-    ),
-    deformable_psroi_pool: (
-        {
-            "inputs": INPUTS,
-            "rois": ROIS,
-            "trans": tf.zeros((1, 2, 2, 2)),
-            "output_dim": 1,
-            "spatial_scale": 0.5,
-            "pooled_size": 2,
-        },
-        {
-            "output_dim": "count",
-            "spatial_scale": "number",
-            "pooled_size": "pair",
-            "group_size": "pair or None",
-            "part_size": "pair or None",
-            "sample_per_part": "count",
-            "trans_std": "number",
-            "return_count": "boolean",
-            "implementation": "option",
-        },
-    ),
-    deformable_roi_align: (
-        {
-            "inputs": INPUTS,
-            "rois": ROIS,
-            "offset": tf.zeros((1, 2, 2, 2)),
-            "spatial_scale": 0.5,
-            "pooled_size": 2,
-        },
-        {
-            "pooled_size": "pair",
-            "spatial_scale": "number",
-            "sampling_ratio": "integer",
-            "gamma": "number",
-            "implementation": "option",
-        },
-    ),
-}
-LAYERS = {
-    DeformableConv2D: (
-        {"filters": 4, "kernel_size": 2},
-        {
-            "filters": "count",
-            "kernel_size": "pair",
-            "strides": "pair",
-            "padding": "padding",
-            "data_format": "option or None",
-            "dilation_rate": "pair",
-            "groups": "count",
-            "use_bias": "boolean",
-            "offset_groups": "count",
-            "modulation": "option or None",
-            "boundary": "option",
-            "offset_dilation_rate": "pair or None",
-            "implementation": "option",
-        },
-    ),
-    DeformablePSROIPooling: (
-        {"output_dim": 4, "pooled_size": 2, "spatial_scale": 0.5},
-        {
-            "output_dim": "count",
-            "pooled_size": "pair",
-            "spatial_scale": "number",
-            "group_size": "pair or None",
-            "part_size": "pair or None",
-            "sample_per_part": "count",
-            "trans_std": "number",
-            "num_classes": "count",
-            "data_format": "option or None",
-            "implementation": "option",
-        },
-    ),
-    DeformableROIPooling: (
-        {"pooled_size": 2, "spatial_scale": 0.5},
-        {
-            "pooled_size": "pair",
-            "spatial_scale": "number",
-            "sample_per_part": "count",
-            "trans_std": "number",
-            "units": "units",
-            "data_format": "option or None",
-            "implementation": "option",
-        },
-    ),
-    DeformableROIAlign: (
-        {"pooled_size": 2, "spatial_scale": 0.5},
-        {
-            "pooled_size": "pair",
-            "spatial_scale": "number",
-            "sampling_ratio": "integer",
-            "gamma": "number",
-            "units": "units",
-            "data_format": "option or None",
-            "implementation": "option",
-        },
-    ),
-}
-# Keras' own, which a layer hands on as they are.
-OF_KERAS = re.compile("activation|.*_(initializer|regularizer|constraint)|kw")
-OPERANDS = ("inputs", "kernel", "offset", "mask", "rois", "trans")
-CALLABLES = {**FUNCTIONS, **LAYERS}
-EVERY_ARGUMENT = [
-    (function, name)
-    for function, (_, kinds) in CALLABLES.items()
-    for name in kinds
-]
 
 
 def assert_ours(error: BaseException, *names: str) -> None:
@@ -331,7 +51,7 @@ def assert_ours(error: BaseException, *names: str) -> None:
 
 
 def refused(function, names: list[str], **arguments) -> list[str]:
-    """What is wrong with the answer, if anything."""
+    """Returns one thing that is wrong with the answer, in a list, or none."""
     try:
         result = function(**arguments)
     except ERRORS as error:
@@ -421,7 +141,20 @@ def test_implementation(what):
     assert not refused(run, ["implementation"])
 
 
-# What is good is good in every form.
+# Good values are good in every form.
+
+
+def arguments_where(wanted):
+    """Returns `parametrize` over the arguments of the kinds that are wanted.
+
+    `wanted` is told whether it is a layer's argument, and its kind.
+    """
+    rows = [
+        (function, name)
+        for function, name in EVERY_ARGUMENT
+        if wanted(function in LAYERS, CALLABLES[function][1][name])
+    ]
+    return pytest.mark.parametrize(("function", "name"), rows)
 
 
 @pytest.mark.parametrize(
@@ -429,12 +162,12 @@ def test_implementation(what):
     [2, np.int8(2), np.uint64(2), np.array(2), tf.constant(2), tf.Variable(2)],
     ids=repr,
 )
-@pytest.mark.parametrize(("function", "name"), EVERY_ARGUMENT)
+@arguments_where(
+    lambda of_layer, kind: kind != "boolean" and "option" not in kind
+)
 def test_integers_of_every_kind(function, name, two):
     call, kinds = CALLABLES[function]
     kind = kinds[name]
-    if kind.startswith("option") or kind == "boolean":
-        return
     if function in LAYERS:
         if kind == "units":
             layer = function(**call, units=[two, two])
@@ -466,12 +199,11 @@ def test_integers_of_every_kind(function, name, two):
     + [tf.constant([3, 2]), [tf.constant(3), 2]],
     ids=str,
 )
-@pytest.mark.parametrize(("function", "name"), EVERY_ARGUMENT)
+@arguments_where(
+    lambda of_layer, kind: of_layer and kind.startswith(("pad", "pair"))
+)
 def test_pairs_of_every_kind(function, name, pair):
-    call, kinds = CALLABLES[function]
-    if function not in LAYERS or not kinds[name].startswith("pad"):
-        if function not in LAYERS or not kinds[name].startswith("pair"):
-            return
+    call, _ = CALLABLES[function]
     layer = function(**{**call, name: pair})
     expected = ((3, 3), (2, 2)) if name == "padding" else (3, 2)
     assert getattr(layer, name) == expected
@@ -485,11 +217,9 @@ def test_pairs_of_every_kind(function, name, pair):
     + [fractions.Fraction(1, 2), np.longdouble(0.5), tf.Variable(0.5)],
     ids=repr,
 )
-@pytest.mark.parametrize(("function", "name"), EVERY_ARGUMENT)
+@arguments_where(lambda of_layer, kind: kind == "number")
 def test_numbers_of_every_kind(function, name, half):
-    call, kinds = CALLABLES[function]
-    if kinds[name] != "number":
-        return
+    call, _ = CALLABLES[function]
     result = function(**{**call, name: half})
     if function in LAYERS:
         assert getattr(result, name) == 0.5
@@ -523,26 +253,6 @@ def test_text_of_every_kind(same):
 
 # Tensors.
 
-BAD_TENSORS = {
-    name: NONSENSE[name]
-    for name in NONSENSE
-    if name not in ("a tensor of another graph", "a specification")
-} | {
-    "no number": np.zeros((0, 2), "U1"),
-    "True": True,
-    "a list of text": ["a", "b"],
-    "a list of lists of unequal lengths": [[[1.0]], [[1.0], [2.0]]],
-    "an array of booleans": np.ones((2, 2), bool),
-    "an array of dates": np.zeros((2, 2), "datetime64[s]"),
-    "an array of records": np.zeros(2, [("y", "f4"), ("x", "f4")]),
-    "a quantized tensor": tf.quantization.quantize(
-        [1.0, 2.0], 0.0, 2.0, tf.quint8
-    ).output,
-    "tensors in a tuple": (tf.ones(2), tf.ones(3)),
-    "tensors in a list": [tf.ones((2, 2)), tf.ones((2, 3))],
-    "2**70": 2**70,
-}
-
 
 @pytest.mark.parametrize("implementation", ["native", "portable"])
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -561,26 +271,6 @@ def test_every_operand(function, implementation):
             if answer:
                 wrong[name, what] = answer[0]
     assert not wrong
-
-
-LAYER_CALLS = {
-    DeformableConv2D: {
-        "inputs": np.ones((1, 5, 6, 4), np.float32),
-        "offset": np.zeros((1, 4, 5, 8), np.float32),
-        "modulator": np.ones((1, 4, 5, 4), np.float32),
-    },
-    DeformablePSROIPooling: {
-        "inputs": np.ones((1, 5, 6, 16), np.float32),
-        "rois": np.float32([[0, 1, 1, 3, 4]]),
-        "trans": np.zeros((1, 2, 2, 2), np.float32),
-    },
-    DeformableROIPooling: {
-        "inputs": np.ones((1, 5, 6, 4), np.float32),
-        "rois": np.float32([[0, 1, 1, 3, 4]]),
-        "offset": np.zeros((1, 2, 2, 2), np.float32),
-    },
-}
-LAYER_CALLS[DeformableROIAlign] = LAYER_CALLS[DeformableROIPooling]
 
 
 def _by_position(layer):
@@ -644,12 +334,17 @@ def test_lists_of_numbers_are_arrays_to_a_layer(layer):
     np.testing.assert_array_equal(target(*lists.values()), expected)
 
 
-@pytest.mark.parametrize("name", ["inputs", "rois"])
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(
+    ("layer", "name"),
+    [
+        (layer, name)
+        for layer, call in LAYER_CALLS.items()
+        for name in ("inputs", "rois")
+        if name in call
+    ],
+)
 def test_a_call_without_an_argument(layer, name):
     call = {k: v for k, v in LAYER_CALLS[layer].items() if k != name}
-    if len(call) == len(LAYER_CALLS[layer]):
-        return
     with pytest.raises(TypeError, match=f"Expected `{name}` .*Received: "):
         layer(**LAYERS[layer][0])(**call)
 

@@ -5,12 +5,19 @@ Everything is compared with differences of values or of first derivatives, in
 float64, in a direction in which all that can move moves.
 """
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from compare import assert_close
+from operands import Conv2DCase
+from pooling import PSROI_POOL, ROI_ALIGN
+from traced import implementations
 
-from tf_deform import ops
+import tf_deform
+from tf_deform import layers, ops
 
+DTYPES = ["float16", "bfloat16", "float32", "float64"]
 STEP = 1e-5
 TOLERANCE = 1e-6
 
@@ -233,7 +240,7 @@ PLACES = [plain, nested, mapped, repeated, chosen]
 
 
 def directional(function, x, direction):
-    """What `function` changes by in this direction."""
+    """Returns by how much `function` changes in this direction."""
     above, below = (function(x + step * direction) for step in (STEP, -STEP))
     return (above - below) / (2 * STEP)
 
@@ -350,3 +357,244 @@ def test_third_derivatives(name, in_graph):
     expected = directional(second, x, direction)
     assert np.abs(expected).max() > 1e-3
     np.testing.assert_allclose(received, expected, rtol=TOLERANCE, atol=1e-7)
+
+
+# Calls of all kinds away from kinks, and gradients of some gradients.
+
+
+CONVOLUTIONS = {
+    "conv": dict(padding=((1, 0), (2, 1)), strides=(2, 1)),
+    "conv grouped": dict(groups=2, offset_groups=3, dilation_rate=(1, 2)),
+    "conv clamp": dict(boundary="clamp", reach=1),
+    "conv without mask": dict(has_mask=False),
+}
+POOLINGS = {
+    "psroi": (PSROI_POOL, True, {}),
+    "psroi without trans": (PSROI_POOL, False, {"trans_std": 0.1}),
+    "align": (ROI_ALIGN, True, {"sampling_ratio": 2}),
+    "align adaptive": (ROI_ALIGN, True, {"sampling_ratio": 0}),
+    "align without offset": (ROI_ALIGN, False, {"sampling_ratio": 0}),
+}
+
+
+def draw_differentiable(name):
+    """Returns function, operands, options, and which have gradients."""
+    if name in CONVOLUTIONS:
+        case = Conv2DCase(size=(4, 5), **CONVOLUTIONS[name])
+        operands = case.operands("float64")
+        sources = range(len(operands))
+        return ops.deformable_conv2d, operands, case.options, sources
+    op, displaced, changes = POOLINGS[name]
+    common = dict(
+        spatial_scale=0.5,
+        pooled_size=(2, 3),
+        group_size=(2, 1),
+        part_size=(1, 2),
+        sample_per_part=2,
+        trans_std=0.2,
+        gamma=0.2,
+    )
+    attributes = op.attributes(4, **{**common, **changes})
+    *operands, _ = op.draw_differentiable(
+        np.random.default_rng(3),
+        attributes,
+        size=(5, 6),
+        num_rois=4,
+        kinds=("inside", "across the edge", "padding"),
+        channels=8,
+        classes=2,
+    )
+    count = 1 + displaced
+    function = getattr(ops, op.function)
+    return function, operands[: 1 + count], attributes, (0, 2)[:count]
+
+
+def first_gradients(function, operands, options, wanted, output_grad):
+    with tf.GradientTape() as tape:
+        tape.watch([operands[i] for i in wanted])
+        output = function(*operands, **options)
+    return tape.gradient(output, [operands[i] for i in wanted], output_grad)
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+@pytest.mark.parametrize("name", [*CONVOLUTIONS, *POOLINGS])
+def test_second_derivatives_equal_finite_differences(name, mode):
+    """Of each first derivative by each operand, and by its own gradient."""
+    function, arrays, options, sources = draw_differentiable(name)
+    rng = np.random.default_rng(5)
+    operands = [tf.constant(x) for x in arrays]
+    output = function(*operands, **options)
+    output_grad = tf.constant(rng.normal(size=output.shape))
+    # Each first derivative along some direction is differentiated.
+    along = {s: rng.normal(size=arrays[s].shape) for s in sources}
+
+    def slope(source, *tensors):
+        *operands, output_grad = tensors
+        (gradient,) = first_gradients(
+            function, operands, options, [source], output_grad
+        )
+        return tf.reduce_sum(gradient * along[source])
+
+    def second(source, *tensors):
+        targets = [tensors[i] for i in (*sources, -1)]
+        with tf.GradientTape() as tape:
+            tape.watch(targets)
+            result = slope(source, *tensors)
+        return tape.gradient(result, targets)
+
+    if mode == "graph":
+        second = tf.function(second)
+    tensors = [*operands, output_grad]
+    for source in sources:
+        gradients = second(source, *tensors)
+        for index, gradient in zip((*sources, -1), gradients, strict=True):
+            direction = rng.normal(size=tensors[index].shape)
+            step = 1e-6
+            moved = []
+            for sign in (1, -1):
+                changed = list(tensors)
+                changed[index] = tensors[index] + sign * step * direction
+                moved.append(float(slope(source, *changed)))
+            numerical = (moved[0] - moved[1]) / (2 * step)
+            analytical = (
+                0.0
+                if gradient is None
+                else float(tf.reduce_sum(gradient * direction))
+            )
+            scale = max(1, abs(numerical))
+            assert abs(analytical - numerical) < 1e-6 * scale, (source, index)
+
+
+@pytest.mark.parametrize(
+    "wanted", [(0,), (2,), (0, 2), (1, 3), (0, 1, 2), (0, 1, 2, 3)]
+)
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_second_derivatives_of_some_gradients(wanted, mode):
+    """A penalty on the norm of some gradients, as TensorFlow itself has it."""
+    function, arrays, options, _ = draw_differentiable("conv grouped")
+    operands = [tf.constant(x) for x in arrays]
+    output_grad = np.random.default_rng(0).normal(
+        size=function(*operands, **options).shape
+    )
+
+    def penalty_gradients(implementation):
+        with tf_deform.implementation(implementation):
+            with tf.GradientTape() as tape:
+                tape.watch(operands)
+                gradients = first_gradients(
+                    function, operands, options, wanted, output_grad
+                )
+                penalty = tf.add_n([tf.reduce_sum(g**2) for g in gradients])
+            return tape.gradient(penalty, operands)
+
+    native = penalty_gradients
+    if mode == "graph":
+        native = tf.function(penalty_gradients)
+    for received, expected in zip(
+        native("native"), penalty_gradients("portable"), strict=True
+    ):
+        if expected is None:  # A kernel's gradient does not depend on it.
+            assert received is None or not received.numpy().any()
+        else:
+            assert_close(received, expected, 1e-9)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_types_of_second_derivatives(dtype):
+    case = Conv2DCase(size=(4, 5))
+    operands = [tf.constant(x) for x in case.operands(dtype)]
+    with tf.GradientTape() as tape:
+        tape.watch(operands)
+        gradients = first_gradients(
+            ops.deformable_conv2d, operands, case.options, range(4), None
+        )
+        loss = tf.add_n(
+            [tf.reduce_sum(tf.cast(g, "float64") ** 2) for g in gradients]
+        )
+    for operand, gradient in zip(
+        operands, tape.gradient(loss, operands), strict=True
+    ):
+        assert gradient.dtype == operand.dtype
+        assert gradient.shape == operand.shape
+        assert np.isfinite(tf.cast(gradient, "float64")).all()
+
+
+def test_hessians_and_third_derivatives():
+    function, arrays, options, _ = draw_differentiable("psroi")
+    inputs, rois, trans = (tf.constant(x) for x in arrays)
+
+    @tf.function
+    def hessian(trans):
+        output = function(inputs, rois, trans, **options)
+        return tf.hessians(tf.reduce_sum(output**2), trans)[0]
+
+    received = tf.reshape(hessian(trans), (trans.shape.num_elements(),) * 2)
+    assert np.abs(received).max() > 0
+    assert_close(received, tf.transpose(received), 1e-9)
+
+    def loss(trans, implementation):
+        output = function(
+            inputs, rois, trans, implementation=implementation, **options
+        )
+        return tf.reduce_sum(output**3)
+
+    thirds = []
+    for implementation in ("native", "portable"):
+        with tf.GradientTape() as third:
+            third.watch(trans)
+            with tf.GradientTape() as second:
+                second.watch(trans)
+                with tf.GradientTape() as first:
+                    first.watch(trans)
+                    value = loss(trans, implementation)
+                gradient = tf.reduce_sum(first.gradient(value, trans) ** 2)
+            gradient = tf.reduce_sum(second.gradient(gradient, trans) ** 2)
+        thirds.append(third.gradient(gradient, trans))
+    assert_close(*thirds, 1e-9)
+
+
+def test_a_gradient_penalty_trains_a_model():
+    """Two steps of a critic whose gradient by its input is held near 1."""
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 2)),
+            layers.DeformableConv2D(4, 3, modulation="sigmoid"),
+            keras.layers.Activation("gelu"),
+            keras.layers.GlobalAveragePooling2D(),
+            keras.layers.Dense(1),
+        ]
+    )
+    images = tf.random.stateless_normal((3, 8, 8, 2), (0, 0))
+
+    @tf.function
+    def step():
+        with tf.GradientTape() as tape:
+            with tf.GradientTape() as inner:
+                inner.watch(images)
+                score = model(images)
+            gradient = inner.gradient(score, images)
+            norms = tf.sqrt(tf.reduce_sum(gradient**2, (1, 2, 3)))
+            loss = tf.reduce_mean((norms - 1) ** 2)
+        gradients = tape.gradient(loss, model.trainable_variables)
+        for variable, gradient in zip(
+            model.trainable_variables, gradients, strict=True
+        ):
+            if gradient is not None:
+                variable.assign_sub(0.5 * gradient)
+        return loss
+
+    losses = [float(step()) for _ in range(8)]
+    assert losses[-1] < losses[0]
+
+
+def test_first_derivatives_stay_native():
+    """Nothing of the portable implementation unless asked for twice."""
+    case = Conv2DCase()
+    operands = [tf.constant(x) for x in case.operands()]
+
+    def gradients():
+        return first_gradients(
+            ops.deformable_conv2d, operands, case.options, range(4), None
+        )
+
+    assert implementations(gradients) == {"native"}

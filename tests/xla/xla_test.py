@@ -12,6 +12,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from compare import assert_close, assert_equal
+from operands import coordinate_type
+from operands import random as draw
 
 from tf_deform import _build_info, _loader
 from tf_deform.layers import (
@@ -34,12 +37,7 @@ TYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 def random(*shape: int, dtype: str = "float32", seed: int = 0) -> tf.Tensor:
-    values = np.random.default_rng(seed).normal(size=shape)
-    return tf.cast(tf.constant(values), dtype)
-
-
-def coordinates(dtype: str) -> str:
-    return "float64" if dtype == "float64" else "float32"
+    return tf.cast(draw(*shape, seed=seed, dtype="float64"), dtype)
 
 
 def regions(count: int, batch: int, dtype: str) -> tf.Tensor:
@@ -49,12 +47,12 @@ def regions(count: int, batch: int, dtype: str) -> tf.Tensor:
     rois[:, 0] = np.arange(count) % (batch + 1) - 1  # -1 is padding
     rois[:, 1:3] = rng.uniform(-3, 12, (count, 2))
     rois[:, 3:] = rois[:, 1:3] + rng.uniform(1, 12, (count, 2))
-    return tf.constant(rois, coordinates(dtype))
+    return tf.constant(rois, coordinate_type(dtype))
 
 
 def convolution(dtype="float32", displaced=True, batch=2):
     """The op as a function of its operands, and operands."""
-    xy = coordinates(dtype)
+    xy = coordinate_type(dtype)
     operands = [
         random(batch, 8, 9, 6, dtype=dtype),
         random(3, 2, 3, 10, dtype=dtype, seed=1),
@@ -76,7 +74,9 @@ def psroi_pool(dtype="float32", displaced=True, batch=2, rois=7):
         regions(rois, batch, dtype),
     ]
     if displaced:
-        operands.append(random(rois, 2, 5, 4, dtype=coordinates(dtype), seed=1))
+        operands.append(
+            random(rois, 2, 5, 4, dtype=coordinate_type(dtype), seed=1)
+        )
     return (
         lambda *x: deformable_psroi_pool(
             *x,
@@ -99,7 +99,9 @@ def roi_align(dtype="float32", displaced=True, batch=2, rois=7):
         regions(rois, batch, dtype),
     ]
     if displaced:
-        operands.append(random(rois, 3, 4, 2, dtype=coordinates(dtype), seed=1))
+        operands.append(
+            random(rois, 3, 4, 2, dtype=coordinate_type(dtype), seed=1)
+        )
     return (
         lambda *x: deformable_roi_align(
             *x, pooled_size=(3, 4), spatial_scale=0.5, gamma=0.3
@@ -145,10 +147,7 @@ def assert_same(actual, expected):
         if second is None:
             assert first is None
             continue
-        assert first.dtype == second.dtype
-        np.testing.assert_array_equal(
-            tf.cast(first, "float64"), tf.cast(second, "float64")
-        )
+        assert_equal(first, second, dtype=second.dtype)
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -514,9 +513,7 @@ def test_a_model_trains_as_without():
     np.testing.assert_allclose(losses[0][0], losses[1][0], rtol=1e-5)
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
     assert losses[1][-1] != losses[1][0]
-    for first, second in zip(*weights, strict=True):
-        size = np.abs(first).max()
-        np.testing.assert_allclose(first, second, rtol=0, atol=1e-3 * size)
+    assert_close(weights[1], weights[0], 1e-3, name="weights")
 
 
 def test_first_gradients_of_a_model():
@@ -536,8 +533,7 @@ def test_first_gradients_of_a_model():
         strict=True,
     ):
         assert np.any(second)
-        size = np.abs(second).max()
-        np.testing.assert_allclose(first, second, rtol=0, atol=1e-5 * size)
+        assert_close(first, second, 1e-5)
     text = hlo(compiled, *operands)
     for name in ("DeformableConv2D", "DeformableROIAlign"):
         assert f'custom_call_target="TfDeform>{name}"' in text

@@ -1,0 +1,552 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Both pooling ops in the core, through their C interface.
+
+`pooling_cuda_test.py` runs most of these tests once more, on the CUDA kernels:
+a test calls the op through the fixture `runner`. What only one of the ops does
+is tested in its own file.
+"""
+
+import itertools
+import os
+import re
+import time
+
+import core
+import numpy as np
+import pooling
+import pytest
+import roi_reference
+from compare import assert_equal, assert_finite_differences, assert_same_bits
+from pairwise import grid
+from pooling import DTYPES, PSROI_POOL, ROI_ALIGN, results
+
+# Fewer in the runs with other instruction sets.
+SEEDS = 30 if os.environ.get("TF_DEFORM_MAX_ISA") else 100
+
+
+@pytest.fixture(params=pooling.OPS, ids=str)
+def op(request):
+    return request.param
+
+
+@pytest.fixture
+def runner(op):
+    """Whatever runs the op: here the CPU."""
+    return pooling.Cpu(op)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_agrees_with_reference(runner, seed, dtype):
+    operands, attributes = runner.op.draw_call(seed)
+    pooling.check(runner, operands, attributes, dtype)
+
+
+@grid({"seed": list(range(SEEDS)), "dtype": DTYPES, "op": pooling.OPS})
+def test_threads_change_no_bit_of_random_calls(op, seed, dtype):
+    operands, attributes = op.draw_call(seed)
+    pooling.check_threads(pooling.Cpu(op), operands, attributes, dtype, (2, 5))
+
+
+def draw_crowd(op, seed, num_rois, dtype):
+    """Draws many ROIs of all kinds on the same pixels of three images."""
+    attributes = op.attributes(
+        6,
+        spatial_scale=1 / 8,
+        pooled_size=(5, 4),
+        group_size=(3, 4),
+        part_size=(2, 3),
+        sample_per_part=3,
+    )
+    operands = op.draw(
+        np.random.default_rng(seed),
+        attributes,
+        batch=3,
+        size=(19, 23),
+        num_rois=num_rois,
+        channels=21,
+        classes=3,
+    )
+    return core.rounded(operands, dtype), attributes
+
+
+@pytest.mark.parametrize("threads", [2, 3, 5, 16])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rois", [1, 2, 63, 64, 65, 300])
+def test_threads_change_no_bit_of_many_rois(op, num_rois, dtype, threads):
+    crowd, attributes = draw_crowd(op, num_rois, num_rois, dtype)
+    pooling.check_threads(pooling.Cpu(op), crowd, attributes, dtype, (threads,))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_each_result_is_the_same_alone(op, dtype, threads):
+    exact, attributes = draw_crowd(op, 0, 40, dtype)
+    common = dict(dtype=dtype, threads=threads, **attributes)
+    runner = pooling.Cpu(op)
+    together = results(runner, exact, **common)
+    for name in ("inputs", "displacement"):
+        alone = runner.backward(*exact, wanted=(name,), **common)
+        assert_same_bits(alone, {name: together[name]}, f"{name} alone")
+    assert runner.backward(*exact, wanted=(), **common) == {}
+    alone = {"output": runner.forward(*exact[:3], **common)}
+    assert_same_bits(alone, {"output": together["output"]}, "without count")
+
+
+@pytest.mark.parametrize("one", [3, 12, 36])
+def test_a_roi_does_not_depend_on_the_others(runner, one):
+    """Nor on its place among them: each is pooled alone to the same bits."""
+    exact, attributes = draw_crowd(runner.op, 5, 37, "float32")
+    inputs, rois, displacement, _ = exact
+    output = runner.forward(inputs, rois, displacement, **attributes)
+    back = slice(None, None, -1)
+    turned = runner.forward(
+        inputs, rois[back], displacement[back], **attributes
+    )
+    assert_same_bits({"output": turned[back]}, {"output": output}, "turned")
+    one = slice(one, one + 1)
+    alone = runner.forward(inputs, rois[one], displacement[one], **attributes)
+    assert_same_bits({"output": alone}, {"output": output[one]}, "alone")
+
+
+DIFFERENTIABLE = [
+    (
+        PSROI_POOL,
+        seed,
+        1 + seed % 3,
+        dict(
+            output_dim=2 * (1 + seed % 3),
+            group_size=[None, 1, (3, 2)][seed // 2],
+            part_size=[(2, 3), (1, 1), (4, 2)][seed % 3],
+            sample_per_part=1 + seed % 3,
+            trans_std=0.2,
+        ),
+    )
+    for seed in range(6)
+] + [
+    (ROI_ALIGN, seed, 1, dict(sampling_ratio=ratio, gamma=0.2))
+    for seed in range(2)
+    for ratio in range(4)
+]
+
+
+@pytest.mark.parametrize(
+    ("op", "seed", "classes", "attributes"), DIFFERENTIABLE, ids=str
+)
+def test_gradients_equal_finite_differences(runner, seed, classes, attributes):
+    """In float64; displacements keep samples off the places of a jump."""
+    rng = np.random.default_rng(seed)
+    attributes = dict(spatial_scale=0.5, pooled_size=(2, 3), **attributes)
+    kinds = ("inside", "across the edge", "padding", "not finite")
+    # The number of samples of a reversed ROI is 0 unless it is given.
+    if attributes.get("sampling_ratio") != 0:
+        kinds += ("reversed",)
+    inputs, rois, displacement, output_grad = runner.op.draw_differentiable(
+        rng,
+        attributes,
+        size=(5, 7),
+        num_rois=5,
+        kinds=kinds,
+        channels=3,
+        classes=classes,
+    )
+    operands = (inputs, rois, displacement)
+    common = dict(dtype="float64", **attributes)
+    gradients = runner.backward(*operands, output_grad, **common)
+
+    def loss():
+        return np.sum(runner.forward(*operands, **common) * output_grad)
+
+    for name, operand in (("inputs", inputs), ("displacement", displacement)):
+        assert_finite_differences(
+            rng, loss, operand, gradients[name], name=name
+        )
+    assert np.abs(gradients["displacement"]).max() > 0.01
+
+
+# A column of three pixels, 1, 3 and 7, under a bin of one sample at y.
+PLACES = [  # y, value, slope in y
+    *[
+        (PSROI_POOL, y, value, slope)
+        for y, value, slope in [
+            (-0.75, 0, 0),  # Beyond half a pixel outside: skipped.
+            (-0.5, 1, 0),  # Not beyond: counted, and clamped.
+            (2.25, 7, 0),
+            (2.5, 7, 0),
+            (2.75, 0, 0),
+        ]
+    ],
+    *[
+        (ROI_ALIGN, y, value, slope)
+        for y, value, slope in [
+            (-1.25, 0, 0),
+            (-1, 1, 0),  # As far as it goes; clamped.
+            (2.75, 7, 0),
+            (3, 7, 0),
+            (3.25, 0, 0),
+        ]
+    ],
+    *[
+        (op, y, value, slope)
+        for op in pooling.OPS
+        for y, value, slope in [
+            (-0.25, 1, 0),
+            (0, 1, 2),  # The cell [0, 1].
+            (0.25, 1.5, 2),
+            (1, 3, 4),  # The cell to the right of an integer.
+            (1.5, 5, 4),
+            (2, 7, 0),  # The edge is held from here on.
+            (1e9, 0, 0),
+            (-1e9, 0, 0),
+            (np.nan, 0, 0),
+            (np.inf, 0, 0),
+            (-np.inf, 0, 0),
+        ]
+    ],
+]
+
+
+def one_bin(op, channels):
+    """Returns the ROI and the attributes of `channels` bins of one sample."""
+    return np.array([op.roi(0, 0, 1, 1.0)]), op.attributes(
+        channels, **op.one_sample
+    )
+
+
+@grid(
+    {
+        "op, y, value, slope": PLACES,
+        "dtype": DTYPES,
+        "axis": [0, 1],
+        "channels": [1, 40],
+    }
+)
+def test_value_and_slope_at_a_place(
+    runner, y, value, slope, axis, dtype, channels
+):
+    """Exact in every type, and along either axis."""
+    op = runner.op
+    shape = (1, 3, 1, 1) if axis == 0 else (1, 1, 3, 1)
+    rois, attributes = one_bin(op, channels)
+    place = np.array([y, 0] if axis == 0 else [0, y]) + op.shift
+    output_grad = np.zeros((1, 1, 1, channels))
+    output_grad[..., -1] = 1
+    received = results(
+        runner,
+        (
+            np.repeat(np.reshape([1.0, 3.0, 7.0], shape), channels, axis=3),
+            rois,
+            place.reshape(1, 1, 1, 2),
+            output_grad,
+        ),
+        dtype=dtype,
+        **attributes,
+    )
+    assert (received["output"] == value).all()
+    read = float(value != 0)
+    if op.counts:
+        assert (received["count"] == read).all()
+    slopes = received["displacement"].reshape(2)
+    assert slopes[axis] == slope and slopes[1 - axis] == 0
+    assert received["inputs"].sum() == read
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("size", [(3, 2), (1, 1)])
+def test_every_place_at_once(runner, size, dtype):
+    """All pairs of places around the edges."""
+    op, real = runner.op, np.dtype(dtype).type
+    axes = []
+    for n in size:
+        marks = [real(v) for v in (-op.margin, 0, 1, n - 1, n - 1 + op.margin)]
+        marks += [
+            np.nextafter(v, real(way))
+            for v in marks
+            for way in (-np.inf, np.inf)
+        ]
+        axes.append([*marks, np.nan, np.inf, 1e30, -1e30])
+    places = np.array(list(itertools.product(*axes)), real) + real(op.shift)
+    rng = np.random.default_rng(0)
+    roi, attributes = one_bin(op, 3)
+    operands = (
+        rng.normal(size=(1, *size, 3)).astype(real),
+        np.tile(roi.astype(real), (len(places), 1)),
+        places.reshape(-1, 1, 1, 2),
+        rng.normal(size=(len(places), 1, 1, 3)).astype(real),
+    )
+    pooling.check(runner, operands, attributes, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_far_corners_and_large_sizes_keep_their_order_of_operations(
+    runner, axis, dtype
+):
+    """Each rounding shows where float32 coordinates are coarse."""
+    op, rng = runner.op, np.random.default_rng(axis)
+    num_rois, far = 12, 30000
+    rois = np.tile(np.array(op.roi(0, 0, 1, 1.0)), (num_rois, 1))
+    rois[:, 2 - axis] = rng.uniform(0.5 * far, far, num_rois)
+    rois[:, 4 - axis] = rois[:, 2 - axis] + rng.uniform(0, 9000, num_rois)
+    size, bins = ((far, 1), (5, 1)) if axis == 0 else ((1, far), (1, 5))
+    operands = (
+        rng.normal(size=(1, *size, 2)),
+        np.float32(rois),
+        np.float32(rng.normal(size=(num_rois, *bins, 2))),
+        rng.normal(size=(num_rois, *bins, 2)),
+    )
+    attributes = op.attributes(
+        2,
+        spatial_scale=0.9,
+        pooled_size=bins,
+        group_size=1,
+        sample_per_part=6,  # From 3 on, times a step is rounded.
+        sampling_ratio=5,
+    )
+    pooling.check(runner, operands, attributes, dtype, threads=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("op", "more"),
+    [
+        (PSROI_POOL, dict(output_dim=5)),
+        (ROI_ALIGN, dict(sampling_ratio=0)),
+        (ROI_ALIGN, dict(sampling_ratio=2)),
+    ],
+    ids=str,
+)
+def test_padding_and_rois_that_are_not_finite_touch_nothing(
+    runner, more, dtype
+):
+    """Also where maps, displacements and gradients are NaN."""
+    rois = np.zeros((12, 5))
+    rois[:, 3:] = 5
+    rois[:4, 0] = [-1, -7, -np.inf, -(2.0**40)]
+    for index in range(4, 12):
+        bad = [np.nan, np.inf, -np.inf][index % 3]
+        rois[index, 1 + index % 4] = bad
+    displacement = np.zeros((12, 2, 2, 2))
+    displacement[1::2] = np.nan
+    received = results(
+        runner,
+        (
+            np.full((2, 6, 7, 20 if runner.op.counts else 5), np.nan),
+            rois,
+            displacement,
+            np.full((12, 2, 2, 5), np.nan),
+        ),
+        dtype=dtype,
+        spatial_scale=1.0,
+        pooled_size=2,
+        **more,
+    )
+    for name, array in received.items():
+        assert (array == 0).all(), name
+
+
+HUGE = [1e30, 1e18, 2.0**31, 2.0**63, "the largest number"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("displaced", ["not", "drawn", "by zero"])
+@pytest.mark.parametrize("scale", [1.0, 0.25, 16.0])
+@pytest.mark.parametrize(
+    ("op", "more"),
+    [
+        (PSROI_POOL, dict(output_dim=4, group_size=1, sample_per_part=2)),
+        *[(ROI_ALIGN, dict(sampling_ratio=ratio)) for ratio in (0, 2, 3)],
+    ],
+    ids=str,
+)
+def test_huge_corners_give_what_the_formula_gives(
+    runner, more, scale, displaced, dtype
+):
+    """And at once. Some overflow on the way; then nothing is read."""
+    op, real = runner.op, np.dtype(dtype).type
+    huge = [
+        float(np.finfo(real).max) if isinstance(v, str) else v for v in HUGE
+    ]
+    corners = [
+        corner
+        for v in huge
+        for corner in [
+            (2, 2, v, v),
+            (2, 1, 5, v),
+            (-v, -v, v, v),
+            (-v, 1, 4, 4),
+            (v, v, v, v),
+            (-v, -v, -v, -v),
+            (v, v, -v, -v),
+            (2, v, 4, -v),
+        ]
+    ]
+    rois = np.array([[0, *corner] for corner in corners], real)
+    rng = np.random.default_rng(0)
+    bins = (2, 2) if op.counts else (2, 3)
+    attributes = dict(spatial_scale=scale, pooled_size=bins, **more)
+    inputs = rng.normal(size=(1, 6, 7, 4)).astype(real)
+    output_grad = rng.normal(size=(len(rois), *bins, 4)).astype(real)
+    displacement = None
+    if displaced != "not":
+        displacement = rng.normal(size=(len(rois), *bins, 2)).astype(real)
+        displacement *= displaced == "drawn"
+    exact = (inputs, rois, displacement, output_grad)
+    expected = {
+        **op.reference(*exact[:3], **attributes),
+        **op.reference_gradients(*exact, **attributes),
+    }
+    start = time.monotonic()
+    received = results(runner, exact, dtype=dtype, **attributes)
+    assert time.monotonic() - start < 5
+    if displacement is not None:
+        # Up to 1e29 pixels a unit: slopes are compared.
+        with np.errstate(all="ignore"):
+            reach = roi_reference.reach_of_displacements(
+                op.make_bins(*exact[:3], **attributes), displacement.shape
+            )
+        for values in (received, expected):
+            values["displacement"] = values["displacement"] / reach
+    pooling.assert_results_close(received, expected, dtype)
+    if op.counts and displaced == "by zero":
+        assert expected["count"].max() > 0  # Some start on the map.
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_16_bit_types_are_summed_in_float32_and_rounded_once(runner, dtype):
+    """4096 ROIs add to one pixel, 256 samples to one bin."""
+    op = runner.op
+    rois, attributes = one_bin(op, 1)
+    common = dict(dtype=dtype, **attributes)
+    gradients = runner.backward(
+        np.ones((1, 1, 1, 1)),
+        np.tile(rois, (4096, 1)),
+        None,
+        np.ones((4096, 1, 1, 1)),
+        **common,
+    )
+    assert gradients["inputs"].item() == 4096
+    common[op.samples] = 16
+    inputs = np.full((1, 1, 1, 1), 1.5 + 2.0**-7)
+    output = runner.forward(inputs, rois, None, **common)
+    assert output.item() == 1.5 + 2.0**-7
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_that_are_not_finite_show_where_they_are_read(runner, dtype):
+    op = runner.op
+    inputs = np.zeros((2, 6, 6, 3))
+    inputs[0, 2, 2, 1] = np.nan
+    rois = [op.roi(1, 1, 4, 4), op.roi(4, 4, 6, 6), op.roi(1, 1, 4, 4.0, 1)]
+    attributes = op.attributes(3, spatial_scale=1.0, pooled_size=1)
+    output = runner.forward(inputs, np.array(rois), dtype=dtype, **attributes)
+    assert np.argwhere(~np.isfinite(output)).tolist() == [[0, 0, 0, 1]]
+
+
+@grid(
+    {
+        "batch, size, num_rois": [
+            *((0, (4, 5), 0), (0, (4, 5), 3), (2, (0, 5), 3)),
+            *((2, (4, 0), 3), (2, (0, 0), 3), (2, (4, 5), 0)),
+        ],
+        "dtype": DTYPES,
+        "op, more": [
+            (PSROI_POOL, dict(output_dim=3, group_size=2, part_size=(2, 1))),
+            (ROI_ALIGN, dict(sampling_ratio=0)),
+            (ROI_ALIGN, dict(sampling_ratio=2)),
+        ],
+        "threads": [1, 2],
+    }
+)
+def test_empty(runner, more, batch, size, num_rois, dtype, threads):
+    """No image takes padding only; an empty map gives zeros."""
+    rois = np.zeros((num_rois, 5))
+    rois[:, 0] = 1 if batch else -1
+    rois[:, 3:] = 4
+    attributes = dict(spatial_scale=1.0, pooled_size=(3, 2), **more)
+    inputs, _, displacement, output = runner.op.shapes(
+        attributes, batch, size, num_rois, channels=3
+    )
+    received = results(
+        runner,
+        (np.ones(inputs), rois, np.ones(displacement), np.ones(output)),
+        dtype=dtype,
+        threads=threads,
+        **attributes,
+    )
+    assert received["output"].shape == output
+    assert received.get("count", received["output"]).shape == output
+    for name, array in received.items():
+        assert not array.any(), name
+
+
+BAD_INDICES = [2, 3, 1e30, np.inf, np.nan, 0.5, 2.5, -0.5, -7.25, 1 + 2.0**-23]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("bad", BAD_INDICES)
+@pytest.mark.parametrize("corner", [1.0, np.nan])
+def test_batch_index_is_checked_and_never_followed(
+    op, bad, corner, dtype, threads
+):
+    """Also of a ROI whose corners are not finite. The row is named."""
+    rois = np.zeros((9, 5))
+    rois[:, 3:] = 2
+    rois[5, 0], rois[5, 2] = bad, corner
+    runner = pooling.Cpu(op)
+    attributes = op.attributes(1, spatial_scale=1.0, pooled_size=2)
+    channels = 4 if op.counts else 3
+    inputs, displacement = np.ones((2, 4, 4, channels)), np.zeros((9, 2, 2, 2))
+    output_grad = np.ones((9, 2, 2, 1 if op.counts else channels))
+    common = dict(dtype=dtype, threads=threads, **attributes)
+    with pytest.raises(core.CoreError) as error:
+        runner.forward(inputs, rois, displacement, **common)
+    text = str(error.value)
+    assert re.match("Expected .*batch ind.*`rois`.*below 2.*", text)
+    assert re.search(r"Received: rois\[5, 0\]=", text)
+    try:
+        gradients = runner.backward(
+            inputs, rois, displacement, output_grad, **common
+        )
+    except core.CoreError as caught:
+        assert "rois[5, 0]=" in str(caught)
+    else:
+        assert not gradients["displacement"][5].any()
+    # Callers that cannot take an error get what padding gives.
+    padding = rois.copy()
+    padding[5, 0] = -1
+    received, expected = (
+        results(
+            runner,
+            (inputs, given, displacement, output_grad),
+            bad_rois_are_padding=True,
+            **common,
+        )
+        for given in (rois, padding)
+    )
+    assert_equal(received, expected)
+    assert received["output"][4].any() and not received["output"][5].any()
+
+
+def test_more_elements_than_32_bits_can_count(runner):
+    """The last pixels of an image of 2**31 + 4633 elements.
+
+    The memory is allocated, but only the pages that are read become real.
+    """
+    size = 46341
+    inputs = np.zeros((1, size, size, 1), np.float16)
+    inputs[0, -1, -2:, 0] = [3, 5]
+    # One sample, at (size - 1, size - 1.75).
+    _, attributes = one_bin(runner.op, 1)
+    operands = (
+        inputs,
+        np.array([runner.op.roi(size - 2, size - 1, size - 1, size)], float),
+        np.reshape([0, 0.25], (1, 1, 1, 2)) + runner.op.shift,
+    )
+    common = dict(dtype="float16", **attributes)
+    assert runner.forward(*operands, **common).item() == 3.5
+    gradients = runner.backward(
+        *operands, np.ones((1, 1, 1, 1)), wanted=("displacement",), **common
+    )
+    assert_equal(gradients["displacement"].ravel(), [0, 2])

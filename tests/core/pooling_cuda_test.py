@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Both pooling ops' CUDA kernels, on a GPU or emulated: see gpu.py.
+
+The core's tests that are imported here run once more, on the kernels. What
+only one of the ops does is tested in its own file.
+"""
+
+import core
+import numpy as np
+import pooling
+import pooling_core_test
+import pytest
+import roi_gpu
+from compare import assert_same_bits
+from pairwise import grid
+from pooling import DTYPES, PSROI_POOL, ROI_ALIGN, results
+from pooling_core_test import (
+    draw_crowd,
+    op,
+    test_16_bit_types_are_summed_in_float32_and_rounded_once,
+    test_a_roi_does_not_depend_on_the_others,
+    test_empty,
+    test_every_place_at_once,
+    test_far_corners_and_large_sizes_keep_their_order_of_operations,
+    test_gradients_equal_finite_differences,
+    test_huge_corners_give_what_the_formula_gives,
+    test_padding_and_rois_that_are_not_finite_touch_nothing,
+    test_value_and_slope_at_a_place,
+    test_values_that_are_not_finite_show_where_they_are_read,
+)
+
+
+@pytest.fixture(params=[False, True], ids=["atomic", "deterministic"])
+def deterministic(request):
+    return request.param
+
+
+@pytest.fixture
+def misaligned():
+    return False
+
+
+@pytest.fixture
+def runner(op, deterministic, misaligned):
+    return roi_gpu.Gpu(op, deterministic, misaligned)
+
+
+@grid(
+    {
+        "op": pooling.OPS,
+        "seed, misaligned": [(seed, seed % 3 == 0) for seed in range(40)],
+        "dtype": DTYPES,
+        "deterministic": [False, True],
+    }
+)
+def test_agrees_with_reference(runner, seed, dtype):
+    operands, attributes = runner.op.draw_call(seed)
+    pooling.check(runner, operands, attributes, dtype)
+
+
+def draw(op, seed, *, size, channels, classes=1, num_rois=3, **changes):
+    """Draws ROIs of all kinds on two images, and the attributes."""
+    attributes = op.attributes(
+        channels,
+        **dict(
+            spatial_scale=0.5,
+            pooled_size=(2, 3),
+            group_size=(2, 1),
+            part_size=(1, 2),
+            sample_per_part=2,
+        )
+        | changes,
+    )
+    rng = np.random.default_rng(seed)
+    operands = op.draw(
+        rng,
+        attributes,
+        size=size,
+        num_rois=num_rois,
+        channels=channels,
+        classes=classes,
+    )
+    return operands, attributes
+
+
+CHANNELS = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 65]
+CHANNELS += [127, 128, 129, 130, 255, 257, 511, 512, 513, 1024, 1025]
+
+
+# Around 16 bytes, filled up or not, and the threads of a block.
+@grid(
+    {
+        "op, channels, group_size": [
+            (PSROI_POOL, channels, group_size)
+            for group_size in (1, (2, 1))
+            for channels in sorted({*CHANNELS, 6, 24})
+        ]
+        + [(ROI_ALIGN, channels, None) for channels in CHANNELS],
+        "dtype": DTYPES,
+        "misaligned": [False, True],
+        "deterministic": [False, True],
+    }
+)
+def test_channels(runner, channels, group_size, dtype):
+    operands, attributes = draw(
+        runner.op,
+        channels,
+        size=(4, 5),
+        channels=channels,
+        group_size=group_size,
+    )
+    roi_gpu.check_against_cpu(runner, operands, attributes, dtype)
+
+
+# Around bins, tiles of pixels and ROIs of a block.
+@pytest.mark.parametrize("num_rois", [1, 2, 31, 32, 33, 300])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_rois(runner, num_rois, dtype):
+    crowd, attributes = draw_crowd(runner.op, num_rois, num_rois, dtype)
+    roi_gpu.check_against_cpu(runner, crowd, attributes, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(1, 1), (3, 7), (4, 8), (5, 9), (13, 17)])
+def test_tiles_of_pixels(runner, size, dtype):
+    operands, attributes = draw(runner.op, 0, size=size, channels=6, num_rois=9)
+    roi_gpu.check_against_cpu(runner, operands, attributes, dtype)
+
+
+# Around what a window of taps holds, from one row of pixels to samples that
+# are many pixels apart; and, of ROIAlign, as many as the ROI is large.
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize(
+    ("op", "samples"),
+    [(op, n) for op in pooling.OPS for n in [1, 7, 8, 9, 15, 16, 17, 40]]
+    + [(ROI_ALIGN, 0)],
+    ids=str,
+)
+@pytest.mark.parametrize("size", [(1, 40), (9, 16), (200, 17)])
+def test_samples(runner, samples, size, dtype):
+    operands, attributes = draw(
+        runner.op,
+        samples,
+        size=size,
+        channels=4,
+        classes=2,
+        num_rois=8,
+        pooled_size=(1, 2),
+        **{runner.op.samples: samples},
+    )
+    roi_gpu.check_against_cpu(runner, operands, attributes, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("op", "channels", "group_size"),
+    [(PSROI_POOL, 21, 1), (PSROI_POOL, 21, (3, 4)), (ROI_ALIGN, 40, None)],
+    ids=str,
+)
+def test_each_result_is_the_same_alone_and_again(
+    op,
+    channels,
+    group_size,
+    dtype,
+):
+    operands, attributes = draw(
+        op,
+        1,
+        size=(19, 23),
+        channels=channels,
+        classes=3,
+        num_rois=40,
+        group_size=group_size,
+        part_size=(2, 1),
+        **{op.samples: 9},
+    )
+    exact = core.rounded(operands, dtype)
+    roi_gpu.check_alone_and_again(op, exact, dtype, attributes)
+
+
+# Summed in another order: a rounding of the type, if unlucky.
+ONE_ROUNDING = {
+    "float64": 1e-12,
+    "float32": 1e-5,
+    "float16": 2**-9,
+    "bfloat16": 2**-7,
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("op", "more"),
+    [
+        (PSROI_POOL, dict(output_dim=3)),
+        (ROI_ALIGN, dict(sampling_ratio=0)),
+        (ROI_ALIGN, dict(sampling_ratio=2)),
+    ],
+    ids=str,
+)
+def test_bad_batch_indices_are_padding(runner, more, dtype):
+    """Such ROIs give zeros, and nothing is read out of bounds."""
+    bad = [2, 3, 1e9, 1e30, np.inf, -np.inf, np.nan, 0.5, 1.5, -0.5, -1]
+    rois = np.zeros((len(bad) + 2, 5))
+    rois[:, 3:] = 3
+    rois[1:-1, 0] = bad
+    rois[-1, 0] = 1
+    rng = np.random.default_rng(0)
+    outputs = (len(rois), 2, 2, more.get("output_dim", 12))
+    exact = core.rounded(
+        (
+            rng.normal(size=(2, 4, 5, 12)),
+            rois,
+            rng.normal(size=(len(rois), 2, 2, 2)),
+            rng.normal(size=outputs),
+        ),
+        dtype,
+    )
+    good = [exact[0], *(array[[0, -1]] for array in exact[1:])]
+    common = dict(dtype=dtype, spatial_scale=1.0, pooled_size=2, **more)
+    received = results(runner, exact, **common)
+    expected = results(runner, good, **common)
+    inputs, wanted = received.pop("inputs"), expected.pop("inputs")
+    for name, array in received.items():
+        assert not array[1:-1].any(), name
+    ends = {name: array[[0, -1]] for name, array in received.items()}
+    assert_same_bits(ends, expected)
+    np.testing.assert_allclose(
+        np.float64(inputs),
+        np.float64(wanted),
+        rtol=ONE_ROUNDING[dtype],
+        atol=1e-5,
+    )
+
+
+# No gradient of the inputs is computed, so both ways differ in nothing.
+@pytest.mark.parametrize(
+    "deterministic",
+    [False, pytest.param(True, marks=pytest.mark.slow)],
+    indirect=True,
+)
+def test_more_elements_than_32_bits_can_count(runner):
+    pooling_core_test.test_more_elements_than_32_bits_can_count(runner)

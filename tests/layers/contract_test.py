@@ -1,0 +1,595 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The promises of all four layers: what Keras asks of a layer.
+
+What a layer computes is tested in its own file, types in types_test.py, data
+formats in data_format_test.py, NaN in nan_test.py.
+"""
+
+import copy
+import inspect
+import json
+import pickle
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from compare import assert_close, assert_equal
+from keras.src import testing
+from layer_cases import (
+    BRANCHES,
+    CALLS,
+    KINDS,
+    ONE_OF_EACH,
+    SOURCES,
+    displace,
+    displaced,
+    fit,
+    given_call,
+    loss_of,
+    model_of,
+    new,
+    output_shape,
+    own_call,
+    regions,
+    symbols,
+)
+from operands import random
+
+from tf_deform import _build_info
+
+every_kind = pytest.mark.parametrize("kind", KINDS)
+every_branch = pytest.mark.parametrize(("kind", "config"), BRANCHES, ids=str)
+one_of_each = pytest.mark.parametrize(("kind", "config"), ONE_OF_EACH, ids=str)
+
+
+def outputs_of(kind: str, seed: int = 0) -> np.ndarray:
+    """Returns numbers that a layer could be trained to return."""
+    return random(*output_shape(kind), seed=seed)
+
+
+# Configuration and copies.
+
+EVERYTHING = {
+    "conv2d": {
+        "filters": 6,
+        "kernel_size": (3, 2),
+        "strides": (2, 1),
+        "padding": ((1, 0), (2, 1)),
+        "data_format": "channels_first",
+        "dilation_rate": (1, 2),
+        "groups": 2,
+        "activation": "tanh",
+        "use_bias": True,
+        "kernel_initializer": keras.initializers.HeNormal(seed=7),
+        "bias_initializer": "ones",
+        "kernel_regularizer": keras.regularizers.L2(0.25),
+        "bias_regularizer": "l1",
+        "activity_regularizer": keras.regularizers.L1(0.5),
+        "kernel_constraint": keras.constraints.MaxNorm(3.0),
+        "bias_constraint": "non_neg",
+        "offset_groups": 3,
+        "modulation": "2sigmoid",
+        "boundary": "clamp",
+        "offset_dilation_rate": (2, 1),
+        "implementation": "portable",
+    },
+    "psroi": {
+        "output_dim": 6,
+        "pooled_size": (3, 4),
+        "spatial_scale": 0.3,
+        "group_size": (3, 2),
+        "part_size": (2, 5),
+        "sample_per_part": 3,
+        "trans_std": 0.7,
+        "num_classes": 2,
+        "data_format": "channels_first",
+        "implementation": "portable",
+    },
+    "pool": {
+        "pooled_size": (3, 4),
+        "spatial_scale": 0.3,
+        "sample_per_part": 3,
+        "trans_std": 0.7,
+        "units": (8, 4),
+        "data_format": "channels_first",
+        "implementation": "portable",
+    },
+    "align": {
+        "pooled_size": (3, 4),
+        "spatial_scale": 0.3,
+        "sampling_ratio": 3,
+        "gamma": 0.7,
+        "units": (8, 4),
+        "data_format": "channels_first",
+        "implementation": "portable",
+    },
+}
+
+
+@every_kind
+def test_config_holds_every_argument(kind):
+    cls = KINDS[kind].layer
+    everything = {
+        **EVERYTHING[kind],
+        "name": "everything",
+        "dtype": "mixed_bfloat16",
+        "trainable": False,
+    }
+    constructor = inspect.signature(cls).parameters.keys()
+    assert {*constructor, "name", "dtype", "trainable"} == {
+        *everything,
+        "kwargs",
+    }
+    layer = cls(**everything)
+    config = layer.get_config()
+    assert everything.keys() <= config.keys()
+    for name, value in everything.items():
+        if name != "dtype" and not isinstance(config[name], dict):
+            assert config[name] == value, name
+    clone = cls.from_config(config)
+    assert clone.get_config() == config
+    assert clone.name == "everything"
+    assert clone.compute_dtype == "bfloat16"
+    assert not clone.trainable
+
+
+def through_json(layer: keras.layers.Layer) -> keras.layers.Layer:
+    """Returns a copy of the same class, made from text."""
+    stored = json.loads(json.dumps(keras.saving.serialize_keras_object(layer)))
+    assert stored["registered_name"] == f"tf_deform>{type(layer).__name__}"
+    clone = keras.saving.deserialize_keras_object(stored)
+    assert type(clone) is type(layer)
+    assert clone.get_config() == layer.get_config()
+    # It is built as it was, with or without a branch, before any call.
+    assert clone.built and len(clone.weights) == len(layer.weights)
+    clone.set_weights(layer.get_weights())
+    return clone
+
+
+PADDINGS = ["valid", "same", "SAME", 0, 2, (2, 1), ((0, 1), (3, 2))]
+PADDINGS += [[[0, 1], [3, 2]]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [*BRANCHES, *[("conv2d", {"padding": padding}) for padding in PADDINGS]],
+    ids=str,
+)
+def test_survives_json(kind, config):
+    layer, call = displaced(kind, **config), own_call(kind)
+    clone = through_json(layer)
+    if "padding" in config:
+        assert clone.padding == layer.padding
+    assert_equal(clone(**call), layer(**call))
+
+
+@every_kind
+def test_survives_json_without_branch(kind):
+    layer, call = new(kind), given_call(kind)
+    expected = layer(**call)
+    clone = through_json(layer)
+    assert clone.offset_kernel is None
+    assert_equal(clone(**call), expected)
+
+
+@pytest.mark.parametrize("how", ["pickle", "deepcopy"])
+@every_branch
+def test_copies(kind, config, how):
+    layer, call = displaced(kind, **config), own_call(kind)
+    if how == "pickle":
+        clone = pickle.loads(pickle.dumps(layer))
+    else:
+        clone = copy.deepcopy(layer)
+    assert clone is not layer
+    expected = layer(**call)
+    assert_equal(clone(**call), expected)
+    clone.offset_bias.assign(0 * clone.offset_bias)
+    assert_equal(layer(**call), expected)
+
+
+# Saving and loading models.
+
+
+def functional_model() -> keras.Model:
+    """Layers of all kinds, with all sources of displacements."""
+    inputs = keras.Input((None, None, 6))
+    rois = keras.Input((5,))
+
+    def features(channels, x=inputs):
+        return keras.layers.Conv2D(channels, 3, padding="same")(x)
+
+    own = {
+        "conv2d": new(
+            "conv2d", padding=1, groups=2, activation="tanh", name="own_conv2d"
+        ),
+        "psroi": new("psroi", name="own_psroi"),
+        "pool": new("pool", units=(8, 4), name="own_pool"),
+        "align": new("align", name="own_align"),
+    }
+    convolved = own["conv2d"](inputs)
+    outputs = [
+        own["psroi"](features(36), rois, trans_inputs=features(5)),
+        own["pool"](inputs, rois),
+        own["align"](inputs, rois),
+        new("psroi", name="plain_psroi")(features(36), rois),
+    ]
+    moves = keras.layers.Dense(2)(outputs[1])
+    outputs += [
+        new("pool")(inputs, rois, moves),
+        new("align")(inputs, rois, offset=moves),
+        new("psroi", part_size=None)(features(36), rois, trans=moves),
+    ]
+    given = new("conv2d", kernel_size=1, offset_groups=2, boundary="clamp")
+    outputs += [convolved, given(convolved, offset=1.5 + features(4))]
+    model = keras.Model([inputs, rois], outputs)
+    for layer in own.values():
+        displace(layer)
+    return model
+
+
+def model_call() -> list[np.ndarray]:
+    return [random(2, 11, 12, 6), regions()]
+
+
+def assert_equal_outputs(actual: list, expected: list) -> None:
+    assert len(expected) == 9
+    for output in expected:
+        assert np.std(output) > 0.1
+    assert_equal(list(actual), list(expected), name="outputs")
+
+
+_LOAD = """
+import sys
+import numpy as np
+import keras
+import tensorflow as tf
+import tf_deform
+
+with np.load(sys.argv[1] + "/calls.npz") as file:
+    calls = [file["arr_0"], file["arr_1"]]
+model = keras.saving.load_model(sys.argv[1] + "/model.keras")
+np.savez(sys.argv[1] + "/keras.npz", *model.predict_on_batch(calls))
+model = tf.saved_model.load(sys.argv[1] + "/model")
+np.savez(sys.argv[1] + "/saved_model.npz", *model.serve(calls))
+"""
+
+
+def test_a_fresh_process_loads_the_model(tmp_path, run_python):
+    """A .keras file and a SavedModel, with `import tf_deform` and no more."""
+    model = functional_model()
+    expected = model.predict_on_batch(model_call())
+    np.savez(tmp_path / "calls.npz", *model_call())
+    model.save(tmp_path / "model.keras")
+    model.export(tmp_path / "model", verbose=False)
+    run_python(_LOAD, tmp_path)
+    for form in ("keras", "saved_model"):
+        with np.load(tmp_path / f"{form}.npz") as file:
+            assert_equal_outputs(list(file.values()), expected)
+    served = tf.saved_model.load(tmp_path / "model")
+    for images, count in [(1, 0), (3, 4), (2, 1)]:
+        call = [random(images, 9 + images, 14, 6), regions(count)]
+        call[1][:, 0] %= images
+        actual, expected = served.serve(call), model(call)
+        assert actual[0].shape == (count, 3, 4, 6)
+        for ours, theirs in zip(actual, expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_save_and_load_weights(tmp_path):
+    model = functional_model()
+    model.save_weights(tmp_path / "model.weights.h5")
+    other = functional_model()
+    for variable in other.weights:
+        variable.assign(np.full(variable.shape, 0.25))
+    other.load_weights(tmp_path / "model.weights.h5")
+    assert_equal_outputs(other(model_call()), model(model_call()))
+
+
+def test_clone_model():
+    model = functional_model()
+    clone = keras.models.clone_model(model)
+    assert [v.path for v in clone.weights] == [v.path for v in model.weights]
+    assert [v.shape for v in clone.weights] == [v.shape for v in model.weights]
+    clone.set_weights(model.get_weights())
+    assert_equal_outputs(clone(model_call()), model(model_call()))
+
+
+@pytest.mark.parametrize("has_branch", [True, False])
+@every_kind
+def test_weights_with_and_without_a_branch_are_not_mixed_up(
+    kind, has_branch, tmp_path
+):
+    def model(own_branch):
+        call = own_call(kind) if own_branch else given_call(kind)
+        return model_of(new(kind), call)
+
+    model(has_branch).save_weights(tmp_path / "model.weights.h5")
+    text = "expected [02] variables"
+    if kind == "conv2d":
+        text = "Expected weights .* branch"
+    with pytest.raises(ValueError, match=text):
+        model(not has_branch).load_weights(tmp_path / "model.weights.h5")
+
+
+@one_of_each
+def test_a_layer_in_two_models(kind, config):
+    """Called again it is the same layer, with the same weights."""
+    layer, call = displaced(kind, **config), own_call(kind)
+    expected = layer(**call)
+    for size in (None, call["inputs"].shape[1]):
+        inputs = symbols(call)
+        inputs["inputs"] = keras.Input(
+            (size, *call["inputs"].shape[2:]), name="inputs"
+        )
+        model = keras.Model(inputs, layer(**inputs))
+        assert [id(v) for v in model.weights] == [id(v) for v in layer.weights]
+        assert_equal(model(call), expected)
+
+
+@keras.saving.register_keras_serializable(package="contract_test")
+class Head(keras.Model):
+    """A subclassed model that keeps its layers in a list."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.moves = keras.layers.Dense(2)
+        self.first = new("conv2d", filters=6, padding="same")
+        self.pools = [
+            new("psroi", output_dim=1, num_classes=1),
+            new("pool", units=(8,)),
+            new("align"),
+        ]
+
+    def call(self, arguments):
+        inputs, rois = arguments
+        maps = self.first(inputs)
+        x = self.pools[0](inputs, rois, trans_inputs=maps)
+        y = self.pools[1](maps, rois)
+        return x + y + self.pools[2](inputs, rois, self.moves(y))
+
+
+def test_subclassed_model(tmp_path):
+    model, call = Head(), model_call()
+    model(call)
+    for layer in (model.first, *model.pools[:2]):
+        displace(layer)
+    assert len(model.weights) == 2 + 4 + 2 + 4 + 0
+    expected = model(call)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert_equal(loaded(call), expected)
+    model.save_weights(tmp_path / "model.weights.h5")
+    other = Head()
+    other(call)
+    other.load_weights(tmp_path / "model.weights.h5")
+    assert_equal(other(call), expected)
+
+
+# Training.
+
+
+@every_branch
+def test_fit_decreases_the_loss_and_moves_every_weight(kind, config):
+    call = own_call(kind)
+    call["inputs"] = np.cumsum(np.cumsum(call["inputs"], 1), 2) / 10
+    target = displaced(kind, **config)(**call)
+    layer = new(kind, **config)
+    model = model_of(layer, call)
+    displace(layer, seed=1)
+    before = layer.get_weights()
+    model.compile(keras.optimizers.Adam(0.003), "mse")
+    loss = loss_of(model, call, target)
+    fit(model, call, target, steps=20)
+    assert loss_of(model, call, target) < 0.95 * loss
+    for old, after in zip(before, layer.get_weights(), strict=True):
+        assert np.any(old != after)
+
+
+@one_of_each
+def test_a_frozen_layer_stays_as_it_is(kind, config):
+    call = own_call(kind)
+    inputs = symbols(call)
+    layer = new(kind, trainable=False, **config)
+    outputs = keras.layers.Dense(1)(layer(**inputs))
+    model = keras.Model(inputs, outputs)
+    displace(layer)
+    assert layer.trainable_weights == []
+    assert len(layer.non_trainable_weights) == (2 if kind == "psroi" else 4)
+    before = layer.get_weights()
+    model.compile("sgd", "mse")
+    fit(model, call, outputs_of(kind)[..., :1])
+    assert_equal(layer.get_weights(), before)
+    assert len(model.trainable_weights) == 2
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@one_of_each
+def test_mixed_training_updates_float32_weights(kind, config, policy):
+    keras.config.set_dtype_policy(policy)
+    call = own_call(kind)
+    layer = new(kind, **config)
+    model = model_of(layer, call)
+    displace(layer)
+    before = layer.get_weights()
+    model.compile("adam", "mse")
+    fit(model, call, outputs_of(kind))
+    for old, after in zip(before, layer.get_weights(), strict=True):
+        assert after.dtype == np.float32
+        assert np.all(np.isfinite(after)) and np.any(after != old)
+
+
+@every_kind
+def test_training_is_deterministic(kind):
+    call, results = own_call(kind), []
+    for _ in range(2):
+        keras.utils.set_random_seed(3)
+        layer = new(kind)
+        model = model_of(layer, call)
+        displace(layer)
+        model.compile("adam", "mse")
+        fit(model, call, outputs_of(kind), steps=5)
+        results.append([*layer.get_weights(), model(call)])
+    assert_equal(*results)
+
+
+@one_of_each
+def test_training_inside_xla(kind, config):
+    """Asked for XLA, a model trains and predicts as it does without."""
+    if not _build_info.XLA:
+        pytest.skip("built without the bridge to XLA")
+    call, results = own_call(kind), []
+    for jit_compile in (False, True):
+        keras.utils.set_random_seed(3)
+        layer = new(kind, **config)
+        model = model_of(layer, call)
+        displace(layer)
+        model.compile("sgd", "mse", jit_compile=jit_compile)
+        assert model.jit_compile is jit_compile
+        fit(model, call, outputs_of(kind))
+        results.append([model.predict_on_batch(call), *layer.get_weights()])
+    assert_close(results[1], results[0], 1e-5)
+
+
+@every_kind
+def test_training_without_the_bridge_to_xla(kind, monkeypatch):
+    """As next to an older TensorFlow: asked for XLA, Keras declines."""
+    monkeypatch.setattr(_build_info, "XLA", False)
+    call = own_call(kind)
+    layer = new(kind)
+    model = model_of(layer, call)
+    assert not layer.supports_jit
+    model.compile("sgd", "mse")
+    assert model.jit_compile is False
+    with pytest.warns(UserWarning, match="jit_compile"):
+        model.compile("sgd", "mse", jit_compile=True)
+    assert model.jit_compile is False
+    fit(model, call, outputs_of(kind))
+    assert np.any(layer.offset_kernel)
+
+
+# Among other layers.
+
+
+@one_of_each
+def test_keras_own_test_of_layers(kind, config):
+    """Config, building, symbolic and eager calls, mixed types, training.
+
+    Its trainer calls layers of one argument alone. Regions are 0, 1 or 2.
+    """
+    shapes = {
+        f"{k}_shape": (3, *v.shape[1:]) for k, v in own_call(kind).items()
+    }
+    dtypes = {k: "int32" if "rois" in k else "float32" for k in shapes}
+    if kind == "conv2d":
+        shapes, dtypes = shapes["inputs_shape"], "float32"
+    testing.TestCase().run_layer_test(
+        KINDS[kind].layer,
+        {**KINDS[kind].config, **config},
+        input_shape=shapes,
+        input_dtype=dtypes,
+        expected_output_shape=(3, *KINDS[kind].output),
+        expected_output_dtype="float32",
+        expected_num_trainable_weights=2 if kind == "psroi" else 4,
+        expected_num_non_trainable_weights=0,
+        expected_num_losses=0,
+        supports_masking=False,
+        run_training_check=kind == "conv2d",
+    )
+
+
+@one_of_each
+def test_variables_are_attributes_and_their_paths_say_so(kind, config):
+    """What a regular expression of an optimizer looks for."""
+    layer = new(kind, name="head", **config)
+    model = model_of(layer, own_call(kind))
+    for name in ["offset_kernel", "offset_bias"]:
+        variable = getattr(layer, name)
+        assert variable.name == name
+        assert variable.path.endswith(f"head/{name}")
+    names = {"offset_kernel", "offset_bias"}
+    if kind == "conv2d":
+        names |= {"kernel", "bias"}
+        assert layer.kernel.name == "kernel" and layer.bias.name == "bias"
+    if "units" in config:
+        names |= {"offset_hidden_kernel_0", "offset_hidden_bias_0"}
+    assert {v.path for v in model.trainable_variables} == {
+        f"head/{name}" for name in names
+    }
+
+
+@pytest.mark.filterwarnings("ignore:.*does not support masking")
+@pytest.mark.parametrize(
+    ("kind", "source"), [*SOURCES, ("pool", "plain"), ("align", "plain")]
+)
+def test_a_keras_mask_never_becomes_anything(kind, source):
+    """Neither modulation nor a modulator, nor anything of a region."""
+    call = CALLS[source](kind)
+    layer = new(kind)
+    layer(**call)
+    if source == "own":
+        displace(layer)
+    call["inputs"][:, 2:5, 3:] = 0.0
+    masking = keras.layers.Masking()
+    masked = {k: masking(v) if k != "rois" else v for k, v in call.items()}
+    assert not np.all(keras.src.backend.get_keras_mask(masked["inputs"]))
+    expected = layer(**call)
+    output = layer(**masked)
+    assert_equal(output, expected)
+    assert keras.src.backend.get_keras_mask(output) is None
+    inputs = symbols(call)
+    outputs = layer(
+        **{k: masking(v) if k != "rois" else v for k, v in inputs.items()}
+    )
+    assert_equal(keras.Model(inputs, outputs)(call), expected)
+
+
+@every_kind
+def test_activity_regularizer(kind):
+    layer = displaced(kind, activity_regularizer=keras.regularizers.L1(0.5))
+    output = layer(**own_call(kind))
+    expected = keras.layers.ActivityRegularization(l1=0.5)
+    expected(output)
+    np.testing.assert_allclose(layer.losses, expected.losses, rtol=1e-6)
+
+
+@one_of_each
+def test_in_tf_function_and_tf_data(kind, config):
+    layer, call = displaced(kind, **config), own_call(kind)
+    expected = layer(**call)
+    function = tf.function(lambda call: layer(**call))
+    assert_close(function(call), expected, 1e-5)
+    data = tf.data.Dataset.from_tensors(call).map(lambda call: layer(**call))
+    (output,) = data.as_numpy_iterator()
+    assert_close(output, expected, 1e-5)
+
+
+@every_kind
+def test_images_of_integers_are_cast(kind):
+    layer, call = displaced(kind), own_call(kind)
+    call["inputs"] = np.round(10 * call["inputs"]).clip(0)
+    expected = layer(**call)
+    call["inputs"] = call["inputs"].astype("uint8")
+    assert_equal(layer(**call), expected)
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [np.float64, np.float16, tf.constant, tf.Variable, keras.Variable],
+    ids=["float64", "float16", "tensor", "variable", "keras"],
+)
+@every_kind
+def test_operands_of_every_kind(kind, convert):
+    """The result is float32: that of the same numbers in float32."""
+    layer = displaced(kind)
+    # Whole numbers of 16 bits, and regions that float16 holds.
+    call = {k: np.round(4 * v) / 4 for k, v in own_call(kind).items()}
+    expected = layer(**call)
+    actual = layer(**{k: convert(v) for k, v in call.items()})
+    assert_equal(actual, expected, dtype="float32")
+
+
+@every_kind
+def test_keywords_that_no_layer_has(kind):
+    with pytest.raises((ValueError, TypeError), match="boundaries"):
+        new(kind, boundaries="zeros")

@@ -1,0 +1,415 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The four layers, calls of them, and what they should return.
+
+A new layer's branch is zero, and then almost anything that is wrong with
+displacements goes unseen. So the tests start with `displaced`, which gives the
+branch random values that move samples by more than a pixel.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import reference
+import roi_reference
+import tensorflow as tf
+from operands import coordinate_type, random
+from tolerances import FORWARD, POOLING
+
+from tf_deform.layers import (
+    DeformableConv2D,
+    DeformablePSROIPooling,
+    DeformableROIAlign,
+    DeformableROIPooling,
+)
+from tf_deform.ops import (
+    deformable_conv2d,
+    deformable_psroi_pool,
+    deformable_roi_align,
+)
+
+Layer = keras.layers.Layer
+Call = dict[str, Any]
+
+
+class Kind(NamedTuple):
+    """A layer, and the calls with which the tests exercise it.
+
+    Attributes:
+        layer: The class.
+        config: Arguments of its constructor, where a test does not mind.
+        channels: Channels of `inputs`, with this config.
+        given: The argument that takes displacements.
+        displacements: Their shape for an image, or for a region.
+        factor: The argument that scales them, if there is one.
+        output: The shape of the output for an image, or for a region.
+    """
+
+    layer: type
+    config: dict
+    channels: int
+    given: str
+    displacements: tuple[int, ...]
+    factor: str | None
+    output: tuple[int, ...]
+
+
+KINDS = {
+    "conv2d": Kind(
+        DeformableConv2D,
+        {"filters": 4, "kernel_size": 3, "modulation": "sigmoid"},
+        6,
+        "offset",
+        (6, 7, 18),
+        None,
+        (6, 7, 4),
+    ),
+    "psroi": Kind(
+        DeformablePSROIPooling,
+        {
+            "output_dim": 6,
+            "pooled_size": (3, 4),
+            "spatial_scale": 0.25,
+            "group_size": (3, 2),
+            "part_size": (2, 5),
+            "sample_per_part": 3,
+            "trans_std": 0.5,
+            "num_classes": 3,
+        },
+        36,
+        "trans",
+        (2, 5, 6),
+        "trans_std",
+        (3, 4, 6),
+    ),
+    "pool": Kind(
+        DeformableROIPooling,
+        {
+            "pooled_size": (3, 4),
+            "spatial_scale": 0.25,
+            "sample_per_part": 3,
+            "trans_std": 0.5,
+        },
+        6,
+        "offset",
+        (3, 4, 2),
+        "trans_std",
+        (3, 4, 6),
+    ),
+    "align": Kind(
+        DeformableROIAlign,
+        {
+            "pooled_size": (3, 4),
+            "spatial_scale": 0.25,
+            "sampling_ratio": 3,
+            "gamma": 0.5,
+        },
+        6,
+        "offset",
+        (3, 4, 2),
+        "gamma",
+        (3, 4, 6),
+    ),
+}
+POOLS = ["psroi", "pool", "align"]
+DENSE = ["pool", "align"]  # Their branch is made of dense layers.
+TRANS_CHANNELS = 7
+POOL_BRANCHES = [
+    ("psroi", {}),
+    ("psroi", {"num_classes": 1}),
+    ("psroi", {"part_size": None}),
+    *[
+        (kind, {"units": units})
+        for kind in DENSE
+        for units in [(), (8,), (8, 4)]
+    ],
+]
+BRANCHES = [
+    ("conv2d", {}),
+    ("conv2d", {"modulation": None, "use_bias": False}),
+    ("conv2d", {"modulation": "2sigmoid", "groups": 2, "offset_groups": 3}),
+    *POOL_BRANCHES,
+]
+# One of each layer; that with hidden layers among those that may have some.
+ONE_OF_EACH = [
+    ("conv2d", {}),
+    ("psroi", {}),
+    ("pool", {"units": (8,)}),
+    ("align", {"units": (8,)}),
+]
+FLOAT_POLICIES = ["float32", "float64", "mixed_float16", "mixed_bfloat16"]
+
+
+def new(kind: str, **config: Any) -> Layer:
+    """Returns a layer that is not built."""
+    return KINDS[kind].layer(**{**KINDS[kind].config, **config})
+
+
+# Calls: arguments by name.
+
+
+def regions(count: int = 7) -> np.ndarray:
+    """ROIs of 4 to 6 map pixels inside of the 11x12 maps of two images."""
+    rng = np.random.default_rng(5)
+    rois = np.zeros((count, 5), np.float32)
+    rois[:, 0] = np.arange(count) % 2
+    rois[:, 1:3] = rng.uniform(4, 22, (count, 2))
+    rois[:, 3:] = rois[:, 1:3] + rng.uniform(16, 24, (count, 2))
+    return rois
+
+
+def own_call(kind: str, count: int = 7, seed: int = 0) -> Call:
+    """Returns a call that lets the layer's own branch run."""
+    if kind == "conv2d":
+        return {"inputs": random(2, 8, 9, 6, seed=seed)}
+    result = {
+        "inputs": random(2, 11, 12, KINDS[kind].channels, seed=seed),
+        "rois": regions(count),
+    }
+    if kind == "psroi":
+        maps = random(2, 11, 12, TRANS_CHANNELS, seed=seed + 1)
+        result["trans_inputs"] = maps
+    return result
+
+
+def given_call(kind: str, count: int = 7) -> Call:
+    """Returns a call with displacements, which are taken as they are."""
+    result = own_call(kind, count)
+    result.pop("trans_inputs", None)
+    if kind == "conv2d":
+        result["offset"] = 2 * random(2, 6, 7, 18, seed=1)
+        result["modulator"] = random(2, 6, 7, 9, seed=2)
+        return result
+    size = (count, *KINDS[kind].displacements)
+    result[KINDS[kind].given] = 0.8 * random(*size, seed=3)
+    return result
+
+
+def plain_call(kind: str) -> Call:
+    """Returns a call without anything that displaces."""
+    return {
+        name: value
+        for name, value in own_call(kind).items()
+        if name in ("inputs", "rois")
+    }
+
+
+CALLS = {"own": own_call, "given": given_call, "plain": plain_call}
+SOURCES = [
+    *[(kind, source) for kind in KINDS for source in ("own", "given")],
+    ("psroi", "plain"),  # Without displacements; others then use a branch.
+]
+EVERY_CALL = [
+    *[(kind, "own", config) for kind, config in BRANCHES],
+    *[(kind, "given", {}) for kind in KINDS],
+    ("psroi", "plain", {}),
+]
+
+
+def output_shape(kind: str) -> tuple[int, ...]:
+    """Returns the shape of the output of a call from here."""
+    return (2 if kind == "conv2d" else 7, *KINDS[kind].output)
+
+
+def channels_first(values: Call) -> Call:
+    """Returns the call with its maps laid out in channels first."""
+    return {
+        name: np.moveaxis(value, 3, 1) if np.ndim(value) == 4 else value
+        for name, value in values.items()
+    }
+
+
+def symbols(call: Call, **dtypes: str) -> dict:
+    """Returns inputs of a model that is called with `call`."""
+    return {
+        name: keras.Input(value.shape[1:], dtype=dtypes.get(name), name=name)
+        for name, value in call.items()
+    }
+
+
+def model_of(layer: Layer, call: Call, **dtypes: str) -> keras.Model:
+    """Returns a functional model of this layer alone."""
+    inputs = symbols(call, **dtypes)
+    return keras.Model(inputs, layer(**inputs))
+
+
+def fit(model: keras.Model, call: Call, target: Any, steps: int = 1) -> None:
+    """Trains with one batch: there are not as many ROIs as images."""
+    data = tf.data.Dataset.from_tensors((call, target)).repeat(steps)
+    model.fit(data, shuffle=False, verbose=0)
+
+
+def loss_of(model: keras.Model, call: Call, target: Any) -> float:
+    """Returns the loss of one batch."""
+    data = tf.data.Dataset.from_tensors((call, target))
+    return model.evaluate(data, verbose=0)
+
+
+# Branches that are not zero.
+
+
+def displace(layer: Layer, seed: int = 0) -> None:
+    """Sets all weights but a convolution's kernel.
+
+    Samples of a convolution move by about (1.4, -2.3) +- 1 pixels, bins of a
+    region by about (0.3, -0.45) +- 0.2 ROIs.
+    """
+    rng = np.random.default_rng(seed)
+    if isinstance(layer, DeformableConv2D):
+        *fan_in, channels = layer.offset_kernel.shape
+        scale = 0.5 / np.sqrt(np.prod(fan_in))
+        taps = layer.offset_groups * int(np.prod(layer.kernel_size))
+        bias = rng.normal(0, 0.5, channels)
+        bias[: 2 * taps] += np.tile([1.4, -2.3], taps)  # (dy, dx), ...
+        kernel = rng.normal(0, scale, layer.offset_kernel.shape)
+        layer.offset_kernel.assign(kernel)
+        layer.offset_bias.assign(bias)
+        if layer.bias is not None:
+            layer.bias.assign(rng.normal(size=layer.bias.shape))
+        return
+    for variable in layer.weights:
+        fan_in = math.prod(variable.shape[:-1])
+        scale = 0.3 if variable.name == "offset_bias" else fan_in**-0.5
+        variable.assign(rng.normal(0, scale, variable.shape))
+    bias = layer.offset_bias.numpy()
+    if isinstance(layer, DeformablePSROIPooling):  # [class][(dy, dx)][part]
+        fields = bias.reshape(layer.num_classes, 2, -1)
+        fields += np.array([0.6, -0.9])[:, np.newaxis]
+    else:  # [bin][(dy, dx)]
+        bias.reshape(-1, 2)[:] += [0.6, -0.9]
+    layer.offset_bias.assign(bias)
+
+
+def displaced(kind: str, seed: int = 0, **config: Any) -> Layer:
+    """Returns a built layer whose displacements are far from zero."""
+    layer = new(kind, **config)
+    call = own_call(kind)
+    if layer.data_format == "channels_first":
+        call = channels_first(call)
+    layer(**call)
+    displace(layer, seed)
+    return layer
+
+
+# What a layer should return.
+
+
+def attributes(layer: Layer) -> dict:
+    """Returns what the layer's op is told besides tensors."""
+    if isinstance(layer, DeformableConv2D):
+        names = ["strides", "padding", "dilation_rate", "offset_groups"]
+        names += ["boundary"]
+    else:
+        names = ["pooled_size", "spatial_scale"]
+        if isinstance(layer, DeformableROIAlign):
+            names += ["sampling_ratio", "gamma"]
+        else:
+            names += ["sample_per_part", "trans_std"]
+        if isinstance(layer, DeformablePSROIPooling):
+            names += ["output_dim", "group_size", "part_size"]
+    return {name: getattr(layer, name) for name in names}
+
+
+def by_the_op(
+    layer: Layer, inputs: Any, *coordinates: Any, **options: Any
+) -> tf.Tensor:
+    """Returns the op's output for `(offset, modulator)` or `(rois, trans)`."""
+    options |= attributes(layer)
+    if isinstance(layer, DeformableConv2D):
+        output = deformable_conv2d(
+            inputs, layer.kernel, *coordinates, **options
+        )
+        return output if layer.bias is None else output + layer.bias
+    if isinstance(layer, DeformableROIAlign):
+        return deformable_roi_align(inputs, *coordinates, **options)
+    if isinstance(layer, DeformableROIPooling):
+        options |= {"output_dim": inputs.shape[-1], "group_size": 1}
+    return deformable_psroi_pool(inputs, *coordinates, **options)
+
+
+def by_hand(layer: Layer, inputs: Any, *coordinates: Any) -> np.ndarray:
+    """Returns the same by loops in NumPy, in float64."""
+    options = attributes(layer)
+    if isinstance(layer, DeformableConv2D):
+        output = reference.deformable_conv2d(
+            inputs, layer.kernel.numpy(), *coordinates, **options
+        )
+        return output if layer.bias is None else output + layer.bias.numpy()
+    if isinstance(layer, DeformableROIAlign):
+        return roi_reference.deformable_roi_align(
+            inputs, *coordinates, **options
+        )
+    if isinstance(layer, DeformableROIPooling):
+        options |= {"output_dim": inputs.shape[-1], "group_size": 1}
+    return roi_reference.deformable_psroi_pool(inputs, *coordinates, **options)
+
+
+def pool_branch(
+    layer: Layer, inputs: Any, rois: Any, trans_inputs: Any = None
+) -> np.ndarray:
+    """Computes displacements of bins from a layer's weights, in NumPy."""
+    weights = {v.name: v.numpy().astype(np.float64) for v in layer.weights}
+    kernel, bias = weights["offset_kernel"], weights["offset_bias"]
+    if isinstance(layer, DeformablePSROIPooling):
+        maps = np.einsum("bhwc,cf->bhwf", trans_inputs, kernel[0, 0]) + bias
+        return roi_reference.deformable_psroi_pool(
+            # Places of samples are computed in the type of the inputs.
+            maps.astype(trans_inputs.dtype),
+            rois,
+            output_dim=2 * layer.num_classes,
+            spatial_scale=layer.spatial_scale,
+            pooled_size=layer.part_size,
+            sample_per_part=layer.sample_per_part,
+        )
+    x = by_hand(layer, inputs, rois)
+    x = x.reshape(len(rois), math.prod(x.shape[1:]))
+    for index in range(len(layer.units)):
+        x = x @ weights[f"offset_hidden_kernel_{index}"]
+        x = np.maximum(x + weights[f"offset_hidden_bias_{index}"], 0)
+    return (x @ kernel + bias).reshape(len(rois), *layer.pooled_size, 2)
+
+
+def in_its_type(layer: Layer, call: Call) -> tuple[np.ndarray, Any]:
+    """Computes the branch in the layer's type, then exact arithmetic.
+
+    Returns the output and the tolerance for it. The branch is computed by
+    stock ops, and by the op without displacements.
+    """
+    compute = tf.as_dtype(layer.compute_dtype)
+    coordinates = coordinate_type(compute.name)
+    weights = {v.name: tf.cast(v.value, compute) for v in layer.weights}
+    kernel, bias = weights["offset_kernel"], weights["offset_bias"]
+    inputs = tf.cast(call["inputs"], compute)
+    if isinstance(layer, DeformableConv2D):
+        values = tf.nn.conv2d(inputs, kernel, 1, "VALID") + bias
+        values = tf.cast(values, coordinates).numpy()
+        fields, mask = values, None
+        if layer.modulation:
+            fields, mask = np.split(values, [values.shape[-1] // 3 * 2], -1)
+            mask = 1 / (1 + np.exp(-mask))
+        output = reference.deformable_conv2d(
+            inputs, weights["kernel"], fields, mask
+        ) + np.asarray(weights["bias"], np.float64)
+        return output, FORWARD[compute.name]
+    rois = call["rois"].astype(coordinates)
+    if isinstance(layer, DeformablePSROIPooling):
+        maps = tf.cast(call["trans_inputs"], compute)
+        displacements = deformable_psroi_pool(
+            tf.tensordot(maps, kernel[0, 0], 1) + bias,
+            rois,
+            output_dim=2 * layer.num_classes,
+            spatial_scale=layer.spatial_scale,
+            pooled_size=layer.part_size,
+            sample_per_part=layer.sample_per_part,
+        )
+    else:
+        x = tf.reshape(by_the_op(layer, inputs, rois), (len(rois), -1))
+        for index in range(len(layer.units)):
+            x = tf.matmul(x, weights[f"offset_hidden_kernel_{index}"])
+            x = tf.nn.relu(x + weights[f"offset_hidden_bias_{index}"])
+        x = tf.matmul(x, kernel) + bias
+        displacements = tf.reshape(x, (len(rois), *layer.pooled_size, 2))
+    displacements = tf.cast(displacements, coordinates)
+    output = by_hand(layer, inputs.numpy(), rois, displacements)
+    return output, POOLING[compute.name]

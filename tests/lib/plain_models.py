@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain models with deformable twins, and files of their weights."""
+
+import h5py
+import keras
+import numpy as np
+from operands import random
+
+FILES = ("weights.h5", "weights.json", "keras", "h5", "legacy weights")
+layers = keras.layers
+
+
+def save(model, folder, kind="weights.h5"):
+    """Saves a model, or its weights, as a user would."""
+    path = folder / f"plain.{kind}"
+    if kind == "weights.json":
+        largest = max(weight.numpy().nbytes for weight in model.weights)
+        model.save_weights(path, max_shard_size=1.01 * largest / 2**30)
+    elif kind == "weights.h5":
+        model.save_weights(path)
+    elif kind == "legacy weights":  # What Keras 2's `save_weights` wrote.
+        whole = folder / "whole.h5"
+        model.save(whole)
+        path = folder / "plain.h5"
+        with h5py.File(whole) as old, h5py.File(path, "w") as new:
+            for name in old["model_weights"]:
+                old.copy(f"model_weights/{name}", new)
+            new.attrs.update(old["model_weights"].attrs)
+    else:
+        model.save(path)
+    return path
+
+
+def fill(model, seed=0):
+    """Numbers that are all different, so that none can be taken for another."""
+    rng = np.random.default_rng(seed)
+    for weight in model.weights:
+        weight.assign(rng.uniform(0.1, 0.5, weight.shape))
+    return model
+
+
+def values(model):
+    return [weight.numpy() for weight in model.weights]
+
+
+def chain(layer, name):
+    """Convolutions of one shape, so that only names or order tell them."""
+    return [
+        layers.Conv2D(4, 3, padding="same", name=name("a")),
+        layer(4, 3, padding="same", name=name("b")),
+        layers.Conv2D(4, 3, padding="same", name=name("c")),
+        layer(4, 3, padding="same", name=name("d")),
+        layers.Conv2D(4, 3, padding="same", name=name("e")),
+    ]
+
+
+def make_chain(layer, name):
+    image = x = keras.Input((7, 8, 4))
+    for each in chain(layer, name):
+        x = each(x)
+    return keras.Model(image, x)
+
+
+def make_sequential(layer, name):
+    return keras.Sequential([keras.Input((7, 8, 4)), *chain(layer, name)])
+
+
+def make_residual(layer, name):
+    """As a ResNet: blocks, with shortcuts of their own, normalised."""
+    image = x = keras.Input((7, 8, 4))
+    for block in range(3):
+        short = x
+        if block != 1:
+            short = layers.Conv2D(4, 1, name=name(f"{block}_0"))(x)
+            short = layers.BatchNormalization(name=name(f"{block}_0_bn"))(short)
+        kind = layer if block else layers.Conv2D
+        y = kind(4, 3, padding="same", use_bias=False, name=name(f"{block}_1"))
+        y = layers.BatchNormalization(name=name(f"{block}_1_bn"))(y(x))
+        y = layers.Conv2D(4, 1, name=name(f"{block}_2"))(layers.ReLU()(y))
+        x = layers.ReLU()(layers.Add()([short, y]))
+    x = layers.Dropout(0.5)(layers.GlobalAveragePooling2D()(x))
+    return keras.Model(image, layers.Dense(3, name=name("head"))(x))
+
+
+def make_nested(layer, name):
+    """Models in models; two of the same names inside."""
+    inner = []
+    for each in ("first", "second"):
+        image = x = keras.Input((7, 8, 4))
+        for part in chain(layer, name)[:3]:
+            x = layers.BatchNormalization(name=name(f"{part.name}_bn"))(part(x))
+        inner.append(keras.Model(image, x, name=each))
+    outer = keras.Sequential([keras.Input((7, 8, 4)), inner[1]], name="outer")
+    image = keras.Input((7, 8, 4))
+    x = layer(4, 1, name=name("a"))(inner[0](image))
+    return keras.Model(image, outer(x))
+
+
+def make_shared(layer, name):
+    image = keras.Input((7, 8, 4))
+    one, two = chain(layer, name)[1:3]
+    return keras.Model(image, one(two(one(image))) + two(image))
+
+
+def make_wrapped(layer, name):
+    """Layers in layers, and of many kinds."""
+    image = keras.Input((2, 7, 8, 4))
+    inner = layer(4, 3, padding="same", name=name("inner"))
+    x = layers.TimeDistributed(inner, name=name("each"))(image)
+    depthwise = layers.DepthwiseConv2D(3, name=name("depthwise"))
+    x = layers.TimeDistributed(depthwise, name=name("second"))(x)
+    separable = layers.SeparableConv2D(4, 3, name=name("separable"))
+    x = layers.TimeDistributed(separable, name=name("third"))(x)
+    x = layers.Reshape((2, -1))(x)
+    lstm = layers.LSTM(3, return_sequences=True, name=name("lstm"))
+    x = layers.Bidirectional(lstm, name=name("both"))(x)
+    x = layers.MultiHeadAttention(2, 3, name=name("attention"))(x, x)
+    return keras.Model(image, layers.LayerNormalization(name=name("norm"))(x))
+
+
+class Subclassed(keras.Model):
+    """Layers as attributes, in lists, in dictionaries; a weight of its own."""
+
+    def __init__(self, layer, name):
+        super().__init__()
+        parts = chain(layer, name)
+        self.stem = parts[1]
+        self.blocks = [parts[0], parts[3]]
+        self.more = {"one": parts[2], "two": [parts[4]]}
+        self.deformable = layer(4, 1, name=name("f"))
+
+    def build(self, shape):
+        self.factor = self.add_weight(name="factor", shape=(4,))
+        super().build(shape)
+
+    def call(self, x):
+        x = self.blocks[1](self.blocks[0](self.stem(x))) * self.factor
+        return self.deformable(self.more["two"][0](self.more["one"](x)))
+
+
+def make_subclassed(layer, name):
+    model = Subclassed(layer, name)
+    model(np.zeros((1, 7, 8, 4), "float32"))
+    return model
+
+
+MAKERS = [
+    make_chain,
+    make_sequential,
+    make_residual,
+    make_nested,
+    make_shared,
+    make_wrapped,
+    make_subclassed,
+]
+
+
+def named(name):
+    return name
+
+
+def unnamed(name):
+    return None
+
+
+def image_for(model):
+    shape = getattr(model, "input_shape", None) or (1, 7, 8, 4)
+    return random(2, *shape[1:])
+
+
+def assert_is_twin(model, plain):
+    """The same outputs, and nothing in the branches."""
+    image = image_for(plain)
+    np.testing.assert_allclose(model(image), plain(image), 1e-5, 1e-5)
+    for weight in model.weights:
+        if "offset" in weight.path:
+            assert not weight.numpy().any()

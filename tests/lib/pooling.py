@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls, oracles and a comparison for the tests of both pooling ops.
+
+Both ops take inputs, ROIs and displacements (`trans` or `offset`). `Op` says
+in which words each of them is asked for the same.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import core
+import numpy as np
+import operands
+import roi_reference
+from compare import assert_close, assert_same_bits
+from operands import coordinate_type
+from reference import pair
+from tolerances import POOLING
+
+DTYPES = list(core.DTYPES)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Op:
+    """One of the two ops, and how it is asked for what both can do."""
+
+    name: str  # In C and, behind "TfDeform>", in graphs.
+    function: str  # Of tf_deform.ops and of the reference.
+    displacement: str  # The operand's name.
+    draw_call: Callable[[int], tuple]  # A random call from a seed.
+    make_bins: Callable  # The reference's bins.
+    counts: bool  # Whether there is a second output, `count`.
+    margin: float  # Pixels outside of the map that are still read.
+    # The last corner is the pixel that a ROI ends with, rather than its edge.
+    inclusive: int
+    # A ROI of `roi(0, 0, 1, 1)` with a displacement of y + shift reads at y.
+    shift: float
+    one_sample: dict  # Attributes: a bin has one sample, which moves freely.
+    samples: str  # The attribute that says how many samples a bin has.
+
+    def __str__(self) -> str:
+        return self.function.removeprefix("deformable_")
+
+    def attributes(self, output_dim: int, /, **attributes: Any) -> dict:
+        """Returns attributes of this op, of those that are given for both."""
+        if not self.counts:
+            names = ("group_size", "part_size", "sample_per_part", "trans_std")
+            return {k: v for k, v in attributes.items() if k not in names}
+        attributes = {
+            k: v
+            for k, v in attributes.items()
+            if k not in ("sampling_ratio", "gamma")
+        }
+        return {"output_dim": output_dim, **attributes}
+
+    def roi(self, x1, y1, x2, y2, image=0) -> list[float]:
+        """Returns the ROI between two corners, the last one exclusive."""
+        end = self.inclusive
+        return [image, x1, y1, x2 - end, y2 - end]
+
+    def shapes(
+        self, attributes: dict, batch: int, size: Any, num_rois: int, **sizes
+    ) -> list[tuple]:
+        """Returns the shapes of inputs, ROIs, displacements and output.
+
+        `sizes` are `classes`, for PS-ROI pooling, or `channels`, for ROIAlign.
+        """
+        bins = pair(attributes["pooled_size"])
+        rois = (num_rois, 5)
+        if not self.counts:
+            channels = sizes["channels"]
+            return [
+                (batch, *size, channels),
+                rois,
+                (num_rois, *bins, 2),
+                (num_rois, *bins, channels),
+            ]
+        groups = pair(attributes.get("group_size") or bins)
+        parts = pair(attributes.get("part_size") or bins)
+        output_dim = attributes["output_dim"]
+        return [
+            (batch, *size, output_dim * groups[0] * groups[1]),
+            rois,
+            (num_rois, *parts, 2 * sizes.get("classes", 1)),
+            (num_rois, *bins, output_dim),
+        ]
+
+    def draw(
+        self,
+        rng: np.random.Generator,
+        attributes: dict,
+        *,
+        batch: int = 2,
+        size: tuple[int, int],
+        num_rois: int,
+        kinds: tuple[str, ...] = operands.ROI_KINDS,
+        uniform: bool = False,
+        **sizes: int,
+    ) -> tuple[np.ndarray, ...]:
+        """Draws inputs, ROIs, displacements and the output's gradient."""
+        inputs, _, displacement, output = self.shapes(
+            attributes, batch, size, num_rois, **sizes
+        )
+        scale = attributes["spatial_scale"]
+        return (
+            rng.normal(size=inputs),
+            operands.draw_rois(rng, batch, size, scale, num_rois, kinds),
+            rng.uniform(-1, 1, displacement)
+            if uniform
+            else rng.normal(size=displacement),
+            rng.normal(size=output),
+        )
+
+    def draw_differentiable(
+        self, rng: np.random.Generator, attributes: dict, **draw: Any
+    ) -> tuple[np.ndarray, ...]:
+        """Draws the same; displacements keep samples off their kinks."""
+        drawn = self.draw(rng, attributes, uniform=True, **draw)
+        operands.move_off_kinks(
+            rng, lambda: self.make_bins(*drawn[:3], **attributes), drawn[2]
+        )
+        return drawn
+
+    def reference(
+        self, inputs, rois, displacement=None, **attributes: Any
+    ) -> dict[str, np.ndarray]:
+        """Returns the outputs by name, in float64."""
+        function = getattr(roi_reference, self.function)
+        if not self.counts:
+            output = function(inputs, rois, displacement, **attributes)
+            return {"output": output}
+        output, count = function(
+            inputs, rois, displacement, return_count=True, **attributes
+        )
+        return {"output": output, "count": count}
+
+    def reference_gradients(self, *operands, **attributes: Any) -> dict:
+        """Returns the gradients by name, in float64; None for none."""
+        function = getattr(roi_reference, f"{self.function}_grad")
+        return function(*operands, **attributes)._asdict()
+
+
+PSROI_POOL = Op(
+    name="DeformablePSROIPool",
+    function="deformable_psroi_pool",
+    displacement="trans",
+    draw_call=operands.draw_psroi_pool_call,
+    make_bins=roi_reference.psroi_bins,
+    counts=True,
+    margin=0.5,
+    inclusive=1,
+    shift=0.5,
+    one_sample=dict(
+        spatial_scale=1.0, pooled_size=1, sample_per_part=1, trans_std=1.0
+    ),
+    samples="sample_per_part",
+)
+ROI_ALIGN = Op(
+    name="DeformableROIAlign",
+    function="deformable_roi_align",
+    displacement="offset",
+    draw_call=operands.draw_roi_align_call,
+    make_bins=roi_reference.roi_align_bins,
+    counts=False,
+    margin=1.0,
+    inclusive=0,
+    shift=0.0,
+    one_sample=dict(
+        spatial_scale=1.0, pooled_size=1, sampling_ratio=1, gamma=1.0
+    ),
+    samples="sampling_ratio",
+)
+OPS = [PSROI_POOL, ROI_ALIGN]
+
+
+class Cpu:
+    """An op's functions in the core, on the CPU."""
+
+    def __init__(self, op: Op):
+        self.op = op
+
+    def forward(self, *operands, **options):
+        return core.forward_roi(self.op.name, *operands, **options)
+
+    def backward(self, *operands, **options) -> dict[str, np.ndarray]:
+        return core.backward_roi(self.op.name, *operands, **options)
+
+
+def results(runner: Any, exact: Iterable, **options: Any) -> dict:
+    """Returns outputs and gradients by name, of operands and a gradient."""
+    *given, output_grad = exact
+    if runner.op.counts:
+        output, count = runner.forward(*given, return_count=True, **options)
+        outputs = {"output": output, "count": count}
+    else:
+        outputs = {"output": runner.forward(*given, **options)}
+    return {**outputs, **runner.backward(*given, output_grad, **options)}
+
+
+def assert_results_close(
+    received: dict, expected: dict, dtype: str, case: object = ""
+) -> None:
+    """Compares results in `dtype` with the reference's, each as it may be.
+
+    Gradients of displacements are in the type of coordinates, and counts are
+    exact.
+    """
+    for name, array in received.items():
+        kind = coordinate_type(dtype) if name == "displacement" else dtype
+        assert_close(
+            array,
+            expected[name],
+            0 if name == "count" else POOLING[kind],
+            case=case,
+            name=name,
+        )
+
+
+def check(
+    runner: Any,
+    operands: Iterable,
+    attributes: dict,
+    dtype: str,
+    case: object = "",
+    **options: Any,
+) -> None:
+    """Compares outputs and gradients with the reference."""
+    exact = core.rounded(operands, dtype)
+    op = runner.op
+    assert_results_close(
+        results(runner, exact, dtype=dtype, **attributes, **options),
+        {
+            **op.reference(*exact[:3], **attributes),
+            **op.reference_gradients(*exact, **attributes),
+        },
+        dtype,
+        case or f"{dtype} {attributes}",
+    )
+
+
+def check_threads(
+    runner: Any,
+    operands: Iterable,
+    attributes: dict,
+    dtype: str,
+    threads: tuple[int, ...],
+) -> None:
+    """Compares all results of several threads with those of one, by bits."""
+    exact = core.rounded(operands, dtype)
+    one = results(runner, exact, dtype=dtype, threads=1, **attributes)
+    for number in threads:
+        other = results(
+            runner, exact, dtype=dtype, threads=number, **attributes
+        )
+        assert_same_bits(other, one, f"{number} threads, {dtype} {attributes}")
