@@ -15,7 +15,6 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import compare
 import numpy as np
 from reference import Pair, pair
 
@@ -384,23 +383,3 @@ def reach_of_displacements(
     for b in bins:
         reach[b.place] = np.where(np.isfinite(b.reach), b.reach, 1)
     return np.where(reach == 0, 1, np.abs(reach)).reshape(shape)
-
-
-# Under their former names, for the tests that still use them.
-from compare import assert_finite_differences  # noqa: E402, F401
-from operands import (  # noqa: E402, F401
-    ROI_KINDS,
-    draw_psroi_pool_call,
-    draw_roi_align_call,
-    draw_rois,
-    move_off_kinks,
-)
-from tolerances import HALF_UNIT, POOLING  # noqa: E402, F401
-
-
-def assert_close(
-    received: np.ndarray, expected: np.ndarray, dtype: str, what: str
-) -> None:
-    """Compares results of `dtype` with the reference; all are finite."""
-    __tracebackhide__ = True
-    compare.assert_close(received, expected, POOLING[dtype], name=what)
