@@ -61,12 +61,15 @@ test: $(INSTALLED)
 test-full: $(INSTALLED)
 	$(RUN) -m pytest -n 2 --dist loadfile -m ""
 
-# The core without its kernels for GPUs, and the most telling file of each other
-# folder. What starts other processes takes long: it is left out.
-QUICK := tests/core/contracts_core_test.py tests/core/deformable_*_core_test.py \
-	tests/core/pooling_core_test.py tests/core/pooling_shapes_core_test.py \
-	tests/ops/every_op_test.py tests/ops/pooling_test.py \
-	tests/ops/deformable_conv2d_edges_test.py
+# The core without its kernels for GPUs, the ops beside their references, what
+# the layers promise, and the comparisons that all of it rests on. Left out are
+# what compiles, starts other processes or needs gigabytes.
+QUICK := $(filter-out tests/core/isa_core_test.py, \
+		$(wildcard tests/core/*_core_test.py)) \
+	tests/ops/arguments_test.py tests/ops/bad_calls_test.py \
+	$(wildcard tests/ops/deformable_*_test.py) tests/ops/every_op_test.py \
+	tests/ops/pooling_test.py $(wildcard tests/layers/contract_test.py) \
+	tests/export/export_check_test.py tests/build/files_test.py tests/lib
 
 quick: $(INSTALLED)
 	$(RUN) -m pytest -n 2 --dist worksteal $(QUICK) \

@@ -81,7 +81,7 @@ def test_import_next_to_another_tensorflow(run_python, copy_of_the_package):
 def test_import_of_a_package_that_was_not_built(
     run_python, copy_of_the_package
 ):
-    """Without the library alone it works: see portable_test.py."""
+    """Without the library alone it works: see implementation_test.py."""
     (copy_of_the_package / "_build_info.py").unlink()
     printed = run_python(BROKEN, copy_of_the_package.parent)
     assert "ImportError: Expected" in printed

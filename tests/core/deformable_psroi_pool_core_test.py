@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What deformable PS-ROI pooling alone does, in the core.
+"""Tests the rules that deformable PS-ROI pooling alone has, in the core.
 
 Most of its tests are those of both pooling ops: `pooling_core_test.py`.
 """

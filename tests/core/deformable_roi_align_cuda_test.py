@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What deformable ROIAlign alone does, by its CUDA kernels: see gpu.py.
+"""Tests the CUDA kernels by rules that ROIAlign alone has: see gpu.py.
 
 The core's tests that are imported here run once more, on the kernels.
 """

@@ -6,8 +6,7 @@ before one is chosen, so it must do with the baseline (SSE2). That goes for
 functions of the standard library too: the linker keeps one copy of an inline
 function, maybe the one that was compiled for AVX-512.
 
-What every set computes is told by the ops' own tests, which are run once more
-for each.
+The ops' own tests are run once more for each set, to compare its results.
 """
 
 import collections
@@ -22,8 +21,8 @@ import sys
 import core
 import pytest
 
-# What begins an instruction in the encodings of AVX and AVX2 (VEX; also BMI and
-# AVX-512's instructions on masks) and of AVX-512 (EVEX), after prefixes of
+# First bytes of an instruction in the encodings of AVX and AVX2 (VEX; also BMI
+# and AVX-512's instructions on masks) and of AVX-512 (EVEX), after prefixes of
 # segment and address size. No other instruction begins like that in 64 bits.
 _VEX, _EVEX = {"c4", "c5"}, {"62"}
 _PREFIXES = {"26", "2e", "36", "3e", "64", "65", "67"}
@@ -51,7 +50,7 @@ def _namespace(symbol: str) -> str:
 
 
 def _is_past(isa: str, encoding: str, mnemonic: str, operands: str) -> bool:
-    """Whether an instruction is past its set."""
+    """Returns whether an instruction is past its set."""
     first = next((b for b in encoding.split() if b not in _PREFIXES), "")
     if isa == "baseline":
         return first in _VEX | _EVEX or bool(_AFTER_SSE2.fullmatch(mnemonic))
@@ -85,7 +84,7 @@ def _disassembled(path: str):
 
 
 def _libraries(name: str) -> list[str]:
-    """The core, or next to it the ops that it is a part of."""
+    """Returns the core, or next to it the ops that it is a part of."""
     path = pathlib.Path(core.library()._name)
     if name == "core":
         return [str(path)]
@@ -123,7 +122,7 @@ def test_code_keeps_to_its_instruction_set(name):
                 for register in ("%ymm", "%zmm"):
                     widest[isa, register] += register in instruction[2]
         assert not past, f"{len(past)} functions of {path}: {past}"
-        # What was looked for is there, under the names that were looked for.
+        # All sets are there, under the names by which they were looked for.
         assert min(functions[isa] for isa in ("baseline", *_NAMESPACES)) > 50
         assert widest["avx2", "%ymm"] > 1000
         assert widest["avx512", "%zmm"] > 1000
@@ -193,7 +192,7 @@ def _runs_with(isa: str) -> str:
 
 @pytest.fixture(scope="module")
 def expected_results(tmp_path_factory):
-    """A folder in which runs share what does not depend on instructions."""
+    """Makes a folder for expected results, which all instruction sets share."""
     return tmp_path_factory.mktemp("expected")
 
 

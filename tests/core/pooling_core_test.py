@@ -282,7 +282,7 @@ def test_every_place_at_once(runner, size, dtype):
 def test_far_corners_and_large_sizes_keep_their_order_of_operations(
     runner, axis, dtype
 ):
-    """Where float32 coordinates are coarse, each rounding shows."""
+    """Each rounding shows where float32 coordinates are coarse."""
     op, rng = runner.op, np.random.default_rng(axis)
     num_rois, far = 12, 30000
     rois = np.tile(np.array(op.roi(0, 0, 1, 1.0)), (num_rois, 1))

@@ -39,7 +39,7 @@ def symbolic_tensor() -> tf.Tensor:
         return tf.compat.v1.placeholder(tf.int32, ())
 
 
-# What is no number, no list of numbers, no option and no tensor of numbers.
+# Values that are no number, list of numbers, option or tensor of numbers.
 NONSENSE = {
     "text": "two",
     "a digit": "2",

@@ -22,7 +22,7 @@ ERRORS = (ValueError, TypeError, tf.errors.InvalidArgumentError)
 
 @dataclasses.dataclass(frozen=True)
 class BadCall:
-    """What is changed of a good call, and what the text must say then.
+    """Changes of a good call, and the words that the error must have then.
 
     `expected` and `received` are regular expressions. Where they stand, the
     text reads "Expected ... Received: ..."; `tensorflow` is an alternative
@@ -129,125 +129,72 @@ def _wrong_types(name: str, good: tuple, dtypes: str, right: str) -> list:
 # Refused by the shape: the graph builder says it with ValueError as soon as
 # shapes are known, the kernel with InvalidArgumentError when it runs.
 CONV2D_SHAPES = [
-    BadCall(
-        f"{name} of rank {len(sizes)}",
-        {name: zeros(*sizes)},
-        f"`{name}`.*(rank 4|4 dimensions)",
-        shape(name, *sizes) if len(sizes) > 1 else f"{name}.shape=",
-    )
-    for name, sizes in [
-        ("inputs", (9, 10, 12)),
-        ("inputs", (1, 2, 9, 10, 12)),
-        ("inputs", ()),
-        ("kernel", (3, 2, 12)),
-        ("kernel", (1, 3, 2, 12, 8)),
-        ("offset", (2, 7, 9, 2, 12)),
-        ("offset", (7, 9, 24)),
-        ("offset", ()),
-        ("mask", (7, 9, 12)),
-        ("mask", (2, 7, 9, 2, 6)),
-        ("mask", ()),
-    ]
-]
-CONV2D_SHAPES += [
-    BadCall(
-        f"{name} has a wrong {what}",
-        {name: zeros(*sizes)},
-        f"`{name}`.*{right}",
-        shape(name, *sizes),
-    )
-    for name, what, right, sizes in [
-        ("offset", "number of channels", "24", (2, 7, 9, 12)),
-        ("offset", "number of channels, one more", "24", (2, 7, 9, 25)),
-        ("offset", "number of channels, none", "24", (2, 7, 9, 0)),
-        ("offset", "batch", "2", (3, 7, 9, 24)),
-        ("offset", "batch, one for all", "2", (1, 7, 9, 24)),
-        ("offset", "batch, none", "2", (0, 7, 9, 24)),
-        ("offset", "height", "7", (2, 8, 9, 24)),
-        ("offset", "width", "9", (2, 7, 8, 24)),
-        ("offset", "height and width, swapped", "7", (2, 9, 7, 24)),
-        ("mask", "number of channels", "12", (2, 7, 9, 24)),
-        ("mask", "number of channels, one for all", "12", (2, 7, 9, 1)),
-        ("mask", "batch", "2", (1, 7, 9, 12)),
-        ("mask", "height", "7", (2, 1, 9, 12)),
-        ("mask", "width", "9", (2, 7, 1, 12)),
-    ]
-]
-CONV2D_SHAPES += [
-    BadCall(
-        "channels not divisible by those of the kernel",
-        {"kernel": zeros(3, 2, 5, 8)},
-        "channels.*`kernel`",
-        shape("kernel", 3, 2, 5, 8),
+    *_wrong_shapes(
+        [
+            *[
+                (name, "rank", f"`{name}`.*(rank 4|4 dimensions)", sizes)
+                for name, sizes in [
+                    ("inputs", (9, 10, 12)),
+                    ("inputs", (1, 2, 9, 10, 12)),
+                    ("inputs", ()),
+                    ("kernel", (3, 2, 12)),
+                    ("kernel", (1, 3, 2, 12, 8)),
+                    ("offset", (2, 7, 9, 2, 12)),
+                    ("offset", (7, 9, 24)),
+                    ("offset", ()),
+                    ("mask", (7, 9, 12)),
+                    ("mask", (2, 7, 9, 2, 6)),
+                    ("mask", ()),
+                ]
+            ],
+            ("offset", "channels", "`offset`.*24", (2, 7, 9, 12)),
+            ("offset", "channels, one more", "`offset`.*24", (2, 7, 9, 25)),
+            ("offset", "channels, none", "`offset`.*24", (2, 7, 9, 0)),
+            ("offset", "batch", "`offset`.*2", (3, 7, 9, 24)),
+            ("offset", "batch, one for all", "`offset`.*2", (1, 7, 9, 24)),
+            ("offset", "batch, none", "`offset`.*2", (0, 7, 9, 24)),
+            ("offset", "height", "`offset`.*7", (2, 8, 9, 24)),
+            ("offset", "width", "`offset`.*9", (2, 7, 8, 24)),
+            ("offset", "sizes, swapped", "`offset`.*7", (2, 9, 7, 24)),
+            ("mask", "channels", "`mask`.*12", (2, 7, 9, 24)),
+            ("mask", "channels, one for all", "`mask`.*12", (2, 7, 9, 1)),
+            ("mask", "batch", "`mask`.*2", (1, 7, 9, 12)),
+            ("mask", "height", "`mask`.*7", (2, 1, 9, 12)),
+            ("mask", "width", "`mask`.*9", (2, 7, 1, 12)),
+            (
+                "kernel",
+                "channels, no divisor",
+                "channels.*`kernel`",
+                (3, 2, 5, 8),
+            ),
+            ("kernel", "channels, more", "channels.*`kernel`", (3, 2, 24, 8)),
+            ("kernel", "channels, none", "`kernel`", (3, 2, 0, 8)),
+            ("kernel", "filters", "(filters|`kernel`).*3", (3, 2, 4, 8)),
+            ("kernel", "height 0", "`kernel`", (0, 2, 12, 8)),
+            ("kernel", "width 0", "`kernel`", (3, 0, 12, 8)),
+        ]
     ),
-    BadCall(
-        "more channels in the kernel than in the inputs",
-        {"kernel": zeros(3, 2, 24, 8)},
-        "channels.*`kernel`",
-        shape("kernel", 3, 2, 24, 8),
-    ),
-    BadCall(
-        "kernel without channels",
-        {"kernel": zeros(3, 2, 0, 8)},
-        "`kernel`",
-        shape("kernel", 3, 2, 0, 8),
-    ),
-    BadCall(
-        "filters not divisible by groups",
-        {"kernel": zeros(3, 2, 4, 8)},
-        "(filters|`kernel`).*3",
-        shape("kernel", 3, 2, 4, 8),
-    ),
-    BadCall(
-        "channels not divisible by offset_groups",
-        {
-            "offset_groups": 5,
-            "offset": zeros(2, 7, 9, 60),
-            "mask": zeros(2, 7, 9, 30),
-        },
-        "`?offset_groups`?",
-        r"(offset_groups=5|inputs\.shape=\(2, 9, 10, 12\))",
-    ),
-    BadCall(
-        "more offset_groups than channels",
-        {
-            "offset_groups": 24,
-            "offset": zeros(2, 7, 9, 288),
-            "mask": zeros(2, 7, 9, 144),
-        },
-        "`?offset_groups`?",
-        r"(offset_groups=24|inputs\.shape=\(2, 9, 10, 12\))",
-    ),
-    BadCall(
-        "kernel of height 0",
-        {"kernel": zeros(0, 2, 12, 8)},
-        "`kernel`",
-        shape("kernel", 0, 2, 12, 8),
-    ),
-    BadCall(
-        "kernel of width 0",
-        {"kernel": zeros(3, 0, 12, 8)},
-        "`kernel`",
-        shape("kernel", 3, 0, 12, 8),
-    ),
-    BadCall(
-        "kernel higher than the inputs",
-        {"inputs": zeros(2, 2, 10, 12)},
-        "height.*3",
-        "height.*2",
-    ),
-    BadCall(
-        "kernel wider than the inputs",
-        {"inputs": zeros(2, 9, 1, 12)},
-        "width.*2",
-        "width.*1",
-    ),
-    BadCall(
-        "dilated kernel higher than the inputs",
-        {"dilation_rate": (5, 1)},
-        "height.*11",
-        "height.*9",
-    ),
+    *[
+        BadCall(
+            f"{groups} offset_groups",
+            {
+                "offset_groups": groups,
+                "offset": zeros(2, 7, 9, 12 * groups),
+                "mask": zeros(2, 7, 9, 6 * groups),
+            },
+            "`?offset_groups`?",
+            rf"(offset_groups={groups}|inputs\.shape=\(2, 9, 10, 12\))",
+        )
+        for groups in (5, 24)  # No divisor of the channels, and more.
+    ],
+    *[
+        BadCall(f"{changes}", changes, expected, received)
+        for changes, expected, received in [
+            ({"inputs": (2, 2, 10, 12)}, "height.*3", "height.*2"),
+            ({"inputs": (2, 9, 1, 12)}, "width.*2", "width.*1"),
+            ({"dilation_rate": (5, 1)}, "height.*11", "height.*9"),
+        ]
+    ],
     *[
         BadCall(
             f"{name}={value} overflows",
@@ -263,7 +210,6 @@ CONV2D_SHAPES += [
         ]
     ],
 ]
-
 SHAPES_OF_BOTH = [
     ("inputs", "rank", "`inputs`.*4", (8, 9, 36)),
     ("inputs", "rank", "`inputs`.*4", (1, 2, 8, 9, 36)),
@@ -383,6 +329,19 @@ VALUES_OF_BOTH = [
     ("pooled_size", [(None, "None")]),
 ]
 
+
+def _wrong_types_of_both(inputs: tuple, name: str, good: tuple) -> list:
+    """From the shapes of the inputs and of the displacements, `name`."""
+    numbers = "bool string complex64"
+    return [
+        *_wrong_types("inputs", inputs, f"int32 uint8 {numbers}", "float32"),
+        *_wrong_types("rois", (7, 5), numbers, ""),
+        *_wrong_types(name, good, f"int32 {numbers}", "float"),
+        BadCall("inputs=None", {"inputs": None}, "`inputs`", "None"),
+        BadCall("rois=None", {"rois": None}, "`rois`", "None"),
+    ]
+
+
 # Refused by the value or the type of an argument.
 CONV2D_VALUES = [
     *[
@@ -491,14 +450,7 @@ BAD_VALUES = {
                 ("sample_per_part", [(True, "True"), (2**40, str(2**40))]),
             ]
         ),
-        *_wrong_types("inputs", (2, 8, 9, 36), "int32 uint8", "float32"),
-        *_wrong_types("inputs", (2, 8, 9, 36), "bool string", "float32"),
-        *_wrong_types("inputs", (2, 8, 9, 36), "complex64", "float32"),
-        *_wrong_types("rois", (7, 5), "bool string complex64", ""),
-        *_wrong_types("trans", (7, 5, 2, 6), "int32 bool", "float"),
-        *_wrong_types("trans", (7, 5, 2, 6), "string complex64", "float"),
-        BadCall("inputs=None", {"inputs": None}, "`inputs`", "None"),
-        BadCall("rois=None", {"rois": None}, "`rois`", "None"),
+        *_wrong_types_of_both((2, 8, 9, 36), "trans", (7, 5, 2, 6)),
     ],
     deformable_roi_align: [
         *_wrong_values(
@@ -511,14 +463,7 @@ BAD_VALUES = {
                 ("sampling_ratio", [(2**31, str(2**31)), (2**70, str(2**70))]),
             ]
         ),
-        *_wrong_types("inputs", (2, 8, 9, 6), "int32 uint8", "float32"),
-        *_wrong_types("inputs", (2, 8, 9, 6), "bool string", "float32"),
-        *_wrong_types("inputs", (2, 8, 9, 6), "complex64", "float32"),
-        *_wrong_types("rois", (7, 5), "bool string complex64", ""),
-        *_wrong_types("offset", (7, 3, 4, 2), "int32 bool", "float"),
-        *_wrong_types("offset", (7, 3, 4, 2), "string complex64", "float"),
-        BadCall("inputs=None", {"inputs": None}, "`inputs`", "None"),
-        BadCall("rois=None", {"rois": None}, "`rois`", "None"),
+        *_wrong_types_of_both((2, 8, 9, 6), "offset", (7, 3, 4, 2)),
     ],
 }
 

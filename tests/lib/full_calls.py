@@ -123,7 +123,7 @@ ROI_ALIGN = _pooling_call(pooling.ROI_ALIGN, ops.deformable_roi_align)
 POOLING = {pooling.PSROI_POOL: PSROI_POOL, pooling.ROI_ALIGN: ROI_ALIGN}
 OPS = [CONV2D, PSROI_POOL, ROI_ALIGN]
 
-# How much of a shape a graph knows.
+# From a tensor to as much of its shape as a graph may know.
 KNOWN = {
     "shapes": lambda x: x.shape,
     "channels": lambda x: (*[None] * (x.ndim - 1), x.shape[-1]),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the tests of the CUDA kernels run: on a GPU, or emulated.
+"""Runs the CUDA kernels for their tests: on a GPU, or emulated.
 
 With the environment variable TF_DEFORM_TEST_GPU=1 the kernels run on the
 machine's GPU: the library is the core (see core.py), built with nvcc, and its

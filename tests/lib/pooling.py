@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of both pooling ops share: calls, oracles, one comparison.
+"""Calls, oracles and a comparison for the tests of both pooling ops.
 
 Both ops take inputs, ROIs and displacements (`trans` or `offset`). `Op` says
 in which words each of them is asked for the same.

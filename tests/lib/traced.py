@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a traced function is made of."""
+"""Lists the ops of traced functions."""
 
 from collections.abc import Callable
 

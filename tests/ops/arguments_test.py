@@ -51,7 +51,7 @@ def assert_ours(error: BaseException, *names: str) -> None:
 
 
 def refused(function, names: list[str], **arguments) -> list[str]:
-    """What is wrong with the answer, if anything."""
+    """Returns one thing that is wrong with the answer, in a list, or none."""
     try:
         result = function(**arguments)
     except ERRORS as error:
@@ -141,7 +141,7 @@ def test_implementation(what):
     assert not refused(run, ["implementation"])
 
 
-# What is good is good in every form.
+# Good values are good in every form.
 
 
 def arguments_where(wanted):

@@ -78,7 +78,7 @@ def test_graph_with_known_shapes(op, bad_call):
 
 @pytest.mark.parametrize(**rows_of(BAD_BEFORE_RUNNING))
 def test_graph_with_unknown_shapes(op, bad_call):
-    """What the graph cannot know the kernel refuses."""
+    """The kernel refuses shapes that the graph cannot know."""
     operands, options = arguments_of(op, bad_call.changes)
     graph, tensors = _graph(op, operands, options, known=False)
     with pytest.raises(ERRORS) as info:
@@ -108,7 +108,7 @@ def test_batch_indices(op, bad_call, mode):
 
 @pytest.mark.parametrize("op", POOLING)
 def test_batch_indices_of_float64_inputs(op):
-    """What float32 would round to an integer is none."""
+    """An index that only float32 would round to an integer is bad."""
     rois = np.zeros((7, 5))
     rois[3, 0] = 1 + 1e-12
     operands, options = arguments_of(op, {})

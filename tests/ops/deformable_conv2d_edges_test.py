@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where samples of `deformable_conv2d` fall: edges, kinks, NaN, no pixels."""
+"""Tests samples of `deformable_conv2d` at edges, kinks, NaN and no pixels."""
 
 import dataclasses
 import itertools

@@ -250,9 +250,7 @@ def test_sizes(case, dtype):
     check_case(case, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("boundary", BOUNDARIES)
-@pytest.mark.parametrize("reach", [1, 40])
+@grid({"dtype": DTYPES, "boundary": BOUNDARIES, "reach": [1, 40]})
 def test_many_blocks(reach, boundary, dtype):
     """A map of many blocks in every direction, read near by and far away."""
     case = Conv2DCase(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every op keeps to: types, graphs, only the wanted gradients, threads."""
+"""Tests the promises of every op: types, graphs, wanted gradients, threads."""
 
 import concurrent.futures
 import ctypes

@@ -120,7 +120,7 @@ def test_layers_keep_their_implementation(name):
         assert runs(lambda: call_layer(native)) == {"portable"}
 
 
-# Where there is no library, or where the environment asks for something.
+# No library, or a wish of the environment.
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What TensorFlow knows of the ops: their attributes' limits, their work."""
+"""Tests that TensorFlow knows limits of attributes and the ops' work."""
 
 import numpy as np
 import pytest
@@ -134,7 +134,7 @@ def test_optional_operands_are_at_most_one(name, is_gradient, in_graph):
 def test_factors_are_normal_numbers(
     function, name, least, dtype, implementation
 ):
-    """What is smaller is 0 on some threads, for some instructions."""
+    """Smaller numbers are 0 on some threads, for some instructions."""
     inputs = tf.ones((1, 4, 3, 2), dtype)
     rois = tf.constant([[0.0, 0, 0, 2, 3]])
     options = dict(

@@ -240,7 +240,7 @@ PLACES = [plain, nested, mapped, repeated, chosen]
 
 
 def directional(function, x, direction):
-    """What `function` changes by in this direction."""
+    """Returns by how much `function` changes in this direction."""
     above, below = (function(x + step * direction) for step in (STEP, -STEP))
     return (above - below) / (2 * STEP)
 
@@ -425,7 +425,7 @@ def test_second_derivatives_equal_finite_differences(name, mode):
     operands = [tf.constant(x) for x in arrays]
     output = function(*operands, **options)
     output_grad = tf.constant(rng.normal(size=output.shape))
-    # What is differentiated: each first derivative along some direction.
+    # Each first derivative along some direction is differentiated.
     along = {s: rng.normal(size=arrays[s].shape) for s in sources}
 
     def slope(source, *tensors):
