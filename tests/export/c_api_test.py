@@ -12,6 +12,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from operands import random
 from tensorflow.core.protobuf import saved_model_pb2
 
 from tf_deform import _loader
@@ -60,11 +61,6 @@ def serve(program, *arguments) -> subprocess.CompletedProcess:
     return subprocess.run(
         [program, *arguments], capture_output=True, timeout=300, check=False
     )
-
-
-def random(*shape: int, seed: int = 0) -> np.ndarray:
-    values = np.random.default_rng(seed).normal(size=shape)
-    return values.astype(np.float32)
 
 
 ROIS = np.float32([[0, 1, 2, 9, 12], [1, 4, 0, 14, 7], [-1, 0, 0, 9, 9]])

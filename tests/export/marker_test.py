@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from operands import random
 from tensorflow.core.protobuf import saved_model_pb2
 
 import tf_deform
@@ -16,11 +17,6 @@ from tf_deform import _implementation, _loader
 # In people's SavedModels: it stays as it is.
 MARKER = "TfDeform>ImportTfDeformOrLoadItsOpLibrary"
 ROIS = np.float32([[0, 1, 2, 9, 12], [1, 4, 0, 14, 7], [-1, 0, 0, 9, 9]])
-
-
-def random(*shape: int, seed: int = 0) -> np.ndarray:
-    values = np.random.default_rng(seed).normal(size=shape)
-    return values.astype(np.float32)
 
 
 def convolve(inputs: tf.Tensor) -> tf.Tensor:

@@ -11,21 +11,13 @@ import os
 
 import emulated_gpu
 import pytest
+from tolerances import GPU, GPU_TF32
 
 import tf_deform
 
 DEVICE = os.environ.get("TF_DEFORM_TEST_DEVICE")
 
 OPS = ("conv", "psroi", "align")
-# Largest error, as a part of the largest value expected.
-TOLERANCE = {
-    "float64": 1e-9,
-    "float32": 1e-4,
-    "float16": 4 * 2**-11,
-    "bfloat16": 4 * 2**-8,
-}
-TF32_TOLERANCE = 8 * 2**-11  # tf32 keeps 10 bits of both factors
-
 # Arguments: operator, device, whether it is emulated, whether tf32 is allowed,
 # whether the same bits are required. Prints a line of JSON for every type, mode
 # and result.
@@ -152,12 +144,12 @@ def test_equals_the_cpu_in_float64(op, settings, run_python_as_it_is):
     assert len(results) == 4 * 2 * num_results
     for result in results:
         dtype, *_ = result["what"]
-        tolerance = TOLERANCE[dtype]
+        tolerance = GPU[dtype].of_largest
         if settings == "default" and dtype == "float32":
-            tolerance = TF32_TOLERANCE
+            tolerance = GPU_TF32.of_largest
         assert result["device"].endswith(DEVICE or "GPU:0"), result
         assert result["error"] <= tolerance, result
-        if tolerance == TF32_TOLERANCE and op == "conv":
+        if tolerance == GPU_TF32.of_largest and op == "conv":
             # It is used: all five results come of products.
             assert result["error"] > 1e-5, result
         if settings == "deterministic":

@@ -156,6 +156,8 @@ def test_the_same_in_a_symbolic_call(kind):
 
 
 # Shapes.
+
+
 def _rejects(match: str, kind: str, shapes: dict, **config: object) -> None:
     """A Keras symbolic call with wrong shapes is a ValueError that says so."""
     symbols = {k: keras.KerasTensor(v) for k, v in shapes.items()}

@@ -260,9 +260,6 @@ def test_displacements_of_zero_are_none(kind):
     assert_equal(layer(**call), plain)
 
 
-# Shapes.
-
-
 # Few and odd ROIs.
 
 

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import xla_test
-from gpu_test import TF32_TOLERANCE, TOLERANCE
 from tensorflow.compiler.tf2xla.ops import gen_xla_ops
+from tolerances import GPU, GPU_TF32
 
 from tf_deform import _build_info, _loader
 
@@ -176,9 +176,9 @@ def test_calls_for_cuda(settings):
     assert {tuple(result["what"][:3]) for result in results} == set(CASES)
     for result in results:
         name, dtype, *_ = result["what"]
-        tolerance = TOLERANCE[dtype]
+        tolerance = GPU[dtype].of_largest
         if settings == "default" and dtype == "float32":
-            tolerance = TF32_TOLERANCE
+            tolerance = GPU_TF32.of_largest
         assert result["error"] <= tolerance, result
-        if tolerance == TF32_TOLERANCE and name == "DeformableConv2D":
+        if tolerance == GPU_TF32.of_largest and name == "DeformableConv2D":
             assert result["error"] > 1e-5, result  # all come of products
