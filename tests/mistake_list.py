@@ -351,9 +351,9 @@ MISTAKES = [
         ("portable_test",),
     ),
     Mistake(
-        "portable-second-gradient-of-nothing",
-        "if wanted and gradient is not None:",
-        "if gradient is not None:",
+        "portable-second-gradient-unweighted",
+        "return outer.gradient(first_gradients, targets, seconds)",
+        "return outer.gradient(first_gradients, targets)",
         ("second_derivatives_test",),
     ),
     # Layers.
