@@ -20,7 +20,7 @@ help:
 	@echo "make test       run the tests"
 	@echo "make test-full  train every configuration of the layer (an hour)"
 	@echo "make benchmark  time the ops beside their peers"
-	@echo "make gpu-check  test and time the GPU kernels: needs a GPU, nvcc and"
+	@echo "make gpu-check  time and test the GPU kernels: needs a GPU, nvcc and"
 	@echo "                PyTorch, and nothing of TensorFlow"
 	@echo "make gpu-check-tf"
 	@echo "                run TensorFlow's tests on a GPU"

@@ -11,6 +11,7 @@ steps, outside everything timed.
 
 Frameworks are imported when a contender is built, never before: which of them
 is installed, and how many threads it starts, differs from process to process.
+What runs on a GPU is in `contenders_torch.py`.
 """
 
 import dataclasses
@@ -24,26 +25,38 @@ class Unsupported(Exception):
     """The contender has no implementation of what the message names."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """The settings of a contender besides its case."""
+
+    threads: int  # on the CPU
+    precision: str  # of inputs, kernel and output
+    device: str = "cpu"  # as PyTorch names it
+
+
 class Contender:
-    """One way to compute a case. Results are channels last, in NumPy.
+    """A way to compute a case. Results are channels last, in NumPy.
 
     Built from the case, the operands as `prepare` returned them, and the
-    number of threads.
+    setting.
     """
 
     deformable = True
+    # "required": a contender whose results differ is not timed. "shown": its
+    # difference is in the table. "none": it computes something else.
+    agreement = "required"
     both: Callable[[], None] | None = None  # forward + backward, if it has one
     # Backward alone, if it has one that needs nothing of forward's.
     backward: Callable[[], None] | None = None
 
     @classmethod
     def trains(cls) -> bool:
-        """Whether it has a backward pass."""
+        """Tells whether the contender has a backward pass."""
         return cls.both is not None
 
     @classmethod
     def prepare(cls, case: Any, operands: Any) -> dict[str, np.ndarray]:
-        """The operands that it needs, in its own layout.
+        """Returns the operands that the contender needs, in its own layout.
 
         Raises:
             Unsupported: if it has no implementation for this case.
@@ -55,17 +68,17 @@ class Contender:
         raise NotImplementedError
 
     def outputs(self) -> np.ndarray:
-        """The output, as `forward` computes it."""
+        """Returns the output, as `forward` computes it."""
         raise NotImplementedError
 
     def gradients(self, kind: str = "both") -> dict[str, np.ndarray]:
-        """Gradients by operand, as `both` or `backward` computes them."""
+        """Returns gradients by operand, of `both` or `backward`."""
         raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """One kind of operator: what is run, and who takes part."""
+    """A kind of operator: its shapes and its contenders."""
 
     title: str
     case: type
@@ -75,16 +88,26 @@ class Suite:
     shapes: tuple[str, ...]
     quick_shapes: tuple[str, ...]
     ratio_to: str  # the contender that all times are divided by
-    # Below the table is what is gained over these, the best of each group.
+    # Notes below the table give gains over the best of each group.
     peers: tuple[tuple[str, ...], ...]
-    # What is done unless the user says otherwise.
+    # Defaults of options.
     repeats: int
     memory_repeats: int
     memory_at_all_threads: bool  # or at the largest number only
+    # Computes what all must reproduce, where no contender is the baseline.
+    oracle: type[Contender] | None = None
+
+
+def configure_tensorflow(threads: int, inter_op_threads: int = 1) -> None:
+    """Sets the sizes of TensorFlow's pools, before they are started."""
+    import tensorflow as tf
+
+    tf.config.threading.set_intra_op_parallelism_threads(threads)
+    tf.config.threading.set_inter_op_parallelism_threads(inter_op_threads)
 
 
 def numpy_dtype(name: str) -> Any:
-    """The type of that name, also where it is not NumPy's own."""
+    """Returns the type of a name, also bfloat16, which NumPy lacks."""
     if name == "bfloat16":
         import ml_dtypes
 
@@ -93,7 +116,7 @@ def numpy_dtype(name: str) -> Any:
 
 
 def aligned(array: np.ndarray) -> np.ndarray:
-    """A copy that starts at a multiple of 64 bytes."""
+    """Returns a copy that starts at a multiple of 64 bytes."""
     buffer = np.empty(array.nbytes + 64, np.uint8)
     start = -buffer.ctypes.data % 64
     copy = buffer[start : start + array.nbytes].view(array.dtype)
@@ -103,7 +126,7 @@ def aligned(array: np.ndarray) -> np.ndarray:
 
 
 def _as_tensor(array: np.ndarray) -> Any:
-    """A tensor on the array's own memory, which must be aligned.
+    """Makes a tensor on the array's own memory, which must be aligned.
 
     `tf.constant` would copy by way of a second buffer and leave that in the
     allocator's pool, where calls could use it without being seen to.
@@ -122,7 +145,7 @@ class TensorFlow(Contender):
 
     @classmethod
     def prepare(cls, case: Any, operands: Any) -> dict[str, np.ndarray]:
-        """The operands as they are, aligned as tensors are."""
+        """Returns the operands as they are, aligned as tensors are."""
         return {
             name: aligned(getattr(operands, name))
             for name in ("cotangent", *cls.names(case))
@@ -130,10 +153,12 @@ class TensorFlow(Contender):
 
     @classmethod
     def names(cls, case: Any) -> list[str]:
-        """The operands that `_call` takes, `inputs` first."""
+        """Returns the names of `_call`'s operands, `inputs` first."""
         raise NotImplementedError
 
-    def __init__(self, case: Any, arrays: dict[str, np.ndarray], threads: int):
+    def __init__(
+        self, case: Any, arrays: dict[str, np.ndarray], setting: Setting
+    ):
         import tensorflow as tf
 
         self._case = case
@@ -207,7 +232,9 @@ class OnnxRuntime(Contender):
 
     opset = 22
 
-    def __init__(self, case: Any, arrays: dict[str, np.ndarray], threads: int):
+    def __init__(
+        self, case: Any, arrays: dict[str, np.ndarray], setting: Setting
+    ):
         import onnxruntime
         from onnx import TensorProto, helper
 
@@ -231,7 +258,7 @@ class OnnxRuntime(Contender):
             ir_version=10,
         )
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = setting.threads
         options.inter_op_num_threads = 1
         # Workers may spin while a call runs, not while others are timed.
         options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -252,7 +279,7 @@ class OnnxRuntime(Contender):
         self._run = lambda: session.run_with_iobinding(binding)
 
     def _node(self, case: Any) -> Any:
-        """The node: its operands are called as in `prepare`."""
+        """Returns the node; its operands are called as in `prepare`."""
         raise NotImplementedError
 
     def forward(self) -> None:
@@ -266,7 +293,9 @@ class OnnxRuntime(Contender):
 class OpenVino(Contender):
     """OpenVINO on a graph of one node."""
 
-    def __init__(self, case: Any, arrays: dict[str, np.ndarray], threads: int):
+    def __init__(
+        self, case: Any, arrays: dict[str, np.ndarray], setting: Setting
+    ):
         import openvino
         from openvino import opset8
 
@@ -281,7 +310,7 @@ class OpenVino(Contender):
             "CPU",
             {
                 "PERFORMANCE_HINT": "LATENCY",
-                "INFERENCE_NUM_THREADS": threads,
+                "INFERENCE_NUM_THREADS": setting.threads,
                 # Without this it computes in bfloat16 where it can.
                 "INFERENCE_PRECISION_HINT": "f32",
                 # The process is pinned already, the same for everybody.
@@ -296,7 +325,7 @@ class OpenVino(Contender):
         self._arrays = arrays  # the request only borrows them
 
     def _node(self, case: Any, **parameters: Any) -> Any:
-        """The node, given its operands by name."""
+        """Returns the node, given its operands by name."""
         raise NotImplementedError
 
     def forward(self) -> None:

@@ -24,6 +24,7 @@ import numpy as np  # noqa: E402
 import onnx  # noqa: E402
 import onnxruntime  # noqa: E402
 import openvino  # noqa: E402
+import report  # noqa: E402
 import tensorflow as tf  # noqa: E402
 from onnxruntime import quantization  # noqa: E402
 from onnxruntime.transformers import float16  # noqa: E402
@@ -43,7 +44,7 @@ DEFORMABLE = "deformable"
 
 
 def make_model(kind: str) -> keras.Model:
-    """Three convolutions, and what samples: a kind of deformable layer."""
+    """Returns three convolutions and a kind of deformable layer."""
     keras.utils.set_random_seed(0)
     image = keras.Input((None, None, 3), name="image")
     inputs, x = [image], image
@@ -77,7 +78,7 @@ def make_model(kind: str) -> keras.Model:
 
 
 def make_inputs(kind: str, size: int, seed: int = 0) -> Inputs:
-    """Two smooth images, and regions where the model takes them."""
+    """Returns two smooth images, and regions if the model takes them."""
     rng = np.random.default_rng(seed)
     pixels = rng.uniform(size=(2, size // 4, size // 4, 3)).astype("float32")
     images = tf.image.resize(pixels, (size, size)).numpy()
@@ -115,7 +116,7 @@ def run_openvino(path: pathlib.Path, precision: str | None) -> Run:
 
 
 def layers_nodes(proto: onnx.ModelProto) -> list[str]:
-    """The nodes of deformable layers, their branches included."""
+    """Returns the nodes of deformable layers, their branches included."""
     return [node.name for node in proto.graph.node if DEFORMABLE in node.name]
 
 
@@ -205,10 +206,18 @@ def convert(
             "the same, node_block_list=nodes",
             lambda: to_float16(common, node_block_list=nodes),
         )
+    yield from convert_with_nncf(kind, size, source, target)
+
+
+def convert_with_nncf(
+    kind: str, size: int, source: pathlib.Path, target: pathlib.Path
+) -> Iterator[tuple[str, Callable[[], Run]]]:
+    """Yields names and conversions by nncf, if it is installed."""
     try:
         import nncf
     except ImportError:
         return
+    nodes = layers_nodes(onnx.load(source))
 
     def quantize_nncf(**options) -> Run:
         batches = [make_inputs(kind, size, seed) for seed in range(1, 7)]
@@ -226,7 +235,10 @@ def convert(
 
 
 def measure(received: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
-    """The largest difference and the mean one, in percent of the largest."""
+    """Returns the largest difference and the root mean square, in percent.
+
+    Both are relative to the largest expected number.
+    """
     delta = 100 * np.abs(received - expected) / np.abs(expected).max()
     return float(delta.max()), float(np.sqrt(np.mean(np.square(delta))))
 
@@ -253,10 +265,8 @@ def main() -> None:
                         cell = "fails"
                     table.setdefault(name, []).append(cell)
                     print(columns[-1], name, cell, flush=True)
-    print(f"\n| | {' | '.join(columns)} |")
-    print("|---|" + "---:|" * len(columns))
-    for name, cells in table.items():
-        print(f"| {name} | {' | '.join(cells)} |")
+    rows = [[name, *cells] for name, cells in table.items()]
+    print(f"\n{report.markdown(['', *columns], rows, words=1)}")
 
 
 if __name__ == "__main__":

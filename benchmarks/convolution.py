@@ -11,6 +11,7 @@ from contenders import (
     Contender,
     OnnxRuntime,
     OpenVino,
+    Setting,
     Suite,
     TensorFlow,
     Unsupported,
@@ -33,7 +34,7 @@ _SUFFIXES = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One shape to run: a "same" convolution with a square kernel."""
+    """A shape to run: a "same" convolution with a square kernel."""
 
     batch: int
     height: int
@@ -97,22 +98,22 @@ class Case:
 
     @property
     def taps(self) -> int:
-        """Samples that one output pixel takes from each channel."""
+        """Returns how many samples an output pixel takes from each channel."""
         return self.kernel * self.kernel
 
     @property
     def offset_taps(self) -> int:
-        """Samples of all offset groups: channels of the mask."""
+        """Returns the samples of all offset groups: channels of the mask."""
         return self.offset_groups * self.taps
 
     @property
     def depthwise(self) -> bool:
-        """Whether every input channel is a group of its own."""
+        """Tells whether every input channel is a group of its own."""
         return 1 < self.groups == self.channels
 
     @property
     def output_size(self) -> tuple[int, int]:
-        """Height and width of the output."""
+        """Returns height and width of the output."""
         return (
             math.ceil(self.height / self.strides),
             math.ceil(self.width / self.strides),
@@ -120,12 +121,22 @@ class Case:
 
     @property
     def output_shape(self) -> tuple[int, ...]:
-        """The output's shape, channels last."""
+        """Returns the output's shape, channels last."""
         return (self.batch, *self.output_size, self.filters)
 
     @property
+    def product_flop(self) -> int:
+        """Returns operations of the forward product, two a multiply-add.
+
+        The backward pass has two more products of the same size.
+        """
+        pixels = math.prod(self.output_shape[:3])
+        depth = self.channels // self.groups
+        return 2 * pixels * self.taps * depth * self.filters
+
+    @property
     def padding(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """((top, bottom), (left, right)) of TensorFlow's "same" padding."""
+        """Returns ((top, bottom), (left, right)) of "same" padding."""
         reach = (self.kernel - 1) * self.dilation_rate + 1
         totals = [
             max((out - 1) * self.strides + reach - size, 0)
@@ -136,7 +147,7 @@ class Case:
         return tuple((total // 2, total - total // 2) for total in totals)
 
     def tiny(self) -> "Case":
-        """The same convolution on a map that costs nothing."""
+        """Returns the same convolution on a map that costs nothing."""
         channels, filters = self.channels, self.filters
         if not self.depthwise:  # which it must stay
             channels = filters = 8 * self.groups * self.offset_groups
@@ -158,11 +169,12 @@ class Operands:
 
     @classmethod
     def random(cls, case: Case) -> "Operands":
-        """Offsets of about two pixels and masks in (0, 2), from a fixed seed.
+        """Makes offsets of about two pixels and masks in (0, 2).
 
-        Offsets are odd multiples of 1/128. So every coordinate is exact in
-        float32, in whatever order a contender adds it up, and lies between
-        two pixels, where the derivative is the same in every convention.
+        The seed is fixed. Offsets are odd multiples of 1/128. So every
+        coordinate is exact in float32, in whatever order a contender adds it
+        up, and lies between two pixels, where the derivative is the same in
+        every convention.
         """
         rng = np.random.default_rng(20)
         coordinate = "float64" if case.dtype == "float64" else "float32"
@@ -193,7 +205,7 @@ class Operands:
         )
 
     def undeformed(self) -> "Operands":
-        """The same operands with zero offsets and a mask of ones."""
+        """Returns the operands with zero offsets and a mask of ones."""
         return dataclasses.replace(
             self,
             offset=np.zeros_like(self.offset),
@@ -239,7 +251,7 @@ class Conv2D(_TensorFlow):
 
     @classmethod
     def prepare(cls, case: Case, operands: Operands) -> dict[str, np.ndarray]:
-        """The kernel of a depthwise convolution in its operator's shape."""
+        """Returns operands; a depthwise kernel in its operator's shape."""
         arrays = super().prepare(case, operands)
         if _has_depthwise_operator(case):
             shape = (case.kernel, case.kernel, case.channels, -1)
@@ -337,7 +349,7 @@ class Gather(_TensorFlow):
 
 
 def _undeformed_positions(case: Case) -> np.ndarray:
-    """(y, x) of every tap at zero offset: (places, taps, 1, 2)."""
+    """Returns (y, x) of every tap at zero offset: (places, taps, 1, 2)."""
     axes = []
     for size, (before, _) in zip(case.output_size, case.padding, strict=True):
         starts = np.arange(size) * case.strides - before
@@ -355,7 +367,7 @@ class _ChannelsFirst(Contender):
 
     @classmethod
     def prepare(cls, case: Case, operands: Operands) -> dict[str, np.ndarray]:
-        """The operands in NCHW, the kernel with its filters first."""
+        """Returns the operands in NCHW, the kernel with filters first."""
         if case.dtype != "float32":
             raise Unsupported(f"{case.dtype} (compared in float32 only)")
         arrays = {
@@ -401,10 +413,12 @@ class DeformableConvolution(_ChannelsFirst, OpenVino):
     lets it be laid out ahead of time.
     """
 
-    def __init__(self, case: Case, arrays: dict[str, np.ndarray], threads: int):
+    def __init__(
+        self, case: Case, arrays: dict[str, np.ndarray], setting: Setting
+    ):
         arrays = dict(arrays)
         self._kernel = arrays.pop("kernel")
-        super().__init__(case, arrays, threads)
+        super().__init__(case, arrays, setting)
         del self._kernel
 
     def _node(self, case: Case, inputs, offset, mask=None) -> Any:

@@ -32,44 +32,18 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# Two processes at a time, of one thread each.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-import numpy as np  # noqa: E402
+import report
+from export_models import FILES, MODELS, ROOT, write
+from export_runtimes import find_format, run
+from processes import start
 
 HERE = pathlib.Path(__file__).resolve().parent
-ROOT = HERE.parent
 PAGE = ROOT / "docs" / "export.md"
 MARKS = "<!-- the table begins -->", "<!-- the table ends -->"
 
-MODELS = {
-    "segmenter": "segmenter",
-    "detector": "detector",
-    "resnet": "ResNet-50, 13 deformable layers",
-    "recurrent": "recurrent alignment",
-    "conditional": "conditional",
-}
-# The file or folder of each format. Keras wants these endings.
-FILES = {
-    "native": "native",
-    "portable": "portable",
-    "keras-saved-model": "keras_saved_model",
-    "keras-onnx": "keras.onnx",
-    "keras-openvino": "keras.xml",
-    "keras-litert": "keras.tflite",
-    "keras-torch": "keras.pt2",
-    "onnx19": "opset19.onnx",
-    "onnx22": "opset22.onnx",
-    "litert": "float32.tflite",
-    "litert-float16": "float16.tflite",
-    "litert-dynamic": "dynamic.tflite",
-    "litert-int8": "int8.tflite",
-    "tfjs": "tfjs",
-}
 # By target: its row's first cells, the format, the runtime.
 TARGETS = {
     "native": ("`export.saved_model`", "TensorFlow, op library"),
@@ -94,8 +68,8 @@ TARGETS = {
     "keras-litert": ("Keras, `litert`", "LiteRT"),
     "keras-torch": ("Keras, `torch`", "PyTorch"),
 }
-# What tensorflow.js' converter imports with: newer ones of the others do not
-# fit it, and it is not asked for newer.
+# tensorflow.js' converter and packages that it can import: newer versions do
+# not fit it.
 CONVERTER = (
     "tensorflowjs==4.22.0",
     "tensorflow==2.19.0",
@@ -111,7 +85,7 @@ from tensorflowjs.converters import converter, normalize_bias_add
 normalize_bias_add.normalize_bias_add_op = lambda graph: graph
 converter.pip_main()
 """
-# What a runtime says, in words that tell more.
+# Messages of runtimes, in words that tell more.
 REASONS = {
     "TensorListReserve": "LiteRT's builtin operations have no lists of "
     "tensors, of which `tf.scan` makes its loop",
@@ -136,475 +110,17 @@ PACKAGES = (
     "ai-edge-quantizer",
 )
 
-# A difference that no rounding in float32 makes.
-WRONG = 1e-2
-
-# For each call the inputs, or the outputs, by name.
-Cases = list[dict[str, np.ndarray]]
-
-
-# The models.
-
-
-def displace(layer: Any, size: float = 1.0) -> None:
-    """Gives a layer's branch weights that move samples by 1 to 2 pixels.
-
-    Args:
-        layer: a layer of this package.
-        size: root mean square of what the branch is given.
-    """
-    kernel, bias = layer.offset_kernel, layer.offset_bias
-    rng = np.random.default_rng(len(layer.name))
-    scale = 1 / (size * np.sqrt(np.prod(kernel.shape[:-1])))
-    kernel.assign(rng.normal(size=kernel.shape) * scale)
-    bias.assign(rng.normal(size=bias.shape))
-
-
-def displace_all(model: Any, images: np.ndarray) -> None:
-    """The same for the convolutions of a model, from the first to the last."""
-    import keras
-
-    import tf_deform
-
-    for layer in model.layers:
-        if isinstance(layer, tf_deform.layers.DeformableConv2D):
-            before = keras.Model(model.inputs, layer.input)
-            seen = np.asarray(before(images))
-            displace(layer, float(np.sqrt(np.mean(seen**2))) + 1e-6)
-
-
-def make_segmenter() -> tuple[Any, Any, Cases]:
-    import segmentation
-
-    images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 1), "uint8")
-    model = segmentation.build_model("dcn-v2")
-    displace_all(model, images)
-    return model, model, [{"image": images}]
-
-
-def make_detector() -> tuple[Any, Any, Cases]:
-    """The network, and the function that makes detections of what it gives."""
-    import keras
-    from detection import detector
-
-    images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 1), "uint8")
-    model = detector.Detector("both")
-    displace_all(model, images)
-    head = model.get_layer("head")
-    displace(head.score_pooling)
-    displace(head.box_pooling)
-    # Scores that are far enough apart for rounding not to reorder them.
-    for name in ("objectness", "score_maps"):
-        kernel = model.get_layer(name).kernel
-        kernel.assign(kernel * 10)
-    # Keras exports no dictionary with a tuple in it.
-    outputs = {name: model.output[name] for name in ("proposals", "logits")}
-    network = keras.Model(model.inputs, outputs)
-    network.detect = model.detect
-    return network, model.detect, [{"images": images}]
-
-
-def make_resnet() -> tuple[Any, Any, Cases]:
-    import resnet
-
-    images = np.random.default_rng(0).normal(size=(1, 128, 128, 3))
-    images = images.astype("float32")
-    model = resnet.make_twin(resnet.make_plain(128))
-    assert resnet.count_deformable(model) == resnet.NUM_LAYERS
-    displace_all(model, images)
-    return model, model, [{model.inputs[0].name: images}]
-
-
-def make_recurrent() -> tuple[Any, Any, Cases]:
-    """A state that each frame moves: the deformable layer aligns it."""
-    import keras
-    import tensorflow as tf
-
-    import tf_deform
-
-    class Alignment(keras.layers.Layer):
-        def build(self, shape):
-            self.encode = keras.layers.Conv2D(8, 3, padding="same")
-            self.align = tf_deform.layers.DeformableConv2D(
-                8, 3, padding="same", modulation="sigmoid"
-            )
-            self.encode.build((None, *shape[2:]))
-            self.align.build((None, *shape[2:4], 8))
-            displace(self.align, 0.5)
-
-        def compute_output_shape(self, shape):
-            return (*shape[:4], 8)
-
-        def call(self, frames):
-            frames = tf.transpose(frames, (1, 0, 2, 3, 4))
-            states = tf.scan(
-                lambda state, frame: tf.tanh(
-                    self.encode(frame) + self.align(state)
-                ),
-                frames,
-                tf.zeros((tf.shape(frames)[1], *frames.shape[2:4], 8)),
-            )
-            return tf.transpose(states, (1, 0, 2, 3, 4))
-
-    inputs = keras.Input((4, 12, 14, 3), name="frames")
-    model = keras.Model(inputs, Alignment()(inputs))
-    rng = np.random.default_rng(0)
-    frames = rng.normal(size=(2, 4, 12, 14, 3)).astype("float32")
-    return model, model, [{"frames": frames}]
-
-
-def make_conditional() -> tuple[Any, Any, Cases]:
-    """Deformable or plain, as the input says."""
-    import keras
-
-    import tf_deform
-
-    class Choice(keras.layers.Layer):
-        def build(self, shape):
-            self.deformable, self.plain = (
-                layer(8, 3, padding="same")
-                for layer in (
-                    tf_deform.layers.DeformableConv2D,
-                    keras.layers.Conv2D,
-                )
-            )
-            self.deformable.build(shape)
-            self.plain.build(shape)
-            displace(self.deformable)
-
-        def compute_output_shape(self, shape):
-            return (*shape[:-1], 8)
-
-        def call(self, inputs):
-            return keras.ops.cond(
-                keras.ops.mean(inputs) > 0,
-                lambda: self.deformable(inputs),
-                lambda: self.plain(inputs),
-            )
-
-    inputs = keras.Input((12, 14, 3), name="image")
-    model = keras.Model(inputs, Choice()(inputs))
-    image = np.random.default_rng(0).normal(size=(2, 12, 14, 3))
-    cases = [(image + shift).astype("float32") for shift in (0.5, -0.5)]
-    return model, model, [{"image": image} for image in cases]
-
-
-def make(name: str, folder: pathlib.Path) -> tuple[Any, Any, Cases]:
-    """A model, what is exported of it, and inputs.
-
-    The first call writes weights, inputs and outputs to the folder; the others
-    read the weights.
-    """
-    import keras
-    import tensorflow as tf
-
-    keras.utils.set_random_seed(0)
-    sys.path.insert(1, str(ROOT / "examples"))
-    model, source, cases = globals()[f"make_{name}"]()
-    weights = folder / "weights.npz"
-    if weights.exists():
-        values = np.load(weights)
-        model.set_weights([values[str(i)] for i in range(len(values))])
-        return model, source, cases
-    for whose, run in (("keras", model), ("export", source)):
-        for i, given in enumerate(cases):
-            (value,) = given.values()
-            outputs = keras.tree.flatten_with_path(run(tf.constant(value)))
-            outputs = {
-                "_".join(map(str, path)) or "output_0": np.asarray(array)
-                for path, array in outputs
-            }
-            np.savez(folder / f"{whose}_{i}.npz", **outputs)
-    np.savez(
-        folder / "cases.npz",
-        **{
-            f"{i}/{name}": value
-            for i, given in enumerate(cases)
-            for name, value in given.items()
-        },
-    )
-    values = model.get_weights()
-    np.savez(weights, **{str(i): value for i, value in enumerate(values)})
-    return model, source, cases
-
-
-def write(name: str, format_: str, folder: pathlib.Path) -> None:
-    """Writes one file, after the weights if there are none yet."""
-    model, source, cases = make(name, folder)
-    if format_ == "weights":
-        return
-    from tf_deform import export
-
-    path = folder / FILES[format_]
-    (value,) = cases[0].values()
-    kind, _, option = format_.partition("-")
-    if kind == "keras":
-        model(value)  # That to ONNX wants it.
-        formats = {"saved-model": "tf_saved_model"}
-        model.export(str(path), format=formats.get(option, option))
-        return
-    arguments: dict[str, Any] = {"sample": [value], "verbose": False}
-    if kind in ("native", "portable"):
-        export.saved_model(source, path, kind, **arguments)
-    elif kind.startswith("onnx"):
-        export.onnx(source, path, int(kind.removeprefix("onnx")), **arguments)
-    else:
-        if option:
-            # By how much it differs is for the table to say.
-            arguments |= {"quantize": option, "tolerance": 1e9}
-        if option == "int8":
-            given = [value for case in cases for value in case.values()]
-            arguments["calibration"] = [value[:1] for value in given] * 4
-        export.litert(source, path, **arguments)
-
-
-# The runtimes: from a file to a function of inputs by name.
-
-Run = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
-
-
-def load_tensorflow(path: str, native: bool) -> Run:
-    import tensorflow as tf
-
-    if native:
-        tf.load_op_library(str(ROOT / "tf_deform" / "_ops.so"))
-    loaded = tf.saved_model.load(path)
-    signatures = loaded.signatures
-    # Keras' has one input, of any name.
-    run = signatures["serving_default"]
-    (name,) = run.structured_input_signature[1]
-    return lambda given: {
-        key: value.numpy()
-        for key, value in run(
-            **{name: tf.constant(next(iter(given.values())))}
-        ).items()
-    }
-
-
-def load_onnxruntime(path: str) -> Run:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(
-        path, options, providers=["CPUExecutionProvider"]
-    )
-    (name,) = [value.name for value in session.get_inputs()]
-    names = [value.name for value in session.get_outputs()]
-    return lambda given: dict(
-        zip(
-            names,
-            session.run(None, {name: next(iter(given.values()))}),
-            strict=True,
-        )
-    )
-
-
-def load_openvino(path: str) -> Run:
-    import openvino
-
-    sys.path.insert(1, str(ROOT / "examples"))
-    import openvino_extension
-
-    core = openvino.Core()
-    if path.endswith(".onnx"):
-        core.add_extension(openvino_extension.deform_conv())
-    # Or it computes in bfloat16 where the processor can.
-    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
-    compiled = core.compile_model(path, "CPU", options)
-    # Keras' export may list what is left over inside beside outputs with such
-    # names.
-    outputs = [
-        output
-        for output in compiled.outputs
-        if path.endswith(".xml") and "Identity" in str(output.names)
-    ] or compiled.outputs
-
-    def call(given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        found = compiled(list(given.values()))
-        return {
-            min(output.names, key=len, default=str(i)): found[output]
-            for i, output in enumerate(outputs)
-        }
-
-    return call
-
-
-def load_litert(path: str) -> Run:
-    from ai_edge_litert.interpreter import Interpreter
-
-    runner = Interpreter(path, num_threads=1).get_signature_runner()
-    (name,) = runner.get_input_details()
-    return lambda given: runner(**{name: next(iter(given.values()))})
-
-
-def run_in_node(
-    script: str, argument: str, path: pathlib.Path, cases: Cases
-) -> tuple[Cases, str]:
-    """Runs a file in Node.js: outputs, and what the script noted."""
-    folder = path.parent / f"node_{path.stem}_{pathlib.Path(argument).name}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    listed = []
-    for i, given in enumerate(cases):
-        listed.append([])
-        for name, value in given.items():
-            file = f"given_{i}_{name}.bin"
-            (folder / file).write_bytes(value.tobytes())
-            listed[-1].append(
-                {
-                    "name": name,
-                    "dtype": str(value.dtype),
-                    "shape": value.shape,
-                    "file": file,
-                }
-            )
-    (folder / "cases.json").write_text(json.dumps(listed))
-    home = path.parent.parent / "node"
-    done = subprocess.run(
-        ["node", home / script, argument, path, folder],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        lines = re.findall(r"^\S*Error: .*", done.stderr, re.MULTILINE)
-        raise RuntimeError(
-            lines[0].split(": ", 1)[1]
-            if lines
-            else f"Node.js ended with {done.returncode}: {done.stderr[-200:]}"
-        )
-    answers = json.loads((folder / "answers.json").read_text())
-    received = [
-        {
-            tensor["name"]: np.frombuffer(
-                (folder / tensor["file"]).read_bytes(), tensor["dtype"]
-            ).reshape(tensor["shape"])
-            for tensor in case
-        }
-        for case in answers["answers"]
-    ]
-    shutil.rmtree(folder)
-    return received, answers["note"]
-
-
-def run(name: str, target: str, folder: pathlib.Path) -> dict[str, Any]:
-    """Runs a file in a runtime, and compares."""
-    stored = np.load(folder / "cases.npz")
-    cases: Cases = []
-    for key in stored:
-        index, _, label = key.partition("/")
-        if int(index) == len(cases):
-            cases.append({})
-        cases[-1][label] = stored[key]
-    format_ = find_format(target)
-    path = folder / FILES[format_]
-    note = ""
-    if target == "tfjs":
-        return run_tfjs(path, cases, folder)
-    if target.endswith(("-node", "-web")):
-        package = f"onnxruntime-{target.rpartition('-')[2]}"
-        received, note = run_in_node("onnx.mjs", package, path, cases)
-    else:
-        if "openvino" in target:
-            # A SavedModel is told from its folder.
-            call = load_openvino(str(path))
-        elif "onnx" in target:
-            call = load_onnxruntime(str(path))
-        elif "litert" in target:
-            call = load_litert(str(path))
-        else:
-            call = load_tensorflow(str(path), native=target != "portable")
-        received = [call(given) for given in cases]
-    whose = "keras" if target.startswith("keras") else "export"
-    return {"difference": compare_all(folder, whose, received), "note": note}
-
-
-def run_tfjs(
-    path: pathlib.Path, cases: Cases, folder: pathlib.Path
-) -> dict[str, Any]:
-    """With the wasm backend; if that fails, with the one in JavaScript."""
-    wrong = ""
-    for backend in ("wasm", "cpu"):
-        try:
-            received, note = run_in_node("tfjs.mjs", backend, path, cases)
-            difference = compare_all(folder, "export", received)
-        except RuntimeError as error:
-            if backend == "cpu":
-                raise
-            wrong = str(error)
-            continue
-        if backend == "cpu":
-            note = f"In plain JavaScript; with wasm: {wrong}"
-        if difference < WRONG or backend == "cpu":
-            return {"difference": difference, "note": note}
-        wrong = f"a difference of {difference:.1g}"
-    raise AssertionError
-
-
-def compare_all(folder: pathlib.Path, whose: str, received: Cases) -> float:
-    return max(
-        compare(dict(np.load(folder / f"{whose}_{i}.npz")), dict(outputs))
-        for i, outputs in enumerate(received)
-    )
-
-
-def compare(expected: dict, received: dict) -> float:
-    """The largest difference of any output."""
-    if len(expected) != len(received):
-        raise ValueError(
-            f"Expected {len(expected)} outputs. Received: {len(received)}"
-        )
-    if expected.keys() != received.keys():
-        # Other names: in their order.
-        received = dict(zip(expected, received.values(), strict=True))
-    return max(
-        measure(expected[name], np.asarray(received[name])) for name in expected
-    )
-
-
-def measure(expected: np.ndarray, received: np.ndarray) -> float:
-    if expected.shape != received.shape:
-        raise ValueError(
-            f"Expected shape {expected.shape}. Received: {received.shape}"
-        )
-    if expected.dtype.kind in "biu":
-        return float(np.mean(expected != received))
-    delta = np.abs(expected.astype("float64") - received).max(initial=0)
-    largest = np.abs(expected).max(initial=0)
-    return float(delta / largest) if delta else 0.0
-
-
-# The table.
-
-
-def find_format(target: str) -> str:
-    """The format that a target runs."""
-    for ending in ("-node", "-web", "-openvino"):
-        if not target.startswith("keras"):
-            target = target.removesuffix(ending)
-    return target
-
 
 def spawn(
     command: Sequence[Any], timeout: float, **arguments: Any
 ) -> dict[str, Any]:
-    """What a process says in its last line, or the reason why it does not."""
-    process = subprocess.Popen(
-        [str(word) for word in command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        **arguments,
-    )
-    try:
-        printed, told = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        # Its children, too.
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        return {"error": f"no answer after {timeout:g} s"}
+    """Returns the last line of a process, or the reason of its failure."""
+    words = [str(word) for word in command]
+    with start(words, stderr=subprocess.PIPE, **arguments) as process:
+        try:
+            printed, told = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            return {"error": f"no answer after {timeout:g} s"}
     if process.returncode < 0:
         name = signal.Signals(-process.returncode).name
         return {"error": f"the process ended by {name}"}
@@ -660,7 +176,7 @@ def converter(out: pathlib.Path) -> pathlib.Path:
 
 
 class Table:
-    """What is known so far, and how the rest is found out."""
+    """The cells that are known so far; finds out the others."""
 
     def __init__(self, out: pathlib.Path, timeout: float):
         self.out, self.timeout = out, timeout
@@ -751,12 +267,10 @@ class Table:
 
     def save(self) -> None:
         stored = {"versions": versions(), "cells": self.results}
-        partial = self.file.with_suffix(".partial")
-        partial.write_text(json.dumps(stored, indent=1) + "\n")
-        partial.replace(self.file)
+        report.save(str(self.file), stored)
 
     def render(self) -> str:
-        """The table in Markdown, with reasons and versions below it."""
+        """Returns the table in Markdown, reasons and versions below it."""
         reasons: list[str] = []
 
         def cite(reason: str) -> str:
@@ -764,10 +278,7 @@ class Table:
                 reasons.append(reason)
             return f"[{reasons.index(reason) + 1}]"
 
-        lines = [
-            f"| format | runs in | {' | '.join(MODELS.values())} |",
-            "|---|---|" + "---:|" * len(MODELS),
-        ]
+        rows = []
         for target, heads in TARGETS.items():
             cells = list(heads)
             for model in MODELS:
@@ -781,8 +292,9 @@ class Table:
                     if result["note"]:
                         cell += f" {cite(shorten(result['note']))}"
                     cells.append(cell)
-            lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
+            rows.append(cells)
+        header = ("format", "runs in", *MODELS.values())
+        lines = [report.markdown(header, rows, words=2), ""]
         lines += [f"{i + 1}. {text}" for i, text in enumerate(reasons)]
         found = ", ".join(f"{k} {v}" for k, v in versions().items())
         lines += ["", f"Versions: {found}."]
@@ -798,7 +310,7 @@ def format_number(difference: float) -> str:
 
 
 def shorten(reason: str) -> str:
-    """One line of Markdown, without paths of this machine."""
+    """Returns a line of Markdown, without paths of this machine."""
     for pattern, words in REASONS.items():
         if re.search(pattern, reason):
             return words
@@ -828,7 +340,7 @@ def versions() -> dict[str, str]:
 
 
 def choose(only: Sequence[str], skip: Mapping[str, Any]) -> list[tuple]:
-    """The cells that `--only` names: MODEL, :TARGET or MODEL:TARGET."""
+    """Returns the cells that `--only` names, or else all unknown ones."""
     chosen = []
     for target in TARGETS:
         for model in MODELS:

@@ -4,18 +4,15 @@
     python benchmarks/formats.py
 
 Each file is compared with the model when it is written, and here once more for
-every batch, before anything is timed. All take turns, call by call in random
-order, in one process, with as many threads each.
+every batch, before anything is timed. All take turns in one process, with as
+many threads each.
 """
 
-import argparse
+import functools
 import os
 import pathlib
-import random
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -25,12 +22,15 @@ import numpy as np  # noqa: E402
 import onnxruntime  # noqa: E402
 import openvino  # noqa: E402
 import tensorflow as tf  # noqa: E402
+import timing  # noqa: E402
 from ai_edge_litert.interpreter import Interpreter  # noqa: E402
+from contenders import configure_tensorflow  # noqa: E402
+from report import markdown  # noqa: E402
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "examples"))
 
 import openvino_extension  # noqa: E402
-from xla import make  # noqa: E402
+from xla import make, make_parser  # noqa: E402
 
 from tf_deform import export  # noqa: E402
 
@@ -105,20 +105,11 @@ def load_all(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--model",
-        choices=("segmentation", "stack"),
-        default="segmentation",
-        help="the demo's segmenter, or four deformable convolutions of 64 "
-        "channels (%(default)s)",
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--repeats", type=int, default=40)
-    parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
-    tf.config.threading.set_intra_op_parallelism_threads(arguments.threads)
-    tf.config.threading.set_inter_op_parallelism_threads(1)
+    configure_tensorflow(arguments.threads)
     keras.utils.set_random_seed(0)
     model = make(arguments.model, deformable=True)
     displace(model)
@@ -142,26 +133,24 @@ def main() -> None:
                         f"Expected {name} to give what Keras gives. Received "
                         f"a difference of {error:g}"
                     )
-            times: dict[str, list[float]] = {name: [] for name in loaded}
-            for round_ in range(arguments.repeats):
-                order = list(loaded)
-                random.Random(round_).shuffle(order)
-                for name in order:
-                    run = loaded[name][0]
-                    run(given)  # brings what it needs into the caches
-                    start = time.perf_counter()
-                    run(given)
-                    times[name].append(time.perf_counter() - start)
-            for name, samples in times.items():
-                medians[name].append(statistics.median(samples) * 1e3)
+            calls = {
+                name: functools.partial(run, given)
+                for name, (run, _) in loaded.items()
+            }
+            found = timing.medians(calls, arguments.repeats)
+            for name, milliseconds in found.items():
+                medians[name].append(milliseconds)
 
+    rows = [
+        [
+            name,
+            *(f"{ms:.2f}" for ms in medians[name]),
+            f"{size:.1f}" if size else "",
+        ]
+        for name, (_, size) in loaded.items()
+    ]
     heads = [f"ms, batch {batch}" for batch in arguments.batches]
-    print(f"\n| format | {' | '.join(heads)} | MiB |")
-    print("|---|" + "---:|" * (len(heads) + 1))
-    for name, (_, size) in loaded.items():
-        cells = [f"{ms:.2f}" for ms in medians[name]]
-        cells.append(f"{size:.1f}" if size else "")
-        print(f"| {name} | {' | '.join(cells)} |")
+    print(f"\n{markdown(['format', *heads, 'MiB'], rows, words=1)}")
 
 
 if __name__ == "__main__":

@@ -10,20 +10,20 @@ the test scenes. Times are of single images, all files taking turns.
 """
 
 import argparse
+import functools
 import os
 import pathlib
-import random
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
+import report  # noqa: E402
 import tensorflow as tf  # noqa: E402
+import timing  # noqa: E402
 from ai_edge_litert.interpreter import Interpreter  # noqa: E402
 
 HERE = pathlib.Path(__file__).parent
@@ -50,7 +50,7 @@ def load(path: pathlib.Path, threads: int) -> Run:
 
 
 def run_all(run: Run, images: np.ndarray) -> dict[str, np.ndarray]:
-    """Outputs for any number of images."""
+    """Returns outputs for any number of images, in batches."""
     batches = np.split(images, range(BATCH, len(images), BATCH))
     outputs = [run(batch) for batch in batches]
     return {
@@ -82,20 +82,6 @@ class Outputs:
         }
 
 
-def find_times(runs: list[Run], image: np.ndarray, calls: int) -> list[float]:
-    """Milliseconds of each, the median of calls in random order."""
-    times = [[] for _ in runs]
-    order = [i for i in range(len(runs)) for _ in range(calls)]
-    random.Random(0).shuffle(order)
-    for run in runs:
-        run(image)
-    for index in order:
-        start = time.perf_counter()
-        runs[index](image)
-        times[index].append(time.perf_counter() - start)
-    return [1000 * statistics.median(found) for found in times]
-
-
 def measure(
     name: str,
     model: Callable[..., object],
@@ -105,8 +91,8 @@ def measure(
     images: np.ndarray,
     threads: int,
     calls: int,
-) -> list[str]:
-    """Rows of the table.
+) -> list[list[str]]:
+    """Returns rows of the table.
 
     Args:
         name: what the rows are called.
@@ -134,25 +120,34 @@ def measure(
                 path,
                 kind,
                 calibration=np.split(calibration, 4),
-                # What is judged here are all test scenes.
+                # All test scenes are judged below.
                 tolerance=float("inf"),
                 verbose=False,
             )
             sizes.append(report.size)
             runs.append(load(path, threads))
-    times = find_times(runs, images[:1], calls)
-    rows = [f"| {name}, Keras | | | | {judge(expected):.3f} | |"]
-    for kind, size, run, milliseconds in zip(
-        KINDS, sizes, runs, times, strict=True
-    ):
+    times = timing.medians(
+        {
+            kind: functools.partial(run, images[:1])
+            for kind, run in zip(KINDS, runs, strict=True)
+        },
+        calls,
+    )
+    rows = [[f"{name}, Keras", "", "", "", f"{judge(expected):.3f}", ""]]
+    for kind, size, run in zip(KINDS, sizes, runs, strict=True):
         outputs = run_all(run, images)
         delta = np.abs(outputs[output] - expected[output]).astype("float64")
         largest = np.abs(expected[output]).max()
         root = np.sqrt(np.mean(delta**2) / np.mean(expected[output] ** 2.0))
         rows.append(
-            f"| {name}, {kind or 'float32'} | {size / 1000:.0f} | "
-            f"{delta.max() / largest:.1g} | {root:.1g} | {judge(outputs):.3f} "
-            f"| {milliseconds:.1f} |"
+            [
+                f"{name}, {kind or 'float32'}",
+                f"{size / 1000:.0f}",
+                f"{delta.max() / largest:.1g}",
+                f"{root:.1g}",
+                f"{judge(outputs):.3f}",
+                f"{times[kind]:.1f}",
+            ]
         )
     return rows
 
@@ -210,11 +205,15 @@ def main() -> None:
         args.threads,
         args.calls,
     )
-    print(
-        "| model, file | kB | largest difference | rms difference | mIoU or AP "
-        "| ms per image |\n|---|---:|---:|---:|---:|---:|"
+    header = (
+        "model, file",
+        "kB",
+        "largest difference",
+        "rms difference",
+        "mIoU or AP",
+        "ms per image",
     )
-    print("\n".join(rows))
+    print(report.markdown(header, rows, words=1))
 
 
 if __name__ == "__main__":

@@ -10,18 +10,18 @@ which is tested before anything is timed.
 
 import argparse
 import os
-import random
 import re
-import statistics
 import sys
-import time
-from collections.abc import Callable
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
+import timing  # noqa: E402
+from contenders import configure_tensorflow  # noqa: E402
+from report import markdown  # noqa: E402
+from xla import make_step  # noqa: E402
 
 import tf_deform  # noqa: E402
 
@@ -33,14 +33,14 @@ TOLERANCE = 1e-5
 
 
 def make_plain(size: int | None) -> keras.Model:
-    """ResNet-50 without its classifier, with random weights."""
+    """Returns ResNet-50 without its classifier, with random weights."""
     return keras.applications.ResNet50(
         weights=None, include_top=False, input_shape=(size, size, 3)
     )
 
 
 def make_twin(plain: keras.Model) -> keras.Model:
-    """The same model with deformable layers, and with the same weights."""
+    """Returns the model with deformable layers and the same weights."""
 
     def clone(layer: keras.layers.Layer) -> keras.layers.Layer:
         config = layer.get_config()
@@ -64,17 +64,6 @@ def count_deformable(model: keras.Model) -> int:
     )
 
 
-def make_step(model: keras.Model, images: np.ndarray) -> Callable[[], None]:
-    """One step of training: forward, backward, new weights."""
-    model.compile(keras.optimizers.SGD(1e-6), "mse", jit_compile=False)
-    shape = model.compute_output_shape(images.shape)
-    batch = tf.constant(images), tf.zeros(shape)
-    model.make_train_function()
-    return lambda: tf.nest.map_structure(
-        np.asarray, model.train_function(iter([batch]))
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--size", type=int, default=224, help="pixels")
@@ -82,8 +71,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
-    tf.config.threading.set_intra_op_parallelism_threads(arguments.threads)
-    tf.config.threading.set_inter_op_parallelism_threads(1)
+    configure_tensorflow(arguments.threads)
     keras.utils.set_random_seed(0)
     plain = make_plain(arguments.size)
     models = {"plain": plain, "deformable": make_twin(plain)}
@@ -106,28 +94,20 @@ def main() -> None:
         )
     print(f"difference at the start: {error:.1g} of the largest number")
     for name, model in models.items():
-        runs[name, "step"] = make_step(model, images)
+        model.compile(keras.optimizers.SGD(1e-6), "mse", jit_compile=False)
+        targets = tf.zeros(model.compute_output_shape(images.shape))
+        runs[name, "step"] = make_step(model, (tf.constant(images), targets))
 
-    times = {key: [] for key in runs}
-    for round_ in range(arguments.repeats + 2):
-        order = list(runs)
-        random.Random(round_).shuffle(order)
-        for key in order:
-            start = time.perf_counter()
-            runs[key]()
-            if round_ >= 2:  # the first ones trace, and allocate
-                times[key].append(time.perf_counter() - start)
-
-    print("\n| model | ms forward | ms per step |\n|---|---:|---:|")
-    medians = {key: statistics.median(times[key]) * 1e3 for key in times}
-    for name in models:
-        cells = [f"{medians[name, what]:.1f}" for what in ("forward", "step")]
-        print(f"| {name} | {' | '.join(cells)} |")
-    ratios = [
-        medians["deformable", what] / medians["plain", what]
-        for what in ("forward", "step")
+    medians = timing.medians(runs, arguments.repeats, untimed=2)
+    calls = ("forward", "step")
+    rows = [
+        [name, *(f"{medians[name, call]:.1f}" for call in calls)]
+        for name in models
     ]
-    print(f"| ratio | {ratios[0]:.2f} | {ratios[1]:.2f} |")
+    ratios = (medians["deformable", c] / medians["plain", c] for c in calls)
+    rows.append(["ratio", *(f"{ratio:.2f}" for ratio in ratios)])
+    header = ("model", "ms forward", "ms per step")
+    print(f"\n{markdown(header, rows, words=1)}")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ _DEFAULT_SAMPLES = {"psroi": 4, "align": 2}
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One shape to run: square grids of bins, `pooled` along each axis."""
+    """A shape to run: square grids of bins, `pooled` along each axis."""
 
     operator: str  # "psroi" or "align"
     batch: int
@@ -119,16 +119,16 @@ class Case:
 
     @property
     def output_shape(self) -> tuple[int, ...]:
-        """The output's shape, channels last."""
+        """Returns the output's shape, channels last."""
         return (self.num_rois, self.pooled, self.pooled, self.output_dim)
 
     @property
     def group(self) -> int:
-        """Cells of the position-sensitive maps along each axis."""
+        """Returns the cells of position-sensitive maps along each axis."""
         return 1 if self.channels == self.output_dim else self.pooled
 
     def tiny(self) -> "Case":
-        """The same pooling of a few boxes on a map that costs nothing."""
+        """Returns the same pooling of a few boxes on a tiny map."""
         output_dim = 4 * max(self.num_classes, 1)
         return dataclasses.replace(
             self,
@@ -152,7 +152,7 @@ class Operands:
 
     @classmethod
     def random(cls, case: Case) -> "Operands":
-        """Boxes of any size, anywhere in the image, from a fixed seed.
+        """Makes boxes of any size, anywhere in the image (fixed seed).
 
         Corners are whole image pixels; a bin is an odd number of them wide and
         high; displacements, normally distributed, are odd multiples of 1/32. So
@@ -282,7 +282,7 @@ class Gather(_TensorFlow):
         return tf.reshape(output, case.output_shape)
 
     def _along_axis(self, axis: int, rois, displacement) -> tuple:
-        """Pixels and their weights for the samples along y (0) or x (1).
+        """Computes pixels and weights for the samples along y (0) or x (1).
 
         Returns:
             pixels: `(rois, bins, bins, classes, 2 * samples)`, two neighbours
@@ -353,7 +353,7 @@ class _ChannelsFirst(Contender):
 
     @classmethod
     def prepare(cls, case: Case, operands: Operands) -> dict[str, np.ndarray]:
-        """The operands in NCHW, a class's displacements with x first."""
+        """Returns the operands in NCHW, displacements with x first."""
         if case.dtype != "float32":
             raise Unsupported(f"{case.dtype} (compared in float32 only)")
         arrays = {"inputs": operands.inputs.transpose(0, 3, 1, 2)}
@@ -379,7 +379,7 @@ class RoiAlign(_ChannelsFirst, OnnxRuntime):
 
     @classmethod
     def prepare(cls, case: Case, operands: Operands) -> dict[str, np.ndarray]:
-        """The operands of RoiAlign, the only such operator that ONNX has."""
+        """Returns operands of RoiAlign, the only operator that ONNX has."""
         if case.operator != "align":
             raise Unsupported("position-sensitive pooling")
         return super().prepare(case, operands)
@@ -405,7 +405,7 @@ class OpenVinoPooling(_ChannelsFirst, OpenVino):
 
     @classmethod
     def prepare(cls, case: Case, operands: Operands) -> dict[str, np.ndarray]:
-        """The operands, if the bins are the cells of the maps."""
+        """Returns the operands, if the bins are the cells of the maps."""
         if case.operator == "psroi" and case.group != case.pooled:
             raise Unsupported("other bins than the cells of the maps")
         return super().prepare(case, operands)

@@ -19,9 +19,10 @@ import sys
 import tempfile
 from typing import Any
 
+import machine
 from convolution import Case
-from run import TITLES, describe_machine
-from worker import KINDS, pin
+from report import KINDS, TITLES, markdown
+from worker import pin
 
 # Other guests of the machine can slow it down for seconds; the best counts.
 ROUNDS = 3
@@ -36,7 +37,7 @@ BITS = {
 
 
 def flop(case: Case, kind: str) -> int:
-    """Floating-point operations of a call, a multiply-add being two.
+    """Returns the floating-point operations of a call, two a multiply-add.
 
     Counted are the matrix products and what is done for every channel of every
     sample: forward reads four neighbours and applies the mask, four
@@ -47,8 +48,7 @@ def flop(case: Case, kind: str) -> int:
     coordinates and weights, which all channels share.
     """
     pixels = math.prod(case.output_shape[:3])
-    product = 2 * pixels * case.taps * case.channels // case.groups
-    product *= case.filters
+    product = case.product_flop
     samples = pixels * case.taps * case.channels
     if kind == "forward":
         return product + 9 * samples
@@ -56,7 +56,7 @@ def flop(case: Case, kind: str) -> int:
 
 
 def compulsory_bytes(case: Case, kind: str) -> int:
-    """Bytes of operands, each read once, and of results, each written once.
+    """Returns bytes of operands and results, each read or written once.
 
     Operands of forward + backward are the gradient that arrives at the output
     and those of forward; results are the output and all gradients.
@@ -72,7 +72,7 @@ def compulsory_bytes(case: Case, kind: str) -> int:
 
 
 def measure_peaks(counts: list[int]) -> dict[int, dict[str, float]]:
-    """GFLOP/s and GB/s by number of threads, named as in `peaks.cc`."""
+    """Measures GFLOP/s and GB/s by threads, named as in `peaks.cc`."""
     source = os.path.join(os.path.dirname(__file__), "peaks.cc")
     flags = ["-O3", "-march=native", "-std=c++17", "-pthread"]
     peaks: dict[int, dict[str, float]] = {count: {} for count in counts}
@@ -96,7 +96,7 @@ def measure_peaks(counts: list[int]) -> dict[int, dict[str, float]]:
 
 
 def last_level_bytes() -> int:
-    """Size of the largest cache; 0 if the system does not tell."""
+    """Returns the size of the largest cache; 0 if that is not known."""
     folder = "/sys/devices/system/cpu/cpu0/cache"
     sizes = [0]
     for index in os.listdir(folder) if os.path.isdir(folder) else []:
@@ -108,7 +108,7 @@ def last_level_bytes() -> int:
 
 
 def reachable(peaks: dict[str, float], instruction_set: str | None) -> str:
-    """The peak of a matrix microkernel, with vectors as the code has them."""
+    """Names the peak of a matrix microkernel with the code's vectors."""
     name = f"kernel.{BITS.get(instruction_set)}"
     # Else with the widest, which come first.
     return name if name in peaks else next(n for n in peaks if "kernel" in n)
@@ -117,7 +117,7 @@ def reachable(peaks: dict[str, float], instruction_set: str | None) -> str:
 def describe(
     row: dict[str, Any], kind: str, peaks: dict[str, float]
 ) -> list[str]:
-    """The cells of a line of the table."""
+    """Returns the cells of a line of the table."""
     kernel = reachable(peaks, row["instruction_set"])
     case = Case.parse(row["shape"], "float32", row["mask"])
     work, size = flop(case, kind), compulsory_bytes(case, kind)
@@ -140,12 +140,6 @@ def describe(
         limit,
         f"{limits[limit] / time:.0%}",
     ]
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table."""
-    rows = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
 def main() -> None:
@@ -177,11 +171,9 @@ def main() -> None:
         parser.error("expected rows of tf_deform's convolution; there are none")
     peaks = measure_peaks(sorted({row["threads"] for row in rows}))
 
-    machine = describe_machine()
+    about = machine.describe()
     command = shlex.join(["python", "benchmarks/roofline.py", *sys.argv[1:]])
-    print(
-        f"`{command}`: {machine['cpu']}, {machine['processors']} processors\n"
-    )
+    print(f"`{command}`: {about['cpu']}, {about['processors']} processors\n")
     names = list(
         dict.fromkeys(name for peak in peaks.values() for name in peak)
     )

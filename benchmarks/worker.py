@@ -1,48 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
 """The child process of the benchmark: checks, times, measures memory.
 
-`run.py` starts it with a JSON job as its only argument; every result is one
-line of JSON, appended to the job's file as soon as it is known.
+`run.py` starts it with a JSON job as its only argument. Every result is a line
+of JSON on the standard output, printed as soon as it is known; whatever
+libraries print goes to the standard error.
 """
 
 import ctypes
 import gc
 import importlib
 import json
+import math
 import os
-import random
 import re
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import convolution
 import numpy as np
 import roi_pooling
-from contenders import Contender, Suite, Unsupported
+from contenders import (
+    Contender,
+    Setting,
+    Suite,
+    Unsupported,
+    configure_tensorflow,
+)
+from report import KINDS, TIMED_KINDS, summary
+from timing import (
+    TOLERANCES,
+    CudaClock,
+    HostClock,
+    agree,
+    first_line,
+    take_turns,
+)
 
-SUITES = {
+CPU_SUITES = {
     "conv": convolution.SUITE,
     "conv_kinds": convolution.KINDS_SUITE,
     "roi": roi_pooling.SUITE,
 }
-KINDS = ("forward", "both")
-TIMED_KINDS = (*KINDS, "backward")  # the last alone, of whoever can
-PROGRESS = "progress: "  # tells our lines from those that libraries print
+Results = dict[str, np.ndarray]
 
-# A call that takes longer than this needs no untimed one before it.
-LONG_CALL_S = 0.5
 
-# Largest difference allowed anywhere, in units of the baseline's root mean
-# square. One sample read from a wrong pixel is worth about 0.002 or more in
-# the shapes here, so float32's bound finds that with room on both sides.
-TOLERANCES = {
-    "float64": 1e-9,
-    "float32": 1e-4,
-    "float16": 3e-2,
-    "bfloat16": 2e-1,
-}
+def suites(device: str) -> dict[str, Suite]:
+    """Returns what is compared on a CPU or with CUDA."""
+    if device == "cpu":
+        return CPU_SUITES
+    import contenders_torch
+
+    return contenders_torch.SUITES
 
 
 def pin(threads: int) -> None:
@@ -76,7 +85,7 @@ def start_frameworks(
     for name in names:
         for package in suite.contenders[name][1]:
             try:
-                module = importlib.import_module(package)
+                importlib.import_module(package)
             except ModuleNotFoundError as error:
                 if error.name != package:
                     missing[name] = f"cannot be imported: {error}"
@@ -84,208 +93,143 @@ def start_frameworks(
                     missing[name] = (
                         "not installed: pip install 'tf-deform[benchmark]'"
                     )
-            # Whatever a package does on import, such as refusing to load
-            # next to the wrong TensorFlow, the others can still be compared.
+            # A package may do anything on import, such as refuse to load next
+            # to the wrong TensorFlow. The others can still be compared.
             except Exception as error:
-                missing[name] = f"cannot be imported: {_first_line(error)}"
+                missing[name] = f"cannot be imported: {first_line(error)}"
             else:
                 if package == "tensorflow":
-                    _configure_tensorflow(module, threads)
+                    # Both pools as large as TensorFlow's own default.
+                    configure_tensorflow(threads, threads)
                 continue
             break
     return missing
 
 
-def _configure_tensorflow(tf: Any, threads: int) -> None:
-    # Both pools as large as the processor count: TensorFlow's own default.
-    tf.config.threading.set_intra_op_parallelism_threads(threads)
-    tf.config.threading.set_inter_op_parallelism_threads(threads)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
-
-
-def disagreement(result: np.ndarray, baseline: np.ndarray) -> float:
-    """Largest difference, in units of the baseline's root mean square."""
-    if result.shape != baseline.shape:
-        raise ValueError(
-            f"Expected a result of shape {baseline.shape}. "
-            f"Received: {result.shape}"
-        )
-    if not baseline.size:
-        return 0.0
-    result = result.astype(np.float64)
-    baseline = baseline.astype(np.float64)
-    if not (np.isfinite(result).all() and np.isfinite(baseline).all()):
-        raise ValueError("Expected finite results. Received: NaN or infinity")
-    scale = np.sqrt(np.mean(baseline**2))
-    # A result that should be zero throughout has no scale of its own.
-    return float(np.max(np.abs(result - baseline)) / (scale or 1.0))
-
-
-class Oracle:
-    """The baseline's results: what every other contender must reproduce."""
-
-    def __init__(self, build: Callable[[Any], Contender], operands: Any):
-        self._build = build
-        self._operands = operands
-        self._results: dict[tuple[bool, str], dict[str, np.ndarray]] = {}
-
-    def results(self, deformable: bool, kind: str) -> dict[str, np.ndarray]:
-        """Output or gradients; with zero offsets if not `deformable`."""
-        if (deformable, kind) not in self._results:
-            operands = self._operands
-            contender = self._build(
-                operands if deformable else operands.undeformed()
-            )
-            self._results[deformable, kind] = results_of(contender, kind)
-        return self._results[deformable, kind]
-
-
-def results_of(contender: Contender, kind: str) -> dict[str, np.ndarray]:
-    """The output, or the gradients by operand."""
+def results_of(contender: Contender, kind: str) -> Results:
+    """Returns the output, or the gradients by operand."""
     if kind == "forward":
         return {"output": contender.outputs()}
     return contender.gradients(kind)
 
 
-def check(
-    contender: Contender, oracle: Oracle, kind: str, tolerance: float
-) -> tuple[dict[str, float], str | None]:
-    """Compares with the oracle: (disagreements by result, error or None)."""
-    # Not everybody has a backward pass alone; the gradients are the same.
-    expected = oracle.results(
-        contender.deformable, "both" if kind == "backward" else kind
-    )
-    differences = {
-        name: disagreement(result, expected[name])
-        for name, result in results_of(contender, kind).items()
-    }
-    wrong = {
-        name: difference
-        for name, difference in differences.items()
-        if difference > tolerance
-    }
-    if not wrong:
-        return differences, None
-    listed = ", ".join(f"{name} by {d:.2g}" for name, d in wrong.items())
-    return differences, f"differs from the baseline: {listed}"
+class Unit:
+    """A shape: its operands, its contenders and the expected results."""
 
+    def __init__(self, job: dict[str, Any], names: list[str]):
+        self._job, self._names = job, names
+        self.suite = suites(job["device"])[job["op"]]
+        self.case = self.suite.case.parse(
+            job["shape"], job["dtype"], job["mask"]
+        )
+        self.operands = self.suite.operands.random(self.case)
+        self.clock = HostClock()
+        if job["torch_device"] == "cuda":
+            self.clock = CudaClock(job["eager"])
+        self._expected: dict[tuple[bool, str], Results] = {}
 
-def time_case(
-    job: dict[str, Any], case: Any, names: list[str]
-) -> list[dict[str, Any]]:
-    """Checks all contenders, then times them in turn; one row for each."""
-    suite = SUITES[job["op"]]
-    tolerance = TOLERANCES[case.dtype]
-    threads = job["threads"]
-    operands = suite.operands.random(case)
-    baseline = job["baseline"]
+    def build(
+        self, make: type[Contender], precision: str, operands: Any
+    ) -> Contender:
+        threads, device = self._job["threads"], self._job["torch_device"]
+        arrays = make.prepare(self.case, operands)
+        return make(self.case, arrays, Setting(threads, precision, device))
 
-    def build(name: str, operands: Any) -> Contender:
-        make = suite.contenders[name][0]
-        return make(case, make.prepare(case, operands), threads)
+    def expected(self, deformable: bool, kind: str) -> Results:
+        """Returns the oracle's results; with zero offsets if not deformable."""
+        # Not everybody has a backward pass alone; the gradients are the same.
+        key = deformable, "both" if kind == "backward" else kind
+        if key not in self._expected:
+            make = self.suite.oracle
+            if make is None:
+                make = self.suite.contenders[self._job["baseline"]][0]
+            operands = self.operands
+            if not deformable:
+                operands = operands.undeformed()
+            oracle = self.build(make, self.case.dtype, operands)
+            self._expected[key] = results_of(oracle, key[1])
+        return self._expected[key]
 
-    oracle = Oracle(lambda operands: build(baseline, operands), operands)
-    rows: dict[str, dict[str, Any]] = {}
-    entrants: dict[tuple[str, str], Callable[[], None]] = {}
-    for name in names:
-        row = {"contender": name, "disagreement": {}, "errors": {}}
-        rows[name] = row
+    def check(
+        self, contender: Contender, kind: str, precision: str
+    ) -> tuple[dict[str, float], str | None]:
+        """Compares a contender: (disagreements by result, error or None)."""
+        if contender.agreement == "none":
+            return {}, None
+        results = results_of(contender, kind)
+        expected = self.expected(contender.deformable, kind)
+        found, error = agree(results, expected, TOLERANCES[precision])
+        return found, error if contender.agreement == "required" else None
+
+    def compare(
+        self, name: str, row: dict[str, Any], precision: str
+    ) -> dict[tuple[str, str], Callable[[], Any]]:
+        """Fills in a contender's row; returns the calls that may be timed."""
+        calls: dict[tuple[str, str], Callable[[], Any]] = {}
         try:
-            contender = build(name, operands)
+            make = self.suite.contenders[name][0]
+            contender = self.build(make, precision, self.operands)
         except Unsupported as reason:
             row["unsupported"] = str(reason)
-            continue
+            return calls
         # One contender's failure is its row's, not the run's.
         except Exception as error:
-            row["errors"]["forward"] = _first_line(error)
-            continue
+            row["errors"]["forward"] = first_line(error)
+            self.clock.synchronize()  # a dead device ends the process here
+            return calls
+        if hasattr(contender, "workspace_mib"):
+            row["workspace_mib"] = contender.workspace_mib
         for kind in TIMED_KINDS:
             call = getattr(contender, kind)
             if call is None:
                 continue
             try:
-                differences, error = check(contender, oracle, kind, tolerance)
+                found, error = self.check(contender, kind, precision)
             except Exception as failure:
-                differences, error = {}, _first_line(failure)
-            for result, difference in differences.items():
-                row["disagreement"][result] = max(
-                    difference, row["disagreement"].get(result, 0.0)
-                )
+                found, error = {}, first_line(failure)
+                self.clock.synchronize()
+            for result, value in found.items():
+                known = row["disagreement"].get(result, 0.0)
+                row["disagreement"][result] = max(value, known)
             if error:
                 row["errors"][kind] = error
             else:
-                entrants[name, kind] = call
-    del oracle
+                calls[name, kind] = call
+        return calls
 
-    samples = take_turns(entrants, job["repeats"])
-    for (name, kind), times in samples.items():
-        # Backward alone is compared with the same contender's forward.
-        alone = kind == "backward"
-        reference = (name, "forward") if alone else (suite.ratio_to, kind)
-        rows[name][kind] = summary(times, samples.get(reference))
-    return list(rows.values())
-
-
-def take_turns(
-    entrants: dict[Any, Callable[[], None]], repeats: int
-) -> dict[Any, list[float]]:
-    """Seconds of every call: each entrant once a round, in random order.
-
-    A disturbance of the machine then falls on neighbours alike, and nobody
-    always runs in the wake of the same other (what it left in the caches, its
-    threads that still look for work). The untimed call before each
-    timed one brings an entrant's own threads and data back; a call known to
-    be long does so by itself.
-    """
-    samples: dict[Any, list[float]] = {key: [] for key in entrants}
-    order = list(entrants)
-    orders = random.Random(0)
-    gc.collect()
-    gc.disable()
-    try:
-        for _ in range(repeats):
-            orders.shuffle(order)
-            for key in order:
-                call = entrants[key]
-                if not samples[key] or samples[key][-1] < LONG_CALL_S:
-                    call()
-                start = time.perf_counter()
-                call()
-                samples[key].append(time.perf_counter() - start)
-    finally:
-        gc.enable()
-    return samples
-
-
-def summary(
-    times: list[float], reference: list[float] | None
-) -> dict[str, Any]:
-    """Milliseconds and, if the reference ran, ratios to it."""
-    milliseconds = 1e3 * np.asarray(times)
-    result = _quartiles(milliseconds, "_ms") | {
-        "min_ms": float(milliseconds.min()),
-        "max_ms": float(milliseconds.max()),
-        "samples_ms": [round(float(ms), 4) for ms in milliseconds],
-    }
-    if reference:
-        result["ratio"] = float(np.median(times) / np.median(reference))
-        # Round by round: what noise slower than a round leaves untouched.
-        rounds = np.asarray(times) / np.asarray(reference)
-        result["ratio_by_round"] = _quartiles(rounds, "")
-    return result
-
-
-def _quartiles(values: np.ndarray, unit: str) -> dict[str, float]:
-    low, middle, high = np.percentile(values, [25, 50, 75])
-    return {
-        f"median{unit}": float(middle),
-        f"q25{unit}": float(low),
-        f"q75{unit}": float(high),
-    }
+    def time(self, precision: str) -> list[dict[str, Any]]:
+        """Checks all contenders, then times them in turns; a row for each."""
+        rows = {}
+        calls: dict[tuple[str, str], Callable[[], Any]] = {}
+        for name in self._names:
+            rows[name] = {
+                "contender": name,
+                "precision": precision,
+                "disagreement": {},
+                "errors": {},
+            }
+            if hasattr(self.case, "product_flop"):
+                work = self.case.product_flop
+                rows[name]["flop"] = {"forward": work, "both": 3 * work}
+            calls |= self.compare(name, rows[name], precision)
+        samples = take_turns(self.clock.samplers(calls), self._job["repeats"])
+        for (name, kind), times in samples.items():
+            # Backward alone is compared with the same contender's forward.
+            alone = kind == "backward"
+            reference = (
+                (name, "forward") if alone else (self.suite.ratio_to, kind)
+            )
+            rows[name][kind] = summary(
+                times, samples.get(reference)
+            ) | self.clock.describe((name, kind))
+        for row in rows.values():
+            row["disagreement"] = {  # JSON has no infinity
+                result: value if math.isfinite(value) else None
+                for result, value in row["disagreement"].items()
+            }
+        del calls
+        self.clock.free()
+        return list(rows.values())
 
 
 # Peak extra memory of a contender, in a process of its own.
@@ -304,18 +248,17 @@ def _quartiles(values: np.ndarray, unit: str) -> dict[str, float]:
 # - what setting up needs for a moment only.
 # Both counters count touched pages only, in the kernel's own rough steps, and
 # a framework's housekeeping comes and goes: one or two MiB mean nothing.
-def peak_extra_memory(
-    job: dict[str, Any], case: Any, name: str
-) -> dict[str, float]:
-    """MiB by kind; without what the system does not tell, or what fails."""
-    suite = SUITES[job["op"]]
-    threads = job["threads"]
+def peak_extra_memory(job: dict[str, Any], name: str) -> dict[str, float]:
+    """Returns MiB by kind, as far as the system tells and nothing fails."""
+    suite = suites(job["device"])[job["op"]]
+    case = suite.case.parse(job["shape"], job["dtype"], job["mask"])
+    setting = Setting(job["threads"], job["dtype"])
     make = suite.contenders[name][0]
     result: dict[str, float] = {}
     try:
         tiny = case.tiny()
         operands = suite.operands.random(tiny)
-        warm_up = make(tiny, make.prepare(tiny, operands), threads)
+        warm_up = make(tiny, make.prepare(tiny, operands), setting)
         kinds = [kind for kind in KINDS if getattr(warm_up, kind)]
         for kind in kinds:
             getattr(warm_up, kind)()
@@ -323,7 +266,7 @@ def peak_extra_memory(
         arrays = make.prepare(case, suite.operands.random(case))
         _return_free_memory()
         before = _status("VmRSS")
-        contender = make(case, arrays, threads)
+        contender = make(case, arrays, setting)
         del arrays  # an engine with a kernel of its own needs no other
         _return_free_memory()
         # The same start for both: what forward leaves in an allocator's
@@ -338,12 +281,12 @@ def peak_extra_memory(
         pass
     # Errors are reported where results are compared; memory is then n/a.
     except Exception as error:
-        print(f"{PROGRESS}failed: {_first_line(error)}", flush=True)
+        print(f"failed: {first_line(error)}", file=sys.stderr, flush=True)
     return result
 
 
 def _status(field: str) -> int:
-    """A field of this process's status, in KiB."""
+    """Reads a field of this process's status, in KiB."""
     with open("/proc/self/status", encoding="ascii") as file:
         return int(re.search(rf"^{field}:\s+(\d+)", file.read(), re.M)[1])
 
@@ -361,36 +304,98 @@ def _return_free_memory() -> None:
         trim(0)
 
 
+# Jobs, by the mode of the job. `emit` prints a result.
+
+
+def describe_gpu(job: dict[str, Any], emit: Callable[..., None]) -> None:
+    import contenders_torch
+
+    device = job["torch_device"]
+    emit(**contenders_torch.describe(device))
+    clock = CudaClock() if device == "cuda" else HostClock()
+    emit(peaks=contenders_torch.peaks(device, clock))
+
+
+def time_unit(job: dict[str, Any], emit: Callable[..., None]) -> None:
+    names = job["contenders"]
+    suite = suites(job["device"])[job["op"]]
+    needed = list(names)
+    if suite.oracle is None:
+        needed = list(dict.fromkeys([*names, job["baseline"]]))
+    missing = start_frameworks(suite, needed, job["threads"])
+    emit(missing=missing)
+    if job["baseline"] in missing:
+        return
+    unit = Unit(job, [name for name in names if name not in missing])
+    for precision in job["precisions"]:
+        emit(precision=precision, rows=unit.time(precision))
+
+
+def measure_memory(job: dict[str, Any], emit: Callable[..., None]) -> None:
+    (name,) = job["contenders"]
+    suite = suites(job["device"])[job["op"]]
+    if not start_frameworks(suite, [name], job["threads"]):
+        emit(memory=peak_extra_memory(job, name))
+
+
+def run_once(job: dict[str, Any], emit: Callable[..., None]) -> None:
+    """Calls our kernels alone, after a warm-up: for a profiler."""
+    del emit
+    unit = Unit(job, job["contenders"])
+    make = unit.suite.contenders["tf_deform"][0]
+    for precision in job["precisions"]:
+        unit.build(make, precision, unit.operands).both()
+        unit.clock.synchronize()
+
+
+def serve(job: dict[str, Any], emit: Callable[..., None]) -> None:
+    """Computes results, then a sample for each line of input: a kind."""
+    names = ["tf_deform"]
+    suite = suites(job["device"])[job["op"]]
+    if missing := start_frameworks(suite, names, job["threads"]):
+        raise RuntimeError(missing[names[0]])
+    import tf_deform
+
+    unit = Unit(job, names)
+    make = suite.contenders[names[0]][0]
+    ours = unit.build(make, job["dtype"], unit.operands)
+    calls = {kind: getattr(ours, kind) for kind in TIMED_KINDS}
+    calls = {kind: call for kind, call in calls.items() if call}
+    results = {
+        f"{kind} {name}": value.astype(np.promote_types(value.dtype, "f4"))
+        for kind in calls
+        for name, value in results_of(ours, kind).items()
+    }
+    np.savez(job["results"], **results)
+    samplers = unit.clock.samplers(calls)
+    emit(package=os.path.dirname(tf_deform.__file__), kinds=list(calls))
+    for line in sys.stdin:
+        emit(ms=samplers[line.strip()]())
+
+
+MODES = {
+    "describe": describe_gpu,
+    "time": time_unit,
+    "memory": measure_memory,
+    "once": run_once,
+    "serve": serve,
+}
+
+
 def main() -> None:
     """Does the job that `run.py` describes in the first argument."""
     job = json.loads(sys.argv[1])
-    suite = SUITES[job["op"]]
-    pin(job["threads"])
-    with open(job["results"], "a", encoding="utf-8") as file:
+    # Libraries print, too, and would break the lines of JSON.
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as channel:
+        os.dup2(2, 1)
 
-        def report(**line: Any) -> None:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
+        def emit(**result: Any) -> None:
+            channel.write(json.dumps(result) + "\n")
+            channel.flush()
 
-        names = job["contenders"]
-        if job["mode"] == "memory":
-            (name,) = names
-            if not start_frameworks(suite, names, job["threads"]):
-                case = suite.case.parse(
-                    job["shapes"][0], job["dtype"], job["mask"]
-                )
-                report(memory=peak_extra_memory(job, case, name))
-            return
-        needed = list(dict.fromkeys([*names, job["baseline"]]))
-        missing = start_frameworks(suite, needed, job["threads"])
-        report(missing=missing)
-        if job["baseline"] in missing:
-            return
-        for shape in job["shapes"]:
-            print(f"{PROGRESS}{shape}", flush=True)
-            case = suite.case.parse(shape, job["dtype"], job["mask"])
-            present = [name for name in names if name not in missing]
-            report(shape=shape, rows=time_case(job, case, present))
+        if job["device"] == "cpu":
+            pin(job["threads"])
+        MODES[job["mode"]](job, emit)
 
 
 if __name__ == "__main__":

@@ -6,23 +6,24 @@
 XLA on a CPU is slower than TensorFlow for some models, and faster for others.
 What counts for the deformable layers is that they are not worse off than what
 stood in their place: the ratio of a step with `jit_compile=True` to one without
-is divided by the same ratio of the plain twin. Models take turns, step by step
-in random order, so that a disturbance of the machine falls on all alike.
+is divided by the same ratio of the plain twin. Models take turns.
 """
 
 import argparse
 import os
 import pathlib
-import random
-import statistics
 import sys
-import time
+from collections.abc import Callable
+from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
+import timing  # noqa: E402
+from contenders import configure_tensorflow  # noqa: E402
+from report import markdown  # noqa: E402
 
 import tf_deform  # noqa: E402
 
@@ -32,7 +33,7 @@ GOAL = 1.05
 
 
 def stack(layer) -> keras.Model:
-    """Four convolutions that are deformable or not: little else to do."""
+    """Returns four convolutions, deformable or not, with little else."""
     inputs = x = keras.Input((32, 32, 64))
     for _ in range(4):
         x = layer(64, 3, padding="same", activation="relu")(x)
@@ -51,19 +52,37 @@ def make(name: str, deformable: bool) -> keras.Model:
     return segmentation.build_model("dcn-v2" if deformable else "plain")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def make_step(model: keras.Model, batch: Any) -> Callable[[], Any]:
+    """Returns a step of training of a compiled model; it ends when it is done.
+
+    It computes forward, backward and new weights.
+    """
+    model.make_train_function()
+    return lambda: tf.nest.map_structure(
+        np.asarray, model.train_function(iter([batch]))
+    )
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """Returns the options of all that times one of these models."""
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument(
         "--model",
         choices=("segmentation", "stack"),
         default="segmentation",
-        help="the demo's segmenter, or convolutions alone (%(default)s)",
+        help="the demo's segmenter, or four convolutions of 64 channels "
+        "(%(default)s)",
     )
+    parser.add_argument("--threads", type=int, default=2)
+    return parser
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
-    tf.config.threading.set_intra_op_parallelism_threads(arguments.threads)
+    configure_tensorflow(arguments.threads, 0)
 
     rng = np.random.default_rng(0)
     steps = {}
@@ -83,36 +102,17 @@ def main() -> None:
             ).astype(model.inputs[0].dtype)
             labels = rng.integers(0, 11, (arguments.batch, *size))
             batch = tf.constant(inputs), tf.constant(labels)
-            steps[deformable, jit_compile] = model.make_train_function() or (
-                lambda model=model, batch=batch: model.train_function(
-                    iter([batch])
-                )
-            )
+            steps[deformable, jit_compile] = make_step(model, batch)
 
-    times = {key: [] for key in steps}
-    for round_ in range(arguments.steps + 3):
-        order = list(steps)
-        random.Random(round_).shuffle(order)
-        for key in order:
-            start = time.perf_counter()
-            tf.nest.map_structure(np.asarray, steps[key]())
-            if round_ >= 3:  # the first ones trace and compile
-                times[key].append(time.perf_counter() - start)
-        if round_ % 10 == 0:
-            print(f"round {round_} of {arguments.steps + 3}", flush=True)
-
-    ratios = {}
-    print("\n| model | ms per step | with XLA | ratio |\n|---|---:|---:|---:|")
-    for deformable in (False, True):
-        without, with_ = (
-            statistics.median(times[deformable, jit]) * 1e3
-            for jit in (False, True)
-        )
+    medians = timing.medians(steps, arguments.steps, untimed=3)
+    ratios, rows = {}, []
+    for deformable, name in ((False, "plain"), (True, "deformable")):
+        without, with_ = (medians[deformable, jit] for jit in (False, True))
         ratios[deformable] = with_ / without
-        print(
-            f"| {'deformable' if deformable else 'plain'} | {without:.1f} | "
-            f"{with_:.1f} | {ratios[deformable]:.3f} |"
-        )
+        times = f"{without:.1f}", f"{with_:.1f}"
+        rows.append([name, *times, f"{ratios[deformable]:.3f}"])
+    header = ("model", "ms per step", "with XLA", "ratio")
+    print(f"\n{markdown(header, rows, words=1)}")
     print(
         f"\nratio of ratios: {ratios[True] / ratios[False]:.3f} "
         f"(goal: at most {GOAL})"

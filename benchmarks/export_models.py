@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The models of `export_table.py`, and how their files are written."""
+
+import os
+import pathlib
+import sys
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Two processes at a time, of one thread each.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np  # noqa: E402
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+MODELS = {
+    "segmenter": "segmenter",
+    "detector": "detector",
+    "resnet": "ResNet-50, 13 deformable layers",
+    "recurrent": "recurrent alignment",
+    "conditional": "conditional",
+}
+# The file or folder of each format. Keras wants these endings.
+FILES = {
+    "native": "native",
+    "portable": "portable",
+    "keras-saved-model": "keras_saved_model",
+    "keras-onnx": "keras.onnx",
+    "keras-openvino": "keras.xml",
+    "keras-litert": "keras.tflite",
+    "keras-torch": "keras.pt2",
+    "onnx19": "opset19.onnx",
+    "onnx22": "opset22.onnx",
+    "litert": "float32.tflite",
+    "litert-float16": "float16.tflite",
+    "litert-dynamic": "dynamic.tflite",
+    "litert-int8": "int8.tflite",
+    "tfjs": "tfjs",
+}
+
+# For each call the inputs, or the outputs, by name.
+Cases = list[dict[str, np.ndarray]]
+
+
+def displace(layer: Any, size: float = 1.0) -> None:
+    """Gives a layer's branch weights that move samples by 1 to 2 pixels.
+
+    Args:
+        layer: a layer of this package.
+        size: root mean square of what the branch is given.
+    """
+    kernel, bias = layer.offset_kernel, layer.offset_bias
+    rng = np.random.default_rng(len(layer.name))
+    scale = 1 / (size * np.sqrt(np.prod(kernel.shape[:-1])))
+    kernel.assign(rng.normal(size=kernel.shape) * scale)
+    bias.assign(rng.normal(size=bias.shape))
+
+
+def displace_all(model: Any, images: np.ndarray) -> None:
+    """Displaces a model's convolutions, from the first to the last."""
+    import keras
+
+    import tf_deform
+
+    for layer in model.layers:
+        if isinstance(layer, tf_deform.layers.DeformableConv2D):
+            before = keras.Model(model.inputs, layer.input)
+            seen = np.asarray(before(images))
+            displace(layer, float(np.sqrt(np.mean(seen**2))) + 1e-6)
+
+
+def make_segmenter() -> tuple[Any, Any, Cases]:
+    import segmentation
+
+    images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 1), "uint8")
+    model = segmentation.build_model("dcn-v2")
+    displace_all(model, images)
+    return model, model, [{"image": images}]
+
+
+def make_detector() -> tuple[Any, Any, Cases]:
+    """Returns the network, and the function that returns detections."""
+    import keras
+    from detection import detector
+
+    images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 1), "uint8")
+    model = detector.Detector("both")
+    displace_all(model, images)
+    head = model.get_layer("head")
+    displace(head.score_pooling)
+    displace(head.box_pooling)
+    # Scores that are far enough apart for rounding not to reorder them.
+    for name in ("objectness", "score_maps"):
+        kernel = model.get_layer(name).kernel
+        kernel.assign(kernel * 10)
+    # Keras exports no dictionary with a tuple in it.
+    outputs = {name: model.output[name] for name in ("proposals", "logits")}
+    network = keras.Model(model.inputs, outputs)
+    network.detect = model.detect
+    return network, model.detect, [{"images": images}]
+
+
+def make_resnet() -> tuple[Any, Any, Cases]:
+    import resnet
+
+    images = np.random.default_rng(0).normal(size=(1, 128, 128, 3))
+    images = images.astype("float32")
+    model = resnet.make_twin(resnet.make_plain(128))
+    assert resnet.count_deformable(model) == resnet.NUM_LAYERS
+    displace_all(model, images)
+    return model, model, [{model.inputs[0].name: images}]
+
+
+def make_recurrent() -> tuple[Any, Any, Cases]:
+    """Returns a model whose state a deformable layer aligns to each frame."""
+    import keras
+    import tensorflow as tf
+
+    import tf_deform
+
+    class Alignment(keras.layers.Layer):
+        def build(self, shape):
+            self.encode = keras.layers.Conv2D(8, 3, padding="same")
+            self.align = tf_deform.layers.DeformableConv2D(
+                8, 3, padding="same", modulation="sigmoid"
+            )
+            self.encode.build((None, *shape[2:]))
+            self.align.build((None, *shape[2:4], 8))
+            displace(self.align, 0.5)
+
+        def compute_output_shape(self, shape):
+            return (*shape[:4], 8)
+
+        def call(self, frames):
+            frames = tf.transpose(frames, (1, 0, 2, 3, 4))
+            states = tf.scan(
+                lambda state, frame: tf.tanh(
+                    self.encode(frame) + self.align(state)
+                ),
+                frames,
+                tf.zeros((tf.shape(frames)[1], *frames.shape[2:4], 8)),
+            )
+            return tf.transpose(states, (1, 0, 2, 3, 4))
+
+    inputs = keras.Input((4, 12, 14, 3), name="frames")
+    model = keras.Model(inputs, Alignment()(inputs))
+    rng = np.random.default_rng(0)
+    frames = rng.normal(size=(2, 4, 12, 14, 3)).astype("float32")
+    return model, model, [{"frames": frames}]
+
+
+def make_conditional() -> tuple[Any, Any, Cases]:
+    """Returns a model that is deformable or plain, as the input says."""
+    import keras
+
+    import tf_deform
+
+    class Choice(keras.layers.Layer):
+        def build(self, shape):
+            self.deformable, self.plain = (
+                layer(8, 3, padding="same")
+                for layer in (
+                    tf_deform.layers.DeformableConv2D,
+                    keras.layers.Conv2D,
+                )
+            )
+            self.deformable.build(shape)
+            self.plain.build(shape)
+            displace(self.deformable)
+
+        def compute_output_shape(self, shape):
+            return (*shape[:-1], 8)
+
+        def call(self, inputs):
+            return keras.ops.cond(
+                keras.ops.mean(inputs) > 0,
+                lambda: self.deformable(inputs),
+                lambda: self.plain(inputs),
+            )
+
+    inputs = keras.Input((12, 14, 3), name="image")
+    model = keras.Model(inputs, Choice()(inputs))
+    image = np.random.default_rng(0).normal(size=(2, 12, 14, 3))
+    cases = [(image + shift).astype("float32") for shift in (0.5, -0.5)]
+    return model, model, [{"image": image} for image in cases]
+
+
+def make(name: str, folder: pathlib.Path) -> tuple[Any, Any, Cases]:
+    """Returns a model, the part of it that is exported, and inputs.
+
+    The first call writes weights, inputs and outputs to the folder; the others
+    read the weights.
+    """
+    import keras
+    import tensorflow as tf
+
+    keras.utils.set_random_seed(0)
+    sys.path.insert(1, str(ROOT / "examples"))
+    model, source, cases = globals()[f"make_{name}"]()
+    weights = folder / "weights.npz"
+    if weights.exists():
+        values = np.load(weights)
+        model.set_weights([values[str(i)] for i in range(len(values))])
+        return model, source, cases
+    for whose, run in (("keras", model), ("export", source)):
+        for i, given in enumerate(cases):
+            (value,) = given.values()
+            outputs = keras.tree.flatten_with_path(run(tf.constant(value)))
+            outputs = {
+                "_".join(map(str, path)) or "output_0": np.asarray(array)
+                for path, array in outputs
+            }
+            np.savez(folder / f"{whose}_{i}.npz", **outputs)
+    np.savez(
+        folder / "cases.npz",
+        **{
+            f"{i}/{name}": value
+            for i, given in enumerate(cases)
+            for name, value in given.items()
+        },
+    )
+    values = model.get_weights()
+    np.savez(weights, **{str(i): value for i, value in enumerate(values)})
+    return model, source, cases
+
+
+def write(name: str, format_: str, folder: pathlib.Path) -> None:
+    """Writes one file, after the weights if there are none yet."""
+    model, source, cases = make(name, folder)
+    if format_ == "weights":
+        return
+    from tf_deform import export
+
+    path = folder / FILES[format_]
+    (value,) = cases[0].values()
+    kind, _, option = format_.partition("-")
+    if kind == "keras":
+        model(value)  # That to ONNX wants it.
+        formats = {"saved-model": "tf_saved_model"}
+        model.export(str(path), format=formats.get(option, option))
+        return
+    arguments: dict[str, Any] = {"sample": [value], "verbose": False}
+    if kind in ("native", "portable"):
+        export.saved_model(source, path, kind, **arguments)
+    elif kind.startswith("onnx"):
+        export.onnx(source, path, int(kind.removeprefix("onnx")), **arguments)
+    else:
+        if option:
+            # By how much it differs is for the table to say.
+            arguments |= {"quantize": option, "tolerance": 1e9}
+        if option == "int8":
+            given = [value for case in cases for value in case.values()]
+            arguments["calibration"] = [value[:1] for value in given] * 4
+        export.litert(source, path, **arguments)

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The machine and what is installed: numbers mean nothing without them."""
+
+import ctypes
+import glob
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from typing import Any
+
+from processes import run_program
+
+INSTRUCTION_SETS = re.compile(
+    r"sse4_2|avx.*|fma|f16c|amx.*|asimd.*|sve.*|bf16|i8mm"
+)
+
+
+def count_processors() -> int:
+    """Returns how many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def instruction_set() -> str | None:
+    """Returns what `tf_deform` uses on this processor, in this environment."""
+    spec = importlib.util.find_spec("tf_deform")
+    folders = spec.submodule_search_locations if spec else None
+    for folder in folders or []:
+        for path in glob.glob(os.path.join(folder, "_core*.so")):
+            name = ctypes.CDLL(path).TfDeformInstructionSet
+            name.restype = ctypes.c_char_p
+            return name().decode()
+    return None
+
+
+def describe() -> dict[str, Any]:
+    """Returns what tells about the numbers; nothing that names a host."""
+    model, flags = platform.processor() or platform.machine(), []
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            fields = dict(
+                re.findall(r"^(.*?)\s*:[ \t]*(.*)$", file.read(), re.M)
+            )
+    except OSError:
+        fields = {}
+    model = fields.get("model name", model)
+    flags = fields.get("flags", fields.get("Features", "")).split()
+    return {
+        "cpu": model,
+        "architecture": platform.machine(),
+        "processors": count_processors(),
+        "instruction_sets": [f for f in flags if INSTRUCTION_SETS.fullmatch(f)],
+        "memory_gib": _memory_gib(),
+        "system": f"{platform.system()} {platform.release()}",
+    }
+
+
+def _memory_gib() -> float | None:
+    try:
+        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+    return round(pages / 2**30, 1)
+
+
+def ask_driver(field: str) -> str:
+    """Returns what nvidia-smi tells of the first GPU."""
+    query = [f"--query-gpu={field}", "--format=csv"]
+    return _first_match(["nvidia-smi", *query], r"\n(.*)")
+
+
+def describe_cuda() -> dict[str, str]:
+    """Returns the versions of the driver and of nvcc."""
+    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    return {
+        "driver": ask_driver("driver_version"),
+        "nvcc": _first_match([nvcc, "--version"], r"release ([\d.]+)"),
+    }
+
+
+def _first_match(command: list[str], pattern: str) -> str:
+    """Returns what the pattern's group matches in a program's output."""
+    try:
+        _, output = run_program(command, 60, stderr=subprocess.DEVNULL)
+    except OSError:
+        return "unknown"
+    match = re.search(pattern, output)
+    return match[1].strip() if match else "unknown"
+
+
+def load() -> list[float] | None:
+    return list(os.getloadavg()) if hasattr(os, "getloadavg") else None
+
+
+def versions(packages: Iterable[str]) -> dict[str, str | None]:
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found

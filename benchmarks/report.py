@@ -1,0 +1,508 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Goals, ratios, notes and tables of results, for CPU and GPU alike.
+
+A report is the dictionary that `run.py` fills and saves as JSON. A row of it
+is one contender at one shape and one setting: a number of threads on the CPU,
+a precision on a GPU. Files that earlier versions wrote can be read.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from contenders import Suite
+
+Row = dict[str, Any]
+
+KINDS = ("forward", "both")
+TIMED_KINDS = (*KINDS, "backward")  # the last alone, of whoever can
+TITLES = {
+    "forward": "forward",
+    "both": "forward + backward",
+    "backward": "backward alone",
+}
+HEADS = {"forward": "forward", "both": "fwd+bwd", "backward": "backward"}
+NOISE = 0.15  # quartiles this far apart, as a part of the median, are reported
+
+
+@dataclasses.dataclass(frozen=True)
+class Goal:
+    """A bound on a ratio, the same for every shape or not."""
+
+    text: str
+    of: Callable[[Any], float]  # given the case
+
+    @classmethod
+    def at(cls, bound: float) -> "Goal":
+        return cls(f"{bound:g}", lambda case: bound)
+
+
+SAMPLING = Goal(
+    "1.1 * (1 + 4 * groups / filters)",
+    lambda case: 1.1 * (1 + 4 * case.groups / case.filters),
+)
+# The project's aims, by operator, kind of call, subject and setting. The
+# subject is a "ratio" to the contender that the table's ratios are to (at most
+# the goal, in every row), the "mean" of these ratios (geometric, at most), a
+# peer (at least so many times as fast), or "threads" (at least so many times
+# as fast as one thread). Verdicts are reported and are never a reason to fail:
+# a time is no test.
+GOAL_THREADS = 2
+TWO = f"threads {GOAL_THREADS}"
+GOALS = {
+    ("conv", "forward", "ratio", TWO): Goal.at(1.3),
+    ("conv", "forward", "mean", TWO): Goal.at(1.1),
+    ("conv", "forward", "onnxruntime or openvino", TWO): Goal.at(1.25),
+    ("conv", "forward", "threads", TWO): Goal.at(1.8),
+    ("conv", "both", "ratio", TWO): Goal.at(1.35),
+    ("conv", "both", "gather", TWO): Goal.at(2.5),
+    ("conv", "both", "threads", TWO): Goal.at(1.8),
+    ("conv_kinds", "forward", "ratio", TWO): SAMPLING,
+    ("conv_kinds", "both", "ratio", TWO): SAMPLING,
+    ("roi", "forward", "openvino, psroi", TWO): Goal.at(10),
+    ("roi", "backward", "ratio", TWO): Goal.at(3),
+}
+for _kind in KINDS:  # on a GPU
+    GOALS |= {
+        ("conv", _kind, "torchvision", "float32"): Goal.at(2),
+        ("conv", _kind, "torchvision", "tf32"): Goal.at(2),
+        ("conv", _kind, "torchvision", "float16"): Goal.at(4),
+        ("conv", _kind, "ratio", "bfloat16"): Goal.at(1.6),
+        ("roi", _kind, "torchvision, psroi", "float32"): Goal.at(5),
+        ("roi", _kind, "torchvision, psroi", "float16"): Goal.at(5),
+    }
+
+
+# Numbers.
+
+
+def summary(
+    milliseconds: Sequence[float], reference: Sequence[float] | None
+) -> dict[str, Any]:
+    """Returns quartiles, extremes, samples and, if possible, ratios."""
+    times = np.asarray(milliseconds)
+    result = _quartiles(times, "_ms") | {
+        "min_ms": float(times.min()),
+        "max_ms": float(times.max()),
+        "samples_ms": [round(float(ms), 4) for ms in times],
+    }
+    if reference:
+        result["ratio"] = float(np.median(times) / np.median(reference))
+        # Round by round: noise slower than a round leaves these untouched.
+        result["ratio_by_round"] = _quartiles(times / np.asarray(reference), "")
+    return result
+
+
+def _quartiles(values: np.ndarray, unit: str) -> dict[str, float]:
+    low, middle, high = np.percentile(values, [25, 50, 75])
+    return {
+        f"median{unit}": float(middle),
+        f"q25{unit}": float(low),
+        f"q75{unit}": float(high),
+    }
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Returns a 95 % confidence interval of the median.
+
+    It supposes nothing about how the values are distributed: the k-th value
+    from either end bounds the median unless fewer than k values lie on one of
+    its sides, which a binomial distribution with probability 1/2 tells. Fewer
+    than 6 values have no such interval: the bounds are then infinite.
+    """
+    ordered, count = sorted(values), len(values)
+    fewer, outside = 0, 2.0**-count  # probability of `fewer` or less
+    while outside <= 0.025:
+        fewer += 1
+        outside += math.comb(count, fewer) * 2.0**-count
+    if not fewer:
+        return -math.inf, math.inf
+    return ordered[fewer - 1], ordered[-fewer]
+
+
+def is_noisy(time: Mapping[str, float]) -> bool:
+    return time["q75_ms"] - time["q25_ms"] > NOISE * time["median_ms"]
+
+
+def setting(row: Row) -> str:
+    """Returns a row's setting as goals name it."""
+    if row.get("threads"):
+        return f"threads {row['threads']}"
+    return row["precision"]
+
+
+# Tables.
+
+
+def markdown(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    words: int | None = None,
+) -> str:
+    """Returns a table; columns after the first `words` are set as numbers."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
+    words = len(header) if words is None else words
+    rule = "|" + "---|" * words + "---:|" * (len(header) - words)
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def table(report: dict[str, Any], op: str) -> str:
+    """Returns the rows of an operator, without what is not supported."""
+    rows = rows_of(report, op)
+    on_gpu = report.get("device") == "cuda"
+    peaks = report.get("peaks", {})
+    columns: list[tuple[str, Callable[[Row], str]]] = [
+        ("shape", lambda row: row["shape"]),
+        ("precision", lambda row: row["precision"])
+        if on_gpu
+        else ("threads", lambda row: str(row["threads"])),
+        ("contender", lambda row: row["contender"]),
+    ]
+    for kind in TIMED_KINDS:
+        if kind == "backward" and not any(kind in row for row in rows):
+            continue
+        # A GPU's calls take fractions of a millisecond.
+        time_cell = functools.partial(_time_cell, kind, 3 if on_gpu else 1)
+        columns += [
+            (f"{HEADS[kind]} ms (25-75 %)", time_cell),
+            (
+                "to forward" if kind == "backward" else "ratio",
+                functools.partial(_ratio_cell, kind),
+            ),
+        ]
+        if any("flop" in row for row in rows) and on_gpu:
+            cell = functools.partial(_rate_cell, kind, peaks)
+            columns.append(("TFLOP/s (of peak)", cell))
+    if on_gpu:
+        columns.append(("largest difference", _difference_cell))
+    elif any(row["extra_mib"] for row in rows):
+        columns += [
+            (f"extra MiB {HEADS[kind]}", functools.partial(_memory_cell, kind))
+            for kind in KINDS
+        ]
+    return markdown(
+        [head for head, _ in columns],
+        [
+            [cell(row) for _, cell in columns]
+            for row in rows
+            if "unsupported" not in row
+        ],
+    )
+
+
+def rows_of(report: dict[str, Any], op: str) -> list[Row]:
+    return [row for row in report["rows"] if row["op"] == op]
+
+
+def _time_cell(kind: str, digits: int, row: Row) -> str:
+    if kind in row["errors"]:
+        return "error"
+    if kind not in row:
+        return ""
+    middle, low, high = (
+        f"{row[kind][name]:.{digits}f}"
+        for name in ("median_ms", "q25_ms", "q75_ms")
+    )
+    return f"{middle} ({low}-{high})"
+
+
+def _ratio_cell(kind: str, row: Row) -> str:
+    if kind not in row or kind in row["errors"]:
+        return ""
+    return f"{row[kind]['ratio']:.2f}" if "ratio" in row[kind] else "n/a"
+
+
+def _rate_cell(kind: str, peaks: Mapping[str, float], row: Row) -> str:
+    work = row.get("flop", {}).get(kind)
+    if kind not in row or not work:
+        return ""
+    rate = work / row[kind]["median_ms"] / 1e9
+    peak = peaks.get(row["precision"])
+    return f"{rate:.3g}" + (f" ({rate / peak:.0%})" if peak else "")
+
+
+def _difference_cell(row: Row) -> str:
+    values = row["disagreement"].values()
+    if None in values:  # JSON has no number for it
+        return "not finite"
+    return f"{max(values):.1e}" if values else ""
+
+
+def _memory_cell(kind: str, row: Row) -> str:
+    # Nothing that was compared and timed, or measured elsewhere.
+    if kind not in row or row["extra_mib"] is None:
+        return ""
+    # A reading below zero is noise about nothing.
+    readings = [round(max(m, 0)) for m in row["extra_mib"].get(kind, [])]
+    if not readings:
+        return "n/a"
+    if max(readings) - min(readings) > 2:
+        return f"{min(readings)}-{max(readings)}"
+    return str(round(statistics.median(readings)))
+
+
+# Notes below a table.
+
+
+def errors(report: dict[str, Any]) -> list[str]:
+    """Returns everything that makes the run a failure."""
+    baseline = report["settings"]["baseline"]
+    found = list(report["errors"])
+    if baseline in report["missing"]:
+        found.append(f"nothing to compare with, {baseline} is missing")
+    for row in report["rows"]:
+        found += [
+            f"{row['shape']}, {setting(row)}, {row['contender']}, "
+            f"{TITLES[kind]}: {text}"
+            for kind, text in row["errors"].items()
+        ]
+    return found
+
+
+def notes(report: dict[str, Any], op: str, suite: Suite) -> list[str]:
+    """Returns remarks on agreement, goals and noise."""
+    settings, rows = report["settings"], rows_of(report, op)
+    lines = sorted(
+        {
+            f"Not supported by {row['contender']}: {row['unsupported']}."
+            for row in rows
+            if "unsupported" in row
+        }
+    )
+    tolerances = settings["tolerance"]
+    if not isinstance(tolerances, dict):  # the CPU's, of its one type
+        tolerances = {settings["dtype"]: tolerances}
+    for precision, tolerance in tolerances.items():
+        differences = [
+            math.inf if value is None else value
+            for row in rows
+            if row["contender"] != settings["baseline"]
+            and row.get("precision", precision) == precision
+            for value in row["disagreement"].values()
+        ]
+        if differences:
+            where = f" in {precision}" if len(tolerances) > 1 else ""
+            lines.append(
+                f"Largest difference{where} from {settings['baseline']}: "
+                f"{max(differences):.1e} of the root mean square (allowed: "
+                f"{tolerance:.0e})."
+            )
+    lines += _judge(rows, op, suite)
+    noisy = [
+        f"{row['shape']} at {setting(row)}"
+        for row in rows
+        for kind in TIMED_KINDS
+        if kind in row and is_noisy(row[kind])
+    ]
+    if noisy:
+        lines.append(
+            f"NOISE: quartiles more than {NOISE:.0%} of the median apart in "
+            f"{len(noisy)} timings; do not trust the ratios of "
+            f"{', '.join(dict.fromkeys(noisy))}."
+        )
+    eager = sum(
+        row[k].get("mode") == "launches"
+        for row in rows
+        for k in KINDS
+        if k in row
+    )
+    if eager:
+        lines.append(
+            f"{eager} times are of launches, not of CUDA graphs: they contain "
+            "what the host needs if that is longer."
+        )
+    return lines
+
+
+def _judge(rows: list[Row], op: str, suite: Suite) -> list[str]:
+    """Compares `tf_deform` at every setting that goals can be about.
+
+    On the CPU that is one number of threads.
+    """
+    found = {setting(row): row.get("threads") for row in rows}
+    counts = {
+        row["threads"]
+        for row in rows
+        if row.get("threads") and row["contender"] == "tf_deform"
+    }
+    if counts:
+        threads = GOAL_THREADS if GOAL_THREADS in counts else max(counts)
+        found = {f"threads {threads}": threads}
+    lines: list[str] = []
+    judged: set[tuple[str, ...]] = set()
+    for kind in TIMED_KINDS:
+        for name, threads in found.items():
+            for what, text, ratios in comparisons(
+                rows, suite, kind, name, threads
+            ):
+                key = op, kind, what, name
+                judged |= {key, (op, kind, "mean", name)}
+                title = f"tf_deform, {TITLES[kind]}, {name}"
+                lines.append(f"{title}: {_verdict(ratios, text, key, suite)}.")
+    left = [
+        f"{TITLES[kind]}, {name}, {what} ({goal.text})"
+        for (of, kind, what, name), goal in GOALS.items()
+        if of == op and name in found and (of, kind, what, name) not in judged
+    ]
+    return lines + [f"Goals not measured: {'; '.join(left)}."] * bool(left)
+
+
+def comparisons(
+    rows: list[Row], suite: Suite, kind: str, name: str, threads: int | None
+) -> list[tuple[str, str, dict[str, float]]]:
+    """Returns (subject, words, ratios by shape) of `tf_deform`.
+
+    Ratios that are a cost come first, then gains over peers and by a second
+    thread.
+    """
+    times: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        if kind in row:
+            key = row["contender"], setting(row)
+            times.setdefault(key, {})[row["shape"]] = row[kind]
+    ours = times.get(("tf_deform", name), {})
+
+    def gains(groups: Mapping[str, list[float]]) -> dict[str, float]:
+        return {
+            shape: min(groups[shape]) / time["median_ms"]
+            for shape, time in ours.items()
+            if groups.get(shape)
+        }
+
+    found = []
+    reference = "its forward" if kind == "backward" else suite.ratio_to
+    if reference != "tf_deform":
+        ratios = {
+            shape: time["ratio"]
+            for shape, time in ours.items()
+            if "ratio" in time
+        }
+        found.append(("ratio", f"times {reference}", ratios))
+    # By operator, if shapes begin with the name of one.
+    for operator in dict.fromkeys(shape.rpartition(":")[0] for shape in ours):
+        for names in suite.peers:
+            others = {
+                shape: [
+                    times[peer, name][shape]["median_ms"]
+                    for peer in names
+                    if shape in times.get((peer, name), {})
+                ]
+                for shape in ours
+                if shape.rpartition(":")[0] == operator
+            }
+            what = " or ".join(names) + (f", {operator}" if operator else "")
+            found.append((what, f"times as fast as {what}", gains(others)))
+    if threads and threads > 1:
+        alone = times.get(("tf_deform", "threads 1"), {})
+        others = {shape: [time["median_ms"]] for shape, time in alone.items()}
+        text = "times as fast as with one thread"
+        found.append(("threads", text, gains(others)))
+    return [entry for entry in found if entry[2]]
+
+
+def _verdict(
+    ratios: dict[str, float],
+    text: str,
+    key: tuple[str, str, str, str],
+    suite: Suite,
+) -> str:
+    """Says how large ratios are, by shape, and if they meet their goal."""
+    op, kind, what, name = key
+    is_cost = what == "ratio"  # those of the table; the others are gains
+    superlative = "most" if is_cost else "least"
+    worst = (max if is_cost else min)(ratios, key=ratios.get)
+    result = (
+        f"{min(ratios.values()):.2f} to {max(ratios.values()):.2f} {text}; "
+        f"{superlative} at {worst}"
+    )
+    if is_cost:
+        mean = statistics.geometric_mean(ratios.values())
+        result += f"; geometric mean {mean:.2f}"
+        if goal := GOALS.get((op, kind, "mean", name)):
+            verdict = "met" if mean <= goal.of(None) else "MISSED"
+            result += f" (goal: at most {goal.text}, {verdict})"
+    if goal := GOALS.get(key):
+        missed = []
+        for shape, ratio in ratios.items():
+            bound = goal.of(suite.case.parse(shape, "float32", True))
+            if (ratio > bound) if is_cost else (ratio < bound):
+                missed.append(f"{shape} ({ratio:.2f}, not {bound:.2f})")
+        verdict = f"MISSED at {', '.join(missed)}" if missed else "met"
+        result += f"; goal: at {superlative} {goal.text}, {verdict}"
+    return result
+
+
+# The whole.
+
+
+def describe(report: dict[str, Any]) -> list[str]:
+    """Returns lines about the command, the machine and versions."""
+    machine = report["machine"]
+    about = f"{machine['cpu']}, {machine['processors']} processors"
+    if "gpu" in machine:
+        about = (
+            f"{machine['gpu']} (compute capability {machine['capability']}, "
+            f"driver {machine['driver']}), nvcc {machine['nvcc']}"
+        )
+    versions = ", ".join(
+        f"{name} {version}"
+        for name, version in report["versions"].items()
+        if version
+    )
+    lines = [f"`{report['command']}`, {report['date'][:10]}:"]
+    if report.get("emulated"):
+        lines.append("EMULATED on the CPU: times and goals mean nothing.")
+    lines.append(f"{about}; {versions}")
+    if report.get("instruction_set"):
+        lines.append(f"tf_deform used {report['instruction_set']}.")
+    if peaks := report.get("peaks"):
+        rates = ", ".join(f"{name} {rate:.3g}" for name, rate in peaks.items())
+        lines.append(f"Peak (a large matrix product, TFLOP/s): {rates}.")
+    return lines
+
+
+def document(report: dict[str, Any], suites: Mapping[str, Suite]) -> str:
+    """Returns all tables and notes as Markdown."""
+    lines = describe(report)
+    for op, suite in suites.items():
+        if rows_of(report, op):
+            lines += ["", f"### {suite.title}", "", table(report, op), ""]
+            lines += [f"- {line}" for line in notes(report, op, suite)]
+    if remarked := remarks(report):
+        lines += ["", *remarked]
+    return "\n".join(lines) + "\n"
+
+
+def remarks(report: dict[str, Any]) -> list[str]:
+    """Returns lines about contenders that are missing and about errors."""
+    lines = [f"- {name}: {text}" for name, text in report["missing"].items()]
+    lines += [f"- ERROR {line}" for line in errors(report)]
+    return lines
+
+
+def save(path: str, content: str | dict[str, Any]) -> None:
+    """Writes text, or a dictionary as JSON: a whole new file or none."""
+    if isinstance(content, dict):
+        content = json.dumps(content, indent=1) + "\n"
+    folder = os.path.dirname(os.path.abspath(path))
+    with tempfile.NamedTemporaryFile(
+        "w", dir=folder, suffix=".tmp", delete=False, encoding="utf-8"
+    ) as file:
+        try:
+            file.write(content)
+            file.flush()
+            # Temporary files are private; a report is as public as any file.
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(file.name, 0o666 & ~mask)
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
