@@ -380,7 +380,7 @@ MISTAKES = [
         "layer-nan-hidden",
         "outputs = hand_on_nan(outputs, fields)",
         "pass",
-        (*CONV_LAYER, "branch_test"),
+        ("branch_test",),
     ),
     Mistake(
         "layer-frozen-kernel-costs",
