@@ -386,7 +386,7 @@ MISTAKES = [
         "layer-frozen-kernel-costs",
         "if not self._kernel.trainable and not self.lora_enabled:",
         "if False:",
-        CONV_LAYER,
+        CONV_OP,
     ),
     Mistake(
         "layer-offset-in-compute-dtype",
