@@ -209,7 +209,7 @@ def test_the_runtime_is_found_through_a_wrapper(tmp_path):
     assert "12.4" in build.describe(cuda) and "80, 90a" in build.describe(cuda)
     steps = build.core_steps(str(tmp_path), cuda)
     commands = {os.path.basename(s.source): s.command for s in steps}
-    device = commands["device_cuda.cu"]
+    device = commands["device.cu"]
     assert device[0] == nvcc
     assert [f for f in device if "gencode" in f] == [
         "-gencode=arch=compute_80,code=sm_80",
