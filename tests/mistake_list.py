@@ -411,7 +411,7 @@ MISTAKES = [
         "layer-message-in-the-ops-words",
         '_OP_NAMES = {"offset": "trans"}',
         "_OP_NAMES = {}",
-        ("roi_bad_calls_test",),
+        ("roi_data_format_test", *ROI_LAYERS),
     ),
     Mistake(
         "layer-build-config-of-inputs-alone",
