@@ -445,9 +445,9 @@ MISTAKES = [
     ),
     # Files.
     Mistake(
-        "loader-order-for-name",
+        "loader-order-of-frozen-layers",
         "if number <= last.get(kind, -1):",
-        "if number < last.get(kind, -1):",
+        "if False:",
         ("plain_weights_test",),
     ),
     Mistake(
