@@ -10,7 +10,7 @@ SOURCES := $(wildcard cc/*/*.cc cc/*/*.h cc/core/*/*.cc cc/core/*/*.cu \
 	cc/core/*/*.h)
 TEST_SOURCES := $(wildcard tests/*/*.c tests/*/*.cc tests/*/*.h)
 
-.PHONY: help install demo demo-full test test-full benchmark gpu-check \
+.PHONY: help install demo demo-full docs test test-full benchmark gpu-check \
 	gpu-check-tf lint format bazel clean
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make demo-full  the same with more models and three seeds"
 	@echo "make test       run the tests"
 	@echo "make test-full  train every configuration of the layer (an hour)"
+	@echo "make docs       write the API pages to build/docs"
 	@echo "make benchmark  time the ops beside their peers"
 	@echo "make gpu-check  time and test the GPU kernels: needs a GPU, nvcc and"
 	@echo "                PyTorch, and nothing of TensorFlow"
@@ -51,6 +52,10 @@ demo-full: $(INSTALLED)
 		--data runs/demo/scenes --full
 	$(RUN) examples/detection/train.py --out runs/demo/detection \
 		--data runs/demo/scenes --full
+
+# A warning fails.
+docs: $(INSTALLED)
+	$(RUN) docs/api.py build/docs
 
 # In two processes, most tests using one processor; a file's share what it made.
 test: $(INSTALLED)

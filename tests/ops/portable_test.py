@@ -563,15 +563,8 @@ def runs(function) -> set:
         op.type.startswith("TfDeform>") for op in graph.get_operations()
     )
     portable = any(op.type == "GatherNd" for op in graph.get_operations())
-    return (
-        {"native"} * native | {"portable"} * portable
-        if 0
-        else {
-            name
-            for name, found in (("native", native), ("portable", portable))
-            if found
-        }
-    )
+    found = {"native": native, "portable": portable}
+    return {name for name, is_found in found.items() if is_found}
 
 
 OPERANDS = [
