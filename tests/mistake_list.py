@@ -252,14 +252,14 @@ MISTAKES = [
     # TensorFlow's and XLA's glue.
     Mistake(
         "tf-shape-function",
-        "OutputDim(context, params.filters, context->input(1), 3)",
-        "OutputDim(context, params.filters, context->input(1), 2)",
+        "? context->Dim(operand, dim.axis) : context->UnknownDim());",
+        "? context->Dim(operand, 0) : context->UnknownDim());",
         CONV_OP,
     ),
     Mistake(
         "tf-shape-of-unwanted-gradient",
-        "wanted[i] ? context->input(i) : context->Vector(0)",
-        "context->input(i)",
+        "wanted[output] ? context->input(operand) : context->Vector(0)",
+        "context->input(operand)",
         CONV_OP,
     ),
     Mistake(
@@ -275,15 +275,15 @@ MISTAKES = [
         ("deformable_psroi_pool_test",),
     ),
     Mistake(
-        "xla-attribute-in-few-digits",
-        '"%.8e"',
-        '"%.3e"',
+        "xla-wanted-lost",
+        "wanted_.assign(wanted.begin(), wanted.end());",
+        "wanted_.assign(wanted.size(), true);",
         ("xla_test",),
     ),
     Mistake(
         "xla-unwanted-gradients-kept",
-        "if (!wanted[i]) (*gradients)[i] = KnownShape({0});",
-        "",
+        "results->push_back(wanted_[output] ? operands[operand] : empty);",
+        "results->push_back(operands[operand]);",
         ("xla_test",),
     ),
     # Functions.
