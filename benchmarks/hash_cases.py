@@ -159,6 +159,7 @@ CHOSEN = [
     conv((1, 5, 4, 16), (2, 2, 1600), 8, offset_groups=4),
     conv((1, 9, 8, 64), (3, 3, 64), 2, padding="same", boundary="clamp"),
     conv((1, 5, 4, 600), (1, 1, 8), 2, offset_groups=3),
+    conv((1, 3, 300, 48), (3, 3, 48), 48, padding="same"),
     # Pooling. Windows of 16 taps and more, wide steps, one sample.
     *(
         psroi((1, 40, 37), 9, 1, 5, pooled_size=n, sample_per_part=m)

@@ -12,8 +12,9 @@ files may move, and where a text changes, `mistakes_test.py` says which entry
 has to change with it.
 
 The command works in a copy of the checkout in `build/mistakes`, in which it
-keeps what was compiled. For every mistake it prints the test that found it. It
-ends with 1 if a mistake was not found.
+keeps what was compiled. For every mistake it prints the test that found it, and
+it ends with 1 if a mistake was not found. A test that fails without any mistake
+looks as if it had found one: `make test` comes first.
 """
 
 import argparse

@@ -30,6 +30,37 @@ def test_threads_change_no_bit_of_random_calls(seed, dtype):
     core_conv2d.check_threads(exact, (2, 5), dtype=dtype, **attributes)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("boundary", ["zeros", "clamp"])
+def test_every_place_of_a_sample(boundary, dtype):
+    """Compares places on edges and pixels, which the random cases avoid."""
+    height, width = 3, 2
+    rng = np.random.default_rng(0)
+    rows = [-1.25, -1, -0.5, 0, 0.75, 1, 2, 2.5, 3, 3.5]
+    columns = [-1.5, -1, -0.25, 0, 0.5, 1, 1.75, 2, 2.25]
+    places = np.stack(np.meshgrid(rows, columns, indexing="ij"), -1)
+    pixels = np.stack(np.indices((height, width)), -1)
+    # An image for every six places, a kernel of one tap.
+    places = places.reshape(-1, height, width, 2)
+    batch = len(places)
+    assert places.size == 2 * len(rows) * len(columns)
+    operands = (
+        rng.normal(size=(batch, height, width, 5)),
+        rng.normal(size=(1, 1, 5, 4)),
+        places - pixels,
+        rng.normal(size=(batch, height, width, 1)),
+        rng.normal(size=(batch, height, width, 4)),
+    )
+    exact = rounded(operands, dtype)
+    expected = reference.deformable_conv2d(*exact[:4], boundary=boundary)
+    gradients = reference.deformable_conv2d_grad(*exact, boundary=boundary)
+    output = core.forward(*exact[:4], dtype=dtype, boundary=boundary)
+    assert_close(output, expected, dtype, "output")
+    made = core.backward(*exact, dtype=dtype, boundary=boundary)
+    for name, gradient in made.items():
+        assert_close(gradient, getattr(gradients, name), dtype, name)
+
+
 # One below, at, and one past the blocks of pixels (8 located together in
 # float64; 112 for gradients of data, 128 for the kernel, about 500 forward), of
 # rows (256), filters (16, 32, 256, 1024).
