@@ -51,14 +51,7 @@ def test_every_place_of_a_sample(boundary, dtype):
         rng.normal(size=(batch, height, width, 1)),
         rng.normal(size=(batch, height, width, 4)),
     )
-    exact = rounded(operands, dtype)
-    expected = reference.deformable_conv2d(*exact[:4], boundary=boundary)
-    gradients = reference.deformable_conv2d_grad(*exact, boundary=boundary)
-    output = core.forward(*exact[:4], dtype=dtype, boundary=boundary)
-    assert_close(output, expected, dtype, "output")
-    made = core.backward(*exact, dtype=dtype, boundary=boundary)
-    for name, gradient in made.items():
-        assert_close(gradient, getattr(gradients, name), dtype, name)
+    core_conv2d.check(operands, {"boundary": boundary}, dtype)
 
 
 # One below, at, and one past the blocks of pixels (8 located together in
