@@ -10,8 +10,8 @@ SOURCES := $(wildcard cc/*/*.cc cc/*/*.h cc/core/*/*.cc cc/core/*/*.cu \
 	cc/core/*/*.h)
 TEST_SOURCES := $(wildcard tests/*/*.c tests/*/*.cc tests/*/*.h)
 
-.PHONY: help install demo demo-full quick test test-full benchmark gpu-check \
-	gpu-check-tf lint format bazel clean
+.PHONY: help install demo demo-full docs quick test test-full benchmark \
+	gpu-check gpu-check-tf lint format bazel clean
 
 help:
 	@echo "make demo       train a segmentation model and a detector, plain and"
@@ -20,6 +20,7 @@ help:
 	@echo "make quick      run the most telling tests (two minutes)"
 	@echo "make test       run the tests (twelve minutes)"
 	@echo "make test-full  run all tests with whole grids (hours)"
+	@echo "make docs       write the API pages to build/docs"
 	@echo "make benchmark  time the ops beside their peers"
 	@echo "make gpu-check  time and test the GPU kernels: needs a GPU, nvcc and"
 	@echo "                PyTorch, and nothing of TensorFlow"
@@ -52,6 +53,10 @@ demo-full: $(INSTALLED)
 		--data runs/demo/scenes --full
 	$(RUN) examples/detection/train.py --out runs/demo/detection \
 		--data runs/demo/scenes --full
+
+# A warning fails.
+docs: $(INSTALLED)
+	$(RUN) docs/api.py build/docs
 
 # In two processes, most tests using one processor; a file's share what it made.
 test: $(INSTALLED)

@@ -132,6 +132,9 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["tf_deform", "tf_deform.*"]),
+    # Beside the package, as importing that loads TensorFlow.
+    py_modules=["tf_deform_cli"],
+    entry_points={"console_scripts": ["tf-deform = tf_deform_cli:main"]},
     ext_modules=[
         Extension("tf_deform._core", []),
         Extension("tf_deform._ops", []),
@@ -170,10 +173,13 @@ setup(
             "tf-deform[onnx]",
             "openvino>=2025.0,<2027",
         ],
+        "docs": ["pdoc>=16,<17"],
         "test": [
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",
             "nvidia-cuda-cuobjdump>=13,<14",  # reads what any nvcc made
+            "sybil>=10,<11",
+            "tf-deform[docs]",
             "tf-deform[benchmark]",
             "tf-deform[examples]",
         ],

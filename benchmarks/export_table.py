@@ -410,6 +410,10 @@ def main() -> None:
             done.result()
     text = table.render()
     print(f"\n{text}")
+    if missing := choose([], table.results):
+        # A trial of a few cells would empty all the others.
+        print(f"{arguments.page} stays as it is: {len(missing)} cells missing")
+        return
     page = arguments.page.read_text()
     before, _, rest = page.partition(MARKS[0])
     _, _, after = rest.partition(MARKS[1])

@@ -115,8 +115,8 @@ MISTAKES = [
     ),
     Mistake(
         "cpu-conv-lost-sums-of-a-room",
-        "for (int64_t room = 1; room < plan.rooms; ++room) {",
-        "for (int64_t room = 1; room + 1 < plan.rooms; ++room) {",
+        "for (int64_t pair = 1; pair < plan.pairs; ++pair) {",
+        "for (int64_t pair = 1; pair + 1 < plan.pairs; ++pair) {",
         CONV,
     ),
     Mistake(
@@ -158,8 +158,8 @@ MISTAKES = [
     ),
     Mistake(
         "cpu-roi-dx-is-dy",
-        "x += Rounded(rule.Displacement(pair[1], roi.x.size));",
-        "x += Rounded(rule.Displacement(pair[0], roi.x.size));",
+        "x += rule.Displacement(pair[1], roi.x.size);",
+        "x += rule.Displacement(pair[0], roi.x.size);",
         ALIGN,
     ),
     Mistake(
@@ -170,20 +170,20 @@ MISTAKES = [
     ),
     Mistake(
         "cpu-roi-mean-without-share",
-        "s->y.weight[a] * s->x.weight[b] * bin.share;",
-        "s->y.weight[a] * s->x.weight[b];",
+        "const E weight = y.weight[a] * x.weight[b] * share;",
+        "const E weight = y.weight[a] * x.weight[b];",
         ALIGN,
     ),
     Mistake(
         "cpu-roi-padding-left-as-it-was",
-        "if (first_image == 0) body(r, -1, worker);",
-        "",
+        "row.image < 0 ? first_image == 0 :",
+        "row.image < 0 ? first_image < 0 :",
         ALIGN,
     ),
     Mistake(
         "cpu-roi-slope-of-other-size",
-        "along_x * bin.share * rule.DisplacementSlope(roi.x.size);",
-        "along_x * bin.share * rule.DisplacementSlope(roi.y.size);",
+        "along_x * share * rule.DisplacementSlope(roi.x.size);",
+        "along_x * share * rule.DisplacementSlope(roi.y.size);",
         ALIGN,
     ),
     # Judgements and their texts.
@@ -245,8 +245,8 @@ MISTAKES = [
     ),
     Mistake(
         "cuda-roi-second-window-lost",
-        "if (count + 2 > kTaps) {",
-        "if (count + 2 > kTaps && !Rule::kMeanOfAll) {",
+        "if (count + 2 > kWindow) {",
+        "if (count + 2 > kWindow && !Rule::kMeanOfAll) {",
         CUDA_ALIGN,
     ),
     # TensorFlow's and XLA's glue.

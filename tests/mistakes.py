@@ -22,6 +22,7 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -147,6 +148,8 @@ def judge(mistake: Mistake) -> str:
         )
     finally:
         path.write_text(good)
+    if -status in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT):
+        return f"found by a crash, {signal.Signals(-status).name}"
     failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", log.read_text(), re.M)
     if status == 1 and failed:
         return f"found by {failed[0]}"

@@ -1,11 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deformable convolution for TensorFlow and Keras."""
+"""Deformable convolution and deformable ROI pooling for TensorFlow and Keras.
 
-from tf_deform import _tf2onnx, export, layers, ops
+- `tf_deform.layers`: Keras layers.
+- `tf_deform.ops`: functions of tensors, with gradients.
+- `tf_deform.export`: models as SavedModel, ONNX and LiteRT files.
+
+Displacements are pairs `(dy, dx)`, and maps are `(batch, height, width,
+channels)`, unless a layer's `data_format` says otherwise.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from tf_deform import _tf2onnx, layers, ops
 from tf_deform._build_info import VERSION as __version__
 from tf_deform._implementation import implementation
 from tf_deform._loader import is_built_with_cuda
-from tf_deform._plain_weights import load_plain_weights
+
+if TYPE_CHECKING:
+    from tf_deform import export
+    from tf_deform._plain_weights import load_plain_weights
 
 __all__ = [
     "__version__",
@@ -18,3 +31,20 @@ __all__ = [
 ]
 
 _tf2onnx.watch()
+
+
+def __getattr__(name: str) -> Any:
+    # Loading a model needs neither of the two: they are imported when used.
+    if name == "export":
+        import tf_deform.export as export  # `from` would come back to here.
+
+        return export
+    if name == "load_plain_weights":
+        from tf_deform._plain_weights import load_plain_weights
+
+        return load_plain_weights
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

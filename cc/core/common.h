@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// What every operator of the core shares: status, element types, shapes and the
-// caller's threads.
+// Status, element types, shapes and the caller's threads, which all operators
+// of the core share.
 
 #ifndef TF_DEFORM_CC_CORE_COMMON_H_
 #define TF_DEFORM_CC_CORE_COMMON_H_
 
 #include <cstdint>
+#include <type_traits>
 
 namespace tf_deform {
 
-// Outcome of a call. The core never throws, prints or exits: whoever calls it
-// decides what an error becomes.
+// Outcome of a call. The core never throws, prints or exits: the caller decides
+// what an error becomes.
 struct Status {
   enum Code : int {
     kOk = 0,
@@ -25,7 +26,7 @@ struct Status {
   bool ok() const { return code == kOk; }
 };
 
-// Build a status of that code from a printf format.
+// Return a status of that code with a message from a printf format.
 Status InvalidArgument(const char* format, ...)
     __attribute__((format(printf, 1, 2)));
 Status Internal(const char* format, ...) __attribute__((format(printf, 1, 2)));
@@ -85,25 +86,16 @@ struct ParallelFor {
     run(
         context, num_tasks,
         [](void* argument, int64_t index, int worker) {
-          (*static_cast<typename RemoveReference<Body>::Type*>(argument))(
-              index, worker);
+          (*static_cast<std::remove_reference_t<Body>*>(argument))(index,
+                                                                   worker);
         },
         &body);
   }
-
- private:
-  template <typename U>
-  struct RemoveReference {
-    using Type = U;
-  };
-  template <typename U>
-  struct RemoveReference<U&> {
-    using Type = U;
-  };
 };
 
-// The caller's stream on a GPU, and what it allows. All pointers of a call are
-// then the device's, all work is queued on the stream, and nothing waits.
+// The caller's stream on a GPU, and the arithmetic that the caller allows. All
+// pointers of a call are then the device's, all work is queued on the stream,
+// and nothing waits.
 struct CudaStream {
   void* stream = nullptr;      // a cudaStream_t of the current device
   bool allow_tf32 = false;     // float32 operands of products may be rounded

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The GPU's driver, and what this build needs of it. Only in a build with nvcc
-// (TF_DEFORM_CUDA).
+// Checks that the GPU's driver is new enough for this build. Only in a build
+// with nvcc (TF_DEFORM_CUDA).
 
 #ifndef TF_DEFORM_CC_CORE_CUDA_H_
 #define TF_DEFORM_CC_CORE_CUDA_H_
@@ -10,14 +10,15 @@
 namespace tf_deform {
 namespace cuda {
 
-// Whether a driver for CUDA `driver` runs code whose CUDA runtime is `runtime`
-// (1000 * major + 10 * minor, 0: there is none). The error names both.
+// Checks that a driver for CUDA `driver` runs code whose CUDA runtime is
+// `runtime` (1000 * major + 10 * minor, 0: there is none). The error names
+// both.
 Status JudgeDriver(int driver, int runtime);
 
-// Whether a GPU of that compute capability runs this build's code.
+// Checks that a GPU of that compute capability runs this build's code.
 Status JudgeGpu(int major, int minor);
 
-// The same of this machine's driver, this build's runtime and the current GPU.
+// Checks this machine's driver, this build's runtime and the current GPU.
 Status CheckDriver();
 
 }  // namespace cuda

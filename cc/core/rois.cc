@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Judgements of regions of interest that pooling operators have in common.
+// Checks regions of interest for all pooling operators.
 
 #include "cc/core/rois.h"
 

@@ -3,12 +3,10 @@
 
 import ctypes
 import importlib.metadata
-import os
+import importlib.util
 import pathlib
 import re
 import shutil
-import subprocess
-import sys
 
 import keras
 import numpy as np
@@ -20,6 +18,7 @@ from tf_deform import _build_info, _loader
 
 PACKAGE = pathlib.Path(tf_deform.__file__).parent
 GOLDEN = pathlib.Path(__file__).parent / "golden"
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def test_requires_the_minor_version_that_it_was_built_against():
@@ -88,62 +87,38 @@ def test_import_of_a_package_that_was_not_built(
     assert "pip install" in printed
 
 
-def run_module(folder, *arguments, **environment):
-    """`python -m tf_deform` with the package that is in `folder`."""
-    return subprocess.run(
-        [sys.executable, "-m", "tf_deform", *arguments],
-        # The folder in which it runs would come before PYTHONPATH.
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(folder), **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
-@pytest.mark.parametrize("implementation", ["", "portable"])
-def test_the_module_prints_where_the_library_is(implementation):
-    """And nothing else: `serve $(python -m tf_deform) ...`."""
-    result = run_module(PACKAGE.parent, TF_DEFORM_IMPLEMENTATION=implementation)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == f"{_loader.LIBRARY}\n"
-
-
-def test_the_module_tells_what_the_path_is_for():
-    result = run_module(PACKAGE.parent, "--help")
-    assert result.returncode == 0, result.stderr
-    text = " ".join(result.stdout.split())
-    assert "tf.load_op_library(path)" in text
-    assert "TF_LoadLibrary(path, status)" in text
-
-
-def test_the_module_without_a_library(copy_of_the_package):
-    library = copy_of_the_package / "_ops.so"
-    library.unlink()
-    result = run_module(copy_of_the_package.parent)
-    assert result.returncode == 1
-    assert result.stdout == ""
-    # After the package's warning.
-    text = result.stderr.splitlines()[-1]
-    assert text.startswith(
-        f"Expected the op library of tf_deform at {library}. Received: "
-    )
-
-
 def test_both_builds_take_the_same_sources():
-    root = pathlib.Path(__file__).parents[2]
-    setup = (root / "setup.py").read_text() + (root / "cc/build.py").read_text()
-    bazel = (root / "BUILD").read_text()
+    setup = (ROOT / "setup.py").read_text() + (ROOT / "cc/build.py").read_text()
+    bazel = (ROOT / "BUILD").read_text()
     for glob in ("cc/core/**/*.cc", "cc/tf/*.cc", "cc/xla/*.cc"):
         assert f'"{glob}"' in setup
         assert f'"{glob}"' in bazel
 
 
+def test_both_builds_compile_with_the_same_flags():
+    """A flag that is missing in one of them changes code, and so results."""
+    spec = importlib.util.spec_from_file_location("build", ROOT / "cc/build.py")
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    text = (ROOT / ".bazelrc").read_text()
+    bazel = re.findall(r"^build .*", text, re.MULTILINE)
+    flags = re.findall(r"--(?:copt|cxxopt)=(\S+)", " ".join(bazel))
+    assert "build --compilation_mode=opt" in bazel
+    # Bazel adds these itself.
+    own = {"-DNDEBUG", "-fPIC", "-g0", "-I."}
+    assert own < set(build.FLAGS)
+    # setup.py compiles the core as C++17 and what includes TensorFlow's headers
+    # without warnings about their macros; Bazel has one set of flags for both.
+    others = {"-std=c++17", "-Wno-deprecated-declarations"}
+    setup = (ROOT / "setup.py").read_text()
+    setup += (ROOT / "cc/build.py").read_text()
+    assert all(f'"{flag}"' in setup for flag in others)
+    assert set(flags) == set(build.FLAGS) - own | others
+
+
 def test_no_flag_ties_the_binary_to_this_processor():
-    root = pathlib.Path(__file__).parents[2]
     for name in ("setup.py", "cc/build.py", "BUILD", ".bazelrc", "Makefile"):
-        assert "-march" not in (root / name).read_text()
+        assert "-march" not in (ROOT / name).read_text()
 
 
 def test_core_in_the_package_has_c_entry_points():

@@ -3,7 +3,7 @@
 //
 //   serve LIBRARY|- SAVED_MODEL OUTPUT INPUT=DTYPE:SHAPE:FILE... > output.raw
 //
-// LIBRARY is what `python -m tf_deform` prints; "-" loads none. OUTPUT and
+// LIBRARY is what `tf-deform library` prints; "-" loads none. OUTPUT and
 // INPUT are tensors of the signature, as saved_model_cli shows them, like
 // StatefulPartitionedCall:0 and serving_default_image:0. SHAPE is like 2x32x48,
 // FILE has the input's raw bytes in C order. So has what is written: the

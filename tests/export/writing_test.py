@@ -89,7 +89,7 @@ def test_saved_models_in_a_process_of_their_own(
     report = write(kind, model, tmp_path / "model")
     image = random(3, 16, 20, 3, dtype="uint8")
     np.save(tmp_path / "image.npy", image)
-    command = [sys.executable, "-m", "tf_deform"]
+    command = [sys.executable, "-m", "tf_deform", "library"]
     library = subprocess.run(command, capture_output=True, text=True).stdout
     load = f"tf.load_op_library({library.strip()!r})"
     run_python(

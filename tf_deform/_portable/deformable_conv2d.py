@@ -2,7 +2,7 @@
 """Deformable convolution in stock TensorFlow."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import tensorflow as tf
 
@@ -138,6 +138,128 @@ def _check(
     return inputs_shape, kernel_shape, offset_shape
 
 
+def _positions(
+    size: Sequence[Size],
+    kernel_size: Sequence[Size],
+    given: Sequence[Size],
+    strides: Sequence[int],
+    padding: str,
+    pads: Sequence[tuple[int, int]],
+    dilations: Sequence[int],
+    offset_groups: int,
+    real: tf.DType,
+) -> list[tuple[tf.Tensor, Size]]:
+    """Places samples without offset, along both axes.
+
+    Returns:
+        For each axis the positions, which broadcast to (out_h, out_w, offset
+        groups * taps), group major, and the output's size. What the inputs and
+        the kernel say about that size is laid out as `offset` is (`given`), and
+        does not go in where the two disagree.
+    """
+    positions = []
+    taps = kernel_size[0] * kernel_size[1]
+    for axis in (0, 1):
+        out, before = _out_size(
+            size[axis],
+            kernel_size[axis],
+            strides[axis],
+            dilations[axis],
+            padding,
+            pads[axis],
+        )
+        line = tf.cast(tf.range(out) * strides[axis] - before, real)
+        line = tf.reshape(
+            line, (given[1], 1, 1) if axis == 0 else (1, given[2], 1)
+        )
+        tap = tf.range(taps)
+        tap = tap // kernel_size[1] if axis == 0 else tap % kernel_size[1]
+        tap = tf.cast(tap, real) * dilations[axis]
+        positions.append((line + tf.tile(tap, (offset_groups,)), out))
+    return positions
+
+
+def _bilinear(
+    y: tf.Tensor,
+    x: tf.Tensor,
+    mask: Sequence[tf.Tensor],
+    height: Size,
+    width: Size,
+    boundary: str,
+) -> tuple[tf.Tensor, tf.Tensor, tuple[tf.Tensor, ...]]:
+    """Returns row and column of top left corners, and weights of all four."""
+    real = y.dtype
+    last_y, last_x = tf.cast(height - 1, real), tf.cast(width - 1, real)
+    if boundary == "zeros":
+        inside = (y > -1) & (y < last_y + 1) & (x > -1) & (x < last_x + 1)
+        # An image without pixels has nothing inside.
+        if not (isinstance(height, int) and isinstance(width, int)):
+            inside &= (height > 0) & (width > 0)
+        elif height * width == 0:
+            inside = tf.zeros_like(inside)
+    else:
+        inside = (y >= 0) & (y < last_y + 1) & (x >= 0) & (x < last_x + 1)
+
+    # Samples outside read (-2, -2): zeros there, see `rows`.
+    outside = tf.constant(-2, real)
+    y, x = tf.where(inside, y, outside), tf.where(inside, x, outside)
+    row, col = tf.floor(y), tf.floor(x)
+    y, x = y - row, x - col
+    if boundary == "clamp":
+        # The last row and column are held: no weight for what lies behind.
+        y = tf.where(row >= last_y, tf.zeros_like(y), y)
+        x = tf.where(col >= last_x, tf.zeros_like(x), x)
+    upper, lower = 1 - y, y
+    for factor in mask:
+        # The old `where` takes no mask of another shape.
+        factor = tf.compat.v1.where(inside, factor, tf.zeros_like(factor))
+        upper, lower = upper * factor, lower * factor
+    weights = (upper * (1 - x), upper * x, lower * (1 - x), lower * x)
+    return row, col, weights
+
+
+def _corners(
+    row: tf.Tensor,
+    col: tf.Tensor,
+    image_size: Sequence[Size],
+    images: Size,
+    offset_groups: int,
+    taps: Size,
+) -> list[tf.Tensor]:
+    """Returns rows of the padded images' pixels, for each of four corners."""
+    batch, height, width = image_size
+    stride = to_index(width) + 3
+    image = tf.range(to_index(batch), dtype=tf.int64)
+    image *= (to_index(height) + 3) * stride
+    image = tf.reshape(image, (images, 1, 1, 1))
+    index = image + (tf.cast(row, tf.int64) + 2) * stride
+    index += tf.cast(col, tf.int64) + 2
+    if offset_groups > 1:
+        group = tf.range(offset_groups, dtype=tf.int64)
+        group = tf.reshape(
+            tf.tile(tf.expand_dims(group, 1), (1, taps)),
+            (offset_groups * taps,),
+        )
+        index = index * offset_groups + group
+    return [index + step * offset_groups for step in (0, 1, stride, stride + 1)]
+
+
+def _taps(
+    index: tf.Tensor, weights: tf.Tensor, kernel: tf.Tensor, taps: Size
+) -> Iterable[tuple[tf.Tensor, tf.Tensor, tf.Tensor]]:
+    """Splits by tap; returns all in one if their number is not known."""
+    if isinstance(taps, int):
+        return zip(
+            # LiteRT does not unstack 64-bit integers.
+            [index[:, :, tap] for tap in range(taps)],
+            tf.unstack(weights, axis=2),
+            tf.unstack(kernel),
+            strict=True,
+        )
+    order = (0, 2, 1, 3)
+    return [(tf.transpose(index, order), tf.transpose(weights, order), kernel)]
+
+
 def deformable_conv2d(
     inputs: tf.Tensor,
     kernel: tf.Tensor,
@@ -178,83 +300,32 @@ def deformable_conv2d(
     groups = channels // group_channels
     real = offset.dtype
 
-    # Where samples lie: (batch, out_h, out_w, offset groups * taps), group
-    # major. What the inputs and the kernel say about the output's size is
-    # laid out as `offset` is, and does not go in where the two disagree.
-    positions = []
-    for axis, (size, kernel_size) in enumerate(
-        ((height, kernel_h), (width, kernel_w))
-    ):
-        out, before = _out_size(
-            size,
-            kernel_size,
-            strides[axis],
-            dilations[axis],
-            padding,
-            pads[axis],
-        )
-        line = tf.cast(tf.range(out) * strides[axis] - before, real)
-        line = tf.reshape(
-            line, (given[1], 1, 1) if axis == 0 else (1, given[2], 1)
-        )
-        tap = tf.range(taps)
-        tap = tap // kernel_w if axis == 0 else tap % kernel_w
-        tap = tf.cast(tap, real) * dilations[axis]
-        positions.append((line + tf.tile(tap, (offset_groups,)), out))
-    (y, out_h), (x, out_w) = positions
+    # (batch, out_h, out_w, offset groups * taps), group major.
+    (y, out_h), (x, out_w) = _positions(
+        (height, width),
+        (kernel_h, kernel_w),
+        given,
+        strides,
+        padding,
+        pads,
+        dilations,
+        offset_groups,
+        real,
+    )
     out_h, out_w = either(out_h, given[1]), either(out_w, given[2])
     batch = either(batch, given[0])
     pairs = tf.reshape(offset, (*given[:3], offset_groups * taps, 2))
     y, x = y + pairs[..., 0], x + pairs[..., 1]
-
-    last_y, last_x = tf.cast(height - 1, real), tf.cast(width - 1, real)
-    if boundary == "zeros":
-        inside = (y > -1) & (y < last_y + 1) & (x > -1) & (x < last_x + 1)
-        # An image without pixels has nothing inside.
-        if not (isinstance(height, int) and isinstance(width, int)):
-            inside &= (height > 0) & (width > 0)
-        elif height * width == 0:
-            inside = tf.zeros_like(inside)
-    else:
-        inside = (y >= 0) & (y < last_y + 1) & (x >= 0) & (x < last_x + 1)
-
-    # Samples outside read (-2, -2): zeros, see `rows`.
-    outside = tf.constant(-2, real)
-    y, x = tf.where(inside, y, outside), tf.where(inside, x, outside)
-    row, col = tf.floor(y), tf.floor(x)
-    y, x = y - row, x - col
-    if boundary == "clamp":
-        # The last row and column are held: no weight for what lies behind.
-        y = tf.where(row >= last_y, tf.zeros_like(y), y)
-        x = tf.where(col >= last_x, tf.zeros_like(x), x)
-    upper, lower = 1 - y, y
-    for factor in mask:
-        # The old `where` takes no mask of another shape.
-        factor = tf.compat.v1.where(inside, factor, tf.zeros_like(factor))
-        upper, lower = upper * factor, lower * factor
-    weights = (upper * (1 - x), upper * x, lower * (1 - x), lower * x)
+    row, col, weights = _bilinear(y, x, mask, height, width, boundary)
 
     # The image with two rows and columns of zeros before it and one behind,
     # each pixel cut into the channels of the offset groups. Summing in 16 bits
     # would not do, neither here nor in the gradient.
     rows = tf.pad(tf.cast(inputs, real), ((0, 0), (2, 1), (2, 1), (0, 0)))
     rows = tf.reshape(rows, (-1, channels // offset_groups))
-    stride = to_index(width) + 3
-    image = tf.range(to_index(batch), dtype=tf.int64)
-    image *= (to_index(height) + 3) * stride
-    image = tf.reshape(image, (given[0], 1, 1, 1))
-    index = image + (tf.cast(row, tf.int64) + 2) * stride
-    index += tf.cast(col, tf.int64) + 2
-    if offset_groups > 1:
-        group = tf.range(offset_groups, dtype=tf.int64)
-        group = tf.reshape(
-            tf.tile(tf.expand_dims(group, 1), (1, taps)),
-            (offset_groups * taps,),
-        )
-        index = index * offset_groups + group
-    corners = [
-        index + step * offset_groups for step in (0, 1, stride, stride + 1)
-    ]
+    corners = _corners(
+        row, col, (batch, height, width), given[0], offset_groups, taps
+    )
 
     # Tap by tap, so that all columns are never there at once.
     pixels = batch * out_h * out_w
@@ -263,21 +334,8 @@ def deformable_conv2d(
     split = (pixels, offset_groups, taps, 4)
     index = tf.reshape(tf.stack(corners, -1), split)
     weights = tf.reshape(tf.stack(weights, -1), split)
-    if known:
-        pieces = zip(
-            # LiteRT does not unstack 64-bit integers.
-            [index[:, :, tap] for tap in range(taps)],
-            tf.unstack(weights, axis=2),
-            tf.unstack(kernel),
-            strict=True,
-        )
-    else:
-        order = (0, 2, 1, 3)
-        pieces = [
-            (tf.transpose(index, order), tf.transpose(weights, order), kernel)
-        ]
     output = None
-    for place, weight, piece in pieces:
+    for place, weight, piece in _taps(index, weights, kernel, taps):
         columns = weighted_sum(
             rows, tf.reshape(place, (-1, 4)), tf.reshape(weight, (-1, 4))
         )

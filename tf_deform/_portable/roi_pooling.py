@@ -31,10 +31,10 @@ class Axis(NamedTuple):
     samples: tf.Tensor  # Of a bin.
 
 
-class _Taps(NamedTuple):
+class _AxisWeights(NamedTuple):
     """Rows (or columns) that bins read; tensors are (bins, reads)."""
 
-    place: tf.Tensor  # Which; -1 for none.
+    place: tf.Tensor  # The row; -1 for none.
     weight: tf.Tensor
     count: tf.Tensor  # (bins, 1): samples that count.
 
@@ -49,10 +49,27 @@ def finite(values: tf.Tensor) -> tf.Tensor:
     return tf.abs(values) <= values.dtype.max
 
 
-def _find_taps(
+def _place_rois(
+    rois: tf.Tensor, image_size: Sequence[Size]
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns regions, and which of them lie in an image.
+
+    A region without a place becomes the corner of an image.
+    """
+    batch, *size = image_size
+    image = rois[:, 0]
+    exists = (image >= 0) & (image < tf.cast(batch, rois.dtype))
+    exists &= image == tf.floor(image)
+    for corner in range(1, 5):
+        exists &= finite(rois[:, corner])
+    rois = tf.where(tf.expand_dims(exists, 1), rois, tf.zeros_like(rois))
+    return rois, exists & tf.cast(size[0] * size[1] > 0, tf.bool)
+
+
+def _find_weights(
     place: tf.Tensor, exists: tf.Tensor, size: Size, margin: float
-) -> _Taps:
-    """What bins read along an axis.
+) -> _AxisWeights:
+    """Finds the rows (or columns) that bins read, and their weights.
 
     Args:
         place: `(bins, samples)`: where samples lie.
@@ -90,11 +107,22 @@ def _find_taps(
     weight = tf.where(below, 1 - distance, none)
     weight += tf.where(above, distance, none)
     place = tf.where(below, low, tf.where(above, low + 1, none - 1))
-    return _Taps(
+    return _AxisWeights(
         tf.reduce_max(place, 1),
         tf.reduce_sum(weight, 1),
         tf.reduce_sum(tf.cast(counts, weight.dtype), 1, keepdims=True),
     )
+
+
+def _repack(
+    maps: tf.Tensor, image_size: Sequence[Size], channels: Size, cells: Size
+) -> tf.Tensor:
+    """Reorders channels from (channel, cell) to (cell, channel)."""
+    if isinstance(cells, int) and cells == 1:
+        return maps
+    batch, height, width = image_size
+    maps = tf.reshape(maps, (batch * height * width, channels, cells))
+    return tf.transpose(maps, (0, 2, 1))
 
 
 def pool(
@@ -152,18 +180,10 @@ def pool(
             displacements = tf.gather(displacements, part_of_bin, axis=1)
     total = num_rois * bins * classes
 
-    # What is no place becomes the corner of an image, and reads nothing.
-    rois = unrounded(tf.stop_gradient(rois))
-    image = rois[:, 0]
-    exists = (image >= 0) & (image < tf.cast(batch, real))
-    exists &= image == tf.floor(image)
-    for corner in range(1, 5):
-        exists &= finite(rois[:, corner])
-    rois = tf.where(tf.expand_dims(exists, 1), rois, tf.zeros_like(rois))
-    exists &= tf.cast(size[0] * size[1] > 0, tf.bool)
+    rois, exists = _place_rois(unrounded(tf.stop_gradient(rois)), image_size)
 
     shape = (num_rois, 1, 1, 1)
-    taps, counts = [], []
+    axes, counts = [], []
     for axis in (0, 1):
         where = locate(rois[:, 2 - axis], rois[:, 4 - axis], axis)
         # A ROI too large for its type: no sample would lie inside.
@@ -189,13 +209,13 @@ def pool(
         there |= tf.zeros((1, bins, classes, 1), tf.bool)
         there = tf.reshape(there, (total, most))
         place = tf.reshape(place, (total, most))
-        taps.append(_find_taps(place, there, size[axis], margin))
+        axes.append(_find_weights(place, there, size[axis], margin))
         counts.append(
             tf.reshape(
                 tf.broadcast_to(number, (num_rois, bins, classes)), (total, 1)
             )
             if mean_of_all
-            else taps[axis].count
+            else axes[axis].count
         )
     count = counts[0] * counts[1]
     share = tf.where(count > 0, 1 / tf.maximum(count, 1), tf.zeros_like(count))
@@ -203,10 +223,7 @@ def pool(
     # Rows of `maps`: image, row, column, cell, class; a last one of zeros.
     height, width = (to_index(x) for x in size)
     depth = channels // classes
-    maps = tf.cast(inputs, real)
-    if not (isinstance(cells, int) and cells == 1):
-        maps = tf.reshape(maps, (batch * size[0] * size[1], channels, cells))
-        maps = tf.transpose(maps, (0, 2, 1))
+    maps = _repack(tf.cast(inputs, real), image_size, channels, cells)
     maps = tf.reshape(maps, (-1, depth))
     maps = tf.pad(maps, ((0, 1), (0, 0)))
     pixel = to_index(cells * classes)
@@ -217,7 +234,7 @@ def pool(
         classes
     )
     origin += tf.range(to_index(classes), dtype=tf.int64)
-    y, x = taps
+    y, x = axes
     row = tf.expand_dims(tf.cast(y.place, tf.int64), 2)
     col = tf.expand_dims(tf.cast(x.place, tf.int64), 1)
     index = tf.reshape(origin, (total, 1, 1)) + (row * width + col) * pixel

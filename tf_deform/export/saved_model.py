@@ -35,7 +35,7 @@ def saved_model(
 
     A program that loads a native SavedModel needs the ops: `import tf_deform`;
     or, where the package is not installed, `tf.load_op_library` (in C,
-    `TF_LoadLibrary`) with the path that `python -m tf_deform` prints. Without
+    `TF_LoadLibrary`) with the path that `tf-deform library` prints. Without
     them TensorFlow's error names the op
     `TfDeform>ImportTfDeformOrLoadItsOpLibrary`. A portable one needs nothing
     but TensorFlow; it is slower and takes more memory. OpenVINO reads it, too,

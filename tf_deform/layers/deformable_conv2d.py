@@ -78,27 +78,33 @@ class DeformableConv2D(OpLayer, keras.layers.Conv2D):
     arXiv:1703.06211, Eq. 2 to 4; modulation: Zhu et al. 2018, "Deformable
     ConvNets v2", arXiv:1811.11168, Eq. 1.
 
-    Weights (`n` = `offset_groups * kernel_h * kernel_w`):
+    Weights:
         kernel: `(kernel_h, kernel_w, channels // groups, filters)`.
         bias: `(filters,)`, with `use_bias`.
         offset_kernel: `(kernel_h, kernel_w, channels, 2 * n or 3 * n)`; its
             filters are the displacements, `[offset_group][kh][kw][(dy, dx)]`,
             then the modulation, `[offset_group][kh][kw]`.
         offset_bias: `(2 * n or 3 * n,)`.
-    The last two only in a layer that is not given `offset`. They are not
-    subject to the kernel's and bias' regularizers and constraints. To give
-    them a learning rate of their own, see `keras.optimizers.MultiOptimizer`
-    with the pattern `.*/offset_(kernel|bias)`.
+
+    Here and below `n` is `offset_groups * kernel_h * kernel_w`. Only a layer
+    that is not given `offset` has the last two. They are not subject to the
+    kernel's and bias' regularizers and constraints. To give them a learning
+    rate of their own, see `keras.optimizers.MultiOptimizer` with the pattern
+    `.*/offset_(kernel|bias)`.
 
     Args:
-        filters, kernel_size, strides, padding, data_format, dilation_rate,
-        groups, activation, use_bias, kernel_initializer, bias_initializer,
-        kernel_regularizer, bias_regularizer, activity_regularizer,
+        filters, kernel_size: As in `keras.layers.Conv2D`.
+        strides: As in `keras.layers.Conv2D`, and with any `dilation_rate`.
+        padding: As in `keras.layers.Conv2D`, or an integer, (height, width)
+            or ((top, bottom), (left, right)), in pixels.
+        data_format: As in `keras.layers.Conv2D`. "channels_first" costs a
+            transposition of the inputs and one of the outputs.
+        dilation_rate, groups, activation, use_bias: As in
+            `keras.layers.Conv2D`.
+        kernel_initializer, bias_initializer: As in `keras.layers.Conv2D`.
+        kernel_regularizer, bias_regularizer, activity_regularizer: As in
+            `keras.layers.Conv2D`.
         kernel_constraint, bias_constraint: As in `keras.layers.Conv2D`.
-            Besides, `padding` may be an integer, (height, width) or ((top,
-            bottom), (left, right)), in pixels, and strides go together with
-            dilation. "channels_first" costs a transposition of the inputs
-            and one of the outputs.
         offset_groups: Number of contiguous runs of input channels with
             displacements of their own; divides the input channels.
         modulation: None (displacements only), "sigmoid" or "2sigmoid".
@@ -107,7 +113,7 @@ class DeformableConv2D(OpLayer, keras.layers.Conv2D):
             `dilation_rate`. Its taps are centred where the layer's are.
         implementation: "native", or "portable" for stock TensorFlow ops; see
             `tf_deform.implementation`.
-        **kwargs: `name`, `dtype`, `trainable`, and so on, as in
+        kwargs: `name`, `dtype`, `trainable`, and so on, as in
             `keras.layers.Conv2D`.
 
     Call arguments:

@@ -47,11 +47,13 @@ class DeformablePSROIPooling(ROILayer):
     arXiv:1703.06211, Eq. 5 and 6, and section 2.2; position-sensitive maps:
     Dai et al. 2016, "R-FCN", arXiv:1605.06409, Eq. 1.
 
-    Weights (`n` = `num_classes * 2 * part_h * part_w`), in a layer that is
-    given `trans_inputs`:
+    Weights:
         offset_kernel: `(1, 1, trans_channels, n)`; its filters are ordered
             `[class][(dy, dx)][part_h][part_w]`.
         offset_bias: `(n,)`.
+
+    Here `n` is `num_classes * 2 * part_h * part_w`. Only a layer that is given
+    `trans_inputs` has weights.
 
     Args:
         output_dim: Number of output channels.
@@ -72,7 +74,7 @@ class DeformablePSROIPooling(ROILayer):
             both. "channels_first" costs a transposition of each.
         implementation: "native", or "portable" for stock TensorFlow ops; see
             `tf_deform.implementation`.
-        **kwargs: `name`, `dtype`, `trainable`, and so on.
+        kwargs: `name`, `dtype`, `trainable`, and so on.
 
     Call arguments:
         inputs: `(batch, height, width, output_dim * group_h * group_w)`, or
@@ -314,12 +316,14 @@ class DeformableROIPooling(DisplacedROILayer):
     arXiv:1703.06211, Eq. 5 and 6; hidden layers: Zhu et al. 2018, "Deformable
     ConvNets v2", arXiv:1811.11168, section 3.2.
 
-    Weights, in a layer that is not given `offset`:
+    Weights:
         offset_hidden_kernel_0, offset_hidden_bias_0, ...: one pair for each of
             `units`.
         offset_kernel: `(features, pooled_h * pooled_w * 2)`, ordered
             `[ph][pw][(dy, dx)]`.
         offset_bias: `(pooled_h * pooled_w * 2,)`.
+
+    Only a layer that is not given `offset` has weights.
 
     Args:
         pooled_size: Integer or (height, width): bins of a region.
@@ -333,7 +337,7 @@ class DeformableROIPooling(DisplacedROILayer):
             transposition of each.
         implementation: "native", or "portable" for stock TensorFlow ops; see
             `tf_deform.implementation`.
-        **kwargs: `name`, `dtype`, `trainable`, and so on.
+        kwargs: `name`, `dtype`, `trainable`, and so on.
 
     Call arguments:
         inputs: `(batch, height, width, channels)`, or `(batch, channels,

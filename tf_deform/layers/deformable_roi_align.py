@@ -36,12 +36,14 @@ class DeformableROIAlign(DisplacedROILayer):
     arXiv:1703.06211, Eq. 6; hidden layers: Zhu et al. 2018, "Deformable
     ConvNets v2", arXiv:1811.11168, section 3.2.
 
-    Weights, in a layer that is not given `offset`:
+    Weights:
         offset_hidden_kernel_0, offset_hidden_bias_0, ...: one pair for each of
             `units`.
         offset_kernel: `(features, pooled_h * pooled_w * 2)`, ordered
             `[ph][pw][(dy, dx)]`.
         offset_bias: `(pooled_h * pooled_w * 2,)`.
+
+    Only a layer that is not given `offset` has weights.
 
     Args:
         pooled_size: Integer or (height, width): bins of a region.
@@ -56,7 +58,7 @@ class DeformableROIAlign(DisplacedROILayer):
             transposition of each.
         implementation: "native", or "portable" for stock TensorFlow ops; see
             `tf_deform.implementation`.
-        **kwargs: `name`, `dtype`, `trainable`, and so on.
+        kwargs: `name`, `dtype`, `trainable`, and so on.
 
     Call arguments:
         inputs: `(batch, height, width, channels)`, or `(batch, channels,

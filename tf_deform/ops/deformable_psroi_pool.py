@@ -95,7 +95,7 @@ def deformable_psroi_pool(
             `trans_std`. Cast like `rois`. `num_classes` divides `output_dim`.
             None: no displacement.
         output_dim: Number of output channels.
-        spatial_scale: Map pixels per image pixel, at least 2**-126.
+        spatial_scale: Map pixels per image pixel, at least `2**-126`.
         pooled_size: Integer or (height, width): bins of a ROI.
         group_size: Integer or (height, width): cells of the
             position-sensitive maps. None is `pooled_size`.

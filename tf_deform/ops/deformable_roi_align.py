@@ -72,7 +72,7 @@ def deformable_roi_align(
             in fractions of the ROI, times `gamma`. Cast like `rois`. None: no
             displacement.
         pooled_size: Integer or (height, width): bins of a ROI.
-        spatial_scale: Map pixels per image pixel, at least 2**-126.
+        spatial_scale: Map pixels per image pixel, at least `2**-126`.
         sampling_ratio: Samples of a bin along each axis. 0 or less: a number
             for each ROI, `ceil(size / pooled_h)`, but at most
             `ceil(2 * height / pooled_h)`; along x likewise.

@@ -7,7 +7,7 @@ namespace tf_deform {
 namespace cpu {
 namespace TF_DEFORM_ISA {
 
-// Multiplications below which one worker does it all.
+// Multiplications below which one worker does all the work.
 constexpr double kSerialWork = 1 << 17;
 
 static bool IsSerial(const Geometry& g) {
@@ -16,7 +16,7 @@ static bool IsSerial(const Geometry& g) {
          kSerialWork;
 }
 
-// Operands and their types: what the three passes have in common.
+// Operands of the three passes, and their types.
 template <typename T>
 struct Operands {
   using E = typename AccumulatorOf<T>::Type;
@@ -38,8 +38,8 @@ struct Operands {
         grad_output(static_cast<const T*>(grad_output)) {}
 };
 
-// What it takes to sample a tile of columns. Products are of elements O: the
-// accumulator's type, or BFloat16 on AMX.
+// Scratch in which a tile of columns is sampled. Products are of elements O:
+// the accumulator's type, or BFloat16 on AMX.
 template <typename T, typename O>
 struct ColumnScratch {
   using E = typename AccumulatorOf<T>::Type;

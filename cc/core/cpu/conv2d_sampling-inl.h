@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where the taps of a deformable convolution read, for one instruction set.
+// The places where the taps of a deformable convolution read, for one
+// instruction set.
 //
 // No include guard: see simd-inl.h.
 //
@@ -62,9 +63,8 @@ struct Bundle {
   }
 };
 
-// Rows of a bundle are worked on in blocks. Blocks of at most `limit` rows, of
-// nearly equal length; where there are groups a block holds whole groups or
-// part of one.
+// The division of a bundle's rows into blocks: at most `limit` rows, of nearly
+// equal number; where there are groups, whole groups or a part of one.
 struct Blocks {
   int64_t limit;
 
@@ -78,7 +78,7 @@ struct Blocks {
     }
   }
 
-  // Where the block that starts at `begin` ends.
+  // Returns the end of the block that starts at `begin`.
   int64_t End(const Geometry& g, const Bundle& bundle, int64_t begin) const {
     int64_t end = Min(begin + limit, bundle.rows);
     if (g.groups > 1 && g.group_channels > limit) {
@@ -88,16 +88,18 @@ struct Blocks {
   }
 };
 
-// Rows of a block that are multiplied by the same part of the kernel: all of
-// them, or the channels of one group at one tap.
+// Rows of a block that one product takes, because they are multiplied by the
+// same part of the kernel: all of them, or the channels of one group at one
+// tap.
 struct Piece {
   int64_t row, count;  // rows [row, row + count) of the bundle
   int64_t group;
-  int64_t kernel_row;   // of the first of them: tap, channel within the group
+  int64_t kernel_row;   // of the first row: tap, channel within the group
   int64_t kernel_part;  // tap * groups + group, or 0
-  int64_t part_row;     // within that part
+  int64_t part_row;     // the first row's, within the part
 };
 
+// Calls step(piece) for rows [begin, end) of `bundle`, in order.
 template <typename Step>
 static inline __attribute__((always_inline)) void ForEachPiece(
     const Geometry& g, const Bundle& bundle, int64_t begin, int64_t end,
@@ -117,11 +119,11 @@ static inline __attribute__((always_inline)) void ForEachPiece(
   }
 }
 
-// Rows of a bundle that share a tap and an offset group, and so their samples'
-// places.
+// Rows of a bundle that share a tap and an offset group, and so are sampled at
+// the same places.
 struct Run {
   int64_t row, count;  // rows [row, row + count) of the bundle
-  int64_t channel;     // of the first of them, in the image
+  int64_t channel;     // of the first row, in the image
   int64_t tap;
   int64_t field;         // offset_group * taps + tap
   int64_t tap_y, tap_x;  // distance from tap (0, 0), input pixels
@@ -151,10 +153,10 @@ static int64_t FindRuns(const Geometry& g, const Bundle& bundle, int64_t begin,
   return runs;
 }
 
-// The last row up to `row` where a run may be cut: whole vectors from its
-// start. Compilers contract sums of products differently for different vectors,
-// so where the number of workers decides about cuts, each channel must still be
-// computed in the same kind of vector.
+// Returns the last row up to `row` where a run may be cut: a whole number of
+// vectors from the run's start. Compilers contract sums of products differently
+// for vectors of different widths, so a channel must be computed in the same
+// width wherever a number of workers puts the cuts.
 template <typename E>
 static int64_t CutRow(const Geometry& g, const Bundle& bundle, int64_t row) {
   const int64_t in_bundle = row % bundle.channels;
@@ -163,7 +165,7 @@ static int64_t CutRow(const Geometry& g, const Bundle& bundle, int64_t row) {
   return row - Min(in_bundle, in_offset_group) % kLanes<E>;
 }
 
-// The output pixels that the rows of a tile stand for. Arrays have room for a
+// The output pixels of a tile, one for each of its rows. Arrays have room for a
 // multiple of kLanes<E>.
 template <typename E>
 struct Pixels {
@@ -179,7 +181,7 @@ struct Pixels {
         x(arena->Take<E>(RoundUp(most, kLanes<E>))),
         image(arena->Take<int64_t>(most)) {}
 
-  // The `count` pixels from `first` on.
+  // Makes this the `count` pixels from `first` on.
   void Locate(const Geometry& g, int64_t first, int64_t count) {
     this->first = first;
     this->count = count;
@@ -199,7 +201,7 @@ struct Pixels {
   }
 };
 
-// Where along one axis samples count, in the coordinate type.
+// The positions along one axis where samples count, in the coordinate type.
 template <typename E>
 struct AxisRange {
   E above, below;  // positions between the two, both excluded
@@ -211,7 +213,7 @@ struct AxisRange {
         below(static_cast<E>(size)),
         last(static_cast<int32_t>(size - 1)),
         clamp(boundary == Boundary::kClamp) {
-    // From 0 on, 0 included: above the largest number below it.
+    // Positions from 0 on, 0 included: those above the largest number below 0.
     if (clamp) above = -LeastPositive(E());
   }
 
@@ -220,7 +222,7 @@ struct AxisRange {
   static double LeastPositive(double) { return __DBL_DENORM_MIN__; }
 };
 
-// What all samples of a call have in common.
+// The state that all samples of a call share.
 template <typename E>
 struct Sampling {
   AxisRange<E> y, x;
@@ -256,8 +258,8 @@ struct Weights {
   E top_left, top_right, bottom_left, bottom_right;
 };
 
-// Where one run reads, at kLanes pixels of a tile: the plan that all channels
-// of the run share. Vectors hold a pixel in each lane.
+// The samples of one run at kLanes pixels of a tile: places and weights, which
+// all channels of the run share. Vectors hold a pixel in each lane.
 template <typename E>
 struct Samples {
   static constexpr int kN = kLanes<E>;
@@ -268,7 +270,7 @@ struct Samples {
   E mask[kN];
   E top_left[kN], top_right[kN], bottom_left[kN], bottom_right[kN];  // weights
 
-  // At pixels [p, p + kN) of the tile, as far as there are.
+  // Finds the samples at pixels [p, p + kN) of the tile, as far as these exist.
   void Locate(const Sampling<E>& in, const Pixels<E>& pixels, int64_t p,
               const Run& run) {
     using V = Vector<E, kN>;
@@ -285,8 +287,8 @@ struct Samples {
     }
     V y = (Load<kN>(pixels.y + p) + static_cast<E>(run.tap_y)) + Load<kN>(dy);
     V x = (Load<kN>(pixels.x + p) + static_cast<E>(run.tap_x)) + Load<kN>(dx);
-    // Written so that NaN lies outside. What is outside goes to pixel (0, 0),
-    // where converting is defined.
+    // Written so that NaN lies outside. Samples outside are moved to pixel
+    // (0, 0), because converting numbers that are too large is undefined.
     using M = decltype(V() > V());
     const M counts = (y > in.y.above) & (y < in.y.below) & (x > in.x.above) &
                      (x < in.x.below);
@@ -304,8 +306,8 @@ struct Samples {
     Store(hy * x, top_right);
     Store(y * hx, bottom_left);
     Store(y * x, bottom_right);
-    // Inside, the corner is at most the last pixel and its neighbour at least
-    // the first.
+    // The corner of a sample inside is at most the last pixel, and the corner's
+    // neighbour at least the first.
     const I has_top = i >= 0, has_bottom = i < in.y.last;
     const I has_left = j >= 0, has_right = j < in.x.last;
     I found = (has_top & has_left & kTopLeft) |
@@ -322,13 +324,14 @@ struct Samples {
             bottom_right[lane]};
   }
 
-  // Element of the top left corner, channel 0, in its image.
+  // Returns the element of the top left corner, channel 0, in its image.
   int64_t Corner(const Sampling<E>& in, int64_t lane) const {
     return top[lane] * in.row + left[lane] * in.pixel;
   }
 
  private:
-  // Returns the pixel at or before each position, and leaves the distance.
+  // Returns the pixel at or before each position, and leaves the distance from
+  // it in `position`.
   static Vector<int32_t, kN> Split(const AxisRange<E>& axis,
                                    Vector<E, kN>& position,
                                    Vector<int32_t, kN>* held) {

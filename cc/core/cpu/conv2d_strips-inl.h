@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// Deformable convolution on the CPU: how the gradient of the inputs is divided.
+// Deformable convolution on the CPU: the division of the gradient of the
+// inputs.
 //
 // No include guard: see simd-inl.h.
 //
 // The output of each image is divided into strips of pixels. While a strip is
-// worked on, some rows of the gradient of the inputs, around it, are its own.
-// What belongs there is added at once; what belongs elsewhere is deferred:
-// written down, and added when no strip is worked on. Even strips are worked on
-// together, then odd ones, so that each owns half of its idle neighbours' rows,
-// and only samples far away are deferred. The gradient at a pixel is then a sum
-// in an order that strips, offsets and kDeferredBytes decide, not the workers.
-// So are the sums of a small kernel's gradient, of which each pair of an even
-// and an odd strip (a room) has its own.
+// worked on, it owns the rows of the gradient of the inputs around it.
+// Gradients of these rows are added at once; gradients of other rows are
+// deferred: written down, and added when no strip is worked on. Even strips are
+// worked on together, then odd ones, so that each owns half of its idle
+// neighbours' rows, and only samples far away are deferred. The gradient at a
+// pixel is then a sum in an order that strips, offsets and kDeferredBytes
+// decide, not the workers. So are the sums of a small kernel's gradient, of
+// which each pair of an even and an odd strip has its own.
 
 namespace tf_deform {
 namespace cpu {
@@ -22,34 +23,36 @@ namespace TF_DEFORM_ISA {
 constexpr int64_t kDataPixels = kMicroRows == 14 ? 112 : 108;
 static_assert(kMicroRows != 14 || kDataPixels % 16 == 0, "rows of AMX");
 
-// What one pixel may defer, at most, unless kPanel rows are more.
+// Bytes that one pixel may defer, at most, unless kPanel rows take more.
 constexpr int64_t kPixelBytes = 4 << 10;
 
-// Deferred gradients of all strips that are worked on together. A strip's
-// share, 1/30 at least, has room for those of kLanes pixels. With the scratch
-// of one worker (see DataScratch) it must stay within kScratchBytes.
+// Bytes for the deferred gradients of all strips that are worked on together. A
+// strip's share, 1/30 at least, has room for the gradients of kLanes pixels.
+// Together with the scratch of one worker (DataScratch) these bytes must stay
+// within kScratchBytes.
 constexpr int64_t kDeferredBytes = 5 << 19;
 
-// Images that are worked on together, and strips of all of them, at most.
+// Images that are worked on together, at most, and the strips of all of them.
 constexpr int64_t kImagesAtOnce = 64;
 constexpr int64_t kStripsAtOnce = 32;
 
-// Where the gradient of the kernel is made here too: its bytes and a group's
-// filters, at most. The corners are then read once instead of twice, which
-// takes 4 to 28 % off the backward pass; but its sums leave the caches sooner
-// than in a pass of their own, and from 300 KiB on that costs more.
+// The gradient of a kernel of at most kFusedBytes, with at most kFusedFilters
+// filters in a group, is made in the same pass. The corners are then read once
+// instead of twice, which takes 4 to 28 % off the backward pass; but the sums
+// of the kernel leave the caches sooner than in a pass of their own, and from
+// 300 KiB on that costs more.
 constexpr int64_t kFusedBytes = 256 << 10;
 constexpr int64_t kFusedFilters = 256;
 
-// And so many strips must be worked on at the same time, at least: a pass for
-// the kernel alone would keep any number of workers busy.
-constexpr int64_t kFusedRooms = 4;
+// At least kFusedPairs strips must then be worked on at the same time: a pass
+// for the kernel alone would keep any number of workers busy.
+constexpr int64_t kFusedPairs = 4;
 
 // Rows of an image's output in a strip, at least.
 constexpr int64_t kStripRows = 7;
 
-// The gradient of one sample's channels that waits to be added; elements
-// follow.
+// A header of gradients, one sample's channels, that wait to be added; the
+// elements follow it.
 template <typename E>
 struct Deferred {
   int64_t corner;  // element of the image: top left corner, first channel
@@ -69,6 +72,8 @@ struct Deferred {
   }
 };
 
+struct StripBlock;
+
 // A strip of an image's output, and how far it has come.
 struct Strip {
   int64_t n;
@@ -77,8 +82,41 @@ struct Strip {
   int64_t bundle, begin, next;  // to do next: bundle, its row, pixel
   int64_t used;                 // bytes of deferred gradients
   char* deferred;
-  int64_t room;  // which sums of the kernel's gradient, which room deferred
+  int64_t pair;  // number of its pair, which shares `deferred` and kernel sums
+
+  bool IsDone(const Geometry& g) const { return bundle == g.Bundles(); }
+  // Moves on to the first pixel of the next block of rows.
+  void ToBlockAfter(const StripBlock& block);
 };
+
+// The block of rows that a strip works on next.
+struct StripBlock {
+  Bundle bundle;
+  int64_t begin, end;  // rows of the bundle
+  int64_t num_runs;
+  int64_t most;  // bytes that a pixel may defer
+
+  // Writes the block's runs to `runs`.
+  template <typename E>
+  static StripBlock At(const Geometry& g, const Blocks& blocks,
+                       const Strip& strip, Run* runs) {
+    StripBlock block = {Bundle(g, strip.bundle), strip.begin, 0, 0, 0};
+    block.end = blocks.End(g, block.bundle, block.begin);
+    block.num_runs = FindRuns(g, block.bundle, block.begin, block.end, runs);
+    for (int64_t run = 0; run < block.num_runs; ++run) {
+      block.most += Deferred<E>::Bytes(runs[run].count);
+    }
+    return block;
+  }
+};
+
+inline void Strip::ToBlockAfter(const StripBlock& block) {
+  next = first;
+  begin = block.end;
+  if (begin < block.bundle.rows) return;
+  ++bundle;
+  begin = 0;
+}
 
 // Rows of columns whose gradients are made together: as many as kPixelBytes
 // lets a pixel defer, or kPanel.
@@ -98,7 +136,7 @@ static Blocks DataBlocks(const Geometry& g) {
   return Blocks(g, rows, kPanel<E>);
 }
 
-// What a worker needs. O is as in ColumnScratch.
+// Scratch of a worker. O is as in ColumnScratch.
 template <typename T, typename O>
 struct DataScratch {
   using E = typename AccumulatorOf<T>::Type;
@@ -123,22 +161,22 @@ struct DataScratch {
         stride(blocks.limit + 16) {}
 };
 
-// How the work of one call is divided.
+// The division of the work of one call.
 template <typename T, typename O>
 struct DataPlan {
   using E = typename AccumulatorOf<T>::Type;
 
   Geometry g;
   Blocks blocks;
-  bool scatter;            // is the gradient of the inputs wanted?
+  bool scatter;            // the gradient of the inputs is wanted
   int64_t scratch_bytes;   // of a DataScratch
   int64_t images;          // worked on together
   int64_t wide_bytes;      // of their gradients in float32, for 16-bit types
   int64_t strips;          // of an image: 1 or an even number
   int64_t deferred_bytes;  // of a strip
-  int64_t rooms;           // strips worked on at the same time
-  // Is the gradient of the kernel made here too? Every room then has sums of
-  // its own, which take their place from the deferred gradients.
+  int64_t pairs;           // strips worked on at the same time
+  // The gradient of the kernel is made in the same pass. Every pair of strips
+  // then has sums of its own, which leave less room for deferred gradients.
   bool fused;
 
   DataPlan(const DeformableConv2DParams& params, bool wants_inputs)
@@ -147,7 +185,8 @@ struct DataPlan {
     const int64_t float_image = g.image * static_cast<int64_t>(sizeof(E));
     images = Min(g.batch, kImagesAtOnce);
     if (narrow) {
-      // Small ones where strips would be, which need the room themselves.
+      // Small images are worked on together, unless they have strips, which
+      // need the room themselves.
       const int64_t fit = Max(1, kDeferredBytes / Max(1, float_image));
       images = CeilDiv(images, CeilDiv(Max(1, images), fit));
       if (images < 4 || g.out_h >= 4 * kStripRows) images = Min(g.batch, 1);
@@ -161,22 +200,22 @@ struct DataPlan {
       }
       if (strips < 4) strips = images < 4 ? 4 : 1;
     }
-    rooms = Max(1, strips == 1 ? images : images * strips / 2);
+    pairs = Max(1, strips == 1 ? images : images * strips / 2);
     int64_t place = kDeferredBytes;
     if (narrow && images > 1) place -= images * float_image;
-    const int64_t least = strips == 1 ? 0 : rooms * (kDeferredBytes / 30);
+    const int64_t least = strips == 1 ? 0 : pairs * (kDeferredBytes / 30);
     fused = std::is_same<O, E>::value && g.group_filters <= kFusedFilters &&
             KernelBytes() <= kFusedBytes &&
-            (rooms >= kFusedRooms || IsSerial(g)) &&
-            rooms * KernelBytes() + least <= place;
-    if (fused) place -= rooms * KernelBytes();
-    deferred_bytes = strips == 1 ? 0 : place / rooms / 64 * 64;
+            (pairs >= kFusedPairs || IsSerial(g)) &&
+            pairs * KernelBytes() + least <= place;
+    if (fused) place -= pairs * KernelBytes();
+    deferred_bytes = strips == 1 ? 0 : place / pairs / 64 * 64;
     Arena arena{nullptr};
     DataScratch<T, O>(blocks, fused, &arena);
     scratch_bytes = arena.used;
   }
 
-  // Of the gradient of the kernel, as sums.
+  // Bytes of the sums of the gradient of the kernel.
   int64_t KernelBytes() const {
     return RoundUp(g.rows * g.group_filters * static_cast<int64_t>(sizeof(E)),
                    64);
@@ -192,7 +231,7 @@ struct DataPlan {
   int64_t StripBytes() const {
     return RoundUp(images * strips * static_cast<int64_t>(sizeof(Strip)), 64);
   }
-  int64_t DeferredBytes() const { return scatter ? rooms * deferred_bytes : 0; }
+  int64_t DeferredBytes() const { return scatter ? pairs * deferred_bytes : 0; }
 };
 
 // Adds a sample's gradient to those corners of the image that `flags` names.
@@ -215,7 +254,7 @@ static void AddToCorners(const Sampling<E>& in, int32_t flags, const E* columns,
   add(kBottomRight, in.row + in.pixel, weights.bottom_right);
 }
 
-// The corners of a sample in rows [first, last).
+// Returns the corners of a sample that lie in rows [first, last).
 static inline int32_t CornersInRows(int32_t flags, int32_t top, int64_t first,
                                     int64_t last) {
   int32_t mine = 0;
@@ -246,7 +285,8 @@ static void MakeStrips(const DataPlan<T, O>& plan, int64_t n, int64_t count,
   const auto start = [&](int64_t strip) {
     return g.pixels * strip / plan.strips;
   };
-  // Row of the image under the middle of the kernel where a strip starts.
+  // Returns the row of the image under the middle of the kernel where a strip
+  // starts.
   const auto row = [&](int64_t strip) {
     if (strip <= 0) return int64_t{0};
     if (strip >= plan.strips) return g.height;
@@ -265,9 +305,9 @@ static void MakeStrips(const DataPlan<T, O>& plan, int64_t n, int64_t count,
       strip.row_first = i == 0 ? 0 : (row(i - 1) + row(i)) / 2;
       strip.row_last =
           i + 1 >= plan.strips ? g.height : (row(i + 1) + row(i + 2)) / 2;
-      // Even and odd strips, never worked on at the same time, share a room.
-      strip.room = (image * plan.strips + i) / (plan.strips == 1 ? 1 : 2);
-      strip.deferred = deferred + strip.room * plan.deferred_bytes;
+      // An even and an odd strip, never worked on at the same time, are a pair.
+      strip.pair = (image * plan.strips + i) / (plan.strips == 1 ? 1 : 2);
+      strip.deferred = deferred + strip.pair * plan.deferred_bytes;
     }
   }
 }

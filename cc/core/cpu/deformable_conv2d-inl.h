@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// Deformable convolution on the CPU, for one instruction set: how tiles flow.
+// Deformable convolution on the CPU, for one instruction set: the flow of
+// tiles.
 //
 // No include guard: see simd-inl.h.
 //
 // The convolution is a matrix product of columns (a row for every output pixel;
 // an entry for every tap and channel: the sample there times its mask) and the
 // kernel (rows in the same order of taps and channels; a column for every
-// filter). The columns exist only as tiles, some pixels by some taps and
-// channels, in a worker's scratch. How a tile flows:
+// filter). The columns exist only as tiles in a worker's scratch. A tile flows
+// through
 //
-//   Samples       Where one tap reads, at a vector of pixels: corners, weights,
-//                 mask, worked out once and shared by all channels of an offset
-//                 group (conv2d_sampling-inl.h).
+//   Samples       The places where one tap reads, at a vector of pixels:
+//                 corners, weights, mask, worked out once and shared by all
+//                 channels of an offset group (conv2d_sampling-inl.h).
 //   columns       [pixel][row]: for each pixel and tap the four corners are
 //                 read along their channels, mixed, and written where the
 //                 product reads them (conv2d_columns-inl.h). At most
@@ -33,26 +34,39 @@
 //                 corners turns it into gradients of offset and mask, which
 //                 belong to the tile's own pixels; in the same look it is added
 //                 to the gradient of the inputs, which lands anywhere in the
-//                 image, divided into strips (conv2d_strips-inl.h,
-//                 deformable_conv2d_data-inl.h). If the kernel is small,
-//                 this look leaves the columns too, and the tile's share of the
-//                 gradient of the kernel is made as in KernelPass.
+//                 image, divided into strips (conv2d_gradients-inl.h,
+//                 conv2d_strips-inl.h, deformable_conv2d_data-inl.h). If the
+//                 kernel is small, this look leaves the columns too, and the
+//                 tile's share of the gradient of the kernel is made as in
+//                 KernelPass.
 //   KernelPass    Rows of the kernel (taps and channels) are divided among
 //                 workers; each samples its part of the columns, tile after
 //                 tile over all pixels, and adds the transposed tile times
 //                 grad_output (deformable_conv2d_kernel-inl.h).
 //
-// Groups of the convolution are bundled: their channels are sampled in one go,
-// and every (tap, group) has a product of its own (Piece). Where a group is one
-// channel (depthwise) the products are done element by element.
+// The words for parts of this work:
+//
+//   bundle        Consecutive groups of the convolution, sampled in one go.
+//   block         Rows of a bundle's columns that are worked on together.
+//   tile          A block of rows at some pixels.
+//   piece         Rows of a block that one product takes. With several groups
+//                 every (tap, group) has a product of its own; where a group is
+//                 one channel (depthwise), products are done element by
+//                 element.
+//   run           Rows of a block that share a tap and an offset group, and so
+//                 their samples.
+//   strip         Pixels that one worker takes in a DataPass; even and odd
+//                 strips are pairs, which share a place for sums.
+//   panel         Two vectors of columns of a packed operand.
+//   part          The share of a task, where anything else is divided.
 //
 // Blocks and strips that decide the order of a sum depend on shapes alone, so
-// that results never depend on the number of workers; a forward tile, which
-// decides about no sum, is as large as the second-level cache allows. See
-// conv2d_sampling-inl.h for the names of indices.
+// that results never depend on the number of workers. The size of a forward
+// tile decides no order, so the tile is as large as the second-level cache
+// allows. conv2d_sampling-inl.h has the names of indices.
 
 #include "cc/core/cpu/simd-inl.h"
-// Each of the next ones builds on those before.
+// Each of the next files builds on those before.
 #include "cc/core/cpu/tasks-inl.h"
 //
 #include "cc/core/cpu/matrix-inl.h"
@@ -69,6 +83,8 @@
 //
 #include "cc/core/cpu/conv2d_strips-inl.h"
 //
+#include "cc/core/cpu/conv2d_gradients-inl.h"
+//
 #include "cc/core/cpu/deformable_conv2d_data-inl.h"
 
 namespace tf_deform {
@@ -79,11 +95,12 @@ namespace TF_DEFORM_ISA {
 // Forward.
 
 // Pixels in a tile, at most: a multiple of kMicroRows. Every tile packs the
-// kernel anew, block by block: for so many pixels that takes about 1 % of the
-// time (112: 4 %), and less than a packed copy in fresh memory.
+// kernel anew, block by block, which takes about 1 % of the time with as many
+// pixels (4 % with 112), and less than a packed copy in fresh memory.
 constexpr int64_t kForwardPixels = kMicroRows == 14 ? 504 : 480;
 
-// So many that their columns leave half of the second-level cache to the rest.
+// Returns the pixels of a tile whose columns leave half of the second-level
+// cache to other operands.
 template <typename O>
 static int64_t ForwardPixels() {
   const int64_t fit =
@@ -91,6 +108,7 @@ static int64_t ForwardPixels() {
   return Max(1, Min(fit, kForwardPixels) / kMicroRows) * kMicroRows;
 }
 
+// Scratch of a worker. O is as in ColumnScratch.
 template <typename T, typename O>
 struct ForwardScratch : ColumnScratch<T, O> {
   using E = typename AccumulatorOf<T>::Type;
@@ -112,6 +130,7 @@ struct ForwardScratch : ColumnScratch<T, O> {
   }
 };
 
+// Bytes for ForwardPass.
 template <typename T, typename O>
 static int64_t ForwardWorkspace(int num_workers) {
   return num_workers * ForwardScratch<T, O>::Bytes();
@@ -158,6 +177,7 @@ static void DepthwiseProduct(const Geometry& g, const Bundle& bundle,
   }
 }
 
+// Writes output.
 template <typename T, typename O>
 static void ForwardPass(const DeformableConv2DParams& params,
                         const DeformableConv2DInputs& inputs, void* workspace,
@@ -170,11 +190,11 @@ static void ForwardPass(const DeformableConv2DParams& params,
   const int64_t scratch_bytes = ForwardScratch<T, O>::Bytes();
   char* const scratch = static_cast<char*>(workspace);
 
-  // A multiple of the workers, twice as many where tiles do not get too small:
-  // all end at about the same time, and who is late is helped. Of few pixels
-  // every worker takes some of the filters instead, because a tile packs all
-  // that it needs of the kernel; sampling the same again costs less. No sum
-  // depends on any of this.
+  // The number of tiles is a multiple of the workers', twice that where tiles
+  // do not get too small, so that all end at about the same time and others
+  // help a late worker. Where there are few pixels, every worker takes some of
+  // the filters instead, because a tile packs the whole kernel that it needs,
+  // and sampling the same again costs less. No sum depends on any of this.
   const int64_t most = ForwardPixels<O>();
   const int64_t fewest = CeilDiv(g.total_pixels, most);
   const int64_t panels = CeilDiv(g.group_filters, kPanel<E>);
@@ -247,10 +267,10 @@ static void ForwardPass(const DeformableConv2DParams& params,
 }
 
 // -----------------------------------------------------------------------------
-// What deformable_conv2d.cc chooses from.
+// The functions that deformable_conv2d.cc chooses from.
 
-// Calls body(T(), O()) for the type of the tensors and that of the elements of
-// products.
+// Calls body(T(), O()) with the type of the tensors and the type of the
+// elements of products.
 template <typename Body>
 static void WithTypes(const DeformableConv2DParams& params, DataType type,
                       const Body& body) {

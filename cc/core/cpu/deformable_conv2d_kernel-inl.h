@@ -14,11 +14,11 @@ static_assert(
     kKernelPixels<BFloat16> <= kInner && kFilterBlock % 16 == 0,
     "rows and columns of grad_rows, which AMX reads 16 rows at a time");
 
-// O is as in ColumnScratch. Where it is the accumulator's type, a tile's
-// product is A = its columns, transposed, times B = grad_output, and sums are
-// in the order of the kernel. On AMX A cannot be transposed: there it is
-// grad_output (copied as [filter][pixel]) times B = columns, and sums are
-// [filter][row].
+// Scratch of a worker. O is as in ColumnScratch. Where O is the accumulator's
+// type, the product of a tile is A = columns, transposed, times B =
+// grad_output, and sums are in the order of the kernel. On AMX A cannot be
+// transposed: there the product is A = grad_output (copied as [filter][pixel])
+// times B = columns, and sums are [filter][row].
 template <typename T, typename O>
 struct KernelScratch : ColumnScratch<T, O> {
   using E = typename AccumulatorOf<T>::Type;
@@ -40,6 +40,7 @@ struct KernelScratch : ColumnScratch<T, O> {
   }
 };
 
+// Bytes for KernelPass.
 template <typename T, typename O>
 static int64_t KernelWorkspace(const DeformableConv2DParams& params,
                                int num_workers) {
@@ -99,7 +100,8 @@ static void DepthwiseGradient(const Geometry& g, const T* grad_output,
 }
 
 // Adds a tile's share to the gradient of the kernel, for filters [f, f +
-// filters) of each group. `packed` holds those of *packed_group (-1: of none).
+// filters) of each group. `packed` holds the packed grad_output of group
+// *packed_group; -1: of none.
 template <typename T, typename E>
 static void AddTile(const Geometry& g, const T* grad_output,
                     const Bundle& bundle, const Tile<E>& tile, int64_t f,
@@ -119,6 +121,7 @@ static void AddTile(const Geometry& g, const T* grad_output,
   });
 }
 
+// Writes the gradient of the kernel.
 template <typename T, typename O>
 static void KernelPass(const DeformableConv2DParams& params,
                        const DeformableConv2DInputs& inputs,
@@ -138,8 +141,9 @@ static void KernelPass(const DeformableConv2DParams& params,
   const int64_t scratch_bytes = KernelScratch<T, O>::Bytes();
   Zero(parallel_for, sums, size * static_cast<int64_t>(sizeof(E)));
 
-  // Parts of a bundle's rows, no more than keep the workers busy, because a
-  // part packs grad_output for itself. How rows are parted changes no sum.
+  // A bundle's rows are divided into no more parts than keep the workers busy,
+  // because each part packs grad_output for itself. No sum depends on the
+  // parts.
   const int64_t bundles = g.Bundles();
   const int64_t parts =
       IsSerial(g) ? 1 : CeilDiv(parallel_for.num_workers, bundles);

@@ -4,77 +4,22 @@
 // No include guard: see simd-inl.h.
 
 #include "cc/core/cpu/simd-inl.h"
-// The next two build on the one before.
+// Each of the next files builds on those before.
 #include "cc/core/cpu/tasks-inl.h"
 //
-#include "cc/core/cpu/roi_pooling-inl.h"
+#include "cc/core/cpu/roi_bins-inl.h"
+//
+#include "cc/core/cpu/roi_lanes-inl.h"
+//
+#include "cc/core/cpu/roi_packing-inl.h"
+//
+#include "cc/core/cpu/roi_passes-inl.h"
+//
+#include "cc/core/deformable_roi_align_rule-inl.h"
 
 namespace tf_deform {
 namespace cpu {
 namespace TF_DEFORM_ISA {
-
-// Samples that a bin has along an axis, at most, where their number follows
-// from the size of the ROI.
-static inline int64_t MaxAdaptiveSamples(int64_t pixels, int64_t pooled) {
-  return CeilDiv(2 * pixels, pooled);
-}
-
-// What the operator makes of a ROI, see roi_pooling-inl.h.
-template <typename E>
-struct ROIAlignRule : RoiGeometry {
-  static constexpr double kMargin = 1;
-  static constexpr bool kMeanOfAll = true;
-
-  E spatial_scale, gamma;
-  int64_t sampling_ratio;
-
-  explicit ROIAlignRule(const DeformableROIAlignParams& p)
-      : RoiGeometry{
-            p.batch,
-            p.height,
-            p.width,
-            p.num_rois,
-            p.pooled_h,
-            p.pooled_w,
-            /*group_h=*/1,
-            /*group_w=*/1,
-            /*part_h=*/p.pooled_h,
-            /*part_w=*/p.pooled_w,
-            /*classes=*/1,
-            /*class_channels=*/p.channels,
-            p.sampling_ratio > 0 ? p.sampling_ratio
-                                 : MaxAdaptiveSamples(p.height, p.pooled_h),
-            p.sampling_ratio > 0 ? p.sampling_ratio
-                                 : MaxAdaptiveSamples(p.width, p.pooled_w)},
-        spatial_scale(static_cast<E>(p.spatial_scale)),
-        gamma(static_cast<E>(p.gamma)),
-        sampling_ratio(p.sampling_ratio) {}
-
-  Roi<E> Locate(const E* roi) const {
-    return {Axis(roi[2], roi[4], pooled_h, samples_h),
-            Axis(roi[1], roi[3], pooled_w, samples_w)};
-  }
-
-  E Displacement(E value, E size) const { return gamma * size * value; }
-
-  E DisplacementSlope(E size) const { return gamma * size; }
-
- private:
-  RoiAxis<E> Axis(E from, E to, int64_t pooled, int64_t most) const {
-    const E start = Rounded(from * spatial_scale) - E(0.5);
-    const E size = (to - from) * spatial_scale;
-    const E bin = size / static_cast<E>(pooled);
-    int64_t samples = sampling_ratio;
-    if (samples <= 0) {
-      // Written so that NaN gives none.
-      samples = bin < static_cast<E>(most) ? static_cast<int64_t>(bin) : most;
-      if (!(bin > 0)) samples = 0;
-      if (samples < most && static_cast<E>(samples) < bin) ++samples;
-    }
-    const E step = bin / static_cast<E>(Max(samples, 1));
-    return {start, size, bin, step, E(0.5), samples};
-  }
-};
 
 static int64_t WorkspaceBytes(const DeformableROIAlignParams& params,
                               DataType type, int num_workers) {

@@ -37,8 +37,8 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// The default floating-point mode (denormals on, round to nearest) for as long
-// as it lives.
+// Sets the default floating-point mode (denormals on, round to nearest) for as
+// long as the object lives.
 class ScopedFloatingPointMode {
  public:
 #ifdef TF_DEFORM_X86

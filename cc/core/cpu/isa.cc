@@ -19,7 +19,7 @@ namespace cpu {
 namespace {
 
 #if defined(__x86_64__)
-// Not every compiler knows this one by name.
+// Not every compiler knows this feature by name.
 bool HasF16C() {
   unsigned int eax, ebx, ecx = 0, edx;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
@@ -30,8 +30,8 @@ constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16",
                                   "amx"};
 constexpr int kAvx512BF16 = 3, kAmx = 4;
 
-// The place among kNames of what the environment allows, the first if it is
-// none of them.
+// Returns the place among kNames of the name that the environment allows; 0 if
+// it is none of them.
 int Allowed() {
   static const int allowed = [] {
     const char* name = std::getenv("TF_DEFORM_MAX_ISA");
@@ -55,8 +55,8 @@ bool MayUseAvx512BF16() {
 }
 
 // Intel's dot products of bfloat16 take twice the time of as many vectors of
-// float32, and the operator 1.5 times that of float32's products: they serve
-// only who asks for them by name.
+// float32, and the operator 1.5 times as long as with products of float32: they
+// are used only if asked for by name.
 bool Avx512BF16Pays() {
 #if defined(__x86_64__)
   return Allowed() == kAvx512BF16 || !__builtin_cpu_is("intel");

@@ -11,23 +11,24 @@ namespace cpu {
 
 enum class Isa : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
 
-// The best that the processor has, or what the environment variable
-// TF_DEFORM_MAX_ISA ("amx", "avx512_bf16", "avx512", "avx2" or "baseline")
-// allows; read once.
+// Returns the best instruction set that the processor has and that the
+// environment variable TF_DEFORM_MAX_ISA ("amx", "avx512_bf16", "avx512",
+// "avx2" or "baseline") allows. The variable is read once.
 Isa BestIsa();
 
-// Whether, besides kAvx512, products of bfloat16 are made in bfloat16: by AMX,
-// or by AVX-512 BF16 on processors other than Intel's, where those are slower
-// than float32's, or if TF_DEFORM_MAX_ISA is "avx512_bf16".
+// Returns whether products of bfloat16 are made in bfloat16, with kAvx512: by
+// AMX, or by AVX-512 BF16. Intel's AVX-512 BF16 is slower than float32 and used
+// only if TF_DEFORM_MAX_ISA is "avx512_bf16".
 bool HasBFloat16Products();
 
-// Whether they may be left to AMX.
+// Returns whether AMX makes them.
 bool HasAmx();
 
-// "baseline", "avx2", "avx512", or "avx512_bf16" or "amx" if that is used too.
+// Returns "baseline", "avx2" or "avx512"; "avx512_bf16" or "amx" where these
+// are used, too.
 const char* InstructionSet();
 
-// Bytes of a processor's second-level cache; 1 MiB where that is not known.
+// Returns the bytes of a processor's second-level cache; 1 MiB if not known.
 int64_t SecondLevelCache();
 
 }  // namespace cpu

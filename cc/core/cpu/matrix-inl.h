@@ -14,8 +14,8 @@ namespace tf_deform {
 namespace cpu {
 namespace TF_DEFORM_ISA {
 
-// All but two or three registers hold sums: two vectors of B and a broadcast
-// element of A need the rest.
+// All but two or three registers hold sums: the others hold two vectors of B
+// and a broadcast element of A.
 #if TF_DEFORM_VECTOR_BYTES == 64
 constexpr int kMicroRows = 14;  // of 32 registers
 #else
@@ -25,15 +25,16 @@ constexpr int kMicroRows = 6;  // of 16
 template <typename E>
 constexpr int kPanel = 2 * kLanes<E>;
 
-// Inner dimension of one product: A's micro rows and B's panel stay in the
-// first-level cache. It fixes the order of sums.
+// Inner dimension of one product, which keeps A's micro rows and B's panel in
+// the first-level cache, and fixes the order of sums.
 constexpr int64_t kInner = 256;
 
-// Not a power of two, which would map all rows to few cache sets.
+// A power of two would map all rows to few cache sets.
 constexpr int64_t kTileStride = kInner + 16;
 
-// Columns of a packed B, with those that fill up its last panel, and its rows.
-// In bfloat16 a packed B is as matrix_bfloat16-inl.h wants it.
+// Return the columns of a packed B, including those that fill up its last
+// panel, and its rows. In bfloat16 a packed B is laid out as
+// matrix_bfloat16-inl.h says.
 template <typename E>
 static inline int64_t PackedColumns(int64_t n) {
   return RoundUp(n, std::is_same<E, BFloat16>::value ? 16 : kLanes<E>);
@@ -43,8 +44,8 @@ static inline int64_t PackedInner(int64_t k) {
   return std::is_same<E, BFloat16>::value ? RoundUp(k, 32) : k;
 }
 
-// sums[i * kVectors + v] += a[i * kStride] * b[v] for all i and v. Every index
-// is a constant of the language, so that any compiler keeps the sums in
+// Adds a[i * kStride] * b[v] to sums[i * kVectors + v] for all i and v. Every
+// index is a constant of the language, so that any compiler keeps the sums in
 // registers.
 template <int64_t kStride, int kVectors, typename E, typename V, int... kIndex>
 static inline __attribute__((always_inline)) void MultiplyAdd(
@@ -53,7 +54,7 @@ static inline __attribute__((always_inline)) void MultiplyAdd(
    ...);
 }
 
-// The sums, stored to or added to rows of C that are c_stride apart.
+// Stores the sums to rows of C that are c_stride apart, or adds them.
 template <bool kAccumulate, int kVectors, typename E, typename V, int... kIndex>
 static inline __attribute__((always_inline)) void StoreSums(
     const V* sums, E* c, int64_t c_stride,
@@ -67,7 +68,8 @@ static inline __attribute__((always_inline)) void StoreSums(
    ...);
 }
 
-// The sums of kRows x kVectors, of which C has `columns` columns.
+// Stores or adds the sums of kRows x kVectors, of which C has `columns`
+// columns.
 template <int kRows, int kVectors, typename E, typename V>
 static inline __attribute__((always_inline)) void StoreTile(const V* sums, E* c,
                                                             int64_t c_stride,
@@ -123,7 +125,7 @@ template <typename E>
 using MicroKernelFunction = void (*)(int64_t, const E*, int64_t, const E*, E*,
                                      int64_t, int64_t, bool);
 
-// The microkernel for `rows` in [1, kMicroRows].
+// Returns the microkernel for `rows` in [1, kMicroRows].
 template <typename E, bool kTransposed, int kVectors, int kRows = kMicroRows>
 static inline MicroKernelFunction<E> FindMicroKernel(int64_t rows) {
   if constexpr (kRows == 1) {
@@ -138,15 +140,15 @@ template <bool kTransposed, typename E>
 static void MatrixProduct(int64_t m, int64_t n, int64_t k, const E* a,
                           const E* packed_b, E* c, int64_t c_stride,
                           bool accumulate, int64_t a_stride = kTileStride) {
-  const int64_t pieces =
-      CeilDiv(m, kMicroRows);  // of nearly equal rows: a short last one would
-                               // run at a fraction
+  // Of nearly equal rows: a short last part would run at a fraction of the
+  // speed.
+  const int64_t parts = CeilDiv(m, kMicroRows);
   for (int64_t column = 0; column < n; column += kPanel<E>) {
     const int64_t columns = Min(kPanel<E>, n - column);
     const E* b = packed_b + column * k;
-    for (int64_t piece = 0; piece < pieces; ++piece) {
-      const int64_t first = m * piece / pieces;
-      const int64_t rows = m * (piece + 1) / pieces - first;
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t first = m * part / parts;
+      const int64_t rows = m * (part + 1) / parts - first;
       const auto kernel = columns > kLanes<E>
                               ? FindMicroKernel<E, kTransposed, 2>(rows)
                               : FindMicroKernel<E, kTransposed, 1>(rows);
@@ -156,13 +158,13 @@ static void MatrixProduct(int64_t m, int64_t n, int64_t k, const E* a,
   }
 }
 
-// A vector of columns in the type of the products' elements.
+// Stores a vector of columns in the type of the products' elements.
 template <typename V, typename E>
 static inline void StoreColumns(const V& values, E* to) {
   Store(values, to);
 }
 
-// Packs k x n elements as MatrixProduct wants B: element (row, column) is
+// Packs k x n elements to a B of MatrixProduct: element (row, column) is
 // from[row * row_stride + column * column_stride].
 template <typename T, typename E>
 static void PackPanels(const T* from, int64_t row_stride, int64_t column_stride,

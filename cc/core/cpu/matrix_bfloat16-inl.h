@@ -6,29 +6,29 @@
 // used where HasBFloat16Products().
 //
 // An instruction of AMX adds the products of 16 x 32 elements of A and 32 x 16
-// of B to 16 x 16 sums; one of AVX-512 BF16, where AMX is not, those of 1 x 2
-// and 2 x 16. Products are exact; numbers below 2^-126 count 0. A is
-// a scratch tile of row stride kTileStride with zeros from column k up to the
-// next multiple of 32; what lies in rows past m does not matter. B is packed in
-// panels of 16 columns: in each, for every two rows (up to the same multiple of
-// 32), 16 pairs. C is not packed.
+// elements of B to 16 x 16 sums; without AMX, an instruction of AVX-512 BF16
+// adds the products of 1 x 2 and 2 x 16 elements. Products are exact; numbers
+// below 2^-126 count 0. A is a scratch tile of row stride kTileStride with
+// zeros from column k up to the next multiple of 32; its rows past m may hold
+// anything. B is packed in panels of 16 columns, each with 16 pairs for every
+// two rows (up to the same multiple of 32). C is not packed.
 
 namespace tf_deform {
 namespace cpu {
 namespace TF_DEFORM_ISA {
 
 constexpr int64_t kAmxRows = 16;   // of A's and C's registers; columns of B's
-constexpr int64_t kAmxInner = 32;  // elements of a row of A's
+constexpr int64_t kAmxInner = 32;  // elements of a row of A's register
 
-// Every register: 16 rows of 64 bytes.
+// The shape of every register: 16 rows of 64 bytes.
 struct alignas(64) AmxShapes {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// Registers by number. As assembly, which needs no target of its own and lets
-// no compiler move or spill them.
+// Instructions on registers by number, as assembly: it needs no target of its
+// own and lets no compiler move or spill the registers.
 template <int kRegister>
 static inline void AmxLoad(const void* from, int64_t stride_bytes) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride_bytes),
@@ -51,9 +51,9 @@ static inline void AmxMultiplyAdd() {
                "i"(kB));
 }
 
-// Sums between a register and `rows` x `columns` elements of C. An edge goes
-// through memory of a register's shape, so that an element's sum is made the
-// same way wherever it lies.
+// Copies sums between a register and `rows` x `columns` elements of C. An edge
+// goes through memory of a register's shape, so that an element's sum is made
+// the same way in every place.
 template <int kRegister>
 static inline void AmxLoadSums(const float* c, int64_t c_stride, int64_t rows,
                                int64_t columns, bool accumulate) {
@@ -84,8 +84,8 @@ static inline void AmxStoreSums(float* c, int64_t c_stride, int64_t rows,
   }
 }
 
-// One or two registers of rows by one or two of columns: sums in 0 to 3, A in 4
-// and 5, B in 6 and 7.
+// The microkernel of AMX: one or two registers of rows by one or two registers
+// of columns. Registers 0 to 3 hold sums, 4 and 5 A, 6 and 7 B.
 template <bool kTwoRows, bool kTwoColumns>
 static void AmxKernel(int64_t inner, const BFloat16* a, const BFloat16* b,
                       float* c, int64_t c_stride, int64_t rows, int64_t columns,
@@ -129,8 +129,8 @@ static void AmxKernel(int64_t inner, const BFloat16* a, const BFloat16* b,
   }
 }
 
-// sums[i * kVectors + v] += the dot products of a pair of A's row i and the
-// pairs b[v], for all i and v; as MultiplyAdd.
+// Adds the dot products of a pair of A's row i and the pairs b[v] to
+// sums[i * kVectors + v], for all i and v, as MultiplyAdd does.
 template <int kVectors, int... kIndex>
 static inline __attribute__((always_inline)) void DotAdd(
     const BFloat16* a, const Vector<uint32_t, 16>* b, Vector<float, 16>* sums,
@@ -174,12 +174,12 @@ static inline auto FindDotKernel(int64_t rows) {
 static void DotProduct(int64_t m, int64_t n, int64_t inner, const BFloat16* a,
                        const BFloat16* packed_b, float* c, int64_t c_stride,
                        bool accumulate) {
-  const int64_t pieces = CeilDiv(m, kMicroRows);  // as in MatrixProduct
+  const int64_t parts = CeilDiv(m, kMicroRows);  // as in MatrixProduct
   for (int64_t column = 0; column < n; column += 2 * kAmxRows) {
     const int64_t columns = Min(2 * kAmxRows, n - column);
-    for (int64_t piece = 0; piece < pieces; ++piece) {
-      const int64_t first = m * piece / pieces;
-      const int64_t rows = m * (piece + 1) / pieces - first;
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t first = m * part / parts;
+      const int64_t rows = m * (part + 1) / parts - first;
       const auto kernel =
           columns > kAmxRows ? FindDotKernel<2>(rows) : FindDotKernel<1>(rows);
       kernel(inner, a + first * kTileStride, packed_b + column * inner,
@@ -216,7 +216,7 @@ static void MatrixProduct(int64_t m, int64_t n, int64_t k, const BFloat16* a,
   asm volatile("tilerelease");
 }
 
-// A vector of columns, rounded to nearest, ties to even.
+// Stores a vector of columns, rounded to nearest, ties to even.
 template <typename V>
 static inline void StoreColumns(const V& values, BFloat16* to) {
   constexpr int kN = sizeof(V) / sizeof(float);
@@ -229,7 +229,7 @@ static inline void StoreColumns(const V& values, BFloat16* to) {
   }
 }
 
-// Packs k x n elements as this product wants B: element (row, column) is
+// Packs k x n elements to a B of this product: element (row, column) is
 // from[row * row_stride + column * column_stride].
 static void PackPanels(const BFloat16* from, int64_t row_stride,
                        int64_t column_stride, int64_t k, int64_t n,

@@ -64,7 +64,7 @@ static inline Vector<uint32_t, kN> LoadBits(const uint16_t* from) {
   return __builtin_convertvector(LoadSame<kN>(from), Vector<uint32_t, kN>);
 }
 
-// kN consecutive elements, widened. Pointers need no alignment beyond the
+// Loads kN consecutive elements, widened. Pointers need no alignment beyond the
 // element's.
 template <int kN>
 static inline Vector<float, kN> Load(const float* from) {
@@ -140,7 +140,7 @@ static inline void Narrow(float value, Float16* to) {
 static inline void Narrow(float value, float* to) { *to = value; }
 static inline void Narrow(double value, double* to) { *to = value; }
 
-// The sum of a vector's lanes, halves first.
+// Returns the sum of a vector's lanes: one half plus the other, and so on.
 template <typename E, int kN>
 static inline E SumLanes(const Vector<E, kN>& vector) {
   if constexpr (kN == 1) {
@@ -168,7 +168,7 @@ static inline __attribute__((always_inline)) void ForEachVector(
   if constexpr (kN > 1) ForEachVector<E, kN / 2>(n, step, first);
 }
 
-// n elements of T, widened to E, or copied if both have 16 bits.
+// Copies n elements of T, widened to E unless both have 16 bits.
 template <typename T, typename E>
 static inline void WidenRow(const T* from, int64_t n, E* to) {
   if constexpr (sizeof(E) == 2) {
@@ -180,6 +180,7 @@ static inline void WidenRow(const T* from, int64_t n, E* to) {
   }
 }
 
+// Copies n elements of E, narrowed to T.
 template <typename T, typename E>
 static inline void NarrowRow(const E* from, int64_t n, T* to) {
   int64_t i = 0;

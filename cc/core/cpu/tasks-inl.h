@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Scratch, tasks and element types: what the passes of every operator use.
+// Scratch, tasks and element types, which the passes of every operator use.
 //
 // No include guard: see simd-inl.h.
 
@@ -24,8 +24,9 @@ struct Arena {
   }
 };
 
-// parallel_for with denormals on in every task: pools differ in their mode from
-// the threads that call them, and results must not depend on who ran what.
+// Runs parallel_for with denormals on in every task: threads of a pool differ
+// in their mode from the threads that call them, and results must not depend on
+// the thread that ran a task.
 template <typename Body>
 static void RunTasks(const ParallelFor& parallel_for, int64_t num_tasks,
                      const Body& body) {
@@ -35,11 +36,12 @@ static void RunTasks(const ParallelFor& parallel_for, int64_t num_tasks,
   });
 }
 
+// Writes zeros.
 static void Zero(const ParallelFor& parallel_for, void* to, int64_t bytes) {
-  constexpr int64_t kPiece = 1 << 20;
-  RunTasks(parallel_for, CeilDiv(bytes, kPiece), [=](int64_t piece, int) {
-    __builtin_memset(static_cast<char*>(to) + piece * kPiece, 0,
-                     static_cast<size_t>(Min(kPiece, bytes - piece * kPiece)));
+  constexpr int64_t kPart = 1 << 20;
+  RunTasks(parallel_for, CeilDiv(bytes, kPart), [=](int64_t part, int) {
+    __builtin_memset(static_cast<char*>(to) + part * kPart, 0,
+                     static_cast<size_t>(Min(kPart, bytes - part * kPart)));
   });
 }
 

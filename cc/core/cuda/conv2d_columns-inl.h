@@ -23,8 +23,8 @@
 namespace tf_deform {
 namespace cuda {
 
-// The operands, and whether rows of channels (in `gradient` too, that of the
-// inputs, if it is not null) or filters come in whole packs of 16 bytes.
+// The operands, and whether rows of channels or of filters come in whole packs
+// of 16 bytes. `gradient` is that of the inputs, or null.
 template <typename T>
 struct Operands {
   const T* inputs;
@@ -46,7 +46,7 @@ struct Operands {
                        g.group_filters % kPack<T> == 0) {}
 };
 
-// mask * sample of one channel.
+// Returns mask * sample of one channel.
 template <typename T>
 __device__ __forceinline__ Accumulator<T> ColumnAt(
     const Geometry& g, const Operands<T>& in, const Sample<Accumulator<T>>& s,
@@ -62,12 +62,12 @@ __device__ __forceinline__ Accumulator<T> ColumnAt(
   return s.mask * sum;
 }
 
-// A sample, as one thread reads packs of its channels.
+// Reads packs of a sample's channels; each thread has a reader.
 template <typename T>
 struct PackReader {
   static constexpr int kWords = 4;
 
-  const T* corner;  // the top left one's first channel that is read next
+  const T* corner;  // the channel of the top left corner that is read next
   uint32_t flags;
   float weights[4], mask;
   Pack<uint32_t, kWords> at[4];  // the corners' pack, 0 outside the image
@@ -87,7 +87,7 @@ struct PackReader {
     }
   }
 
-  // Nothing if not `exists`. The next time it will be kInner channels further.
+  // Reads a pack, if `exists`, and moves on by kInner channels.
   __device__ __forceinline__ void Load(const Geometry& g, bool exists) {
     const uint32_t wanted = exists ? flags : 0;
     const int64_t steps[4] = {0, g.channels, g.row, g.row + g.channels};
@@ -101,7 +101,7 @@ struct PackReader {
     corner += kInner<T>;
   }
 
-  // mask * sample, 0 if not `exists`; as tf32 if kTf32.
+  // Returns mask * sample, 0 if not `exists`; as tf32 if kTf32.
   template <bool kTf32>
   __device__ __forceinline__ Pack<uint32_t, kWords> Mix(bool exists) const {
     Pack<uint32_t, kWords> mixed = {};
@@ -162,20 +162,27 @@ __device__ __forceinline__ void CopyPanel(const T* from, int row_stride,
 // Shared memory of MultiplyColumns.
 template <typename T, typename Sums, int kPlan>
 struct ColumnBuffers {
+  // Packs of a panel that a thread samples.
+  static constexpr int kLoads =
+      Sums::A::kRows * Sums::A::kPacks / Sums::kThreads;
+  static_assert(Sums::A::kRows * Sums::A::kPacks % Sums::kThreads == 0,
+                "all threads sample");
+  static_assert(kPlan <= Sums::kThreads, "a thread locates one sample");
+
   alignas(16) T a[2][Sums::A::kElements];
   alignas(16) T b[3][Sums::B::kElements];
   Sample<float> plans[2][kPlan];
 };
 
-// sums += the columns times the other operand, over all steps of `at`, a cursor
-// with
-//   bool Done() const            no step here, nor any after it
-//   void Next()                  to the next step
-//   static constexpr int kPlan   samples that are located together,
-//   Pixel<float> PixelOf(int i) const, int tap, field    these samples
-//   bool IsNewPlan() const       they are not those of the step before
-//   int PlanRow() const          the first of them that belongs to this step
-//   static constexpr bool kKeepsRows    it stays the same until they change
+// Adds the columns times the other operand to the sums, over all steps of `at`,
+// a cursor with
+//   bool Done() const            there is no step here, nor any after it
+//   void Next()                  goes to the next step
+//   static constexpr int kPlan   samples that are located together, the plan
+//   Pixel<float> PixelOf(int i) const, int tap, field    sample i of the plan
+//   bool IsNewPlan() const       the step before had other samples
+//   int PlanRow() const          the first sample that belongs to this step
+//   static constexpr bool kKeepsRows    it stays the same within a plan
 //   int channel, count           the panel's channels; kInner further on if
 //                                neither samples nor rows are new
 //   void CopyOther(T* to) const  copies the other operand's panel
@@ -186,10 +193,7 @@ __device__ __forceinline__ void MultiplyColumns(
     ColumnBuffers<T, Sums, Cursor::kPlan>* shared, Sums* sums) {
   using Shape = typename Sums::A;
   constexpr int kBlock = Sums::kThreads;
-  constexpr int kLoads = Shape::kRows * Shape::kPacks / kBlock;
-  static_assert(Shape::kRows * Shape::kPacks % kBlock == 0,
-                "all threads sample");
-  static_assert(Cursor::kPlan <= kBlock, "a thread locates one sample");
+  constexpr int kLoads = ColumnBuffers<T, Sums, Cursor::kPlan>::kLoads;
   const int thread = threadIdx.x;
   const bool plans = thread < Cursor::kPlan;
 
@@ -228,7 +232,7 @@ __device__ __forceinline__ void MultiplyColumns(
             readers[i].template Mix<Sums::kIsTf32>(first < step.count);
         continue;
       }
-      // Channels that do not come in packs are read when they are wanted.
+      // Channels that do not come in packs are read when they are used.
 #pragma unroll 1
       for (int j = 0; j < kPack<T>; ++j) {
         float value = 0;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where the taps of a deformable convolution read, on a GPU: the same as
-// cpu/conv2d_sampling-inl.h, element by element.
+// The places where the taps of a deformable convolution read, on a GPU: the
+// same as cpu/conv2d_sampling-inl.h, element by element.
 
 #ifndef TF_DEFORM_CC_CORE_CUDA_CONV2D_SAMPLING_INL_H_
 #define TF_DEFORM_CC_CORE_CUDA_CONV2D_SAMPLING_INL_H_
@@ -11,7 +11,7 @@
 namespace tf_deform {
 namespace cuda {
 
-// Sizes derived from the parameters, in elements; those that kernels need.
+// The parameters that kernels need and sizes derived from them, in elements.
 struct Geometry {
   int64_t height, width, channels, filters, groups, offset_groups;
   int64_t kernel_w, out_w;
@@ -54,9 +54,10 @@ struct Geometry {
         clamp(p.boundary == Boundary::kClamp) {}
 };
 
-// Quotient of numbers that are not negative. With I = uint32_t both fit in 32
-// bits: 64 take a subroutine, which costs time and registers. With uint64_t
-// that is found out first.
+// Returns the quotient of numbers that are not negative. With I = uint32_t both
+// must fit in 32 bits: a division of 64 bits takes a subroutine, which costs
+// time and registers. With uint64_t the subroutine is taken where they do not
+// fit.
 template <typename I>
 __host__ __device__ __forceinline__ int64_t Quotient(int64_t a, int64_t b) {
   if (sizeof(I) == 4 || (a | b) >> 32 == 0) {
@@ -70,7 +71,7 @@ template <typename E>
 struct Pixel {
   E y, x;         // input coordinates of tap (0, 0) at zero offset
   int64_t image;  // element of `inputs` where its image begins
-  int64_t field;  // of its first offset pair; negative: there is no such pixel
+  int64_t field;  // of its first offset pair; negative: not a pixel
 
   template <typename I>
   __host__ __device__ static Pixel At(const Geometry& g, int64_t index) {
@@ -95,12 +96,13 @@ constexpr uint32_t kBottomRight = 8;
 constexpr uint32_t kHeldY = 16;
 constexpr uint32_t kHeldX = 32;
 
-// An offset pair and its mask, as they come from memory.
+// An offset pair and its mask.
 template <typename E>
 struct Displacement {
   E dy, dx, mask;
 
-  // `mask` may be null: 1. A pixel that does not exist reads nothing.
+  // Reads pair `field` of a pixel; nothing where there is no pixel. `mask` may
+  // be null, for 1.
   __host__ __device__ static Displacement Read(const Pixel<E>& pixel,
                                                int64_t field, const E* offset,
                                                const E* mask) {
@@ -110,8 +112,8 @@ struct Displacement {
   }
 };
 
-// Where one tap reads at one output pixel: the plan that all channels of an
-// offset group share.
+// The sample of one tap at one output pixel: its place and weights, which all
+// channels of an offset group share.
 template <typename E>
 struct Sample {
   E ly, lx;  // distance from the top left corner, in [0, 1)
@@ -153,8 +155,8 @@ struct Sample {
   }
 
  private:
-  // The pixel at or before a position, and the distance from it; whether the
-  // edge is held there.
+  // Finds the pixel at or before a position, and the distance from it. Returns
+  // whether the edge is held there.
   __host__ __device__ static bool Split(E position, int64_t size, bool clamp,
                                         int32_t* pixel, E* distance) {
     int32_t at = static_cast<int32_t>(position);  // sizes are below 2^31
@@ -166,8 +168,8 @@ struct Sample {
   }
 };
 
-// Bilinear weights of the four corners, and elements from the first to each of
-// them.
+// Bilinear weights of the four corners, and elements from the first corner to
+// each of them.
 template <typename E>
 struct Corners {
   E weights[4];

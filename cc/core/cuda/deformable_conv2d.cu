@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Deformable convolution on a GPU: how the work is divided.
+// Deformable convolution on a GPU: the division of the work.
 //
 // The convolution is a matrix product of columns (a row for every output pixel;
 // an entry for every tap and channel: the sample there times its mask) and the
 // kernel, as on the CPU (cpu/deformable_conv2d-inl.h). The columns are never in
 // device memory.
 //
-//   Sample        Where one tap reads at one pixel, worked out once and shared
-//                 by all channels of an offset group
+//   Sample        The place where one tap reads at one pixel, worked out once
+//                 and shared by all channels of an offset group
 //                 (conv2d_sampling-inl.h).
 //   columns       A panel of pixels by channels of one tap: four loads of 16
 //                 bytes a pack of channels, mixed in registers, written to
@@ -25,12 +25,13 @@
 //                 always be the same, the columns' gradients go to memory, some
 //                 pixels at a time, and OrderedAdditionKernel adds them
 //                 (deformable_conv2d_data-inl.h).
-//   KernelKernel  Like ForwardKernel, with the pixels as inner dimension,
+//   KernelGradientKernel
+//                 Like ForwardKernel, with the pixels as inner dimension,
 //                 divided into parts (deformable_conv2d_kernel-inl.h).
 //
-// Direct...Kernel are the same without a matrix product: for double, and for
+// Direct...Kernel do the same without a matrix product: for double, and for
 // groups so small that products would be mostly zeros (depthwise). They are
-// also the plain version that the others are tested against.
+// also the plain version with which the other kernels are compared in tests.
 
 #include <type_traits>
 
@@ -58,10 +59,10 @@ struct ForwardCursor {
   int first_channel, end_channel;  // of the group
   int tap, offset_group, channel, count;
   int run_end;  // of the channels that share an offset group
-  bool is_new;  // whether these are the first of them
+  bool is_new;  // the step has the first of these channels
   int field;
 
-  // To the channels of an offset group, inside the group.
+  // Goes to the channels of an offset group, inside the group.
   __device__ void Enter(int to_tap, int to_offset_group, int to_channel) {
     tap = to_tap;
     offset_group = to_offset_group;
@@ -109,7 +110,7 @@ struct ForwardBuffers {
   Pixel<float> pixels[kForwardPixels];
 };
 
-// Two neighbouring elements, at once where they may be.
+// Stores two neighbouring elements, at once if `aligned`.
 template <typename T>
 __device__ __forceinline__ void StorePair(float first, float second,
                                           bool aligned, int64_t count, T* to) {
@@ -209,13 +210,14 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // -----------------------------------------------------------------------------
-// Which kernels a call takes.
+// The choice of kernels for a call.
 
 constexpr int64_t kWorkspace = int64_t{64} << 20;
 
-// Products want a few channels and filters a group. Pixels, what is counted
-// within a pixel, and the elements of a panel (128 rows of filters at most)
-// they count in 32 bits.
+// Returns whether the call is made without products. Products need a few
+// channels and filters in a group, and count pixels, channels, filters and
+// fields of a pixel, and the elements of a panel (128 rows of filters at most)
+// in 32 bits.
 template <typename T>
 bool IsDirect(const Geometry& g) {
   constexpr int64_t kMost = 0x7fffffff;
@@ -225,7 +227,7 @@ bool IsDirect(const Geometry& g) {
          g.total_pixels > kMost;
 }
 
-// Calls body(tf32) for what `stream` allows: a constant of the language.
+// Calls body(tf32), a constant of the language that says what `stream` allows.
 template <typename T, typename Body>
 Status WithTf32(const CudaStream& stream, const Body& body) {
   if constexpr (sizeof(T) == 4) {
@@ -285,15 +287,15 @@ Status ForwardOf(const DeformableConv2DParams& params,
   return Status();
 }
 
-// How the gradients of inputs, offset and mask are made: the workspace holds
-// the gradient of some images in float, if T is narrower, and then the columns
-// of some pixels, if their order matters.
+// The workspace for the gradients of inputs, offset and mask: it holds the
+// gradient of some images in float, if T is narrower, and then the columns of
+// some pixels, if their order matters.
 template <typename T>
 struct DataPlan {
   int64_t images = 0;        // at a time
-  int64_t image_bytes = 0;   // of those in the workspace
+  int64_t image_bytes = 0;   // of all these images
   int64_t pixels = 0;        // at a time
-  int64_t column_bytes = 0;  // of theirs
+  int64_t column_bytes = 0;  // of all these pixels
 
   DataPlan(const DeformableConv2DParams& params, const Geometry& g,
            bool wants_inputs, const CudaStream& stream)
@@ -391,8 +393,8 @@ Status DataOf(const DeformableConv2DParams& params, const Geometry& g,
   return Status();
 }
 
-// Calls body(parts, blocks, N) for how the gradient of the kernel is made; N is
-// 0 without a matrix product.
+// Calls body(parts, blocks, N) with the division of the gradient of the kernel;
+// N is the number of filters of a block, 0 without a matrix product.
 template <typename T, typename Body>
 Status WithKernelParts(const Geometry& g, const Body& body) {
   const int64_t elements = g.taps * g.group_channels * g.filters;
@@ -420,14 +422,16 @@ Status KernelOf(const Geometry& g, const Operands<T>& in, const T* grad_output,
         constexpr int kN = decltype(filters)::value;
         E* const parts = work.count > 1 ? static_cast<E*>(workspace) : nullptr;
         if constexpr (kN == 0) {
-          TF_DEFORM_RETURN_IF_ERROR(
-              Launch("DirectKernelKernel", DirectKernelKernel<T>, blocks,
-                     kThreads, 0, stream, g, in, grad_output, work, parts, to));
+          TF_DEFORM_RETURN_IF_ERROR(Launch("DirectKernelGradientKernel",
+                                           DirectKernelGradientKernel<T>,
+                                           blocks, kThreads, 0, stream, g, in,
+                                           grad_output, work, parts, to));
         } else if constexpr (sizeof(T) <= 4) {
           TF_DEFORM_RETURN_IF_ERROR(WithTf32<T>(stream, [&](auto tf32) {
             constexpr bool kTf32 = decltype(tf32)::value;
             using Sums = KernelSums<T, kTf32, kN>;
-            return Launch("KernelKernel", KernelKernel<T, kTf32, kN>, blocks,
+            return Launch("KernelGradientKernel",
+                          KernelGradientKernel<T, kTf32, kN>, blocks,
                           Sums::kThreads, sizeof(KernelBuffers<T, kTf32, kN>),
                           stream, g, in, grad_output, work,
                           CountChannelPieces(g), parts, to);

@@ -9,19 +9,19 @@
 namespace tf_deform {
 namespace cuda {
 
-// Where the gradients go. Null: not wanted.
+// The gradients that are made. Null: not wanted.
 template <typename E>
 struct DataGradients {
-  E* inputs;       // of the images from `first_image` on; added to
+  E* inputs;       // of some images; added to
   E* columns;      // instead: gradients of the columns, [pixel][tap][channel],
                    // from `first` on
   E* offset;       // written
   E* mask;         // written
-  int64_t origin;  // elements of `inputs` before the first of those images
+  int64_t origin;  // elements of all inputs before the first of these images
   int64_t first, end;  // output pixels
 };
 
-// Sums over channels of one sample.
+// Sums over the channels of one sample.
 template <typename E>
 struct SampleSums {
   E mask, y, x;  // y and x: derivatives by the coordinates, without the mask
@@ -33,10 +33,10 @@ struct SampleSums {
   }
 };
 
-// Four channels of a lane of a warp: neighbours if `packed`, else 32 apart.
-// Passes on the gradients `column` of their columns at sample s: adds to those
-// of the inputs and to the lane's `sums`. `at`: output pixel * taps + tap, from
-// out.first on.
+// Passes on the gradients `column` of the columns of a lane's four channels at
+// sample s: adds to the gradient of the inputs and to the lane's `sums`. The
+// channels are neighbours if `packed`, else 32 apart. `at` is output pixel *
+// taps + tap, from out.first on.
 template <typename T>
 __device__ __forceinline__ void PassOn(const Geometry& g, const Operands<T>& in,
                                        const DataGradients<Accumulator<T>>& out,
@@ -171,9 +171,24 @@ struct DataBuffers {
   Sample<float> plan[kDataPixels];
 };
 
+// Returns the sample of one tap at output pixel p; one that lies outside if not
+// `exists`.
+template <typename T>
+__device__ __forceinline__ Sample<float> LocateSample(const Geometry& g,
+                                                      const Operands<T>& in,
+                                                      int64_t p, bool exists,
+                                                      int64_t tap,
+                                                      int64_t field) {
+  Pixel<float> pixel = {0, 0, 0, -1};
+  if (exists) pixel = Pixel<float>::At<uint32_t>(g, p);
+  return Sample<float>::Locate<uint32_t>(
+      g, pixel, tap,
+      Displacement<float>::Read(pixel, field, in.offset, in.mask));
+}
+
 // A block makes the gradient of the columns of kDataPixels pixels, one tap and
 // one offset group: grad_output times the transposed kernel, some channels at a
-// time. A warp then takes a pixel's and passes them on.
+// time. A warp then takes the gradients of one pixel and passes them on.
 template <typename T, bool kTf32>
 __global__ void __launch_bounds__(DataBuffers<T, kTf32>::Sums::kThreads)
     DataKernel(const Geometry g, const Operands<T> in, const T* grad_output,
@@ -191,11 +206,8 @@ __global__ void __launch_bounds__(DataBuffers<T, kTf32>::Sums::kThreads)
   const int64_t first = out.first + tile * kDataPixels;
   const int64_t pixels = Min(kDataPixels, out.end - first);
   if (thread < kDataPixels) {
-    Pixel<float> pixel = {0, 0, 0, -1};
-    if (thread < pixels) pixel = Pixel<float>::At<uint32_t>(g, first + thread);
-    shared->plan[thread] = Sample<float>::Locate<uint32_t>(
-        g, pixel, tap,
-        Displacement<float>::Read(pixel, field, in.offset, in.mask));
+    shared->plan[thread] =
+        LocateSample(g, in, first + thread, thread < pixels, tap, field);
   }
 
   constexpr int kRows = kDataPixels / kWarps;  // pixels of a warp
@@ -277,8 +289,8 @@ __global__ void __launch_bounds__(DataBuffers<T, kTf32>::Sums::kThreads)
   }
 }
 
-// The same without a matrix product: a warp makes the gradient of the columns
-// of one pixel, tap and offset group.
+// Does the same without a matrix product: a warp makes the gradient of the
+// columns of one pixel, tap and offset group.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     DirectDataKernel(const Geometry g, const Operands<T> in,
@@ -349,8 +361,8 @@ struct OrderedAddition {
   }
 };
 
-// The row of a sample's upper corners, from -1 on. Its left corners may lie in
-// column -1, which looks like the end of the row before.
+// Returns the row of a sample's upper corners, from -1 on. Its left corners may
+// lie in column -1, which looks like the end of the row before.
 template <typename E>
 __host__ __device__ __forceinline__ int64_t TopRow(const Geometry& g,
                                                    const Sample<E>& s,
@@ -406,7 +418,7 @@ __global__ void __launch_bounds__(kOrderedThreads)
     const bool touches = s.flags != 0 && top + 1 >= row_begin && top < row_end;
     const unsigned votes = __ballot_sync(0xffffffffu, touches);
     if (lane == 0) counts[warp] = __popc(votes);
-    __syncthreads();  // and nobody is busy with the list before
+    __syncthreads();  // all are done with the list before, too
     int place = __popc(votes & ((1u << lane) - 1)), total = 0;
     for (int w = 0; w < kOrderedThreads / 32; ++w) {
       if (w < warp) place += counts[w];

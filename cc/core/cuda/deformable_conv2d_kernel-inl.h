@@ -12,15 +12,17 @@ namespace cuda {
 
 constexpr int kKernelChannels = 128;  // rows of a block's sums
 
-// The output pixels divided into parts, whose shares of the gradient are summed
-// in order afterwards. It depends on shapes alone, and so do the sums.
+// The division of the output pixels into parts, whose shares of the gradient
+// are summed in order afterwards. It depends on shapes alone, and so do the
+// sums.
 struct KernelParts {
   int64_t pixels;  // of a part, a multiple of 32
   int64_t count;
 
-  // `blocks` work on a part. With a single part nothing has to be summed.
+  // `blocks` blocks work on a part. A single part needs no sum afterwards.
   KernelParts(const Geometry& g, int64_t blocks, int64_t element_bytes) {
-    // Two rounds of the largest GPUs, which work on 132 at once; not one more.
+    // Two rounds of the largest GPUs, which work on 132 blocks at once; not one
+    // block more.
     constexpr int64_t kBlocks = 264;
     constexpr int64_t kLeast = 512;  // pixels
     constexpr int64_t kWorkspace = int64_t{64} << 20;
@@ -38,7 +40,8 @@ struct KernelParts {
   }
 };
 
-// All channels in pieces that belong to one group and one offset group.
+// Returns the number of pieces of all channels, each of which belongs to one
+// group and one offset group.
 __host__ __device__ inline int64_t CountChannelPieces(const Geometry& g) {
   int64_t pieces = 0;
   for (int64_t c = 0; c < g.channels; ++pieces) {
@@ -54,7 +57,7 @@ struct KernelCursor {
   const Geometry* g;
   const T* grad_output;  // at the block's first filter
   int64_t pixel, end;    // output pixels
-  int in_plan;           // of them, the step's first
+  int in_plan;           // the step's first pixel, in the plan
   int tap, field, channel, count;
   int64_t filters;  // of the block
   bool packed;
@@ -81,8 +84,8 @@ struct KernelCursor {
 
 // A block makes the sums of kKernelChannels channels of one tap and kN filters
 // over a part of the pixels, the inner dimension. `parts` has room for the sums
-// of every part, [part][tap][channel][filter]; null: there is a single one,
-// written to `gradient`.
+// of every part, [part][tap][channel][filter]; null: the sums of the only part
+// are written to `gradient`.
 template <typename T, bool kTf32, int kN>
 using KernelSums = Product<T, kTf32, kKernelChannels, kN, false, false, true>;
 template <typename T, bool kTf32, int kN>
@@ -91,9 +94,9 @@ using KernelBuffers = ColumnBuffers<T, KernelSums<T, kTf32, kN>,
 
 template <typename T, bool kTf32, int kN>
 __global__ void __launch_bounds__(KernelSums<T, kTf32, kN>::kThreads)
-    KernelKernel(const Geometry g, const Operands<T> in, const T* grad_output,
-                 const KernelParts work, int64_t pieces, float* parts,
-                 T* gradient) {
+    KernelGradientKernel(const Geometry g, const Operands<T> in,
+                         const T* grad_output, const KernelParts work,
+                         int64_t pieces, float* parts, T* gradient) {
   using Sums = KernelSums<T, kTf32, kN>;
   auto* const shared =
       reinterpret_cast<KernelBuffers<T, kTf32, kN>*>(SharedMemory());
@@ -153,12 +156,12 @@ __global__ void __launch_bounds__(KernelSums<T, kTf32, kN>::kThreads)
   });
 }
 
-// The same without a matrix product: a thread makes one element of a part.
+// Does the same without a matrix product: a thread makes one element of a part.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    DirectKernelKernel(const Geometry g, const Operands<T> in,
-                       const T* grad_output, const KernelParts work,
-                       Accumulator<T>* parts, T* gradient) {
+    DirectKernelGradientKernel(const Geometry g, const Operands<T> in,
+                               const T* grad_output, const KernelParts work,
+                               Accumulator<T>* parts, T* gradient) {
   using E = Accumulator<T>;
   const int64_t kernel = g.taps * g.group_channels * g.filters;
   const int64_t index =
@@ -189,6 +192,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// Writes the sums of all parts, in order.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     SumPartsKernel(const Accumulator<T>* parts, int64_t count, int64_t elements,

@@ -2,60 +2,13 @@
 // Deformable position-sensitive ROI pooling on a GPU.
 
 #include "cc/core/checks.h"
-#include "cc/core/cuda/roi_pooling-inl.h"
+#include "cc/core/cuda/roi_passes-inl.h"
 #include "cc/core/deformable_psroi_pool.h"
+// The rule builds on the files before.
+#include "cc/core/deformable_psroi_pool_rule-inl.h"
 
 namespace tf_deform {
 namespace cuda {
-
-// To the nearest integer, halves away from zero.
-template <typename E>
-__device__ __forceinline__ E RoundHalfAway(E value) {
-  // From 2^62 on there are no fractions, and no int64_t either.
-  if (!(value > E(-4e18) && value < E(4e18))) return value;
-  const E whole = static_cast<E>(static_cast<int64_t>(value));
-  const E rest = value - whole;
-  return rest >= E(0.5) ? whole + 1 : rest <= E(-0.5) ? whole - 1 : whole;
-}
-
-// What the operator makes of a ROI, see roi_pooling-inl.h.
-template <typename E>
-struct PSROIPoolRule : RoiGeometry {
-  static constexpr double kMargin = 0.5;
-  static constexpr double kPhase = 0;
-  static constexpr bool kMeanOfAll = false;
-
-  E spatial_scale, trans_std;
-  int64_t sample_per_part;
-
-  explicit PSROIPoolRule(const DeformablePSROIPoolParams& p)
-      : RoiGeometry{p.batch,    p.height,      p.width,
-                    p.num_rois, p.pooled_h,    p.pooled_w,
-                    p.group_h,  p.group_w,     p.part_h,
-                    p.part_w,   p.num_classes, p.output_dim / p.num_classes},
-        spatial_scale(static_cast<E>(p.spatial_scale)),
-        trans_std(static_cast<E>(p.trans_std)),
-        sample_per_part(p.sample_per_part) {}
-
-  __device__ __forceinline__ RoiAxis<E> Axis(E from, E to, bool along_x) const {
-    const E start = Product(RoundHalfAway(from), spatial_scale) - E(0.5);
-    const E end = Product(RoundHalfAway(to) + 1, spatial_scale) - E(0.5);
-    const E size = end - start > E(0.1) ? end - start : E(0.1);
-    const E bin =
-        size / static_cast<E>(along_x ? pooled_w.value : pooled_h.value);
-    const E step = bin / static_cast<E>(sample_per_part);
-    return {start, size, bin, step, static_cast<uint32_t>(sample_per_part)};
-  }
-
-  __device__ __forceinline__ E Displacement(E value, E size) const {
-    return Product(value * trans_std, size);
-  }
-
-  __device__ __forceinline__ E DisplacementSlope(E size) const {
-    return trans_std * size;
-  }
-};
-
 namespace {
 
 Status CheckParams(const DeformablePSROIPoolParams& params, DataType type) {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// What CUDA kernels are made of: element types, launches, and the instructions
-// that C++ has no words for.
+// Element types, launches, and instructions that C++ has no words for: what all
+// CUDA kernels here use.
 //
-// tests/lib/emulated_cuda.h has the part inside #ifdef __CUDACC__ once more,
-// for the host: with it a kernel runs, thread by thread, without a GPU.
+// tests/lib/emulated_cuda.h replaces the part inside #ifdef __CUDACC__ on the
+// host: with it a kernel runs, thread by thread, without a GPU.
 
 #ifndef TF_DEFORM_CC_CORE_CUDA_DEVICE_INL_H_
 #define TF_DEFORM_CC_CORE_CUDA_DEVICE_INL_H_
@@ -20,7 +20,7 @@
 namespace tf_deform {
 namespace cuda {
 
-// The dynamic shared memory of a block, aligned to 16 bytes.
+// Returns the dynamic shared memory of a block, aligned to 16 bytes.
 __device__ __forceinline__ char* SharedMemory() {
   extern __shared__ uint4 shared_memory[];
   return reinterpret_cast<char*>(shared_memory);
@@ -38,7 +38,7 @@ __device__ __forceinline__ uint16_t FloatToBFloat16(float value) {
   return __bfloat16_as_ushort(__float2bfloat16_rn(value));
 }
 
-// Two numbers in a word, the first in the low half.
+// Return two numbers in a word, the first in the low half.
 __device__ __forceinline__ uint32_t FloatsToHalfs(float first, float second) {
   const __half2 pair = __floats2half2_rn(first, second);
   uint32_t bits;
@@ -53,7 +53,7 @@ __device__ __forceinline__ uint32_t FloatsToBFloat16s(float first,
   return bits;
 }
 
-// The nearest number of 10 bits of mantissa, as the tensor cores want it.
+// Returns the nearest number with 10 bits of mantissa, for the tensor cores.
 __device__ __forceinline__ uint32_t FloatToTf32(float value) {
   uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
@@ -61,8 +61,9 @@ __device__ __forceinline__ uint32_t FloatToTf32(float value) {
 }
 
 // Copies 16 bytes from global to shared memory in the background, zeros if not
-// `valid`; both aligned to 16 bytes. WaitCopies<n> waits until at most n of
-// this thread's latest groups (CommitCopies ends one) are under way.
+// `valid`; both are aligned to 16 bytes. CommitCopies ends a group of copies.
+// WaitCopies<n> waits until at most n of this thread's latest groups are under
+// way.
 __device__ __forceinline__ void CopyAsync(void* shared, const void* global,
                                           bool valid) {
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
@@ -77,10 +78,10 @@ __device__ __forceinline__ void WaitCopies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Four 8 x 8 matrices of 16-bit elements from shared memory. Lane i gives the
-// address of row i % 8 of matrix i / 8, 16 bytes, and gets of each matrix the
-// elements 2 * (i % 4) and the next in row i / 4; if kTransposed, of the
-// transposed matrix.
+// Loads four 8 x 8 matrices of 16-bit elements from shared memory. Lane i gives
+// the address of row i % 8 of matrix i / 8, 16 bytes, and gets of each matrix
+// (if kTransposed, of the transposed matrix) the elements 2 * (i % 4) and the
+// next in row i / 4.
 template <bool kTransposed>
 __device__ __forceinline__ void LoadMatrices(const void* row,
                                              uint32_t (&to)[4]) {
@@ -130,8 +131,8 @@ __device__ __forceinline__ void MultiplyTf32(float (&sums)[4],
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Adds to numbers in global memory that others add to as well. Four at once
-// want an address that is aligned to 16 bytes.
+// Adds to numbers in global memory that other threads add to as well. To add
+// four at once, the address must be aligned to 16 bytes.
 __device__ __forceinline__ void AddAtomically(float* to, float value) {
   atomicAdd(to, value);
 }
@@ -144,8 +145,8 @@ __device__ __forceinline__ void AddAtomically(double* to, double value) {
 #else
 #define TF_DEFORM_ADDS_FOUR 0
 #endif
-// Whether the device adds four at once: else lanes of a warp had better add to
-// neighbours.
+// Says whether the device adds four at once. If not, it is faster if the lanes
+// of a warp add to neighbours.
 constexpr bool kAddsFour = TF_DEFORM_ADDS_FOUR;
 __device__ __forceinline__ void AddAtomically(float* to,
                                               const float (&values)[4]) {
@@ -158,8 +159,8 @@ __device__ __forceinline__ void AddAtomically(float* to,
 #endif
 }
 
-// The sum of a value over the lanes of a warp, all of which call it, in an
-// order that is always the same.
+// Returns the sum of a value over the lanes of a warp, in an order that is
+// always the same. All lanes call it.
 template <typename E>
 __device__ __forceinline__ E SumOfWarp(E value) {
   for (int step = 16; step > 0; step /= 2) {
@@ -168,7 +169,7 @@ __device__ __forceinline__ E SumOfWarp(E value) {
   return value;
 }
 
-// Of the current device; 1 if it does not tell.
+// Returns the multiprocessors of the current device; 1 if it does not tell.
 inline int Multiprocessors() {
   int device = 0, count = 0;
   if (cudaGetDevice(&device) != cudaSuccess ||
@@ -182,7 +183,7 @@ inline int Multiprocessors() {
 
 inline Status ToStatus(cudaError_t error, const char* call) {
   if (error == cudaSuccess) return Status();
-  (void)cudaGetLastError();  // or the next call would be blamed for it
+  (void)cudaGetLastError();  // or the next call would report it again
   return Internal("%s failed: %s (%s)", call, cudaGetErrorString(error),
                   cudaGetErrorName(error));
 }
@@ -234,7 +235,7 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// The type in which numbers are computed and summed, and coordinates come.
+// The type in which numbers of T are computed and summed, and of coordinates.
 template <typename T>
 struct AccumulatorOf {
   using Type = float;
@@ -266,7 +267,7 @@ __device__ __forceinline__ float Widen(BFloat16 value) {
   return BitsToFloat(static_cast<uint32_t>(value.bits) << 16);
 }
 
-// To the nearest, ties to even; NaN stays NaN.
+// Rounds to the nearest, ties to even; NaN stays NaN.
 __device__ __forceinline__ void Narrow(float value, float* to) { *to = value; }
 __device__ __forceinline__ void Narrow(double value, double* to) {
   *to = value;
@@ -284,9 +285,9 @@ struct alignas(sizeof(T) * kN) Pack {
   T values[kN];
 };
 
-// The elements of 32 bits. Packs that wait in registers are kept as words:
-// packs of 16-bit elements are taken apart as soon as they have been read,
-// which waits for memory.
+// The elements of a word of 32 bits. Packs that wait in registers are kept as
+// words: a compiler takes packs of 16-bit elements apart as soon as they are
+// read, which waits for memory.
 template <typename T>
 struct Word;
 template <>
@@ -334,6 +335,34 @@ __host__ __device__ constexpr int64_t Min(int64_t a, int64_t b) {
 __host__ __device__ constexpr int64_t Max(int64_t a, int64_t b) {
   return a > b ? a : b;
 }
+
+// A number above 0 that kernels divide by often: a division of 64 bits takes a
+// subroutine, about as long as a read from memory; this takes a product.
+struct Divider {
+  int64_t value;
+  uint64_t factor;  // 2^(63 + shift) / value, rounded up
+  int shift;        // log2(value), rounded up
+
+  Divider(int64_t by) : value(by), shift(0) {  // NOLINT: stands for a number
+    while (shift < 62 && (int64_t{1} << shift) < by) ++shift;
+    const unsigned __int128 power = static_cast<unsigned __int128>(1)
+                                    << (63 + shift);
+    const auto divisor = static_cast<unsigned __int128>(by);
+    factor = static_cast<uint64_t>((power + divisor - 1) / divisor);
+  }
+  __host__ __device__ operator int64_t() const { return value; }
+
+  // `number` must not be negative.
+  __device__ __forceinline__ friend int64_t operator/(int64_t number,
+                                                      const Divider& by) {
+    return static_cast<int64_t>(
+        __umul64hi(2 * static_cast<uint64_t>(number), by.factor) >> by.shift);
+  }
+  __device__ __forceinline__ friend int64_t operator%(int64_t number,
+                                                      const Divider& by) {
+    return number - number / by * by.value;
+  }
+};
 
 // Calls body(T()) for the type of the elements.
 template <typename Body>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The GPU's driver, and what this build needs of it.
+// Checks that the GPU's driver is new enough for this build.
 
 #include <cuda_runtime_api.h>
 
@@ -13,17 +13,17 @@ namespace cuda {
 namespace {
 
 Status Failed(const char* what, cudaError_t error) {
-  (void)cudaGetLastError();  // or the next call would be blamed for it
+  (void)cudaGetLastError();  // or the next call would report it again
   return Internal("Expected the CUDA runtime to tell %s. Received: %s", what,
                   cudaGetErrorString(error));
 }
 
-constexpr int kDevices = 64;  // whose verdict is remembered
+constexpr int kDevices = 64;  // of which good ones are remembered
 
 }  // namespace
 
 Status JudgeDriver(int driver, int runtime) {
-  // Drivers run what was built for any minor version of their own major
+  // A driver runs code that was built for any minor version of its own major
   // version.
   if (driver / 1000 >= runtime / 1000) return Status();
   char received[64] = "no driver";

@@ -23,7 +23,8 @@ constexpr int kThreads = 256;  // of a block of kernels without products
 template <typename T>
 constexpr int kInner = 64 / static_cast<int>(sizeof(T));
 
-// How an operand lies in shared memory: `kOuter` rows or columns by kInner.
+// The layout of an operand in shared memory: `kOuter` rows or columns by
+// kInner.
 template <typename T, int kOuter, bool kInnerLast>
 struct Panel {
   static constexpr int kRows = kInnerLast ? kOuter : kInner<T>;
@@ -34,15 +35,15 @@ struct Panel {
   static constexpr int kPacks = kColumns / kPack<T>;  // of a row
 };
 
-// What A and B of a product are. `kTf32` counts for float alone; A is rounded
-// already if it `kIsColumns`.
+// A product and the layouts of A and B. `kTf32` counts for float alone. If
+// `kIsColumns`, A is rounded to it already.
 template <typename T, bool kTf32, int kM, int kN, bool kAInnerLast,
           bool kBInnerLast, bool kIsColumns>
 struct Product;
 
-// On the tensor cores: 16 warps, 4 x 4, or 8 x 2 for narrow sums, each with a
-// part of 16 x 8 pieces. With half as many a thread's sums and the columns that
-// are under way would not fit in its registers.
+// The product on the tensor cores: 16 warps, 4 x 4, or 8 x 2 for narrow sums,
+// each with a part of 16 x 8 pieces. With half as many warps, a thread's
+// registers would not hold its sums and the columns that are under way.
 template <typename T, bool kTf32, int kM, int kN, bool kAInnerLast,
           bool kBInnerLast, bool kIsColumns>
 struct TensorProduct {
@@ -94,8 +95,8 @@ struct TensorProduct {
     }
   }
 
-  // Calls body(row, column, next, first, second) for this thread's sums, those
-  // at `column` and `next`.
+  // Calls body(row, column, next, first, second) for all pairs of this thread's
+  // sums: `first` at `column`, `second` at `next`.
   template <typename Body>
   __device__ __forceinline__ void ForEachPair(const Body& body) const {
     const int lane = threadIdx.x % 32;
@@ -121,10 +122,10 @@ struct TensorProduct {
     return static_cast<int>(threadIdx.x) / 32 % kAcross * (kN / kAcross);
   }
 
-  // 16 rows or columns from `outer` on by kDepth from `inner` on, as the
-  // instructions want them (see device-inl.h): of B two pieces of 8
-  // columns. Four matrices of 8 x 8 (tf32: 8 x 4) elements; of A the second is
-  // the next 8 rows, of B the next inner elements.
+  // Loads 16 rows or columns from `outer` on by kDepth from `inner` on, in the
+  // order of the instructions (see device-inl.h); of B two pieces of 8 columns.
+  // These are four matrices of 8 x 8 (tf32: 8 x 4) elements; the second is the
+  // next 8 rows of A, or the next inner elements of B.
   template <typename Shape, bool kInnerLast, bool kIsB>
   __device__ __forceinline__ static void Load(const T* panel, int outer,
                                               int inner, uint32_t (&to)[4]) {
@@ -185,9 +186,9 @@ template <typename T, bool kTf32, int kM, int kN, bool kAInnerLast,
 struct Product
     : TensorProduct<T, kTf32, kM, kN, kAInnerLast, kBInnerLast, kIsColumns> {};
 
-// In float: 16 x 16 threads. Where an operand's inner dimension is last a
-// thread's rows are 16 apart, where it is first they come in fours; either way
-// a load is 16 bytes and free of conflicts.
+// The product in float: 16 x 16 threads. Where an operand's inner dimension is
+// last, a thread's rows are 16 apart; where it is first, they come in fours.
+// Either way a load is 16 bytes and free of conflicts.
 template <int kM, int kN, bool kAInnerLast, bool kBInnerLast, bool kIsColumns>
 struct Product<float, false, kM, kN, kAInnerLast, kBInnerLast, kIsColumns> {
   static constexpr bool kIsTf32 = false;
@@ -240,7 +241,7 @@ struct Product<float, false, kM, kN, kAInnerLast, kBInnerLast, kIsColumns> {
   }
 
  private:
-  // Row or column number i of a thread.
+  // Returns row or column number i of a thread.
   template <bool kInnerLast>
   __device__ __forceinline__ static int Place(int thread, int i) {
     return kInnerLast ? thread + 16 * i : thread * 4 + i / 4 * 64 + i % 4;

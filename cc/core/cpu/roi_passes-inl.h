@@ -1,0 +1,424 @@
+// SPDX-License-Identifier: Apache-2.0
+// Pooling of regions of interest on the CPU: forward and the gradients of both
+// pooling operators.
+//
+// No include guard: see simd-inl.h.
+//
+//   PoolPass        Tasks are ROIs. A bin is the weighted sum of its pixels.
+//   DisplacePass    Tasks are ROIs. The gradient of a displacement is the same
+//                   sum with the derivative of the weights along one axis.
+//   ScatterPass     The gradient of the inputs lands anywhere in the image, so
+//                   tasks own parts of it: an image, a cell of the
+//                   position-sensitive maps, and a block of channels. Each
+//                   walks through all ROIs in order: no two tasks write to the
+//                   same place, and the order of sums never depends on the
+//                   number of workers.
+//
+// Each pass divides its work into tasks, and has one function for a ROI
+// (PoolRoi, ...) and one for a bin (PoolBin, PoolLanes, ...).
+
+namespace tf_deform {
+namespace cpu {
+namespace TF_DEFORM_ISA {
+
+// Element operations below which a task is not worth handing out.
+constexpr int64_t kTaskWork = 1 << 15;
+
+// Estimates the element operations of one ROI: four pixels a bin are read, and
+// the bin's weights found.
+static int64_t RoiWork(const RoiGeometry& g) {
+  return g.Bins() *
+         (4 * g.Depth() + g.classes * 8 * (g.samples_h + g.samples_w));
+}
+
+// Calls body(row, worker) for every ROI that lies in one of the images
+// [first_image, first_image + images); if first_image is 0, also for those that
+// lie in none.
+template <typename E, typename Body>
+static void ForEachRoi(const RoiGeometry& g, const E* rois, int64_t first_image,
+                       int64_t images, const ParallelFor& parallel_for,
+                       const Body& body) {
+  const int64_t block = Max(1, kTaskWork / Max(1, RoiWork(g)));
+  RunTasks(parallel_for, CeilDiv(g.num_rois, block),
+           [&](int64_t task, int worker) {
+             const int64_t end = Min(g.num_rois, (task + 1) * block);
+             for (int64_t r = task * block; r < end; ++r) {
+               const auto row = RoiRow<E>::Read(g, rois, r);
+               const bool is_here = row.image < 0
+                                        ? first_image == 0
+                                        : row.image >= first_image &&
+                                              row.image < first_image + images;
+               if (is_here) body(row, worker);
+             }
+           });
+}
+
+// kN elements, widened, to be summed in a loop. One of them is a plain number:
+// compilers keep vectors of one lane in memory.
+template <int kN, typename T>
+static inline auto LoadSum(const T* from) {
+  if constexpr (kN == 1) {
+    return Load<1>(from)[0];
+  } else {
+    return Load<kN>(from);
+  }
+}
+
+template <int kN, typename T>
+using Sum = decltype(LoadSum<kN>(static_cast<const T*>(nullptr)));
+
+// Writes the first of kN sums, `count` if that is less, as elements of T.
+template <int kN, typename V, typename T>
+static inline void StoreSum(const V& sum, int64_t count, T* to) {
+  typename AccumulatorOf<T>::Type sums[kN];
+  Store(sum, sums);
+  if (count >= kN) {
+    NarrowRow(sums, kN, to);
+  } else {
+    NarrowRow(sums, count, to);
+  }
+}
+
+// Bytes for PoolPass and DisplacePass: repacked images, then scratch.
+template <typename T>
+static int64_t PoolWorkspace(const RoiGeometry& g, int num_workers) {
+  using E = typename AccumulatorOf<T>::Type;
+  return PackedBytes<T>(g, num_workers) + num_workers * RoiScratch<E>::Bytes(g);
+}
+
+// Calls body(row, the ROI's image on the map or null, worker's scratch) for
+// every ROI, images being repacked where they have to be.
+template <typename T, typename Rule, typename E, typename Body>
+static void ForEachPooledRoi(const Rule& rule, const T* inputs, const E* rois,
+                             void* workspace, const ParallelFor& parallel_for,
+                             const Body& body) {
+  if (rule.num_rois == 0) return;
+  char* const scratch = static_cast<char*>(workspace) +
+                        PackedBytes<T>(rule, parallel_for.num_workers);
+  const int64_t scratch_bytes = RoiScratch<E>::Bytes(rule);
+  ForEachPackedChunk(
+      rule, inputs, workspace, parallel_for,
+      [&](int64_t first_image, int64_t images, const T* maps) {
+        ForEachRoi(rule, rois, first_image, images, parallel_for,
+                   [&](const RoiRow<E>& row, int worker) {
+                     Arena arena{scratch + worker * scratch_bytes};
+                     RoiScratch<E> s(rule, &arena);
+                     const int64_t image = row.image - first_image;
+                     body(row,
+                          row.image < 0 ? nullptr : maps + image * rule.Image(),
+                          &s);
+                   });
+      });
+}
+
+// -----------------------------------------------------------------------------
+// Forward.
+
+// Writes the output of a bin: sums of `channels` channels from `map` on, at
+// least class_channels.
+template <typename T, typename E>
+static inline void PoolBin(const RoiGeometry& g, const RoiScratch<E>& s,
+                           const T* map, int64_t channels, E share, T* to) {
+  const AxisWeights<E> y = s.y, x = s.x;  // kept in registers
+  ForEachVector<E>(channels, [&](auto lanes, int64_t i) {
+    constexpr int kN = lanes.value;
+    Sum<kN, T> sum = {};
+    for (int64_t a = 0; a < y.count; ++a) {
+      const T* row = map + y.at[a] + i;
+      Sum<kN, T> in_row = {};
+      for (int64_t b = 0; b < x.count; ++b) {
+        in_row += x.weight[b] * LoadSum<kN>(row + x.at[b]);
+      }
+      sum += y.weight[a] * in_row;
+    }
+    StoreSum<kN>(sum * share, g.class_channels - i, to + i);
+  });
+}
+
+// Writes the output and, if not null, the count of a ROI on `map`. Never
+// inlined: its loops need all registers.
+template <typename T, typename Rule, typename E>
+static __attribute__((noinline)) void PoolRoi(const Rule& rule,
+                                              const Roi<E>& roi,
+                                              const E* displacements,
+                                              const T* map, RoiScratch<E>* s,
+                                              T* output, float* count) {
+  const BinRange all = AllBins(rule);
+  if (UsesLanes(rule, roi, displacements)) {
+    ForEachLaneBin<false>(
+        rule, roi, displacements, all, 0, rule.Depth(),
+        [&](const LaneBin<E>& bin, const LaneWeights<E>& y,
+            const LaneWeights<E>& x) {
+          PoolLanes<T>(bin, y, x, map + bin.map, output + bin.output,
+                       count == nullptr ? nullptr : count + bin.output);
+        });
+    return;
+  }
+  const int64_t channels = rule.Cells() == 1
+                               ? rule.class_channels
+                               : RoundUp(rule.class_channels, kLanes<E> / 2);
+  ForEachBin<false>(rule, roi, displacements, all, s, [&](const Bin<E>& bin) {
+    PoolBin(rule, *s, map + bin.map, channels, bin.share, output + bin.output);
+    if (count == nullptr) return;
+    const float samples = static_cast<float>(s->y.samples * s->x.samples);
+    for (int64_t i = 0; i < rule.class_channels; ++i) {
+      count[bin.output + i] = samples;
+    }
+  });
+}
+
+// Writes output and, if not null, count.
+template <typename T, typename Rule, typename E>
+static void PoolPass(const Rule& rule, const T* inputs, const E* rois,
+                     const E* displacements, void* workspace, T* output,
+                     float* count, const ParallelFor& parallel_for) {
+  const int64_t roi_outputs = rule.Bins() * rule.Depth();
+  ForEachPooledRoi(rule, inputs, rois, workspace, parallel_for,
+                   [&](const RoiRow<E>& row, const T* map, RoiScratch<E>* s) {
+                     if (map != nullptr) {
+                       PoolRoi(rule, Roi<E>(rule, row), displacements, map, s,
+                               output, count);
+                       return;
+                     }
+                     const int64_t first = row.index * roi_outputs;
+                     __builtin_memset(static_cast<void*>(output + first), 0,
+                                      roi_outputs * sizeof(T));
+                     if (count == nullptr) return;
+                     for (int64_t i = 0; i < roi_outputs; ++i) {
+                       count[first + i] = 0;
+                     }
+                   });
+}
+
+// -----------------------------------------------------------------------------
+// The gradient of the displacements.
+
+// Returns the elements of a bin's gradient, widened into `row` if need be.
+template <typename T, typename E>
+static inline const E* WideRow(const T* from, int64_t n, E* row) {
+  if constexpr (sizeof(T) == sizeof(E)) {
+    return from;
+  } else {
+    WidenRow(from, n, row);
+    return row;
+  }
+}
+
+// Adds what a bin sends to the gradient of its displacement, `to` (dy, dx).
+template <typename Rule, typename T, typename E>
+static inline void DisplaceBin(const Rule& rule, const Roi<E>& roi,
+                               const RoiScratch<E>& s, const T* map,
+                               const T* grad_output, E share, E* to) {
+  const AxisWeights<E> y = s.y, x = s.x;  // kept in registers
+  // Without samples no gradient, even where it is infinite.
+  if (y.count == 0 || x.count == 0) return;
+  const E* gradient = WideRow(grad_output, rule.class_channels, s.row);
+  E along_y = 0, along_x = 0;
+  ForEachVector<E>(rule.class_channels, [&](auto lanes, int64_t i) {
+    constexpr int kN = lanes.value;
+    Sum<kN, T> by_y = {}, by_x = {};
+    for (int64_t a = 0; a < y.count; ++a) {
+      const T* row = map + y.at[a] + i;
+      Sum<kN, T> value = {}, change = {};
+      for (int64_t b = 0; b < x.count; ++b) {
+        const Sum<kN, T> pixel = LoadSum<kN>(row + x.at[b]);
+        value += x.weight[b] * pixel;
+        change += x.slope[b] * pixel;
+      }
+      by_y += y.slope[a] * value;
+      by_x += y.weight[a] * change;
+    }
+    const Vector<E, kN> g = Load<kN>(gradient + i);
+    along_y += SumLanes<E, kN>(by_y * g);
+    along_x += SumLanes<E, kN>(by_x * g);
+  });
+  to[0] += along_y * share * rule.DisplacementSlope(roi.y.size);
+  to[1] += along_x * share * rule.DisplacementSlope(roi.x.size);
+}
+
+// Adds what a ROI on `map` sends to the gradient of its displacements. Never
+// inlined, like PoolRoi.
+template <typename T, typename Rule, typename E>
+static __attribute__((noinline)) void DisplaceRoi(
+    const Rule& rule, const Roi<E>& roi, const E* displacements, const T* map,
+    const T* grad_output, RoiScratch<E>* s, E* grad_displacements) {
+  const BinRange all = AllBins(rule);
+  if (UsesLanes(rule, roi, displacements)) {
+    ForEachLaneBin<true>(rule, roi, displacements, all, 0, rule.Depth(),
+                         [&](const LaneBin<E>& bin, const LaneWeights<E>& y,
+                             const LaneWeights<E>& x) {
+                           DisplaceLanes<Rule, T>(
+                               rule, roi, bin, y, x, map + bin.map,
+                               grad_output + bin.output, grad_displacements);
+                         });
+    return;
+  }
+  ForEachBin<true>(rule, roi, displacements, all, s, [&](const Bin<E>& bin) {
+    DisplaceBin(rule, roi, *s, map + bin.map, grad_output + bin.output,
+                bin.share, grad_displacements + bin.displacement);
+  });
+}
+
+// Writes the gradient of the displacements.
+template <typename T, typename Rule, typename E>
+static void DisplacePass(const Rule& rule, const T* inputs, const E* rois,
+                         const E* displacements, const T* grad_output,
+                         void* workspace, E* grad_displacements,
+                         const ParallelFor& parallel_for) {
+  const int64_t roi_displacements =
+      rule.part_h * rule.part_w * rule.classes * 2;
+  ForEachPooledRoi(rule, inputs, rois, workspace, parallel_for,
+                   [&](const RoiRow<E>& row, const T* map, RoiScratch<E>* s) {
+                     __builtin_memset(
+                         grad_displacements + row.index * roi_displacements, 0,
+                         roi_displacements * sizeof(E));
+                     if (map == nullptr) return;
+                     DisplaceRoi(rule, Roi<E>(rule, row), displacements, map,
+                                 grad_output, s, grad_displacements);
+                   });
+}
+
+// -----------------------------------------------------------------------------
+// The gradient of the inputs.
+
+// Returns whether the gradient is summed in a place of its own: where it is
+// narrow or repacked.
+template <typename T>
+static bool HasSums(const RoiGeometry& g) {
+  return g.Cells() > 1 || sizeof(T) < sizeof(typename AccumulatorOf<T>::Type);
+}
+
+template <typename T>
+static int64_t SumsBytes(const RoiGeometry& g, int num_workers) {
+  using E = typename AccumulatorOf<T>::Type;
+  if (!HasSums<T>(g)) return 0;
+  return RoundUp(ImagesAtOnce(g, sizeof(E), num_workers) * g.Image() *
+                     static_cast<int64_t>(sizeof(E)),
+                 64);
+}
+
+// Bytes for ScatterPass: sums, then scratch.
+template <typename T>
+static int64_t ScatterWorkspace(const RoiGeometry& g, int num_workers) {
+  using E = typename AccumulatorOf<T>::Type;
+  return SumsBytes<T>(g, num_workers) + num_workers * RoiScratch<E>::Bytes(g);
+}
+
+// The part of the gradient that a task owns.
+struct Owned {
+  int64_t image, cell;
+  int64_t begin, end;  // channels of the cell
+
+  // Bins [FirstBin(i), FirstBin(i + 1)) of `pooled` read group i of `groups`.
+  static int64_t FirstBin(int64_t i, int64_t pooled, int64_t groups) {
+    return CeilDiv(i * pooled, groups);
+  }
+
+  // Returns the bins that read the part.
+  BinRange Bins(const RoiGeometry& g) const {
+    const int64_t gh = cell / g.group_w, gw = cell % g.group_w;
+    return {FirstBin(gh, g.pooled_h, g.group_h),
+            FirstBin(gh + 1, g.pooled_h, g.group_h),
+            FirstBin(gw, g.pooled_w, g.group_w),
+            FirstBin(gw + 1, g.pooled_w, g.group_w),
+            begin / g.class_channels,
+            CeilDiv(end, g.class_channels)};
+  }
+};
+
+// Adds what `count` channels of a bin send to the pixels that the bin reads,
+// from `map` on.
+template <typename T, typename E>
+static inline void ScatterBin(const RoiScratch<E>& s, const T* grad_output,
+                              int64_t count, E share, E* map) {
+  const AxisWeights<E> y = s.y, x = s.x;  // kept in registers
+  const E* gradient = WideRow(grad_output, count, s.row);
+  for (int64_t a = 0; a < y.count; ++a) {
+    E* row = map + y.at[a];
+    for (int64_t b = 0; b < x.count; ++b) {
+      E* to = row + x.at[b];
+      const E weight = y.weight[a] * x.weight[b] * share;
+      ForEachVector<E>(count, [&](auto lanes, int64_t i) {
+        constexpr int kN = lanes.value;
+        Store(Load<kN>(to + i) + weight * Load<kN>(gradient + i), to + i);
+      });
+    }
+  }
+}
+
+// Adds what a ROI sends to `part`. `sums` is the part's image, repacked.
+template <typename T, typename Rule, typename E>
+static void ScatterRoi(const Rule& rule, const Roi<E>& roi, const Owned& part,
+                       const E* displacements, const T* grad_output,
+                       RoiScratch<E>* s, E* sums) {
+  const BinRange mine = part.Bins(rule);
+  if (UsesLanes(rule, roi, displacements)) {
+    ForEachLaneBin<false>(rule, roi, displacements, mine, part.begin, part.end,
+                          [&](const LaneBin<E>& bin, const LaneWeights<E>& y,
+                              const LaneWeights<E>& x) {
+                            ScatterLanes<T>(bin, y, x, grad_output + bin.output,
+                                            sums + bin.map);
+                          });
+    return;
+  }
+  ForEachBin<false>(rule, roi, displacements, mine, s, [&](const Bin<E>& bin) {
+    const int64_t channel = bin.output % rule.Depth();  // the class' first
+    const int64_t from = Max(part.begin - channel, 0);
+    const int64_t count = Min(part.end - channel, rule.class_channels) - from;
+    ScatterBin(*s, grad_output + bin.output + from, count, bin.share,
+               sums + bin.map + from);
+  });
+}
+
+// Writes the gradient of the inputs.
+template <typename T, typename Rule, typename E>
+static void ScatterPass(const Rule& rule, const E* rois, const E* displacements,
+                        const T* grad_output, void* workspace, T* grad_inputs,
+                        const ParallelFor& parallel_for) {
+  const int workers = parallel_for.num_workers;
+  const bool has_sums = HasSums<T>(rule);
+  char* const scratch =
+      static_cast<char*>(workspace) + SumsBytes<T>(rule, workers);
+  const int64_t scratch_bytes = RoiScratch<E>::Bytes(rule);
+  const int64_t image_elements = rule.Image();
+  const int64_t step =
+      has_sums ? ImagesAtOnce(rule, sizeof(E), workers) : rule.batch;
+  const bool serial = rule.num_rois * RoiWork(rule) < kTaskWork;
+  for (int64_t first = 0; first < rule.batch; first += step) {
+    const int64_t images = Min(step, rule.batch - first);
+    T* const target = grad_inputs + first * image_elements;
+    E* sums = static_cast<E*>(workspace);
+    if constexpr (sizeof(T) == sizeof(E)) {
+      if (!has_sums) sums = target;
+    }
+    Zero(parallel_for, sums,
+         images * image_elements * static_cast<int64_t>(sizeof(E)));
+    // Blocks of channels, where there are too few cells to keep all workers
+    // busy; not more, because each block finds all weights for itself.
+    const int64_t owners = images * rule.Cells();
+    const int64_t depth = rule.Depth();
+    const int64_t wanted = serial ? 1 : CeilDiv(workers, owners);
+    const int64_t width = RoundUp(CeilDiv(depth, wanted), kLanes<E>);
+    const int64_t blocks = CeilDiv(depth, width);
+    RunTasks(serial ? ParallelFor() : parallel_for, owners * blocks,
+             [&](int64_t task, int worker) {
+               const int64_t begin = task % blocks * width;
+               const int64_t image = task / blocks / rule.Cells();
+               const Owned part = {first + image, task / blocks % rule.Cells(),
+                                   begin, Min(depth, begin + width)};
+               Arena arena{scratch + worker * scratch_bytes};
+               RoiScratch<E> s(rule, &arena);
+               for (int64_t r = 0; r < rule.num_rois; ++r) {
+                 const auto row = RoiRow<E>::Read(rule, rois, r);
+                 if (row.image != part.image) continue;
+                 ScatterRoi(rule, Roi<E>(rule, row), part, displacements,
+                            grad_output, &s, sums + image * image_elements);
+               }
+             });
+    if (has_sums) UnpackImages(rule, sums, images, target, parallel_for);
+  }
+}
+
+}  // namespace TF_DEFORM_ISA
+}  // namespace cpu
+}  // namespace tf_deform

@@ -1,0 +1,373 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `tf-deform`: answers without TensorFlow, and the doctor's."""
+
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+import tf_deform
+from tf_deform import _build_info, _loader
+
+ROOT = pathlib.Path(__file__).parents[2]
+PACKAGE = pathlib.Path(tf_deform.__file__).parent
+COMMAND = [sys.executable, "-c", "import tf_deform_cli as c; exit(c.main())"]
+MODULE = [sys.executable, "-m", "tf_deform"]
+STEPS = ["TensorFlow", "Keras", "tf_deform", "ops", "XLA"]
+
+
+def run(command, *arguments, path=PACKAGE.parent, **environment):
+    """Runs a command with `path`, folders, before all other packages."""
+    folders = [str(path)] if isinstance(path, pathlib.Path) else map(str, path)
+    return subprocess.run(
+        [*command, *arguments],
+        # The folder in which a module runs comes before PYTHONPATH.
+        cwd=path if isinstance(path, pathlib.Path) else path[-1],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(folders),
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def diagnose(path=PACKAGE.parent, **environment) -> tuple[int, dict[str, str]]:
+    """Returns the doctor's exit status and findings by their names."""
+    result = run(COMMAND, "doctor", path=path, **environment)
+    findings: dict[str, str] = {}
+    for line in result.stdout.splitlines():
+        if line.startswith(" "):
+            name = list(findings)[-1]
+            findings[name] += "\n" + line.strip()
+        else:
+            name, finding = line.split(":", 1)
+            findings[name] = finding.strip()
+    assert result.stderr == ""
+    return result.returncode, findings
+
+
+def write_module(folder: pathlib.Path, name: str, text: str) -> pathlib.Path:
+    """Writes a module that stands in for another one; returns its folder."""
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.py").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def no_tensorflow(tmp_path) -> pathlib.Path:
+    """A folder with a TensorFlow that cannot be imported."""
+    return write_module(
+        tmp_path / "stubs",
+        "tensorflow",
+        "raise ModuleNotFoundError('No module named tensorflow')",
+    )
+
+
+@pytest.fixture
+def copy(tmp_path) -> pathlib.Path:
+    """A copy of the package with its command, as pip would install them."""
+    folder = tmp_path / "site"
+    shutil.copytree(
+        PACKAGE,
+        folder / "tf_deform",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
+    shutil.copy(PACKAGE.parent / "tf_deform_cli.py", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def metadata(tmp_path_factory) -> pathlib.Path:
+    """A folder with the metadata that pip would install."""
+    folder = tmp_path_factory.mktemp("metadata")
+    command = [sys.executable, "setup.py", "-q", "dist_info"]
+    subprocess.run(
+        [*command, "--output-dir", folder],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    return folder
+
+
+# Answers without TensorFlow.
+
+
+@pytest.mark.parametrize(
+    "arguments, status, expected",
+    [
+        (["--help"], 0, "doctor"),
+        (["library", "--help"], 0, "TF_LoadLibrary(path, status)"),
+        (["doctor", "--help"], 0, "exit status"),
+        (["--version"], 0, f"tf-deform {tf_deform.__version__}\n"),
+        (["library"], 0, f"{_loader.LIBRARY}\n"),
+        ([], 2, "doctor"),
+        (["libary"], 2, "invalid choice: 'libary'"),
+        (["library", "--all"], 2, "--all"),
+    ],
+)
+def test_answers_that_need_no_tensorflow(
+    arguments, status, expected, no_tensorflow
+):
+    """The path alone is on standard output: `serve $(tf-deform library)`."""
+    result = run(COMMAND, *arguments, path=[no_tensorflow, PACKAGE.parent])
+    assert result.returncode == status, result.stderr
+    said, other = result.stdout, result.stderr
+    if status:
+        said, other = other, said
+    assert expected in (said if "\n" in expected else " ".join(said.split()))
+    assert other == ""
+
+
+def test_help_loads_neither_tensorflow_nor_the_package(run_python):
+    run_python(
+        """
+import sys
+import tf_deform_cli
+
+try:
+    tf_deform_cli.main(["--help"])
+except SystemExit as exit:
+    assert exit.code == 0
+for name in ("tensorflow", "keras", "numpy", "tf_deform"):
+    assert name not in sys.modules, name
+"""
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments, implementation",
+    [([], ""), (["library"], ""), (["library"], "portable")],
+)
+def test_the_module_is_the_command(arguments, implementation):
+    variables = {"TF_DEFORM_IMPLEMENTATION": implementation}
+    module = run(MODULE, *arguments, **variables)
+    command = run(COMMAND, *arguments, **variables)
+    assert module.returncode == command.returncode == (0 if arguments else 2)
+    assert module.stdout == command.stdout
+    assert module.stderr.endswith(command.stderr)
+
+
+def test_pip_installs_the_command(metadata):
+    text = (next(metadata.glob("*.dist-info")) / "entry_points.txt").read_text()
+    assert "[console_scripts]\ntf-deform = tf_deform_cli:main" in text
+    names = [
+        (folder / "top_level.txt").read_text().split()
+        for folder in metadata.glob("*.dist-info")
+    ]
+    assert names == [["tf_deform", "tf_deform_cli"]]
+
+
+def test_version_of_an_installed_package_and_of_a_source_tree(copy):
+    (copy / "tf_deform/_build_info.py").write_text('VERSION = "7.8.9"')
+    result = run(COMMAND, "--version", path=copy)
+    assert result.stdout == "tf-deform 7.8.9\n"
+    (copy / "tf_deform/_build_info.py").unlink()
+    result = run(COMMAND, "--version", path=copy)
+    assert result.stdout == "tf-deform unknown (a package without built ops)\n"
+    shutil.copy(ROOT / "setup.py", copy)
+    result = run(COMMAND, "--version", path=copy)
+    assert result.stdout == (
+        f"tf-deform {tf_deform.__version__} (a source tree without built ops)\n"
+    )
+
+
+@pytest.mark.parametrize("command", [COMMAND, MODULE])
+def test_without_a_library_there_is_no_path(command, copy):
+    library = copy / "tf_deform/_ops.so"
+    library.unlink()
+    result = run(command, "library", path=copy)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    # After the package's warning.
+    text = result.stderr.splitlines()[-1]
+    assert text.startswith(
+        f"Expected the op library of tf_deform at {library}. Received: "
+    )
+
+
+# The doctor.
+
+
+def test_a_sound_installation(metadata):
+    """The extras are those of setup.py, and `test` is here: this is a test."""
+    status, findings = diagnose([metadata, PACKAGE.parent])
+    assert status == 0, findings
+    assert findings["tf-deform"] == tf_deform.__version__
+    assert findings["verdict"] == "the native ops work"
+    assert not any("FAILED" in finding for finding in findings.values())
+    minor = ".".join(_build_info.TENSORFLOW_VERSION.split(".")[:2])
+    assert f", expected {minor}.*; sees " in findings["TensorFlow"]
+    assert findings["Python"].endswith(", expected >=3.10")
+    assert "<4,>=3.15" in findings["Keras"]
+    assert str(PACKAGE) in findings["tf_deform"]
+    if _build_info.XLA:
+        assert "compile" in findings["XLA"]
+    assert ("none" in findings["GPU kernels"]) == (
+        _build_info.CUDA_VERSION is None
+    )
+    extras = [name for name in findings if name.startswith("extra ")]
+    assert {"extra onnx", "extra litert", "extra docs"} <= set(extras)
+    assert findings["extra test"] == "installed"
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_the_instruction_set_and_its_limit(isa, no_tensorflow):
+    _, findings = diagnose(
+        [no_tensorflow, PACKAGE.parent], TF_DEFORM_MAX_ISA=isa
+    )
+    assert findings["instruction set"] == (
+        f"{isa}, limited by TF_DEFORM_MAX_ISA={isa}"
+    )
+
+
+def assert_stopped_at(step: str, status: int, findings: dict[str, str]) -> str:
+    """Checks that `step` failed, and later ones were not tried."""
+    assert status == 1
+    assert findings["verdict"] == "the native ops do not work"
+    assert findings[step].startswith("FAILED: "), findings
+    later = STEPS[STEPS.index(step) + 1 :]
+    assert [findings[name] for name in later] == ["not tried"] * len(later)
+    return findings[step].removeprefix("FAILED: ")
+
+
+def test_tensorflow_is_missing(no_tensorflow):
+    status, findings = diagnose([no_tensorflow, PACKAGE.parent])
+    assert assert_stopped_at("TensorFlow", status, findings) == (
+        "ModuleNotFoundError: No module named tensorflow"
+    )
+
+
+def test_tensorflow_is_of_another_version(copy):
+    info = copy / "tf_deform/_build_info.py"
+    text = info.read_text().replace(_build_info.TENSORFLOW_VERSION, "2.4.1")
+    info.write_text(text)
+    status, findings = diagnose(copy)
+    assert ", expected 2.4.*; " in findings["TensorFlow"]
+    text = assert_stopped_at("tf_deform", status, findings)
+    assert text.startswith("ImportError: Expected TensorFlow 2.4, ")
+    assert "pip install 'tensorflow==2.4.*'" in text
+
+
+@pytest.mark.parametrize(
+    "end, expected",
+    [
+        (f"os.kill(os.getpid(), {int(signal.SIGSEGV)})", "signal SIGSEGV"),
+        ("os._exit(3)", "exit status 3"),
+    ],
+)
+def test_the_process_ends_before_its_answer(end, expected, tmp_path):
+    """Its last words are told; a line that it did not end does no harm."""
+    stubs = write_module(
+        tmp_path / "stubs",
+        "tensorflow",
+        "import os, sys\n"
+        "print('loading', end='', flush=True)\n"
+        "print('of the old kind', file=sys.stderr, flush=True)\n" + end,
+    )
+    status, findings = diagnose([stubs, PACKAGE.parent])
+    text = assert_stopped_at("TensorFlow", status, findings)
+    assert text == f"the process ended with {expected}\nof the old kind"
+
+
+def test_the_process_hangs(tmp_path):
+    stubs = write_module(
+        tmp_path / "stubs", "tensorflow", "import time; time.sleep(600)"
+    )
+    script = "import tf_deform_cli as c; c._TIMEOUT = 1; exit(c.main())"
+    command = [sys.executable, "-c", script]
+    result = run(command, "doctor", path=[stubs, PACKAGE.parent])
+    assert result.returncode == 1
+    assert "FAILED: the process ended with no answer for 1 s" in result.stdout
+
+
+def test_the_op_library_is_broken(copy):
+    (copy / "tf_deform/_ops.so").write_bytes(b"not a library")
+    status, findings = diagnose(copy)
+    text = assert_stopped_at("tf_deform", status, findings)
+    assert text.startswith("NotFoundError: ")
+    assert str(copy / "tf_deform/_ops.so") in text
+
+
+def test_the_op_library_is_missing(copy):
+    """The package can be imported then, and runs portable ops."""
+    library = copy / "tf_deform/_ops.so"
+    library.unlink()
+    status, findings = diagnose(copy)
+    text = assert_stopped_at("ops", status, findings)
+    assert f"Expected the op library of tf_deform at {library}. " in text
+
+
+def test_the_core_library_is_missing(copy, no_tensorflow):
+    library = copy / "tf_deform/_core.so"
+    library.unlink()
+    status, findings = diagnose([no_tensorflow, copy])
+    assert status == 1
+    assert findings["instruction set"].startswith(
+        "FAILED: FileNotFoundError: Expected the core library of tf_deform at "
+        f"{library}. Received: no such file. "
+    )
+    assert "No module named tensorflow" in findings["TensorFlow"]
+
+
+def test_native_ops_are_switched_off():
+    status, findings = diagnose(TF_DEFORM_IMPLEMENTATION="portable")
+    text = assert_stopped_at("ops", status, findings)
+    assert "TF_DEFORM_IMPLEMENTATION=portable" in text
+
+
+def test_wrong_results_are_found(copy):
+    """The kernels' results are judged, not only that they run."""
+    path = copy / "tf_deform/ops/deformable_conv2d.py"
+    path.write_text(
+        path.read_text() + "\n_right = deformable_conv2d\n\n\n"
+        "def deformable_conv2d(*args, **kwargs):\n"
+        "    return _right(*args, **kwargs) * 2\n"
+    )
+    status, findings = diagnose(copy)
+    text = assert_stopped_at("ops", status, findings)
+    assert text.startswith("ArithmeticError: Expected outputs [[1.5, 2.5]")
+
+
+@pytest.mark.parametrize(
+    "requirement, expected",
+    [
+        ("sybil", "installed"),
+        ("sybil<1", "lacks sybil<1 (found "),
+        ("no-such-thing>=2", "lacks no-such-thing>=2"),
+        ("tf-deform[other]", "lacks no-such-thing"),
+    ],
+)
+def test_an_extra_and_what_it_lacks(
+    requirement, expected, tmp_path, no_tensorflow
+):
+    folder = tmp_path / "metadata/tf_deform-0.1.0.dist-info"
+    folder.mkdir(parents=True)
+    (folder / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: tf-deform\nVersion: 0.1.0\n"
+        f'Requires-Dist: {requirement}; extra == "some"\n'
+        'Requires-Dist: no-such-thing; extra == "other"\n'
+    )
+    _, findings = diagnose([no_tensorflow, folder.parent, PACKAGE.parent])
+    assert findings["extra some"].startswith(expected)
+    assert findings["extra other"] == "lacks no-such-thing"
+
+
+def test_no_extras(tmp_path, no_tensorflow):
+    """An installation without metadata, as in a source tree."""
+    hidden = "import importlib.metadata as m\n"
+    hidden += "def metadata(name): raise m.PackageNotFoundError(name)\n"
+    hidden += "m.metadata = metadata\n"
+    write_module(no_tensorflow, "sitecustomize", hidden)
+    status, findings = diagnose([no_tensorflow, PACKAGE.parent])
+    assert status == 1
+    assert findings["extras"] == "unknown: a source tree that is not installed"
+    assert findings["Python"].endswith("expected unknown")

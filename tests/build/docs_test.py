@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""README, docs and CHANGELOG: every block of code runs, every link leads on."""
+
+import os
+import pathlib
+import re
+import stat
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from sybil import Example, Sybil
+from sybil.evaluators.python import PythonEvaluator
+from sybil.parsers.markdown import CodeBlockParser
+
+import tf_deform
+
+ROOT = pathlib.Path(__file__).parents[2]
+PATHS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NAMES = [path.relative_to(ROOT).as_posix() for path in PATHS]
+# Beginnings of commands, and of blocks in Python, that are not run here.
+SKIPPED = {
+    "make demo": "takes minutes; segmentation_test and detection_test train",
+    "make test": "is what runs this test",
+    "pip install": "installs",
+    "python examples/detection/serve.py": "needs a trained detector; "
+    "detection_test runs it",
+    "tensorflowjs_converter": "needs an environment of its own",
+    "from tensorflowjs": "needs an environment of its own",
+}
+
+
+def skips(code: str) -> bool:
+    return any(code.startswith(beginning) for beginning in SKIPPED)
+
+
+def run_shell(example: Example) -> None:
+    """Runs the lines of a block one by one; one may go on after a backslash."""
+    for line in example.parsed.replace("\\\n", " ").splitlines():
+        command = line.partition("#")[0].strip()
+        if not command or skips(command):
+            continue
+        done = subprocess.run(
+            command, shell=True, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+
+
+def run_python_block(example: Example) -> None:
+    if not skips(example.parsed):
+        PythonEvaluator()(example)
+
+
+SYBIL = Sybil(
+    [
+        CodeBlockParser("python", run_python_block),
+        CodeBlockParser("sh", run_shell),
+    ]
+)
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch) -> None:
+    """A folder with images in classes, in which `tf-deform` is a command."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for kind in ("cats", "dogs"):
+        folder = tmp_path / "photos" / kind
+        folder.mkdir(parents=True)
+        for number in range(5):
+            pixels = rng.integers(0, 256, (20, 30, 3)).astype(np.uint8)
+            keras.utils.save_img(folder / f"{number}.jpg", pixels, scale=False)
+    command = tmp_path / "bin" / "tf-deform"
+    command.parent.mkdir()
+    # As pip writes it.
+    command.write_text(
+        f"#!{sys.executable}\nimport sys\nfrom tf_deform_cli import main\n"
+        "sys.exit(main())\n"
+    )
+    command.chmod(command.stat().st_mode | stat.S_IXUSR)
+    home = pathlib.Path(tf_deform.__file__).parent.parent
+    monkeypatch.setenv("PYTHONPATH", str(home))
+    monkeypatch.setenv(
+        "PATH", os.pathsep.join([str(command.parent), os.environ["PATH"]])
+    )
+
+
+def names() -> dict:
+    """Returns a model and its data, which the blocks of docs use unmade."""
+    rng = np.random.default_rng(0)
+    image = keras.Input((16, 16, 3), name="image")
+    x = tf_deform.layers.DeformableConv2D(4, 3, modulation="2sigmoid")(image)
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    images = rng.random((4, 16, 16, 3), np.float32)
+    return {
+        "keras": keras,
+        "tf_deform": tf_deform,
+        "model": keras.Model(image, keras.layers.Dense(3)(x)),
+        "images": images,
+        "batches": [images] * 8,
+        "features": rng.random((1, 12, 10, 8), np.float32),
+        "rois": np.float32([[0, 8, 8, 120, 90], [-1, 0, 0, 0, 0]]),
+    }
+
+
+@pytest.mark.parametrize("path", PATHS, ids=NAMES)
+def test_blocks_run(path, workplace):
+    """In their order, as a reader would run them; README's from nothing."""
+    document = SYBIL.parse(path)
+    document.namespace.update({} if path.name == "README.md" else names())
+    for example in document.examples():
+        example.evaluate()
+
+
+@pytest.mark.parametrize("path", PATHS, ids=NAMES)
+def test_every_block_can_be_run(path):
+    """No block is in a language, or of a form, that the test above misses."""
+    text = path.read_text()
+    languages = re.findall(r"^ *```(.*)\n(?:.*\n)*?^ *```$", text, re.MULTILINE)
+    assert set(languages) <= {"python", "sh"}
+    assert len(list(SYBIL.parse(path).examples())) == len(languages)
+    outside = re.sub(
+        r"^ *```.*\n(?:.*\n)*?^ *```$", "", text, flags=re.MULTILINE
+    )
+    assert "```" not in outside
+    # An indented block is one, too, unless it belongs to a list.
+    assert not re.search(r"^(?![-*\d ]).*\n\n    \S", outside, re.MULTILINE)
+
+
+def test_what_is_skipped_is_there():
+    codes = [
+        code.partition("#")[0].strip()
+        for path in PATHS
+        for example in SYBIL.parse(path).examples()
+        for code in [example.parsed, *example.parsed.splitlines()]
+    ]
+    for beginning in SKIPPED:
+        assert any(code.startswith(beginning) for code in codes), beginning
+
+
+def anchors(text: str) -> set[str]:
+    """Returns the anchors of headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {
+        re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+        for heading in headings
+    }
+
+
+MARKDOWN = [*PATHS, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
+
+
+@pytest.mark.parametrize("path", MARKDOWN, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    links = re.findall(r"\]\(([^)\s]+)\)", path.read_text())
+    for link in links:
+        if link.startswith("https://"):
+            continue
+        file, _, anchor = link.partition("#")
+        target = path.parent / file if file else path
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text()), link
+
+
+def test_every_page_can_be_found():
+    """README links all pages, or pages that link the others."""
+    text = (ROOT / "README.md").read_text()
+    text += (ROOT / "docs/export.md").read_text()
+    for path in (ROOT / "docs").glob("*.md"):
+        assert f"{path.name})" in text, path
+
+
+def test_the_table_of_exports_is_whole():
+    """A trial of benchmarks/export_table.py overwrites it with what it ran."""
+    text = (ROOT / "docs/export.md").read_text()
+    table = text.partition("<!-- the table begins -->")[2]
+    rows = re.findall(r"^\|.*\|$", table, re.MULTILINE)
+    assert len(rows) > 20
+    for row in rows:
+        assert all(cell.strip() for cell in row.strip("|").split("|")), row
+
+
+def test_the_readme_is_short():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 150
+    commands = re.findall(r"^make \w+", "\n".join(lines), re.MULTILINE)
+    assert commands[:2] == ["make demo", "make test"]
+    # One picture, a table of layers, one of gains and one of speed.
+    assert sum(line.startswith("![") for line in lines) == 1
+    assert sum(line.startswith("|---") for line in lines) == 3
+
+
+def test_the_changelog_begins_with_this_version():
+    text = (ROOT / "CHANGELOG.md").read_text()
+    sections = re.findall(r"^## \[(.+?)\]", text, re.MULTILINE)
+    assert sections[0] == "Unreleased"
+    if len(sections) == 1:
+        assert f"what {tf_deform.__version__} will hold" in text
+    else:
+        assert sections[1] == tf_deform.__version__

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Imports and includes go one way: core <- tf, xla; ops <- layers <- the rest.
+
+Every import counts, also within a function.
+"""
+
+import ast
+import graphlib
+import pathlib
+import re
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+PACKAGE = "tf_deform"
+COMMAND = "tf_deform_cli"
+
+# A part of the package imports parts of earlier lines alone, and, of its own
+# line, none but itself. "" is `tf_deform/__init__.py`.
+FLOORS = (
+    {"_build_info", "_files", "_tf2onnx"},
+    {"_loader"},
+    {"_implementation"},
+    {"_portable"},
+    {"ops"},
+    {"layers"},
+    {"_plain_weights", "export"},
+    {""},
+    {"__main__"},
+)
+# These need TensorFlow alone: a program without Keras 3 could use them.
+NO_KERAS = {"_files", "_loader", "_implementation", "_portable", "ops"}
+# Everything else that the package imports belongs to an extra, and is imported
+# by the function that needs it. Keras requires h5py.
+REQUIRED = {"tensorflow", "keras", "numpy", "h5py"}
+
+# Folders of cc, and those from which they include.
+MAY_INCLUDE = {
+    "core": {"core"},
+    "core/cpu": {"core", "core/cpu"},
+    "core/cuda": {"core", "core/cuda"},
+    "tf": {"core", "tf"},
+    "xla": {"core", "tf", "xla"},
+}
+
+
+def part(module: str) -> str:
+    """Returns the part of the package: `ops` of `tf_deform.ops._arguments`."""
+    return (module.split(".") + [""])[1]
+
+
+def modules() -> dict[str, pathlib.Path]:
+    """Returns the files of the package by their modules' names."""
+    found = {}
+    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
+        names = path.relative_to(ROOT).with_suffix("").parts
+        if names[-1] == "__init__":
+            names = names[:-1]
+        found[".".join(names)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(
+    path: pathlib.Path, *, at_once: bool = False
+) -> Iterator[tuple[str, int]]:
+    """Yields the modules that a file imports, with their lines.
+
+    `at_once` leaves out the ones within functions, and for type checkers.
+    """
+    nodes = [ast.parse(path.read_text())]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} is relative"
+            for alias in node.names:
+                # The imported name may be that of a module.
+                name = f"{node.module}.{alias.name}"
+                yield name if name in MODULES else node.module, node.lineno
+        lazy = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or (
+            isinstance(node, ast.If)
+            and ast.unparse(node.test) == "TYPE_CHECKING"
+        )
+        if not (at_once and lazy):
+            nodes.extend(ast.iter_child_nodes(node))
+
+
+def is_of_package(module: str) -> bool:
+    return module.split(".")[0] == PACKAGE
+
+
+def wrong_imports(files: dict[str, pathlib.Path]) -> list[str]:
+    """Returns the imports that go up, or sideways, in words."""
+    levels = {name: i for i, floor in enumerate(FLOORS) for name in floor}
+    wrong = []
+    for module, path in files.items():
+        own = part(module)
+        for imported, line in filter(
+            lambda x: is_of_package(x[0]), imports(path)
+        ):
+            other = part(imported)
+            if own != other and levels[other] >= levels[own]:
+                wrong.append(f"{path}:{line}: {module} imports {imported}")
+    return wrong
+
+
+def test_every_part_has_a_floor():
+    assert sorted({part(module) for module in MODULES}) == sorted(
+        set().union(*FLOORS)
+    )
+
+
+def test_imports_go_one_way():
+    assert wrong_imports(MODULES) == []
+
+
+@pytest.mark.parametrize(
+    "module, text",
+    [
+        ("tf_deform.ops.x", "from tf_deform import layers"),
+        ("tf_deform.ops.x", "import tf_deform.layers._branch"),
+        (
+            "tf_deform.layers.x",
+            "def f():\n    from tf_deform.export import onnx",
+        ),
+        ("tf_deform._plain_weights", "from tf_deform import export"),
+        ("tf_deform._files", "from tf_deform import _loader"),
+        ("tf_deform.ops.x", "import tf_deform"),
+    ],
+)
+def test_a_wrong_import_is_found(module, text, tmp_path):
+    path = tmp_path / "x.py"
+    path.write_text(text)
+    assert len(wrong_imports({module: path})) == 1
+
+
+def test_there_are_no_circles():
+    """Within a part as well; a package's own modules come before it."""
+    graph = {
+        module: {
+            name
+            for name, _ in imports(path)
+            if is_of_package(name) and not module.startswith(f"{name}.")
+        }
+        for module, path in MODULES.items()
+    }
+    assert list(graphlib.TopologicalSorter(graph).static_order())
+
+
+def test_only_the_module_main_imports_the_command():
+    paths = [*MODULES.values(), *(ROOT / "cc").rglob("*.py")]
+    for folder in ("examples", "benchmarks"):
+        paths += (ROOT / folder).rglob("*.py")
+    importing = [
+        path.relative_to(ROOT).as_posix()
+        for path in paths
+        if {COMMAND, f"{PACKAGE}.__main__"}
+        & {name for name, _ in imports(path)}
+    ]
+    assert importing == ["tf_deform/__main__.py"]
+
+
+def test_the_command_imports_the_standard_library_at_first():
+    names = {
+        name.split(".")[0]
+        for name, _ in imports(ROOT / f"{COMMAND}.py", at_once=True)
+    }
+    assert names <= sys.stdlib_module_names
+
+
+def test_ops_do_without_keras():
+    for module, path in MODULES.items():
+        if part(module) in NO_KERAS:
+            names = {name.split(".")[0] for name, _ in imports(path)}
+            assert "keras" not in names, path
+
+
+def test_what_an_extra_brings_is_imported_when_used():
+    for path in MODULES.values():
+        for name, line in imports(path, at_once=True):
+            top = name.split(".")[0]
+            assert (
+                top in REQUIRED | {PACKAGE, COMMAND}
+                or top in sys.stdlib_module_names
+            ), f"{path}:{line}"
+
+
+def test_the_import_brings_nothing_of_others(run_python):
+    """Besides TensorFlow and Keras there is the package to pay for."""
+    printed = run_python(
+        """
+import re
+import sys
+
+import h5py
+import keras
+import tensorflow
+
+before = set(sys.modules)
+import tf_deform
+
+new = {name.split(".")[0] for name in set(sys.modules) - before}
+# TensorFlow names the module of an op library by a hash.
+new = {name for name in new if not re.fullmatch("[0-9a-f]{40}", name)}
+print(sorted(new - sys.stdlib_module_names))
+print([n for n in sorted(sys.modules) if n.startswith("tf_deform.export")])
+assert callable(tf_deform.export.onnx)
+assert tf_deform.load_plain_weights.__name__ == "load_plain_weights"
+assert set(tf_deform.__all__) <= set(dir(tf_deform))
+try:
+    tf_deform.exports
+except AttributeError as error:
+    print(error)
+"""
+    )
+    assert printed.splitlines() == [
+        "['tf_deform']",
+        "[]",
+        "module 'tf_deform' has no attribute 'exports'",
+    ]
+
+
+# C++.
+
+
+def folder_of(path: str) -> str:
+    return path.removeprefix("cc/").rpartition("/")[0]
+
+
+def sources() -> list[str]:
+    return [
+        path.relative_to(ROOT).as_posix()
+        for path in sorted((ROOT / "cc").rglob("*"))
+        if path.suffix in (".h", ".cc", ".cu")
+    ]
+
+
+def includes(path: str) -> list[str]:
+    text = (ROOT / path).read_text()
+    return re.findall(r'^\s*#\s*include\s+["<](.+)[">]', text, re.MULTILINE)
+
+
+def test_every_folder_of_sources_is_known():
+    assert {folder_of(path) for path in sources()} <= MAY_INCLUDE.keys()
+    assert len(sources()) > 50
+
+
+def test_includes_go_one_way():
+    for path in sources():
+        for header in includes(path):
+            if header.startswith("cc/"):
+                allowed = MAY_INCLUDE[folder_of(path)]
+                assert folder_of(header) in allowed, f"{path}: {header}"
+                assert (ROOT / header).exists(), f"{path}: {header}"
+
+
+def test_the_core_knows_no_framework():
+    """And TensorFlow's glue nothing of XLA."""
+    for path in sources():
+        for header in includes(path):
+            top = header.split("/")[0]
+            if top in ("tensorflow", "xla", "absl", "Eigen", "unsupported"):
+                assert folder_of(path) in ("tf", "xla"), f"{path}: {header}"
+            if top == "xla":
+                assert folder_of(path) == "xla", f"{path}: {header}"
+
+
+def test_the_compiler_of_cpp_sees_no_header_of_cuda():
+    """The stream crosses as `void*`; tests compile kernels for the host."""
+    for path in sources():
+        if path.startswith("cc/core/cuda/"):
+            continue
+        for header in includes(path):
+            assert not re.match(r"(cuda|cublas|mma)", header), path

@@ -1,0 +1,408 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `tf-deform`: where the op library is, and whether it works.
+
+    tf-deform library
+    tf-deform doctor
+
+This module stands beside the package and imports nothing of it, as `import
+tf_deform` loads TensorFlow: help, the version and mistakes on the command line
+are answered at once, and `doctor` also answers where TensorFlow is missing or
+crashes. `python -m tf_deform` runs the same `main`.
+"""
+
+import argparse
+import ctypes
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+_DISTRIBUTION = "tf-deform"
+_REBUILD = "Run `pip install .` in the project's folder."
+_TIMEOUT = 600  # seconds; TensorFlow on a cold network disk takes minutes
+# Lines of the child that are for the parent: libraries print, too.
+_MARK = "tf-deform doctor: "
+_LIBRARIES = {"_core.so": "core", "_ops.so": "op"}
+_LIBRARY_HELP = (
+    "Prints the path of tf_deform's op library. With it, a program that does "
+    "not import tf_deform runs SavedModels that were exported with native ops: "
+    "tf.load_op_library(path) in Python, TF_LoadLibrary(path, status) of "
+    "TensorFlow's C API, before the model is loaded."
+)
+_DOCTOR_HELP = (
+    "Imports TensorFlow, Keras and tf_deform step by step in a process of its "
+    "own, computes with the ops, and prints what it found and expected. The "
+    "exit status is 0 only if the native ops work."
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        arguments: The command line without the program's name; None is that
+            of the process.
+
+    Returns:
+        The exit status: 0, or 1 if the command failed, or 2 if there is none.
+
+    Raises:
+        SystemExit: After `--help` and `--version` (0), or where the arguments
+            are wrong (2).
+    """
+    parser = argparse.ArgumentParser(
+        prog="tf-deform",
+        description="Deformable convolution and ROI pooling for TensorFlow "
+        "and Keras.",
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"tf-deform {_version()}"
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, text, description in (
+        ("library", "print the path of the op library", _LIBRARY_HELP),
+        ("doctor", "tell whether the ops work, and why not", _DOCTOR_HELP),
+    ):
+        commands.add_parser(name, help=text, description=description)
+    command = parser.parse_args(arguments).command
+    if command is None:
+        # Not to standard output, where a script looks for a path.
+        parser.print_help(sys.stderr)
+        return 2
+    return {"library": _print_library, "doctor": _print_diagnosis}[command]()
+
+
+# Facts that need no import of the package.
+
+
+def _package() -> str:
+    """Returns the folder of the package that `import tf_deform` would take."""
+    spec = importlib.util.find_spec("tf_deform")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit(
+            "Expected the package tf_deform beside its command. Received: no "
+            f"such package. {_REBUILD}"
+        )
+    return list(spec.submodule_search_locations)[0]
+
+
+def _build_info() -> ModuleType | None:
+    """Returns the module that the build has written, or None."""
+    path = os.path.join(_package(), "_build_info.py")
+    if not os.path.exists(path):
+        return None
+    spec = importlib.util.spec_from_file_location("_tf_deform_build_info", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _version() -> str:
+    """Returns the version of the package, also of a source tree."""
+    info = _build_info()
+    if info is not None:
+        return info.VERSION
+    setup = os.path.join(os.path.dirname(_package()), "setup.py")
+    if os.path.exists(setup):
+        with open(setup, encoding="utf-8") as file:
+            found = re.search(r'^VERSION = "(.+)"$', file.read(), re.MULTILINE)
+        if found:
+            return f"{found[1]} (a source tree without built ops)"
+    return "unknown (a package without built ops)"
+
+
+def _installed(field: str) -> list[str]:
+    """Returns a field of the installed distribution's metadata, if any."""
+    try:
+        metadata = importlib.metadata.metadata(_DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    return metadata.get_all(field) or []
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+def _library(name: str) -> str:
+    """Returns the path of a shared object of the package.
+
+    Raises:
+        FileNotFoundError: The package does not have it.
+    """
+    path = os.path.join(_package(), name)
+    if not os.path.exists(path):
+        raise FileNotFoundError(
+            f"Expected the {_LIBRARIES[name]} library of tf_deform at {path}. "
+            f"Received: no such file. {_REBUILD}"
+        )
+    return path
+
+
+def _print_library() -> int:
+    try:
+        print(_library("_ops.so"))
+    except FileNotFoundError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+# The steps of `doctor`. They run in a process of their own, in this order; each
+# returns a finding, or raises an error that says why the ops do not work.
+
+
+def _check_core() -> str:
+    """Asks the core, which needs no TensorFlow, for its instruction set."""
+    core = ctypes.CDLL(_library("_core.so"))
+    core.TfDeformInstructionSet.restype = ctypes.c_char_p
+    limit = os.environ.get("TF_DEFORM_MAX_ISA")
+    return core.TfDeformInstructionSet().decode() + (
+        f", limited by TF_DEFORM_MAX_ISA={limit}" if limit else ""
+    )
+
+
+def _check_gpu() -> str:
+    info = _build_info()
+    if info is None or info.CUDA_VERSION is None:
+        return "none: the package was built without nvcc"
+    kernels = (
+        f"built with CUDA {info.CUDA_VERSION} for compute capability "
+        f"{info.CUDA_ARCHITECTURES.replace(';', ', ')}"
+    )
+    message = ctypes.create_string_buffer(512)
+    core = ctypes.CDLL(_library("_core.so"))
+    if core.TfDeformCudaCheckDriver(message, ctypes.c_int64(len(message))):
+        return f"{kernels}; they do not run here: {message.value.decode()}"
+    return f"{kernels}; the driver and the GPU run them"
+
+
+def _check_tensorflow() -> str:
+    import tensorflow as tf
+
+    info = _build_info()
+    expected = f"{_minor(info.TENSORFLOW_VERSION)}.*" if info else "unknown"
+    gpus = len(tf.config.list_physical_devices("GPU"))
+    return f"{tf.__version__}, expected {expected}; sees {gpus} GPUs"
+
+
+def _check_keras() -> str:
+    import keras
+
+    expected = [
+        text.removeprefix("keras")
+        for text in _installed("Requires-Dist")
+        if re.match(r"keras\b", text) and "extra ==" not in text
+    ]
+    return (
+        f"{keras.__version__}, expected {', '.join(expected) or 'unknown'}; "
+        f"backend {keras.backend.backend()}"
+    )
+
+
+def _check_import() -> str:
+    import tf_deform
+
+    return f"{tf_deform.__version__} in {os.path.dirname(tf_deform.__file__)}"
+
+
+def _check_ops() -> str:
+    import tensorflow as tf
+
+    from tf_deform import _loader
+
+    if _loader.op_library() is None:
+        _library("_ops.so")
+        raise ImportError(
+            "Expected native ops. Received: the environment variable "
+            f"{_loader.VARIABLE}={os.environ[_loader.VARIABLE]}"
+        )
+    _compute(tf.function(autograph=False))
+    return "loaded; results and gradients are right"
+
+
+def _check_xla() -> str:
+    import tensorflow as tf
+
+    from tf_deform import _build_info, _loader
+
+    if not _build_info.XLA:
+        return "none: TensorFlow had no headers for it when this was built"
+    if not _loader.supports_jit():
+        return "not on this GPU: the package was built without nvcc"
+    _compute(tf.function(autograph=False, jit_compile=True))
+    return "the ops compile; results and gradients are right"
+
+
+def _compute(wrap: Callable[[Callable], Callable]) -> None:
+    """Convolves 0, 1, 2, ... with one tap that reads half a pixel lower.
+
+    Raises:
+        ArithmeticError: The outputs or the gradients are not those that the
+            equation gives, exactly, away from the last row and column.
+    """
+    import tensorflow as tf
+
+    from tf_deform import ops
+
+    inputs = tf.reshape(tf.range(12.0), (1, 4, 3, 1))
+    offset = tf.tile([[[[0.5, 0.0]]]], (1, 4, 3, 1))
+
+    @wrap
+    def run(offset: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        with tf.GradientTape() as tape:
+            tape.watch(offset)
+            outputs = ops.deformable_conv2d(
+                inputs, tf.ones((1, 1, 1, 1)), offset
+            )
+        return outputs, tape.gradient(outputs, offset)
+
+    outputs, gradients = (result[0, :3, :2] for result in run(offset))
+    for name, received, expected in (
+        ("outputs", outputs[..., 0], inputs[0, :3, :2, 0] + 1.5),
+        ("gradients", gradients, tf.tile([[[3.0, 1.0]]], (3, 2, 1))),
+    ):
+        if not bool(tf.reduce_all(received == expected)):
+            raise ArithmeticError(
+                f"Expected {name} {expected.numpy().tolist()}. Received: "
+                f"{received.numpy().tolist()}"
+            )
+
+
+_STEPS: Mapping[str, Callable[[], str]] = {
+    "instruction set": _check_core,
+    "GPU kernels": _check_gpu,
+    "TensorFlow": _check_tensorflow,
+    "Keras": _check_keras,
+    "tf_deform": _check_import,
+    "ops": _check_ops,
+    "XLA": _check_xla,
+}
+
+
+def _run_steps() -> None:
+    """Runs the steps, up to an error, and tells the parent before and after."""
+    for step, check in _STEPS.items():
+        _tell(step)
+        try:
+            _tell(step, finding=check())
+        except Exception as error:
+            _tell(step, error=f"{type(error).__name__}: {error}")
+            # The core and TensorFlow are independent of each other.
+            if check not in (_check_core, _check_gpu):
+                return
+
+
+def _tell(step: str, **result: str) -> None:
+    # A line of its own, also behind something that a library left unfinished.
+    line = f"\n{_MARK}{json.dumps({'step': step, **result})}\n"
+    os.write(1, line.encode())
+
+
+def _diagnose() -> tuple[dict[str, dict[str, str]], str]:
+    """Runs the steps in a child process.
+
+    Returns:
+        The result of every step that began: a "finding", an "error", or, if
+        the child ended within it, neither; and how the child ended, in words.
+    """
+    code = (
+        "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+        "import tf_deform_cli; tf_deform_cli._run_steps()"
+    )
+    command = [sys.executable, "-c", code, json.dumps(sys.path)]
+    try:
+        child = subprocess.run(command, capture_output=True, timeout=_TIMEOUT)
+        outputs, errors, status = child.stdout, child.stderr, child.returncode
+        end = f"exit status {status}"
+        if status < 0:
+            end = f"signal {signal.Signals(-status).name}"
+    except subprocess.TimeoutExpired as error:
+        outputs, errors = error.stdout or b"", error.stderr or b""
+        end = f"no answer for {_TIMEOUT} s"
+    results: dict[str, dict[str, str]] = {}
+    for line in outputs.decode(errors="replace").splitlines():
+        if line.startswith(_MARK):
+            result = json.loads(line.removeprefix(_MARK))
+            results[result.pop("step")] = result
+    said = errors.decode(errors="replace").strip().splitlines()[-3:]
+    return results, "\n".join([f"the process ended with {end}", *said])
+
+
+def _extras() -> Iterator[tuple[str, str]]:
+    """Yields each extra of the distribution, and what it lacks."""
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:
+        yield "extras", "unknown: the package `packaging` is not installed"
+        return
+    extras: dict[str, list[Requirement]] = {}
+    for requirement in map(Requirement, _installed("Requires-Dist")):
+        found = re.search(r"extra == ['\"](.+?)['\"]", str(requirement.marker))
+        if found:
+            extras.setdefault(found[1], []).append(requirement)
+    if not extras:
+        yield "extras", "unknown: a source tree that is not installed"
+    for extra in extras:
+        lacking = list(dict.fromkeys(_lacking(extra, extras)))
+        yield (
+            f"extra {extra}",
+            f"lacks {', '.join(lacking)}" if lacking else "installed",
+        )
+
+
+def _lacking(extra: str, extras: Mapping[str, list[Any]]) -> Iterator[str]:
+    """Yields the requirements of an extra that are not met."""
+    for requirement in extras[extra]:
+        if requirement.name == _DISTRIBUTION:
+            for other in sorted(requirement.extras):
+                yield from _lacking(other, extras)
+            continue
+        wanted = f"{requirement.name}{requirement.specifier}"
+        try:
+            found = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            yield wanted
+            continue
+        if not requirement.specifier.contains(found, prereleases=True):
+            yield f"{wanted} (found {found})"
+
+
+def _print_diagnosis() -> int:
+    """Prints the diagnosis; returns 0 if every step has a finding, else 1."""
+    _print_line("tf-deform", _version())
+    expected = _installed("Requires-Python") or ["unknown"]
+    _print_line(
+        "Python", f"{platform.python_version()}, expected {expected[0]}"
+    )
+    results, end = _diagnose()
+    works = True
+    for step in _STEPS:
+        result = results.get(step)
+        if result is None:
+            _print_line(step, "not tried")
+        elif "finding" in result:
+            _print_line(step, result["finding"])
+        else:
+            _print_line(step, f"FAILED: {result.get('error', end)}")
+        works = works and result is not None and "finding" in result
+    for extra, finding in _extras():
+        _print_line(extra, finding)
+    _print_line("verdict", f"the native ops {'' if works else 'do not '}work")
+    return 0 if works else 1
+
+
+def _print_line(name: str, finding: str) -> None:
+    print(f"{name + ':':17}" + finding.replace("\n", f"\n{'':17}"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
