@@ -43,7 +43,7 @@ TENSORFLOW_FLAGS = [
 
 TENSORFLOW_INCLUDE = tf.sysconfig.get_include()
 # The ops inside jit_compile=True: older TensorFlow has no header for that.
-XLA = os.path.exists(os.path.join(TENSORFLOW_INCLUDE, "xla/ffi/api/ffi.h"))
+XLA = os.path.exists(os.path.join(TENSORFLOW_INCLUDE, "xla/ffi/api/c_api.h"))
 XLA_FLAGS = [
     f"-isystem{os.path.join(TENSORFLOW_INCLUDE, 'external', folder)}"
     for folder in ("highwayhash", "farmhash_archive/src")

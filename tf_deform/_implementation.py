@@ -145,7 +145,7 @@ def explaining() -> Iterator[None]:
 
     The first of them comes after an op whose name tells what to do: it is what
     TensorFlow names where the graph is loaded without the library. See
-    cc/tf/marker_op.cc.
+    cc/tf/marker_op.h.
     """
     token = _explained.set(set())
     try:

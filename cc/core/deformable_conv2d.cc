@@ -4,6 +4,7 @@
 
 #include "cc/core/deformable_conv2d.h"
 
+#include "cc/core/c_api.h"
 #include "cc/core/checks.h"
 
 namespace tf_deform {
@@ -47,6 +48,9 @@ Status OutputSize(const char* axis, int64_t size, int64_t kernel,
 Status Validate(const DeformableConv2DShapes& shapes,
                 DeformableConv2DParams* params) {
   DeformableConv2DParams& p = *params;
+  const Shape& inputs = *shapes.inputs;
+  const Shape& kernel = *shapes.kernel;
+  const Shape& offset = *shapes.offset;
   TF_DEFORM_RETURN_IF_ERROR(CheckAttribute(p.stride_h, 1, "strides"));
   TF_DEFORM_RETURN_IF_ERROR(CheckAttribute(p.stride_w, 1, "strides"));
   TF_DEFORM_RETURN_IF_ERROR(CheckAttribute(p.dilation_h, 1, "dilation_rate"));
@@ -70,12 +74,11 @@ Status Validate(const DeformableConv2DShapes& shapes,
   }
 
   TF_DEFORM_RETURN_IF_ERROR(
-      CheckRank(shapes.inputs, 4, "inputs", "batch, height, width, channels"));
-  TF_DEFORM_RETURN_IF_ERROR(
-      CheckRank(shapes.kernel, 4, "kernel",
-                "kernel_h, kernel_w, channels // groups, filters"));
+      CheckRank(inputs, 4, "inputs", "batch, height, width, channels"));
   TF_DEFORM_RETURN_IF_ERROR(CheckRank(
-      shapes.offset, 4, "offset",
+      kernel, 4, "kernel", "kernel_h, kernel_w, channels // groups, filters"));
+  TF_DEFORM_RETURN_IF_ERROR(CheckRank(
+      offset, 4, "offset",
       "batch, out_h, out_w, offset_groups * kernel_h * kernel_w * 2"));
   if (shapes.mask != nullptr) {
     TF_DEFORM_RETURN_IF_ERROR(
@@ -83,32 +86,31 @@ Status Validate(const DeformableConv2DShapes& shapes,
                   "batch, out_h, out_w, offset_groups * kernel_h * kernel_w"));
   }
 
-  p.batch = shapes.inputs.dim(0);
-  p.height = shapes.inputs.dim(1);
-  p.width = shapes.inputs.dim(2);
-  p.channels = shapes.inputs.dim(3);
-  p.kernel_h = shapes.kernel.dim(0);
-  p.kernel_w = shapes.kernel.dim(1);
-  p.filters = shapes.kernel.dim(3);
-  const int64_t group_channels = shapes.kernel.dim(2);
+  p.batch = inputs.dim(0);
+  p.height = inputs.dim(1);
+  p.width = inputs.dim(2);
+  p.channels = inputs.dim(3);
+  p.kernel_h = kernel.dim(0);
+  p.kernel_w = kernel.dim(1);
+  p.filters = kernel.dim(3);
+  const int64_t group_channels = kernel.dim(2);
   p.groups = -1;
   p.out_h = p.out_w = -1;
 
-  TF_DEFORM_RETURN_IF_ERROR(CheckImageSize(shapes.inputs));
+  TF_DEFORM_RETURN_IF_ERROR(CheckImageSize(inputs));
   if (p.channels == 0) {
     return InvalidArgument(
         "Expected `inputs` to have at least 1 channel. Received: "
         "inputs.shape=%s",
-        ShapeText(shapes.inputs).text);
+        ShapeText(inputs).text);
   }
   for (int axis = 0; axis < 4; ++axis) {
-    if (shapes.kernel.dim(axis) == 0 ||
-        (axis < 2 && shapes.kernel.dim(axis) > kMaxExtent)) {
+    if (kernel.dim(axis) == 0 || (axis < 2 && kernel.dim(axis) > kMaxExtent)) {
       return InvalidArgument(
           "Expected every dimension of `kernel` to be at least 1 and its "
           "height and width at most %lld. Received: "
           "kernel.shape=%s",
-          static_cast<LongLong>(kMaxExtent), ShapeText(shapes.kernel).text);
+          static_cast<LongLong>(kMaxExtent), ShapeText(kernel).text);
     }
   }
   if (p.channels > 0 && group_channels > 0) {
@@ -117,7 +119,7 @@ Status Validate(const DeformableConv2DShapes& shapes,
           "Expected the channels of `inputs` to be a multiple of the input "
           "channels of `kernel` (its third dimension, "
           "channels // groups). Received: inputs.shape=%s, kernel.shape=%s",
-          ShapeText(shapes.inputs).text, ShapeText(shapes.kernel).text);
+          ShapeText(inputs).text, ShapeText(kernel).text);
     }
     p.groups = p.channels / group_channels;
     if (p.filters > 0 && p.filters % p.groups != 0) {
@@ -126,15 +128,15 @@ Status Validate(const DeformableConv2DShapes& shapes,
           "multiple of groups, %lld (channels of `inputs` "
           "// input channels of `kernel`). Received: inputs.shape=%s, "
           "kernel.shape=%s",
-          static_cast<LongLong>(p.groups), ShapeText(shapes.inputs).text,
-          ShapeText(shapes.kernel).text);
+          static_cast<LongLong>(p.groups), ShapeText(inputs).text,
+          ShapeText(kernel).text);
     }
   }
   if (p.channels > 0 && p.channels % p.offset_groups != 0) {
     return InvalidArgument(
         "Expected the channels of `inputs` to be a multiple of offset_groups, "
         "%lld. Received: inputs.shape=%s",
-        static_cast<LongLong>(p.offset_groups), ShapeText(shapes.inputs).text);
+        static_cast<LongLong>(p.offset_groups), ShapeText(inputs).text);
   }
 
   TF_DEFORM_RETURN_IF_ERROR(OutputSize("height", p.height, p.kernel_h,
@@ -153,8 +155,7 @@ Status Validate(const DeformableConv2DShapes& shapes,
           "Expected 2 * offset_groups * kernel_h * kernel_w to fit in 64 bits. "
           "Received: offset_groups=%lld, "
           "kernel.shape=%s",
-          static_cast<LongLong>(p.offset_groups),
-          ShapeText(shapes.kernel).text);
+          static_cast<LongLong>(p.offset_groups), ShapeText(kernel).text);
     }
   }
   // One judge for offset and mask, which differ in their last dimension alone.
@@ -177,7 +178,7 @@ Status Validate(const DeformableConv2DShapes& shapes,
         name, ShapeText(shape).text);
   };
   TF_DEFORM_RETURN_IF_ERROR(
-      check_field(shapes.offset, "offset", offset_channels, "2 * "));
+      check_field(offset, "offset", offset_channels, "2 * "));
   if (shapes.mask != nullptr)
     TF_DEFORM_RETURN_IF_ERROR(
         check_field(*shapes.mask, "mask", mask_channels, ""));
@@ -197,12 +198,31 @@ Status Validate(const DeformableConv2DShapes& shapes,
   TF_DEFORM_RETURN_IF_ERROR(
       CheckBytes("output", {p.batch, p.out_h, p.out_w, p.filters}));
 
-  // What one operand leaves open another may tell: output and gradients have
-  // these sizes in common.
-  if (p.batch < 0) p.batch = shapes.offset.dim(0);
-  if (p.out_h < 0) p.out_h = shapes.offset.dim(1);
-  if (p.out_w < 0) p.out_w = shapes.offset.dim(2);
+  // Another operand may tell a size that one leaves open: output and gradients
+  // have these sizes in common.
+  if (p.batch < 0) p.batch = offset.dim(0);
+  if (p.out_h < 0) p.out_h = offset.dim(1);
+  if (p.out_w < 0) p.out_w = offset.dim(2);
   return Status();
 }
+
+Status CheckOperands(const DeformableConv2DParams& params, DataType type,
+                     const DeformableConv2DInputs&) {
+  return CheckCall(
+      type, {params.batch, params.height, params.width, params.channels,
+             params.kernel_h, params.kernel_w, params.filters, params.groups,
+             params.out_h, params.out_w});
+}
+
+TF_DEFORM_C_API int TfDeformDeformableConv2DValidate(
+    DeformableConv2DParams* params, const Shape* inputs, const Shape* kernel,
+    const Shape* offset, const Shape* mask, const Shape* grad_output,
+    char* message, int64_t message_size) {
+  const DeformableConv2DShapes shapes = {inputs, kernel, offset, mask,
+                                         grad_output};
+  return Report(Validate(shapes, params), message, message_size);
+}
+
+TF_DEFORM_C_ENTRY_POINTS(DeformableConv2D)
 
 }  // namespace tf_deform

@@ -25,7 +25,10 @@
 #ifndef TF_DEFORM_CC_CORE_DEFORMABLE_CONV2D_H_
 #define TF_DEFORM_CC_CORE_DEFORMABLE_CONV2D_H_
 
+#include <array>
+
 #include "cc/core/common.h"
+#include "cc/core/op.h"
 
 namespace tf_deform {
 
@@ -37,9 +40,9 @@ enum class Padding : int { kValid = 0, kSame = 1, kExplicit = 2 };
 // row and column are held.
 enum class Boundary : int { kZeros = 0, kClamp = 1 };
 
-// What an operator call is made of. The caller sets the first part; Validate
-// checks it and fills the second. Plain int64 fields, in this order, are what
-// the C entry points take.
+// The parameters of a call. The caller sets the first part; Validate checks it
+// and fills the second. Plain int64 fields, in this order, are what the C entry
+// points take.
 struct DeformableConv2DParams {
   int64_t stride_h = 1, stride_w = 1;
   int64_t dilation_h = 1, dilation_w = 1;
@@ -57,7 +60,9 @@ struct DeformableConv2DParams {
 
 // The shapes of one call. `mask` and `grad_output` are null when there is none.
 struct DeformableConv2DShapes {
-  Shape inputs, kernel, offset;
+  const Shape* inputs = nullptr;
+  const Shape* kernel = nullptr;
+  const Shape* offset = nullptr;
   const Shape* mask = nullptr;
   const Shape* grad_output = nullptr;
 };
@@ -76,13 +81,43 @@ struct DeformableConv2DInputs {
   const void* mask = nullptr;  // null: all ones
 };
 
-// Where the gradients go, each shaped and typed like its operand and
+// Judges the type, and that Validate filled `params` from shapes that were all
+// known.
+Status CheckOperands(const DeformableConv2DParams& params, DataType type,
+                     const DeformableConv2DInputs& operands);
+
+// Memory for the gradients, each shaped and typed like its operand and
 // overwritten whole. Null: not wanted, not computed.
 struct DeformableConv2DGradients {
   void* inputs = nullptr;
   void* kernel = nullptr;
   void* offset = nullptr;
   void* mask = nullptr;
+};
+
+// The op, from which glue is made; see op.h.
+struct DeformableConv2D
+    : OpTypes<DeformableConv2DParams, DeformableConv2DShapes,
+              DeformableConv2DInputs, DeformableConv2DGradients> {
+  static constexpr char kName[] = "DeformableConv2D";
+  enum : int { kInputs, kKernel, kOffset, kMask };
+  static constexpr Operand kOperands[] = {
+      {"inputs", kValue, kRequired, &Shapes::inputs, &Inputs::inputs,
+       &Gradients::inputs},
+      {"kernel", kValue, kRequired, &Shapes::kernel, &Inputs::kernel,
+       &Gradients::kernel},
+      {"offset", kCoordinate, kRequired, &Shapes::offset, &Inputs::offset,
+       &Gradients::offset},
+      {"mask", kCoordinate, kOptional, &Shapes::mask, &Inputs::mask,
+       &Gradients::mask},
+  };
+
+  static std::array<Dimension, 4> OutputShape(const Params& p) {
+    return {{{p.batch, kInputs, 0},
+             {p.out_h, kOffset, 1},
+             {p.out_w, kOffset, 2},
+             {p.filters, kKernel, 3}}};
+  }
 };
 
 namespace cpu {
@@ -92,10 +127,10 @@ namespace cpu {
 int64_t WorkspaceBytes(const DeformableConv2DParams& params, DataType type,
                        int num_workers);
 
-// The same for Backward with the gradients that are non-null in `wanted`, which
-// also needs one packed copy of the kernel; for 16-bit types also the float32
-// image of one accumulated gradient (the kernel's, or one image of the
-// inputs').
+// Bytes of scratch that Backward needs for the gradients that are non-null in
+// `wanted`, which also needs one packed copy of the kernel; for 16-bit types
+// also the float32 image of one accumulated gradient (the kernel's, or one
+// image of the inputs').
 int64_t BackwardWorkspaceBytes(const DeformableConv2DParams& params,
                                DataType type,
                                const DeformableConv2DGradients& wanted,
@@ -117,9 +152,9 @@ Status Backward(const DeformableConv2DParams& params, DataType type,
 
 }  // namespace cpu
 
-// The same on a GPU; only in a build with nvcc (TF_DEFORM_CUDA). Sums are made
-// in float, in double for double. An error of the device, or a driver that is
-// too old, is kInternal.
+// The entry points on a GPU, only in a build with nvcc (TF_DEFORM_CUDA). Sums
+// are made in float, in double for double. An error of the device, or a driver
+// that is too old, is kInternal.
 namespace cuda {
 
 int64_t WorkspaceBytes(const DeformableConv2DParams& params, DataType type);

@@ -4,6 +4,7 @@
 
 #include "cc/core/deformable_psroi_pool.h"
 
+#include "cc/core/c_api.h"
 #include "cc/core/checks.h"
 #include "cc/core/rois.h"
 
@@ -12,6 +13,8 @@ namespace tf_deform {
 Status Validate(const DeformablePSROIPoolShapes& shapes,
                 DeformablePSROIPoolParams* params) {
   DeformablePSROIPoolParams& p = *params;
+  const Shape& inputs = *shapes.inputs;
+  const Shape& rois = *shapes.rois;
   TF_DEFORM_RETURN_IF_ERROR(
       CheckFactor(p.spatial_scale, false, "spatial_scale"));
   TF_DEFORM_RETURN_IF_ERROR(CheckFactor(p.trans_std, true, "trans_std"));
@@ -26,14 +29,14 @@ Status Validate(const DeformablePSROIPoolShapes& shapes,
       CheckAttribute(p.sample_per_part, 1, "sample_per_part"));
 
   TF_DEFORM_RETURN_IF_ERROR(
-      CheckRank(shapes.inputs, 4, "inputs",
+      CheckRank(inputs, 4, "inputs",
                 "batch, height, width, output_dim * group_h * group_w"));
-  TF_DEFORM_RETURN_IF_ERROR(CheckRoisShape(shapes.rois));
-  TF_DEFORM_RETURN_IF_ERROR(CheckImageSize(shapes.inputs));
-  p.batch = shapes.inputs.dim(0);
-  p.height = shapes.inputs.dim(1);
-  p.width = shapes.inputs.dim(2);
-  p.num_rois = shapes.rois.dim(0);
+  TF_DEFORM_RETURN_IF_ERROR(CheckRoisShape(rois));
+  TF_DEFORM_RETURN_IF_ERROR(CheckImageSize(inputs));
+  p.batch = inputs.dim(0);
+  p.height = inputs.dim(1);
+  p.width = inputs.dim(2);
+  p.num_rois = rois.dim(0);
   if (__builtin_mul_overflow(p.output_dim, p.group_h * p.group_w,
                              &p.channels)) {
     return InvalidArgument(
@@ -42,13 +45,13 @@ Status Validate(const DeformablePSROIPoolShapes& shapes,
         static_cast<LongLong>(p.output_dim), static_cast<LongLong>(p.group_h),
         static_cast<LongLong>(p.group_w));
   }
-  if (shapes.inputs.dim(3) >= 0 && shapes.inputs.dim(3) != p.channels) {
+  if (inputs.dim(3) >= 0 && inputs.dim(3) != p.channels) {
     return InvalidArgument(
         "Expected `inputs` to have %lld channels (output_dim * group_h * "
         "group_w = %lld * %lld * %lld). Received: inputs.shape=%s",
         static_cast<LongLong>(p.channels), static_cast<LongLong>(p.output_dim),
         static_cast<LongLong>(p.group_h), static_cast<LongLong>(p.group_w),
-        ShapeText(shapes.inputs).text);
+        ShapeText(inputs).text);
   }
 
   p.num_classes = 1;
@@ -91,5 +94,24 @@ Status Validate(const DeformablePSROIPoolShapes& shapes,
   return CheckBytes("output",
                     {p.num_rois, p.pooled_h, p.pooled_w, p.output_dim});
 }
+
+Status CheckOperands(const DeformablePSROIPoolParams& params, DataType type,
+                     const DeformablePSROIPoolInputs& operands) {
+  TF_DEFORM_RETURN_IF_ERROR(
+      CheckCall(type, {params.batch, params.height, params.width,
+                       params.channels, params.num_rois, params.num_classes}));
+  if (operands.bad_rois_are_padding) return Status();
+  return CheckBatchIndices(operands.rois, type, params.num_rois, params.batch);
+}
+
+TF_DEFORM_C_API int TfDeformDeformablePSROIPoolValidate(
+    DeformablePSROIPoolParams* params, const Shape* inputs, const Shape* rois,
+    const Shape* trans, const Shape* grad_output, char* message,
+    int64_t message_size) {
+  const DeformablePSROIPoolShapes shapes = {inputs, rois, trans, grad_output};
+  return Report(Validate(shapes, params), message, message_size);
+}
+
+TF_DEFORM_C_ENTRY_POINTS(DeformablePSROIPool, count)
 
 }  // namespace tf_deform

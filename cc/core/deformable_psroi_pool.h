@@ -37,13 +37,16 @@
 #ifndef TF_DEFORM_CC_CORE_DEFORMABLE_PSROI_POOL_H_
 #define TF_DEFORM_CC_CORE_DEFORMABLE_PSROI_POOL_H_
 
+#include <array>
+
 #include "cc/core/common.h"
+#include "cc/core/op.h"
 
 namespace tf_deform {
 
-// What an operator call is made of. The caller sets the first part; Validate
-// checks it and fills the second. The fields, in this order, are what the C
-// entry points take.
+// The parameters of a call. The caller sets the first part; Validate checks it
+// and fills the second. The fields, in this order, are what the C entry points
+// take.
 struct DeformablePSROIPoolParams {
   double spatial_scale = 1;  // map pixels per image pixel
   double trans_std = 0.1;
@@ -61,7 +64,8 @@ struct DeformablePSROIPoolParams {
 // The shapes of one call. `trans` and `grad_output` are null when there is
 // none.
 struct DeformablePSROIPoolShapes {
-  Shape inputs, rois;
+  const Shape* inputs = nullptr;
+  const Shape* rois = nullptr;
   const Shape* trans = nullptr;
   const Shape* grad_output = nullptr;
 };
@@ -82,11 +86,39 @@ struct DeformablePSROIPoolInputs {
   bool bad_rois_are_padding = false;
 };
 
-// Where the gradients go, each shaped and typed like its operand and
+// Judges the type, that Validate filled `params` from shapes that were all
+// known and, unless bad ROIs are padding, the batch indices.
+Status CheckOperands(const DeformablePSROIPoolParams& params, DataType type,
+                     const DeformablePSROIPoolInputs& operands);
+
+// Memory for the gradients, each shaped and typed like its operand and
 // overwritten whole. Null: not wanted, not computed. ROIs have none.
 struct DeformablePSROIPoolGradients {
   void* inputs = nullptr;
   void* trans = nullptr;
+};
+
+// The op, from which glue is made; see op.h.
+struct DeformablePSROIPool
+    : OpTypes<DeformablePSROIPoolParams, DeformablePSROIPoolShapes,
+              DeformablePSROIPoolInputs, DeformablePSROIPoolGradients> {
+  static constexpr char kName[] = "DeformablePSROIPool";
+  enum : int { kInputs, kRois, kTrans };
+  static constexpr Operand kOperands[] = {
+      {"inputs", kValue, kRequired, &Shapes::inputs, &Inputs::inputs,
+       &Gradients::inputs},
+      {"rois", kCoordinate, kRequired, &Shapes::rois, &Inputs::rois, nullptr},
+      {"trans", kCoordinate, kOptional, &Shapes::trans, &Inputs::trans,
+       &Gradients::trans},
+  };
+  static constexpr std::array<const char*, 1> kExtraOutputs = {"count"};
+  static constexpr bool Inputs::* kBadRoisArePadding =
+      &Inputs::bad_rois_are_padding;
+
+  static std::array<Dimension, 4> OutputShape(const Params& p) {
+    return {
+        {{p.num_rois, kRois, 0}, {p.pooled_h}, {p.pooled_w}, {p.output_dim}}};
+  }
 };
 
 namespace cpu {
@@ -98,9 +130,9 @@ namespace cpu {
 int64_t WorkspaceBytes(const DeformablePSROIPoolParams& params, DataType type,
                        int num_workers);
 
-// The same for Backward with the gradients that are non-null in `wanted`; the
-// images are then the repacked ones or their gradients (float32 for 16-bit
-// types).
+// Bytes of scratch that Backward needs for the gradients that are non-null in
+// `wanted`; the images are then the repacked ones or their gradients (float32
+// for 16-bit types).
 int64_t BackwardWorkspaceBytes(const DeformablePSROIPoolParams& params,
                                DataType type,
                                const DeformablePSROIPoolGradients& wanted,
@@ -125,17 +157,18 @@ Status Backward(const DeformablePSROIPoolParams& params, DataType type,
 
 }  // namespace cpu
 
-// The same on a GPU; only in a build with nvcc (TF_DEFORM_CUDA). A ROI whose
-// batch index is no integer or not below batch counts as padding: values cannot
-// be judged in time. An error of the device, or a driver that is too old, is
-// kInternal.
+// The entry points on a GPU, only in a build with nvcc (TF_DEFORM_CUDA). A ROI
+// whose batch index is no integer or not below batch counts as padding: values
+// cannot be judged in time. An error of the device, or a driver that is too
+// old, is kInternal.
 namespace cuda {
 
 // Bytes of scratch that Forward needs.
 int64_t WorkspaceBytes(const DeformablePSROIPoolParams& params, DataType type);
 
-// The same for Backward: at most 64 MiB; for 16-bit types also the float32
-// image of the inputs' gradient, of one image if that of all is larger.
+// Bytes of scratch that Backward needs: at most 64 MiB; for 16-bit types also
+// the float32 image of the inputs' gradient, of one image if that of all is
+// larger.
 int64_t BackwardWorkspaceBytes(const DeformablePSROIPoolParams& params,
                                DataType type,
                                const DeformablePSROIPoolGradients& wanted,

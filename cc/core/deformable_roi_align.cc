@@ -4,6 +4,7 @@
 
 #include "cc/core/deformable_roi_align.h"
 
+#include "cc/core/c_api.h"
 #include "cc/core/checks.h"
 #include "cc/core/rois.h"
 
@@ -12,6 +13,8 @@ namespace tf_deform {
 Status Validate(const DeformableROIAlignShapes& shapes,
                 DeformableROIAlignParams* params) {
   DeformableROIAlignParams& p = *params;
+  const Shape& inputs = *shapes.inputs;
+  const Shape& rois = *shapes.rois;
   TF_DEFORM_RETURN_IF_ERROR(
       CheckFactor(p.spatial_scale, false, "spatial_scale"));
   TF_DEFORM_RETURN_IF_ERROR(CheckFactor(p.gamma, true, "gamma"));
@@ -21,19 +24,19 @@ Status Validate(const DeformableROIAlignShapes& shapes,
       CheckAttribute(p.sampling_ratio, -kMaxExtent, "sampling_ratio"));
 
   TF_DEFORM_RETURN_IF_ERROR(
-      CheckRank(shapes.inputs, 4, "inputs", "batch, height, width, channels"));
-  TF_DEFORM_RETURN_IF_ERROR(CheckRoisShape(shapes.rois));
-  TF_DEFORM_RETURN_IF_ERROR(CheckImageSize(shapes.inputs));
-  p.batch = shapes.inputs.dim(0);
-  p.height = shapes.inputs.dim(1);
-  p.width = shapes.inputs.dim(2);
-  p.channels = shapes.inputs.dim(3);
-  p.num_rois = shapes.rois.dim(0);
+      CheckRank(inputs, 4, "inputs", "batch, height, width, channels"));
+  TF_DEFORM_RETURN_IF_ERROR(CheckRoisShape(rois));
+  TF_DEFORM_RETURN_IF_ERROR(CheckImageSize(inputs));
+  p.batch = inputs.dim(0);
+  p.height = inputs.dim(1);
+  p.width = inputs.dim(2);
+  p.channels = inputs.dim(3);
+  p.num_rois = rois.dim(0);
   if (p.channels == 0) {
     return InvalidArgument(
         "Expected `inputs` to have at least 1 channel. Received: "
         "inputs.shape=%s",
-        ShapeText(shapes.inputs).text);
+        ShapeText(inputs).text);
   }
 
   if (shapes.offset != nullptr) {
@@ -59,5 +62,24 @@ Status Validate(const DeformableROIAlignShapes& shapes,
       CheckBytes("offset", {p.num_rois, p.pooled_h, p.pooled_w, 2}));
   return CheckBytes("output", {p.num_rois, p.pooled_h, p.pooled_w, p.channels});
 }
+
+Status CheckOperands(const DeformableROIAlignParams& params, DataType type,
+                     const DeformableROIAlignInputs& operands) {
+  TF_DEFORM_RETURN_IF_ERROR(
+      CheckCall(type, {params.batch, params.height, params.width,
+                       params.channels, params.num_rois}));
+  if (operands.bad_rois_are_padding) return Status();
+  return CheckBatchIndices(operands.rois, type, params.num_rois, params.batch);
+}
+
+TF_DEFORM_C_API int TfDeformDeformableROIAlignValidate(
+    DeformableROIAlignParams* params, const Shape* inputs, const Shape* rois,
+    const Shape* offset, const Shape* grad_output, char* message,
+    int64_t message_size) {
+  const DeformableROIAlignShapes shapes = {inputs, rois, offset, grad_output};
+  return Report(Validate(shapes, params), message, message_size);
+}
+
+TF_DEFORM_C_ENTRY_POINTS(DeformableROIAlign)
 
 }  // namespace tf_deform

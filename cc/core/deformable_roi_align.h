@@ -30,13 +30,16 @@
 #ifndef TF_DEFORM_CC_CORE_DEFORMABLE_ROI_ALIGN_H_
 #define TF_DEFORM_CC_CORE_DEFORMABLE_ROI_ALIGN_H_
 
+#include <array>
+
 #include "cc/core/common.h"
+#include "cc/core/op.h"
 
 namespace tf_deform {
 
-// What an operator call is made of. The caller sets the first part; Validate
-// checks it and fills the second. The fields, in this order, are what the C
-// entry points take.
+// The parameters of a call. The caller sets the first part; Validate checks it
+// and fills the second. The fields, in this order, are what the C entry points
+// take.
 struct DeformableROIAlignParams {
   double spatial_scale = 1;  // map pixels per image pixel
   double gamma = 0.1;
@@ -51,7 +54,8 @@ struct DeformableROIAlignParams {
 // The shapes of one call. `offset` and `grad_output` are null when there is
 // none.
 struct DeformableROIAlignShapes {
-  Shape inputs, rois;
+  const Shape* inputs = nullptr;
+  const Shape* rois = nullptr;
   const Shape* offset = nullptr;
   const Shape* grad_output = nullptr;
 };
@@ -72,11 +76,40 @@ struct DeformableROIAlignInputs {
   bool bad_rois_are_padding = false;
 };
 
-// Where the gradients go, each shaped and typed like its operand and
+// Judges the type, that Validate filled `params` from shapes that were all
+// known and, unless bad ROIs are padding, the batch indices.
+Status CheckOperands(const DeformableROIAlignParams& params, DataType type,
+                     const DeformableROIAlignInputs& operands);
+
+// Memory for the gradients, each shaped and typed like its operand and
 // overwritten whole. Null: not wanted, not computed. ROIs have none.
 struct DeformableROIAlignGradients {
   void* inputs = nullptr;
   void* offset = nullptr;
+};
+
+// The op, from which glue is made; see op.h.
+struct DeformableROIAlign
+    : OpTypes<DeformableROIAlignParams, DeformableROIAlignShapes,
+              DeformableROIAlignInputs, DeformableROIAlignGradients> {
+  static constexpr char kName[] = "DeformableROIAlign";
+  enum : int { kInputs, kRois, kOffset };
+  static constexpr Operand kOperands[] = {
+      {"inputs", kValue, kRequired, &Shapes::inputs, &Inputs::inputs,
+       &Gradients::inputs},
+      {"rois", kCoordinate, kRequired, &Shapes::rois, &Inputs::rois, nullptr},
+      {"offset", kCoordinate, kOptional, &Shapes::offset, &Inputs::offset,
+       &Gradients::offset},
+  };
+  static constexpr bool Inputs::* kBadRoisArePadding =
+      &Inputs::bad_rois_are_padding;
+
+  static std::array<Dimension, 4> OutputShape(const Params& p) {
+    return {{{p.num_rois, kRois, 0},
+             {p.pooled_h},
+             {p.pooled_w},
+             {p.channels, kInputs, 3}}};
+  }
 };
 
 namespace cpu {
@@ -87,9 +120,9 @@ namespace cpu {
 int64_t WorkspaceBytes(const DeformableROIAlignParams& params, DataType type,
                        int num_workers);
 
-// The same for Backward with the gradients that are non-null in `wanted`; for
-// 16-bit types also as many float32 images of the inputs' gradient as fit in 4
-// MiB a worker, but at least one.
+// Bytes of scratch that Backward needs for the gradients that are non-null in
+// `wanted`; for 16-bit types also as many float32 images of the inputs'
+// gradient as fit in 4 MiB a worker, but at least one.
 int64_t BackwardWorkspaceBytes(const DeformableROIAlignParams& params,
                                DataType type,
                                const DeformableROIAlignGradients& wanted,
@@ -113,17 +146,18 @@ Status Backward(const DeformableROIAlignParams& params, DataType type,
 
 }  // namespace cpu
 
-// The same on a GPU; only in a build with nvcc (TF_DEFORM_CUDA). A ROI whose
-// batch index is no integer or not below batch counts as padding: values cannot
-// be judged in time. An error of the device, or a driver that is too old, is
-// kInternal.
+// The entry points on a GPU, only in a build with nvcc (TF_DEFORM_CUDA). A ROI
+// whose batch index is no integer or not below batch counts as padding: values
+// cannot be judged in time. An error of the device, or a driver that is too
+// old, is kInternal.
 namespace cuda {
 
 // Bytes of scratch that Forward needs.
 int64_t WorkspaceBytes(const DeformableROIAlignParams& params, DataType type);
 
-// The same for Backward: at most 64 MiB; for 16-bit types also the float32
-// image of the inputs' gradient, of one image if that of all is larger.
+// Bytes of scratch that Backward needs: at most 64 MiB; for 16-bit types also
+// the float32 image of the inputs' gradient, of one image if that of all is
+// larger.
 int64_t BackwardWorkspaceBytes(const DeformableROIAlignParams& params,
                                DataType type,
                                const DeformableROIAlignGradients& wanted,

@@ -19,14 +19,38 @@
 namespace tf_deform {
 
 // The core's verdict as TensorFlow's.
-tensorflow::Status ToTensorFlow(const Status& status);
+inline tensorflow::Status ToTensorFlow(const Status& status) {
+  if (status.ok()) return tensorflow::Status();
+  if (status.code == Status::kInvalidArgument) {
+    return tensorflow::errors::InvalidArgument(status.message);
+  }
+  return tensorflow::errors::Internal(status.message);
+}
 
-// The attribute `wanted` of a gradient op has an entry for each output.
-tensorflow::Status CheckWanted(const std::vector<bool>& wanted,
-                               int num_outputs);
+// The attributes of an op, specialized for each:
+//   kDefinitions: what an op and its gradient op share, but for types and the
+//       number of optional operands. They are part of every SavedModel: once
+//       released, only attributes with defaults may be added. A list of floats
+//       is a number, see GetDouble.
+//   Read(source, params): sets `params` from the attributes.
+template <typename Op>
+struct Attributes;
 
-// `Source` below is an InferenceContext, an OpKernelConstruction, or what XLA
-// glue reads attributes from.
+// `Source` below is an InferenceContext or an OpKernelConstruction.
+
+// Reads the attribute `wanted` of a gradient op, which has an entry for each of
+// its outputs.
+template <typename Source>
+tensorflow::Status GetWanted(Source* source, int num_outputs,
+                             std::vector<bool>* wanted) {
+  TF_RETURN_IF_ERROR(source->GetAttr("wanted", wanted));
+  if (static_cast<int>(wanted->size()) == num_outputs) {
+    return tensorflow::Status();
+  }
+  return tensorflow::errors::InvalidArgument(
+      "Expected `wanted` to have an entry for each of the ", num_outputs,
+      " operands. Received: ", wanted->size());
+}
 
 // The length of the optional operand `name`, a list of one tensor or none.
 template <typename Source>

@@ -1,87 +1,113 @@
 // SPDX-License-Identifier: Apache-2.0
-// What every op's TensorFlow glue shares: shapes, threads, types, outputs.
+// TensorFlow's shapes, types and threads as the core takes them.
 
 #ifndef TF_DEFORM_CC_TF_GLUE_H_
 #define TF_DEFORM_CC_TF_GLUE_H_
 
-#include <atomic>
-#include <string>
+#include <algorithm>
+#include <chrono>
+#include <cstdint>
+#include <memory>
 
 #include "cc/core/common.h"
-#include "cc/tf/attributes.h"
-#include "cc/tf/library.h"
-#include "tensorflow/core/framework/kernel_def_builder.h"
+#include "cc/tf/loop.h"
+#include "tensorflow/core/framework/device_base.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/shape_inference.h"
 #include "tensorflow/core/framework/tensor.h"
+#include "tensorflow/core/lib/core/threadpool.h"
+#include "tensorflow/core/platform/stream_executor.h"
+#include "tensorflow/core/platform/tensor_float_32_utils.h"
+#include "tensorflow/core/util/determinism.h"
 
 namespace tf_deform {
 
 // A shape as the core judges it, unknown where the graph does not tell.
-Shape ToShape(const tensorflow::TensorShape& shape);
-Shape ToShape(tensorflow::shape_inference::InferenceContext* context,
-              tensorflow::shape_inference::ShapeHandle shape);
+inline Shape ToShape(const tensorflow::TensorShape& shape) {
+  Shape result;
+  result.rank = shape.dims();
+  for (int i = 0; i < std::min(result.rank, Shape::kMaxRank); ++i) {
+    result.dims[i] = shape.dim_size(i);
+  }
+  return result;
+}
 
-// What TensorFlow gives a kernel to run on. Valid while `context` is.
-// ParallelFor: the threads of CPU kernels. CudaStream: the stream of GPU
-// kernels, and what the program allows on it. Kernels are templates of one of
-// the two: all else is the same on both devices.
-template <typename Executor>
-Executor GetExecutor(tensorflow::OpKernelContext* context);
-template <>
-ParallelFor GetExecutor(tensorflow::OpKernelContext* context);
-template <>
-CudaStream GetExecutor(tensorflow::OpKernelContext* context);
+inline Shape ToShape(tensorflow::shape_inference::InferenceContext* context,
+                     tensorflow::shape_inference::ShapeHandle shape) {
+  Shape result;
+  if (!context->RankKnown(shape)) return result;
+  result.rank = context->Rank(shape);
+  for (int i = 0; i < std::min(result.rank, Shape::kMaxRank); ++i) {
+    const auto dim = context->Dim(shape, i);
+    result.dims[i] = context->ValueKnown(dim) ? context->Value(dim) : -1;
+  }
+  return result;
+}
 
 // The core's number for an element type of the registered kernels.
-DataType ToDataType(tensorflow::DataType type);
-
-// Scratch of `bytes` on the kernel's device for as long as `memory` lives.
-tensorflow::Status AllocateWorkspace(tensorflow::OpKernelContext* context,
-                                     int64_t bytes, tensorflow::Tensor* memory,
-                                     void** workspace);
-
-// A dimension of an op's output: its number if known, else the operand's own,
-// so that equal unknown dimensions are known to be equal.
-tensorflow::shape_inference::DimensionHandle OutputDim(
-    tensorflow::shape_inference::InferenceContext* context, int64_t size,
-    tensorflow::shape_inference::ShapeHandle operand, int axis);
-
-// Allocates a gradient op's output, shaped like an input, and counts it; an
-// unwanted one comes out empty. `target` stays as it is if nothing is to be
-// computed: not wanted, pruned from the graph, or without elements.
-tensorflow::Status AllocateGradient(tensorflow::OpKernelContext* context,
-                                    int output, int input, bool wanted,
-                                    void** target,
-                                    std::atomic<int64_t>* computed);
-
-// Registers a kernel of an op for one device and all types.
-template <typename Kernel>
-void RegisterKernel(const char* op, const char* device) {
-  for (const auto type : {tensorflow::DT_HALF, tensorflow::DT_BFLOAT16,
-                          tensorflow::DT_FLOAT, tensorflow::DT_DOUBLE}) {
-    tensorflow::kernel_factory::OpKernelRegistrar(
-        tensorflow::KernelDefBuilder(op)
-            .Device(device)
-            .TypeConstraint("T", type)
-            .TypeConstraint("Tcoord", type == tensorflow::DT_DOUBLE
-                                          ? tensorflow::DT_DOUBLE
-                                          : tensorflow::DT_FLOAT)
-            .Build(),
-        op,
-        [](tensorflow::OpKernelConstruction* construction)
-            -> tensorflow::OpKernel* { return new Kernel(construction); });
+inline DataType ToDataType(tensorflow::DataType type) {
+  switch (type) {
+    case tensorflow::DT_HALF:
+      return DataType::kFloat16;
+    case tensorflow::DT_BFLOAT16:
+      return DataType::kBFloat16;
+    case tensorflow::DT_DOUBLE:
+      return DataType::kFloat64;
+    default:
+      return DataType::kFloat32;
   }
 }
 
-// Registers the kernels of an op and of its gradient op for one device,
-// TensorFlow's DEVICE_CPU or DEVICE_GPU, if this copy of the library is to.
-template <typename ForwardKernel, typename BackwardKernel>
-bool RegisterKernels(const std::string& op, const char* device) {
-  if (!RegistersOps()) return false;
-  RegisterKernel<ForwardKernel>(op.c_str(), device);
-  RegisterKernel<BackwardKernel>((op + "Grad").c_str(), device);
-  return true;
+// The time for which the caller leaves a loop to the pool before it lends a
+// hand.
+constexpr std::chrono::milliseconds kPatience(20);
+
+// The pool's threads do the work and the caller sleeps: a caller that works
+// keeps the processor on which it has just woken a thread, and a system may
+// leave that thread behind it in the queue until its next tick, while other
+// processors are idle (virtual machines do so in a quarter of all calls).
+// But the loop never depends on the pool: a thread of the pool itself, for
+// which nobody else might be left, works at once, and any other caller takes
+// the place of a worker that is late. It waits for tasks, not for workers.
+inline void RunOnPool(void* context, int64_t num_tasks, ParallelFor::Task task,
+                      void* argument) {
+  auto* pool = static_cast<tensorflow::thread::ThreadPool*>(context);
+  const auto loop =
+      std::make_shared<Loop>(pool->NumThreads(), num_tasks, task, argument);
+  const bool works = pool->CurrentThreadId() >= 0;
+  for (int helper = works ? 1 : 0; helper < loop->num_workers(); ++helper) {
+    pool->Schedule([loop] { loop->Work(); });
+  }
+  if (!works && loop->WaitFor(kPatience)) return;
+  loop->Work();
+  loop->Wait();
+}
+
+// Returns the executor that TensorFlow gives a kernel, valid while `context`
+// is: as a ParallelFor the threads of CPU kernels, as a CudaStream the stream
+// of GPU kernels and the program's settings for it. Kernels are templates over
+// the executor: all else is the same on both devices.
+template <typename Executor>
+Executor GetExecutor(tensorflow::OpKernelContext* context);
+
+template <>
+inline ParallelFor GetExecutor(tensorflow::OpKernelContext* context) {
+  auto* pool = context->device()->tensorflow_cpu_worker_threads()->workers;
+  ParallelFor parallel_for;
+  parallel_for.num_workers = std::max(1, pool->NumThreads());
+  parallel_for.context = pool;
+  parallel_for.run = parallel_for.num_workers > 1 ? RunOnPool : nullptr;
+  return parallel_for;
+}
+
+template <>
+inline CudaStream GetExecutor(tensorflow::OpKernelContext* context) {
+  CudaStream stream;
+  stream.stream =
+      context->op_device_context()->stream()->platform_specific_handle().stream;
+  stream.allow_tf32 = tensorflow::tensor_float_32_execution_enabled();
+  stream.deterministic = tensorflow::OpDeterminismRequired();
+  return stream;
 }
 
 }  // namespace tf_deform

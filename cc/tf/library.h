@@ -12,23 +12,12 @@
 
 namespace tf_deform {
 
-// That of the package, in setup.py.
+// The version of the package, as in setup.py.
 constexpr char kVersion[] = "0.1.0";
 
-// Whether this copy is the first, which registers ops and kernels.
+// Tells whether this copy is the first, which registers ops and kernels.
 bool RegistersOps();
 
 }  // namespace tf_deform
-
-// REGISTER_OP of the first copy.
-#define TF_DEFORM_REGISTER_OP(name) \
-  TF_NEW_ID_FOR_INIT(TF_DEFORM_REGISTER_OP_AS, name)
-#define TF_DEFORM_REGISTER_OP_AS(id, name)                        \
-  static const ::tensorflow::InitOnStartupMarker register_op_##id \
-      TF_ATTRIBUTE_UNUSED =                                       \
-          !::tf_deform::RegistersOps()                            \
-              ? ::tensorflow::InitOnStartupMarker{}               \
-              : ::tensorflow::InitOnStartupMarker{}               \
-                    << ::tensorflow::register_op::OpDefBuilderWrapper(name)
 
 #endif  // TF_DEFORM_CC_TF_LIBRARY_H_

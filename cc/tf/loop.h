@@ -30,7 +30,7 @@ class Loop {
   int num_workers() const { return num_workers_; }
 
   // Takes part as the next worker until no task is left to begin. Any thread
-  // may call it, and as many as like: whoever finds no place returns at once.
+  // may call it, and as many as like: a thread without a place returns at once.
   void Work() {
     const int worker = started_.fetch_add(1);
     if (worker >= num_workers_) return;  // others have taken every place
@@ -49,7 +49,8 @@ class Loop {
     all_finished_.wait(lock, [this] { return Finished(); });
   }
 
-  // The same, but for some time only; returns whether the loop is over.
+  // Waits for all tasks, but no longer than `time`; tells whether the loop is
+  // over.
   bool WaitFor(std::chrono::microseconds time) {
     std::unique_lock<std::mutex> lock(mutex_);
     return all_finished_.wait_for(lock, time, [this] { return Finished(); });

@@ -1,31 +1,29 @@
 // SPDX-License-Identifier: Apache-2.0
-// What every op's XLA glue shares: compilation, handlers, threads.
+// The ops inside XLA: compilation, handlers, threads. One unit: the headers of
+// XLA take half a minute to compile.
 
-#include "cc/xla/glue.h"
+#include "cc/tf/glue.h"
 
 #include <algorithm>
-#include <cstdio>
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <utility>
-#include <variant>
 #include <vector>
 
 #include "cc/tf/library.h"
 #include "cc/tf/loop.h"
+#include "cc/tf/marker_op.h"
+#include "cc/tf/ops.h"
+#include "cc/xla/op_call.h"
 #include "tensorflow/compiler/tf2xla/type_util.h"
-#include "tensorflow/compiler/tf2xla/xla_compiler.h"
 #include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
 #include "tensorflow/compiler/tf2xla/xla_op_registry.h"
 #include "tensorflow/core/framework/node_def_util.h"
 #include "tensorflow/core/framework/op.h"
-#include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/platform/cpu_info.h"
 #include "tensorflow/core/platform/errors.h"
-#include "tensorflow/core/platform/tensor_float_32_utils.h"
-#include "tensorflow/core/util/determinism.h"
 #include "xla/ffi/api/c_api.h"
-#include "xla/ffi/api/ffi.h"
 #include "xla/hlo/builder/xla_builder.h"
 #include "xla/shape.h"
 #include "xla/shape_util.h"
@@ -38,13 +36,13 @@ const XLA_FFI_Api* GetXlaFfiApi();
 namespace tf_deform {
 namespace {
 
-namespace ffi = ::xla::ffi;
-
 // XLA aligns buffers for its own purposes. The core wants this for scratch, on
 // any device.
 constexpr int64_t kWorkspaceAlignment = 256;
 
-// Attributes of the custom call that are not the op's.
+// Attributes of the custom call.
+constexpr char kParams[] = "params";
+constexpr char kWanted[] = "wanted";
 constexpr char kNumWorkers[] = "num_workers";
 constexpr char kAllowTf32[] = "allow_tf32";
 constexpr char kDeterministic[] = "deterministic";
@@ -52,124 +50,22 @@ constexpr char kDeterministic[] = "deterministic";
 // Stands for the memory of a result while XLA compiles.
 char some_memory;
 
-// Attributes as MLIR writes a dictionary.
-std::string ToMlir(const XlaAttributes& attributes) {
-  struct Printer {
-    std::string operator()(int64_t value) const {
-      return std::to_string(value) + " : i64";
-    }
-    // Names of options, which need no escapes: they have been judged.
-    std::string operator()(const std::string& value) const {
-      return "\"" + value + "\"";
-    }
-    std::string operator()(const std::vector<int64_t>& values) const {
-      std::string text = "array<i64";
-      const char* separator = ": ";
-      for (int64_t value : values) {
-        text += separator + std::to_string(value);
-        separator = ", ";
-      }
-      return text + ">";
-    }
-    std::string operator()(const std::vector<float>& values) const {
-      std::string text = "array<f32";
-      const char* separator = ": ";
-      for (float value : values) {
-        char digits[32];  // enough of them to read the same float back
-        snprintf(digits, sizeof(digits), "%.8e", static_cast<double>(value));
-        text += separator + std::string(digits);
-        separator = ", ";
-      }
-      return text + ">";
-    }
-  };
-  std::string text = "{";
-  const char* separator = "";
-  for (const auto& [name, value] : attributes.values()) {
-    text += separator + name + " = " + std::visit(Printer(), value);
+// One attribute as MLIR writes it in a dictionary.
+std::string ToMlir(const char* name, int64_t value) {
+  return std::string(name) + " = " + std::to_string(value) + " : i64";
+}
+
+std::string ToMlir(const char* name, const std::vector<int64_t>& values) {
+  std::string text = std::string(name) + " = array<i64";
+  const char* separator = ": ";
+  for (int64_t value : values) {
+    text += separator + std::to_string(value);
     separator = ", ";
   }
-  return text + "}";
+  return text + ">";
 }
 
-XlaAttributes FromFrame(const XLA_FFI_Attrs& attrs) {
-  XlaAttributes attributes;
-  for (int64_t i = 0; i < attrs.size; ++i) {
-    const std::string name(attrs.names[i]->ptr, attrs.names[i]->len);
-    const void* const attr = attrs.attrs[i];
-    switch (attrs.types[i]) {
-      case XLA_FFI_AttrType_SCALAR: {
-        const auto* scalar = static_cast<const XLA_FFI_Scalar*>(attr);
-        if (scalar->dtype == XLA_FFI_DataType_S64) {
-          attributes.Set(name, *static_cast<const int64_t*>(scalar->value));
-        }
-        break;
-      }
-      case XLA_FFI_AttrType_STRING: {
-        const auto* span = static_cast<const XLA_FFI_ByteSpan*>(attr);
-        attributes.Set(name, std::string(span->ptr, span->len));
-        break;
-      }
-      case XLA_FFI_AttrType_ARRAY: {
-        const auto* array = static_cast<const XLA_FFI_Array*>(attr);
-        if (array->dtype == XLA_FFI_DataType_S64) {
-          const auto* data = static_cast<const int64_t*>(array->data);
-          attributes.Set(name, std::vector<int64_t>(data, data + array->size));
-        } else if (array->dtype == XLA_FFI_DataType_F32) {
-          const auto* data = static_cast<const float*>(array->data);
-          attributes.Set(name, std::vector<float>(data, data + array->size));
-        }
-        break;
-      }
-      default:
-        break;  // not of ours: whoever looks for it says that it is missing
-    }
-  }
-  return attributes;
-}
-
-// The value of a node's attribute, whose C++ type is T.
-template <typename T>
-tensorflow::Status Copy(tensorflow::OpKernelConstruction* construction,
-                        const std::string& name, XlaAttributes* attributes) {
-  T value{};
-  TF_RETURN_IF_ERROR(construction->GetAttr(name, &value));
-  attributes->Set(name, std::move(value));
-  return tensorflow::Status();
-}
-
-// All attributes of a node but types.
-tensorflow::Status FromNode(tensorflow::OpKernelConstruction* construction,
-                            const tensorflow::OpDef& op,
-                            XlaAttributes* attributes) {
-  for (const auto& attr : op.attr()) {
-    const std::string& name = attr.name();
-    tensorflow::Status status;
-    if (attr.type() == "type") {
-      continue;
-    } else if (attr.type() == "int") {
-      status = Copy<int64_t>(construction, name, attributes);
-    } else if (attr.type() == "string") {
-      status = Copy<std::string>(construction, name, attributes);
-    } else if (attr.type() == "list(int)") {
-      status = Copy<std::vector<int64_t>>(construction, name, attributes);
-    } else if (attr.type() == "list(float)") {
-      status = Copy<std::vector<float>>(construction, name, attributes);
-    } else if (attr.type() == "list(bool)") {
-      std::vector<bool> values;
-      status = construction->GetAttr(name, &values);
-      attributes->Set(name, std::vector<int64_t>(values.begin(), values.end()));
-    } else {
-      status = tensorflow::errors::Internal(
-          "Expected attributes of types that XLA glue knows. Received: `", name,
-          "` of type ", attr.type());
-    }
-    TF_RETURN_IF_ERROR(status);
-  }
-  return tensorflow::Status();
-}
-
-// What XLA compiles the ops for.
+// Returns the devices for which XLA compiles the ops.
 std::vector<absl::string_view> Devices() {
   std::vector<absl::string_view> devices = {tensorflow::DEVICE_CPU_XLA_JIT};
 #ifdef TF_DEFORM_CUDA
@@ -188,33 +84,17 @@ Shape ToShape(const xla::Shape& shape) {
   return result;
 }
 
+Shape ToShape(const XLA_FFI_Buffer& buffer) {
+  Shape result;
+  result.rank = static_cast<int>(buffer.rank);
+  std::copy_n(buffer.dims, std::min(result.rank, Shape::kMaxRank), result.dims);
+  return result;
+}
+
 int64_t Elements(const Shape& shape) {
   int64_t elements = 1;
   for (int axis = 0; axis < shape.rank; ++axis) elements *= shape.dim(axis);
   return elements;
-}
-
-tensorflow::Status ToDataType(xla::PrimitiveType type, DataType* result) {
-  switch (type) {
-    case xla::F16:
-      *result = DataType::kFloat16;
-      break;
-    case xla::BF16:
-      *result = DataType::kBFloat16;
-      break;
-    case xla::F32:
-      *result = DataType::kFloat32;
-      break;
-    case xla::F64:
-      *result = DataType::kFloat64;
-      break;
-    default:
-      return tensorflow::errors::InvalidArgument(
-          "Expected `inputs` to be float16, bfloat16, float32 or float64. "
-          "Received: ",
-          xla::PrimitiveType_Name(type));
-  }
-  return tensorflow::Status();
 }
 
 class XlaKernel : public tensorflow::XlaOpKernel {
@@ -233,10 +113,11 @@ class XlaKernel : public tensorflow::XlaOpKernel {
                     "float32 otherwise. Received: `inputs` of ",
                     tensorflow::DataTypeString(type), ", coordinates of ",
                     tensorflow::DataTypeString(coordinates)));
+    OP_REQUIRES_OK(construction,
+                   make_()->Read(construction, &params_, &wanted_));
     const tensorflow::OpDef* op;
     OP_REQUIRES_OK(construction, tensorflow::OpRegistry::Global()->LookUpOpDef(
                                      construction->def().op(), &op));
-    OP_REQUIRES_OK(construction, FromNode(construction, *op, &attributes_));
     tensorflow::NameRangeMap inputs;
     OP_REQUIRES_OK(construction, tensorflow::NameRangesForNode(
                                      tensorflow::AttrSlice(construction->def()),
@@ -267,8 +148,9 @@ class XlaKernel : public tensorflow::XlaOpKernel {
           shape->element_type(), shape->dimensions()));
     }
     const std::unique_ptr<XlaCall> call = make_();
+    OP_REQUIRES_OK(context, ToTensorFlow(call->Bind(params_, wanted_)));
     OP_REQUIRES_OK(context,
-                   call->Judge(attributes_, operand_shapes, &result_shapes));
+                   ToTensorFlow(call->Judge(operand_shapes, &result_shapes)));
     XlaBuffers buffers;
     for (int i = 0; i < context->num_outputs(); ++i) {
       const Shape& shape = result_shapes[i];
@@ -279,17 +161,17 @@ class XlaKernel : public tensorflow::XlaOpKernel {
           type, absl::MakeConstSpan(shape.dims, shape.rank)));
       buffers.results.push_back(Elements(shape) > 0 ? &some_memory : nullptr);
     }
-    DataType type;
-    OP_REQUIRES_OK(context, ToDataType(context->input_xla_type(0), &type));
-    XlaAttributes attributes = attributes_;
-    const int64_t bytes =
-        call->WorkspaceBytes(type, buffers, Plan(context, &attributes));
+    std::string attributes = "{" + ToMlir(kParams, params_);
+    if (!wanted_.empty()) attributes += ", " + ToMlir(kWanted, wanted_);
+    const XlaExecutor executor = Plan(context, &attributes);
+    const int64_t bytes = call->WorkspaceBytes(
+        ToDataType(context->input_type(0)), buffers, executor);
     result_layouts.push_back(xla::ShapeUtil::MakeShapeWithDescendingLayout(
         xla::U8, {bytes + kWorkspaceAlignment}));
     const xla::XlaOp results = xla::CustomCallWithLayout(
         context->builder(), type_string(), operands,
         xla::ShapeUtil::MakeTupleShape(result_layouts), operand_layouts,
-        ToMlir(attributes), /*has_side_effect=*/false,
+        attributes + "}", /*has_side_effect=*/false,
         /*output_operand_aliasing=*/{}, /*literal=*/nullptr,
         xla::CustomCallSchedule::SCHEDULE_NONE,
         xla::CustomCallApiVersion::API_VERSION_TYPED_FFI);
@@ -299,212 +181,287 @@ class XlaKernel : public tensorflow::XlaOpKernel {
   }
 
  private:
-  // What the call will run on, as far as its workspace depends on it; also
-  // written to `attributes`.
+  // Returns the executor of the call, as far as its workspace depends on it,
+  // and adds it to `attributes`.
   static XlaExecutor Plan(tensorflow::XlaOpKernelContext* context,
-                          XlaAttributes* attributes) {
+                          std::string* attributes) {
 #ifdef TF_DEFORM_CUDA
     if (context->compiler()->options().device_type.type_string() ==
         tensorflow::DEVICE_GPU_XLA_JIT) {
       CudaStream stream;
       stream.allow_tf32 = tensorflow::tensor_float_32_execution_enabled();
       stream.deterministic = tensorflow::OpDeterminismRequired();
-      attributes->Set(kAllowTf32, int64_t{stream.allow_tf32});
-      attributes->Set(kDeterministic, int64_t{stream.deterministic});
+      *attributes += ", " + ToMlir(kAllowTf32, stream.allow_tf32) + ", " +
+                     ToMlir(kDeterministic, stream.deterministic);
       return stream;
     }
 #endif
     // The pool is not known yet: as many threads as there are processors.
     ParallelFor parallel_for;
     parallel_for.num_workers = std::max(1, tensorflow::port::MaxParallelism());
-    attributes->Set(kNumWorkers, int64_t{parallel_for.num_workers});
+    *attributes += ", " + ToMlir(kNumWorkers, parallel_for.num_workers);
     return parallel_for;
   }
 
   std::unique_ptr<XlaCall> (*const make_)();
-  XlaAttributes attributes_;
+  std::vector<int64_t> params_, wanted_;
   std::vector<std::string> names_;  // of the inputs
 };
 
-ffi::Error ToXla(const tensorflow::Status& status) {
-  if (status.ok()) return ffi::Error::Success();
-  return ffi::Error(static_cast<ffi::ErrorCode>(status.code()),
-                    std::string(status.message()));
+// XLA's arguments of a function of its C interface.
+template <typename Args>
+Args MakeArgs(size_t struct_size) {
+  Args args = {};
+  args.struct_size = struct_size;
+  return args;
+}
+
+// Tells whether a function of the interface did its work.
+bool Succeeded(const XLA_FFI_Api* api, XLA_FFI_Error* error) {
+  if (error == nullptr) return true;
+  auto args = MakeArgs<XLA_FFI_Error_Destroy_Args>(
+      XLA_FFI_Error_Destroy_Args_STRUCT_SIZE);
+  args.error = error;
+  api->XLA_FFI_Error_Destroy(&args);
+  return false;
+}
+
+XLA_FFI_Error* ToXla(const XLA_FFI_Api* api, const Status& status) {
+  if (status.ok()) return nullptr;
+  auto args = MakeArgs<XLA_FFI_Error_Create_Args>(
+      XLA_FFI_Error_Create_Args_STRUCT_SIZE);
+  args.message = status.message;
+  args.errc = status.code == Status::kInvalidArgument
+                  ? XLA_FFI_Error_Code_INVALID_ARGUMENT
+                  : XLA_FFI_Error_Code_INTERNAL;
+  return api->XLA_FFI_Error_Create(&args);
+}
+
+// The integers of an attribute of the call; none if it is missing or holds
+// something else.
+XlaCall::Words FindWords(const XLA_FFI_Attrs& attrs, absl::string_view name) {
+  for (int64_t i = 0; i < attrs.size; ++i) {
+    if (name != absl::string_view(attrs.names[i]->ptr, attrs.names[i]->len)) {
+      continue;
+    }
+    if (attrs.types[i] == XLA_FFI_AttrType_SCALAR) {
+      const auto* scalar = static_cast<const XLA_FFI_Scalar*>(attrs.attrs[i]);
+      if (scalar->dtype != XLA_FFI_DataType_S64) break;
+      return {static_cast<const int64_t*>(scalar->value), 1};
+    }
+    if (attrs.types[i] == XLA_FFI_AttrType_ARRAY) {
+      const auto* array = static_cast<const XLA_FFI_Array*>(attrs.attrs[i]);
+      if (array->dtype != XLA_FFI_DataType_S64) break;
+      return {static_cast<const int64_t*>(array->data), array->size};
+    }
+    break;
+  }
+  return {};
+}
+
+Status FindNumber(const XLA_FFI_Attrs& attrs, const char* name,
+                  int64_t* value) {
+  const XlaCall::Words words = FindWords(attrs, name);
+  if (words.size() != 1) {
+    return InvalidArgument(
+        "Expected an attribute `%s` of the op's type. Received: none, or one "
+        "of another type",
+        name);
+  }
+  *value = words[0];
+  return Status();
+}
+
+Status ToDataType(XLA_FFI_DataType type, DataType* result) {
+  switch (type) {
+    case XLA_FFI_DataType_F16:
+      *result = DataType::kFloat16;
+      break;
+    case XLA_FFI_DataType_BF16:
+      *result = DataType::kBFloat16;
+      break;
+    case XLA_FFI_DataType_F32:
+      *result = DataType::kFloat32;
+      break;
+    case XLA_FFI_DataType_F64:
+      *result = DataType::kFloat64;
+      break;
+    default:
+      return InvalidArgument(
+          "Expected `inputs` to be float16, bfloat16, float32 or float64. "
+          "Received: XLA's type %d",
+          static_cast<int>(type));
+  }
+  return Status();
 }
 
 // XLA's pool and how many workers the workspace is made for.
 struct Pool {
-  ffi::ThreadPool threads;
+  const XLA_FFI_CallFrame* frame;
   int64_t max_workers;
 };
 
+int64_t NumThreads(const XLA_FFI_CallFrame& frame) {
+  int64_t number = 0;
+  auto args = MakeArgs<XLA_FFI_ThreadPool_NumThreads_Args>(
+      XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE);
+  args.ctx = frame.ctx;
+  args.num_threads = &number;
+  return Succeeded(frame.api, frame.api->XLA_FFI_ThreadPool_NumThreads(&args))
+             ? number
+             : 1;
+}
+
 // The caller takes part, as it may be a thread of the pool, for which nobody
 // else might be left. It waits for tasks, not for workers.
-void RunOnPool(void* context, int64_t num_tasks, ParallelFor::Task task,
-               void* argument) {
-  auto* pool = static_cast<Pool*>(context);
-  const auto loop =
+void RunOnXlaPool(void* context, int64_t num_tasks, ParallelFor::Task task,
+                  void* argument) {
+  using Shared = std::shared_ptr<Loop>;
+  const auto* pool = static_cast<const Pool*>(context);
+  const XLA_FFI_Api* const api = pool->frame->api;
+  const Shared loop =
       std::make_shared<Loop>(pool->max_workers, num_tasks, task, argument);
   for (int helper = 1; helper < loop->num_workers(); ++helper) {
-    pool->threads.Schedule([loop] { loop->Work(); });
+    auto owner = std::make_unique<Shared>(loop);
+    auto args = MakeArgs<XLA_FFI_ThreadPool_Schedule_Args>(
+        XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE);
+    args.ctx = pool->frame->ctx;
+    args.task = [](void* data) {
+      const std::unique_ptr<Shared> owner(static_cast<Shared*>(data));
+      (*owner)->Work();
+    };
+    args.data = owner.get();
+    if (!Succeeded(api, api->XLA_FFI_ThreadPool_Schedule(&args))) break;
+    owner.release();
   }
   loop->Work();
   loop->Wait();
 }
 
 // Runs a call on what `executor` says.
-tensorflow::Status Run(XlaCall* call, const XLA_FFI_CallFrame& frame,
-                       const XlaAttributes& attributes,
-                       const XlaExecutor& executor) {
+Status Run(XlaCall* call, const XLA_FFI_CallFrame& frame,
+           const XlaExecutor& executor) {
+  TF_DEFORM_RETURN_IF_ERROR(call->Bind(FindWords(frame.attrs, kParams),
+                                       FindWords(frame.attrs, kWanted)));
   std::vector<Shape> operand_shapes, result_shapes;
   XlaBuffers buffers;
   DataType type = DataType::kFloat32;
   for (int64_t i = 0; i < frame.args.size; ++i) {
-    const ffi::AnyBuffer buffer(
-        static_cast<const XLA_FFI_Buffer*>(frame.args.args[i]));
-    operand_shapes.push_back(
-        KnownShape({buffer.dimensions().begin(), buffer.dimensions().end()}));
-    buffers.operands.push_back(buffer.untyped_data());
-    if (i == 0) {
-      TF_RETURN_IF_ERROR(ToDataType(
-          static_cast<xla::PrimitiveType>(buffer.element_type()), &type));
-    }
+    const auto& buffer =
+        *static_cast<const XLA_FFI_Buffer*>(frame.args.args[i]);
+    operand_shapes.push_back(ToShape(buffer));
+    buffers.operands.push_back(buffer.data);
+    if (i == 0) TF_DEFORM_RETURN_IF_ERROR(ToDataType(buffer.dtype, &type));
   }
-  TF_RETURN_IF_ERROR(call->Judge(attributes, operand_shapes, &result_shapes));
+  TF_DEFORM_RETURN_IF_ERROR(call->Judge(operand_shapes, &result_shapes));
   const int64_t num_results = static_cast<int64_t>(result_shapes.size());
   if (frame.rets.size != num_results + 1) {
-    return tensorflow::errors::InvalidArgument(
-        "Expected ", num_results,
-        " results and a workspace. Received: ", frame.rets.size, " results");
+    return InvalidArgument(
+        "Expected %d results and a workspace. Received: %d results",
+        static_cast<int>(num_results), static_cast<int>(frame.rets.size));
   }
   for (int64_t i = 0; i < num_results; ++i) {
-    const ffi::AnyBuffer buffer(
-        static_cast<const XLA_FFI_Buffer*>(frame.rets.rets[i]));
-    const Shape shape =
-        KnownShape({buffer.dimensions().begin(), buffer.dimensions().end()});
+    const auto& buffer =
+        *static_cast<const XLA_FFI_Buffer*>(frame.rets.rets[i]);
+    const Shape shape = ToShape(buffer);
     const Shape& expected = result_shapes[i];
     if (shape.rank != expected.rank ||
         !std::equal(shape.dims, shape.dims + shape.rank, expected.dims)) {
-      return tensorflow::errors::InvalidArgument(
-          "Expected result ", i, " to have the shape ",
-          ShapeText(expected).text, ". Received: ", ShapeText(shape).text);
+      return InvalidArgument(
+          "Expected result %d to have the shape %s. Received: %s",
+          static_cast<int>(i), ShapeText(expected).text, ShapeText(shape).text);
     }
-    buffers.results.push_back(buffer.element_count() > 0 ? buffer.untyped_data()
-                                                         : nullptr);
+    buffers.results.push_back(Elements(shape) > 0 ? buffer.data : nullptr);
   }
-  const ffi::AnyBuffer memory(
-      static_cast<const XLA_FFI_Buffer*>(frame.rets.rets[num_results]));
+  const auto& memory =
+      *static_cast<const XLA_FFI_Buffer*>(frame.rets.rets[num_results]);
+  const int64_t size = memory.dtype == XLA_FFI_DataType_U8 && memory.rank == 1
+                           ? memory.dims[0]
+                           : 0;
   const int64_t bytes = call->WorkspaceBytes(type, buffers, executor);
-  if (static_cast<int64_t>(memory.size_bytes()) < bytes + kWorkspaceAlignment) {
-    return tensorflow::errors::Internal(
-        "Expected a workspace of ", bytes, " bytes and ", kWorkspaceAlignment,
-        " to align it. Received: ", memory.size_bytes());
+  if (size < bytes + kWorkspaceAlignment) {
+    return Internal(
+        "Expected a workspace of %lld bytes and %lld to align it. Received: "
+        "%lld",
+        static_cast<long long>(bytes),
+        static_cast<long long>(kWorkspaceAlignment),
+        static_cast<long long>(size));
   }
-  const auto address = reinterpret_cast<uintptr_t>(memory.untyped_data());
+  const auto address = reinterpret_cast<uintptr_t>(memory.data);
   buffers.workspace =
       reinterpret_cast<void*>((address + kWorkspaceAlignment - 1) &
                               ~uintptr_t{kWorkspaceAlignment - 1});
-  return ToTensorFlow(call->Run(type, buffers, executor));
+  return call->Run(type, buffers, executor);
 }
 
-}  // namespace
-
-Shape KnownShape(const std::vector<int64_t>& dims) {
-  Shape shape;
-  shape.rank = static_cast<int>(dims.size());
-  for (int i = 0; i < std::min(shape.rank, Shape::kMaxRank); ++i) {
-    shape.dims[i] = dims[i];
+Status RunOnHost(XlaCall* call, const XLA_FFI_CallFrame& frame) {
+  int64_t max_workers = 1;
+  TF_DEFORM_RETURN_IF_ERROR(FindNumber(frame.attrs, kNumWorkers, &max_workers));
+  Pool pool{&frame, std::min(NumThreads(frame), max_workers)};
+  ParallelFor parallel_for;
+  if (pool.max_workers > 1) {
+    parallel_for.num_workers = static_cast<int>(pool.max_workers);
+    parallel_for.context = &pool;
+    parallel_for.run = RunOnXlaPool;
   }
-  return shape;
+  return Run(call, frame, parallel_for);
 }
 
-tensorflow::Status CheckOperands(const std::vector<Shape>& operands,
-                                 int expected) {
-  if (static_cast<int>(operands.size()) == expected) {
-    return tensorflow::Status();
-  }
-  return tensorflow::errors::InvalidArgument(
-      "Expected ", expected, " operands. Received: ", operands.size());
-}
-
-tensorflow::Status KeepWanted(const XlaAttributes& attributes,
-                              std::vector<Shape>* gradients) {
-  std::vector<int64_t> wanted;
-  TF_RETURN_IF_ERROR(attributes.GetAttr("wanted", &wanted));
-  TF_RETURN_IF_ERROR(CheckWanted({wanted.begin(), wanted.end()},
-                                 static_cast<int>(gradients->size())));
-  for (size_t i = 0; i < wanted.size(); ++i) {
-    if (!wanted[i]) (*gradients)[i] = KnownShape({0});
-  }
-  return tensorflow::Status();
-}
-
-tensorflow::OpKernel* MakeXlaKernel(
-    tensorflow::OpKernelConstruction* construction,
-    std::unique_ptr<XlaCall> (*make)()) {
-  return new XlaKernel(construction, make);
-}
-
-XLA_FFI_Error* RunOnHost(XlaCall* call, XLA_FFI_CallFrame* frame) {
-  const auto handler =
-      ffi::Ffi::Bind()
-          .Ctx<ffi::ThreadPool>()
-          .RemainingArgs()
-          .RemainingRets()
-          .Attrs()
-          .To([=](ffi::ThreadPool threads, ffi::RemainingArgs,
-                  ffi::RemainingRets, ffi::Dictionary) {
-            const XlaAttributes attributes = FromFrame(frame->attrs);
-            int64_t max_workers = 1;
-            const tensorflow::Status status =
-                attributes.GetAttr(kNumWorkers, &max_workers);
-            if (!status.ok()) return ToXla(status);
-            Pool pool{threads, std::min(threads.num_threads(), max_workers)};
-            ParallelFor parallel_for;
-            if (pool.max_workers > 1) {
-              parallel_for.num_workers = static_cast<int>(pool.max_workers);
-              parallel_for.context = &pool;
-              parallel_for.run = RunOnPool;
-            }
-            return ToXla(Run(call, *frame, attributes, parallel_for));
-          });
-  return handler->Call(frame);
-}
-
-XLA_FFI_Error* RunOnCuda(XlaCall* call, XLA_FFI_CallFrame* frame) {
 #ifdef TF_DEFORM_CUDA
-  const auto handler =
-      ffi::Ffi::Bind()
-          .Ctx<ffi::PlatformStream<void*>>()
-          .RemainingArgs()
-          .RemainingRets()
-          .Attrs()
-          .To([=](void* stream, ffi::RemainingArgs, ffi::RemainingRets,
-                  ffi::Dictionary) {
-            const XlaAttributes attributes = FromFrame(frame->attrs);
-            int64_t allow_tf32 = 0, deterministic = 0;
-            tensorflow::Status status =
-                attributes.GetAttr(kAllowTf32, &allow_tf32);
-            if (status.ok()) {
-              status = attributes.GetAttr(kDeterministic, &deterministic);
-            }
-            if (!status.ok()) return ToXla(status);
-            return ToXla(
-                Run(call, *frame, attributes,
-                    CudaStream{stream, allow_tf32 != 0, deterministic != 0}));
-          });
-  return handler->Call(frame);
-#else
-  return nullptr;  // not registered
+Status RunOnCuda(XlaCall* call, const XLA_FFI_CallFrame& frame) {
+  int64_t allow_tf32 = 0, deterministic = 0;
+  TF_DEFORM_RETURN_IF_ERROR(FindNumber(frame.attrs, kAllowTf32, &allow_tf32));
+  TF_DEFORM_RETURN_IF_ERROR(
+      FindNumber(frame.attrs, kDeterministic, &deterministic));
+  auto args =
+      MakeArgs<XLA_FFI_Stream_Get_Args>(XLA_FFI_Stream_Get_Args_STRUCT_SIZE);
+  args.ctx = frame.ctx;
+  if (!Succeeded(frame.api, frame.api->XLA_FFI_Stream_Get(&args))) {
+    return Internal("Expected XLA to have a stream. Received: none");
+  }
+  return Run(call, frame,
+             CudaStream{args.stream, allow_tf32 != 0, deterministic != 0});
+}
 #endif
+
+// Handles a call of XLA by `run`, which is for one platform. Before XLA
+// registers a handler, it asks for the version of the interface that the
+// handler was compiled with.
+template <typename Call, Status (*run)(XlaCall*, const XLA_FFI_CallFrame&)>
+XLA_FFI_Error* Handle(XLA_FFI_CallFrame* frame) {
+  if (frame->extension_start != nullptr &&
+      frame->extension_start->type == XLA_FFI_Extension_Metadata) {
+    XLA_FFI_Metadata* const metadata =
+        reinterpret_cast<XLA_FFI_Metadata_Extension*>(frame->extension_start)
+            ->metadata;
+    metadata->api_version = {XLA_FFI_Api_Version_STRUCT_SIZE, nullptr,
+                             XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR};
+    metadata->traits = 0;
+    metadata->state_type_id = XLA_FFI_UNKNOWN_TYPE_ID;
+    return nullptr;
+  }
+  Call call;
+  return ToXla(frame->api, run(&call, *frame));
 }
 
-XlaRegistrar::XlaRegistrar(
-    const char* op,
-    tensorflow::OpKernel* (*make)(tensorflow::OpKernelConstruction*),
-    XLA_FFI_Error* (*on_host)(XLA_FFI_CallFrame*),
-    XLA_FFI_Error* (*on_cuda)(XLA_FFI_CallFrame*)) {
-  if (!RegistersOps()) return;
+void RegisterHandler(const std::string& op, absl::string_view platform,
+                     XLA_FFI_Handler* handler) {
+  const XLA_FFI_Api* const api = xla::ffi::GetXlaFfiApi();
+  auto args = MakeArgs<XLA_FFI_Handler_Register_Args>(
+      XLA_FFI_Handler_Register_Args_STRUCT_SIZE);
+  args.name = {op.data(), op.size()};
+  args.platform = {platform.data(), platform.size()};
+  args.bundle.execute = handler;
+  // Without a handler XLA fails to compile a call, and says why.
+  Succeeded(api, api->XLA_FFI_Handler_Register(&args));
+}
+
+// Registers an op, or its gradient op, with XLA: how to compile it, and what to
+// call.
+template <typename Op, bool kIsGradient>
+void RegisterCall() {
+  using Call = OpCall<Op, kIsGradient>;
+  const std::string op = OpName<Op>(kIsGradient);
   // One registration for all types: XLA takes no second one for a device.
   tensorflow::XlaOpRegistrar(
       tensorflow::XlaOpRegistrationBuilder::Name(op)
@@ -513,22 +470,35 @@ XlaRegistrar::XlaRegistrar(
                                 tensorflow::DT_FLOAT, tensorflow::DT_DOUBLE})
           .TypeConstraint("Tcoord",
                           {tensorflow::DT_FLOAT, tensorflow::DT_DOUBLE})
-          .Build(make));
-  ffi::Ffi::RegisterStaticHandler(ffi::GetXlaFfiApi(), op, "Host", on_host);
+          .Build([](tensorflow::OpKernelConstruction* construction)
+                     -> tensorflow::OpKernel* {
+            return new XlaKernel(construction,
+                                 []() -> std::unique_ptr<XlaCall> {
+                                   return std::make_unique<Call>();
+                                 });
+          }));
+  RegisterHandler(op, "Host", Handle<Call, RunOnHost>);
 #ifdef TF_DEFORM_CUDA
-  ffi::Ffi::RegisterStaticHandler(ffi::GetXlaFfiApi(), op, "CUDA", on_cuda);
-#else
-  static_cast<void>(on_cuda);
+  RegisterHandler(op, "CUDA", Handle<Call, RunOnCuda>);
 #endif
 }
 
-XlaRegistrar::XlaRegistrar(
-    const char* op,
-    tensorflow::OpKernel* (*make)(tensorflow::OpKernelConstruction*)) {
-  if (!RegistersOps()) return;
+const bool is_registered = [] {
+  if (!RegistersOps()) return false;
+#define TF_DEFORM_REGISTER_CALLS(Op) \
+  RegisterCall<Op, false>();         \
+  RegisterCall<Op, true>()
+  TF_DEFORM_FOR_EACH_OP(TF_DEFORM_REGISTER_CALLS);
+  // XLA does not prune the marker, which compiles into nothing.
   tensorflow::XlaOpRegistrar(
-      tensorflow::XlaOpRegistrationBuilder::Name(op).Device(Devices()).Build(
-          make));
-}
+      tensorflow::XlaOpRegistrationBuilder::Name(kMarker)
+          .Device(Devices())
+          .Build([](tensorflow::OpKernelConstruction* construction)
+                     -> tensorflow::OpKernel* {
+            return new MarkerKernel(construction);
+          }));
+  return true;
+}();
 
+}  // namespace
 }  // namespace tf_deform

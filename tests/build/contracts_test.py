@@ -52,6 +52,23 @@ def test_a_contract_has_one_operand_a_line(path):
         assert len(others) <= 1, line
 
 
+@pytest.mark.parametrize("path", CONTRACTS, ids=lambda path: path.stem)
+def test_a_description_is_the_table_once_more(path):
+    """Names, order and kinds: glue is made from the one, read in the other."""
+    header = path.read_text()
+    described = re.findall(r'\{"(\w+)", k(Value|Coordinate), k\w+,', header)
+    table = " ".join(line.removeprefix("//") for line in table_of(header))
+    written = re.findall(
+        r"(\w+) +\((?:[^()]|\([^()]*\))*\)[^()]*? (T|coordinate)\b", table
+    )
+    kinds = {"T": "Value", "coordinate": "Coordinate"}
+    expected = [(name, kinds[kind]) for name, kind in written]
+    assert described == [pair for pair in expected if pair[0] != "output"]
+    struct = re.search(r"struct \w+Inputs \{\n(.*?)\n\};", header, re.DOTALL)
+    names = re.findall(r"const void\* (\w+)", struct[1])
+    assert [name for name, _ in described] == names
+
+
 def test_contracts_are_found():
     assert len(CONTRACTS) >= 3 and len(SOURCES) > 50
 

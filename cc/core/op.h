@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+// The description of an op, from which templates make all glue.
+//
+// Every contract ends with a struct that describes its op once:
+//
+//   struct X : OpTypes<XParams, XShapes, XInputs, XGradients> {
+//     static constexpr char kName[] = "X";
+//     enum : int { kInputs, kOffset };
+//     static constexpr Operand kOperands[] = {
+//         {"inputs", kValue, kRequired, &Shapes::inputs, &Inputs::inputs,
+//          &Gradients::inputs},
+//         {"offset", kCoordinate, kOptional, &Shapes::offset, &Inputs::offset,
+//          &Gradients::offset}};
+//     static std::array<Dimension, 4> OutputShape(const Params& params);
+//   };
+//
+// Operands stand in the order in which every caller passes them. At most one is
+// optional, and it comes last.
+
+#ifndef TF_DEFORM_CC_CORE_OP_H_
+#define TF_DEFORM_CC_CORE_OP_H_
+
+#include <array>
+
+#include "cc/core/common.h"
+
+namespace tf_deform {
+
+// kValue: elements of the type T, which is float16, bfloat16, float32 or
+// float64. kCoordinate: float32, or float64 if T is float64.
+enum OperandKind { kValue, kCoordinate };
+
+enum OperandPresence { kRequired, kOptional };
+
+// One operand: its name, and its places in the structs of the contract.
+template <typename Shapes, typename Inputs, typename Gradients>
+struct OperandOf {
+  const char* name;
+  OperandKind kind;
+  OperandPresence presence;
+  const Shape* Shapes::* shape;
+  const void* Inputs::* data;
+  void* Gradients::* gradient;  // null: the operand has no gradient
+};
+
+// One dimension of the output: its size, or -1 if that is not known, and the
+// axis of an operand that has the same size.
+struct Dimension {
+  int64_t size;
+  int operand = 0, axis = 0;
+};
+
+// The types of an op, and what holds for ops that do not say otherwise.
+template <typename ParamsOf, typename ShapesOf, typename InputsOf,
+          typename GradientsOf>
+struct OpTypes {
+  using Params = ParamsOf;
+  using Shapes = ShapesOf;
+  using Inputs = InputsOf;
+  using Gradients = GradientsOf;
+  using Operand = OperandOf<Shapes, Inputs, Gradients>;
+
+  // Names of further outputs, which are float and shaped like the output.
+  static constexpr std::array<const char*, 0> kExtraOutputs = {};
+  // Set where the values of ROIs cannot be judged; null: the op has no ROIs.
+  static constexpr bool Inputs::* kBadRoisArePadding = nullptr;
+};
+
+// Counts the operands that every call of an op has.
+template <typename Op>
+constexpr int NumRequired() {
+  int number = 0;
+  for (const auto& operand : Op::kOperands) {
+    number += operand.presence == kRequired;
+  }
+  return number;
+}
+
+}  // namespace tf_deform
+
+#endif  // TF_DEFORM_CC_CORE_OP_H_

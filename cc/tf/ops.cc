@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: Apache-2.0
+// Registers all ops when TensorFlow loads the library. One unit: TensorFlow's
+// headers take long to compile.
+
+#include "cc/tf/ops.h"
+
+#include <dlfcn.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "cc/tf/library.h"
+#include "cc/tf/marker_op.h"
+#include "cc/tf/op_kernels.h"
+#include "tensorflow/core/framework/common_shape_fns.h"
+#include "tensorflow/core/framework/kernel_def_builder.h"
+#include "tensorflow/core/framework/op.h"
+#include "tensorflow/core/framework/op_kernel.h"
+#include "tensorflow/core/platform/errors.h"
+
+#define TF_DEFORM_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace tf_deform {
+
+struct Copy {
+  const char* path;
+  const char* version;
+};
+
+// One variable for all copies in a process, however they are loaded: GCC marks
+// what is inline and visible as unique (STB_GNU_UNIQUE).
+__attribute__((visibility("default"))) inline Copy first_copy = {};
+
+namespace {
+
+const char* OwnPath() {
+  Dl_info info;
+  return dladdr(reinterpret_cast<void*>(&RegistersOps), &info) != 0
+             ? info.dli_fname
+             : "a file of unknown name";
+}
+
+// TensorFlow hands an error of a registration to the program that loads the
+// library.
+const bool is_refused = [] {
+  if (RegistersOps() || std::strcmp(first_copy.version, kVersion) == 0) {
+    return false;
+  }
+  tensorflow::OpRegistry::Global()->Register(
+      [](tensorflow::OpRegistrationData*) -> tensorflow::Status {
+        return tensorflow::errors::FailedPrecondition(
+            "Expected one version of tf_deform's op library in a process. "
+            "Received: ",
+            OwnPath(), " of version ", kVersion, " after ", first_copy.path,
+            " of version ", first_copy.version);
+      });
+  return true;
+}();
+
+}  // namespace
+
+bool RegistersOps() {
+  static const bool is_first = [] {
+    if (first_copy.path != nullptr) return false;
+    first_copy = {OwnPath(), kVersion};
+    return true;
+  }();
+  return is_first;
+}
+
+}  // namespace tf_deform
+
+// The copy that registered the ops of this process: its file, as it was named
+// when it was loaded, and its version.
+TF_DEFORM_EXPORT const char* TfDeformRegisteredBy() {
+  return tf_deform::first_copy.path;
+}
+
+TF_DEFORM_EXPORT const char* TfDeformRegisteredVersion() {
+  return tf_deform::first_copy.version;
+}
+
+// Counts the gradients of each differentiable operand that kernels of this
+// process have computed: tests ask, to see that unwanted gradients cost
+// nothing.
+#define TF_DEFORM_REGISTER(Op)                                             \
+  TF_DEFORM_EXPORT void TfDeform##Op##GradientsComputed(int64_t* counts) { \
+    const int number = tf_deform::NumGradients<tf_deform::Op>(             \
+        std::size(tf_deform::Op::kOperands));                              \
+    for (int i = 0; i < number; ++i) {                                     \
+      counts[i] = tf_deform::gradients_computed<tf_deform::Op>[i];         \
+    }                                                                      \
+  }                                                                        \
+  static const bool Op##_is_registered = tf_deform::RegisterOp<tf_deform::Op>()
+
+TF_DEFORM_FOR_EACH_OP(TF_DEFORM_REGISTER);
+
+namespace tf_deform {
+namespace {
+
+// The marker has neither outputs nor state: nothing waits for it, and
+// TensorFlow prunes it from what runs.
+const bool marker_is_registered = [] {
+  if (!RegistersOps()) return false;
+  tensorflow::register_op::OpDefBuilderWrapper op(kMarker);
+  op.SetShapeFn(tensorflow::shape_inference::NoOutputs);
+  op();
+  tensorflow::kernel_factory::OpKernelRegistrar(
+      tensorflow::KernelDefBuilder(kMarker)
+          .Device(tensorflow::DEVICE_DEFAULT)
+          .Build(),
+      kMarker,
+      [](tensorflow::OpKernelConstruction* construction)
+          -> tensorflow::OpKernel* { return new MarkerKernel(construction); });
+  return true;
+}();
+
+}  // namespace
+}  // namespace tf_deform
