@@ -478,7 +478,7 @@ MISTAKES = [
         "export-onnx-same-odd-pixel",
         "before = [(span - 1) // 2 for span in spans]",
         "before = [span // 2 for span in spans]",
-        ("onnx_test",),
+        ("export_test",),
     ),
     Mistake(
         "export-comparison-of-last-output",

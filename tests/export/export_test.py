@@ -38,6 +38,7 @@ CONVOLUTIONS = [
     {"boundary": "clamp", "offset_groups": 4},
     {"boundary": "clamp", "strides": 2, "modulation": None},
     {"groups": 2, "dilation_rate": 2},
+    {"kernel_size": (2, 4)},  # Pads one pixel more behind.
 ]
 SHAPES = [(1, 20, 17, 3), (4, 23, 32, 3)]
 
