@@ -201,8 +201,8 @@ MISTAKES = [
     ),
     Mistake(
         "core-mask-not-judged",
-        "if (shapes.mask != nullptr) TF_DEFORM_RETURN_IF_ERROR( "
-        'check_field(*shapes.mask, "mask", mask_channels, ""));',
+        "if (shapes.mask != nullptr) { TF_DEFORM_RETURN_IF_ERROR( "
+        'CheckField(*shapes.mask, "mask", mask_channels, "", p)); }',
         "",
         CONV,
     ),
@@ -458,7 +458,7 @@ MISTAKES = [
     ),
     Mistake(
         "loader-bfloat16",
-        "if _is_bfloat16(entry.arrays[name]):",
+        "if is_bfloat16(entry.arrays[name]):",
         "if False:",
         ("plain_weights_test", "plain_weights_refused_test"),
     ),

@@ -4,18 +4,12 @@
 import collections
 import contextlib
 import dataclasses
-import itertools
-import json
 import os
 import pathlib
 import re
-import shutil
-import tempfile
-import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-import h5py
 import keras
 import numpy as np
 import tensorflow as tf
@@ -24,14 +18,11 @@ from keras.src.saving.keras_saveable import KerasSaveable
 from keras.src.utils import naming
 
 from tf_deform import _files
+from tf_deform._weight_files import TOP, Entry, is_bfloat16, open_file
 from tf_deform.layers._roi_layer import DisplacedROILayer
 from tf_deform.layers.deformable_conv2d import DeformableConv2D
 from tf_deform.layers.deformable_psroi_pool import DeformablePSROIPooling
 
-_MEMBER = "model.weights.h5"  # of a .keras file
-_TOP = "top_level_model_weights"  # of a legacy file
-# Parts of paths to what has variables and is no layer.
-_NO_LAYERS = {"optimizer", "metrics", "seed_generator", "random_generator"}
 _MOST_PROBLEMS = 5
 
 
@@ -84,23 +75,6 @@ class LoadedWeights:
 
 
 @dataclasses.dataclass
-class _Entry:
-    """A layer's arrays in a file; "" is the path and name of the model's own.
-
-    Attributes:
-        path: Where they are.
-        name: The layer's name, if the file says it.
-        arrays: By key: a number, or, in a legacy file, the weight's name.
-        group: In a legacy file, the model's layer that this one is or is in.
-    """
-
-    path: str
-    name: str | None
-    arrays: dict[str, h5py.Dataset]
-    group: str = ""
-
-
-@dataclasses.dataclass
 class _Target:
     """A layer that has weights; "" is the path and name of the model itself.
 
@@ -127,7 +101,7 @@ class _Target:
 
 
 # What goes together, and what is wrong with it.
-_Match = tuple[list[tuple[_Target, _Entry]], list[str]]
+_Match = tuple[list[tuple[_Target, Entry]], list[str]]
 
 
 def load_plain_weights(
@@ -180,7 +154,7 @@ def load_plain_weights(
         pass  # Says what is wrong with the path.
     with contextlib.ExitStack() as stack:
         try:
-            entries, legacy = _open(path, stack)
+            entries, legacy = open_file(path, stack)
         except FileNotFoundError:  # of a shard
             raise
         except Exception as error:
@@ -236,106 +210,6 @@ def _raise(
         f"Expected {path} to hold the weights of model {model.name!r} or of "
         f"its plain twin. Received, {'. And '.join(texts)}. Nothing was loaded"
     )
-
-
-def _open(
-    path: pathlib.Path, stack: contextlib.ExitStack
-) -> tuple[list[_Entry], bool]:
-    """What the file holds, and whether it is a legacy one."""
-    if path.suffix == ".json":
-        shards = []
-        for names in json.loads(path.read_text())["weight_map"].values():
-            shards += [names] if isinstance(names, str) else names
-        files = []
-        for name in dict.fromkeys(shards):
-            if pathlib.Path(name).name != name:
-                raise ValueError(f"a shard called {name!r}")
-            files.append(h5py.File(path.with_name(name)))
-            stack.callback(files[-1].close)
-        return _list_entries(files), False
-    source = path
-    if zipfile.is_zipfile(path):
-        source = stack.enter_context(tempfile.TemporaryFile())
-        with zipfile.ZipFile(path) as archive, archive.open(_MEMBER) as member:
-            shutil.copyfileobj(member, source)
-    file = stack.enter_context(h5py.File(source))
-    root = file["model_weights"] if "model_weights" in file else file
-    if _has_attribute(root, "layer_names"):
-        return _list_legacy_entries(root), True
-    return _list_entries([file]), False
-
-
-def _list_entries(files: Sequence[h5py.File]) -> list[_Entry]:
-    """Entries of `.weights.h5` files: a group "vars" for each layer."""
-    entries = {}
-
-    def add(path: str, item: Any) -> None:
-        # Keras 2.12 and 2.13 had another name for it.
-        path = path.replace("_layer_checkpoint_dependencies", "layers")
-        parts = ["", *path.split("/")]
-        if not _NO_LAYERS.isdisjoint(parts):
-            return
-        if isinstance(item, h5py.Dataset):
-            *parts, key = parts
-        if parts[-1] != "vars":
-            return
-        path = "/".join(parts[1:-1])
-        entry = entries.setdefault(path, _Entry(path, None, {}))
-        if isinstance(item, h5py.Dataset):
-            entry.arrays[key] = item
-        elif "name" in item.attrs:
-            entry.name = _as_text(item.attrs["name"])
-
-    for file in files:
-        file.visititems(add)  # Follows no links, and so reads no other files.
-    for entry in entries.values():
-        if not entry.path:
-            entry.name = ""
-    return [entry for entry in entries.values() if entry.arrays]
-
-
-def _list_legacy_entries(root: h5py.Group) -> list[_Entry]:
-    """Entries of a legacy file: a group for each layer of the model.
-
-    In it are the weights of all layers inside, named like
-    "outer/inner/kernel" (Keras 3) or "inner/kernel:0" (Keras 2).
-    """
-    entries = []
-    for group in [*_read_attribute(root, "layer_names"), _TOP]:
-        if group not in root:
-            continue
-        found = {}
-        for weight in _read_attribute(root[group], "weight_names"):
-            layer, _, name = weight.rpartition("/")
-            entry = found.setdefault(
-                layer,
-                _Entry(f"{group}/{layer}", layer, {}, group),
-            )
-            entry.arrays[name.split(":")[0]] = root[group][weight]
-        if len(found) == 1:
-            (entry,) = found.values()
-            entry.path, entry.name = group, "" if group == _TOP else group
-        entries += found.values()
-    return entries
-
-
-def _has_attribute(group: h5py.Group, name: str) -> bool:
-    return name in group.attrs or f"{name}0" in group.attrs
-
-
-def _read_attribute(group: h5py.Group, name: str) -> list[str]:
-    """A list of texts, which Keras cuts in pieces if it is long."""
-    if name in group.attrs:
-        return [_as_text(item) for item in group.attrs[name]]
-    texts = []
-    for index in itertools.count():
-        if f"{name}{index}" not in group.attrs:
-            return texts
-        texts += [_as_text(item) for item in group.attrs[f"{name}{index}"]]
-
-
-def _as_text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def _find_targets(
@@ -419,7 +293,7 @@ def _snake_case(kind: type) -> str:
 
 
 def _match_names(
-    targets: list[_Target], entries: list[_Entry], depth: int = 1
+    targets: list[_Target], entries: list[Entry], depth: int = 1
 ) -> _Match:
     """Goes by names, which have to be there, once, and in both.
 
@@ -460,7 +334,7 @@ def _match_names(
     return pairs, problems
 
 
-def _match_paths(targets: list[_Target], entries: list[_Entry]) -> _Match:
+def _match_paths(targets: list[_Target], entries: list[Entry]) -> _Match:
     """Goes by Keras' paths, which count the layers of each class."""
     by_path = {entry.path: entry for entry in entries}
     paths = {target.path for target in targets}
@@ -483,8 +357,8 @@ def _match_paths(targets: list[_Target], entries: list[_Entry]) -> _Match:
 
 
 def _match_groups(
-    model: keras.Model, entries: list[_Entry]
-) -> tuple[list[tuple[_Target, _Entry]], str, list[str]]:
+    model: keras.Model, entries: list[Entry]
+) -> tuple[list[tuple[_Target, Entry]], str, list[str]]:
     """Goes by a legacy file's groups, in each by names; where not, by order.
 
     Returns:
@@ -497,13 +371,13 @@ def _match_groups(
         layer.name: _find_targets(layer, True, layer.name)
         for layer in model.layers
     }
-    layers[_TOP] = [x for x in _find_targets(model, True) if not x.name]
+    layers[TOP] = [x for x in _find_targets(model, True) if not x.name]
     layers = {
         name: targets
         for name, targets in layers.items()
         if name in groups or any(target.is_plain for target in targets)
     }
-    if len(layers) != len(groups) or (_TOP in layers) != (_TOP in groups):
+    if len(layers) != len(groups) or (TOP in layers) != (TOP in groups):
         names = [repr(name) for name in layers if name not in groups]
         others = [repr(name) for name in groups if name not in layers]
         return (
@@ -543,7 +417,7 @@ def _match_groups(
     return pairs + ordered, "order" if ordered else "name", problems
 
 
-def _count_up(entries: list[_Entry]) -> bool:
+def _count_up(entries: list[Entry]) -> bool:
     """Whether names are Keras' own, numbered in the order of the layers."""
     last = {}
     for entry in entries:
@@ -556,7 +430,7 @@ def _count_up(entries: list[_Entry]) -> bool:
     return True
 
 
-def _find_contradictions(pairs: list[tuple[_Target, _Entry]]) -> list[str]:
+def _find_contradictions(pairs: list[tuple[_Target, Entry]]) -> list[str]:
     """Layers that get by order what the file has for another name.
 
     Names that Keras made up say nothing: it counts plain and deformable
@@ -580,7 +454,7 @@ def _find_contradictions(pairs: list[tuple[_Target, _Entry]]) -> list[str]:
 
 
 def _plan(
-    target: _Target, entry: _Entry, legacy: bool
+    target: _Target, entry: Entry, legacy: bool
 ) -> tuple[dict[str, str], list[str]]:
     """Which array is which weight, and what is wrong with it."""
     given = list(entry.arrays)
@@ -612,7 +486,7 @@ def _plan(
                 f"shape {array.shape} in place of {tuple(weight.shape)}"
             )
         elif _is_float(weight) != (
-            array.dtype.kind == "f" or _is_bfloat16(array)
+            array.dtype.kind == "f" or is_bfloat16(array)
         ):
             problems.append(
                 f"for {_name(target, key)!r} of layer {target.label!r} the "
@@ -629,12 +503,8 @@ def _is_float(weight: Any) -> bool:
     return tf.as_dtype(weight.dtype).is_floating
 
 
-def _is_bfloat16(array: h5py.Dataset) -> bool:
-    return array.attrs.get("dtype") == "bfloat16"
-
-
 def _read(
-    target: _Target, entry: _Entry, keys: dict[str, str]
+    target: _Target, entry: Entry, keys: dict[str, str]
 ) -> dict[str, np.ndarray]:
     arrays = {}
     for key, name in keys.items():
@@ -646,7 +516,7 @@ def _read(
                 f"{name!r} of {entry.path!r}, which cannot be read: {error}. "
                 "Nothing was loaded"
             ) from error
-        if _is_bfloat16(entry.arrays[name]):
+        if is_bfloat16(entry.arrays[name]):
             array = array.view(tf.bfloat16.as_numpy_dtype)
         dtype = tf.as_dtype(target.weights[key].dtype).as_numpy_dtype
         arrays[key] = array.astype(dtype)
@@ -668,7 +538,7 @@ def _assign(
 
 def _report(
     targets: list[_Target],
-    loaded: list[tuple[_Target, _Entry, dict[str, np.ndarray]]],
+    loaded: list[tuple[_Target, Entry, dict[str, np.ndarray]]],
 ) -> Iterator[LoadedLayer]:
     found = {id(target.layer): rest for target, *rest in loaded}
     for target in targets:

@@ -43,14 +43,8 @@ Status OutputSize(const char* axis, int64_t size, int64_t kernel,
   return Status();
 }
 
-}  // namespace
-
-Status Validate(const DeformableConv2DShapes& shapes,
-                DeformableConv2DParams* params) {
-  DeformableConv2DParams& p = *params;
-  const Shape& inputs = *shapes.inputs;
-  const Shape& kernel = *shapes.kernel;
-  const Shape& offset = *shapes.offset;
+// Judges what the caller sets.
+Status CheckAttributes(const DeformableConv2DParams& p) {
   TF_DEFORM_RETURN_IF_ERROR(CheckAttribute(p.stride_h, 1, "strides"));
   TF_DEFORM_RETURN_IF_ERROR(CheckAttribute(p.stride_w, 1, "strides"));
   TF_DEFORM_RETURN_IF_ERROR(CheckAttribute(p.dilation_h, 1, "dilation_rate"));
@@ -72,31 +66,32 @@ Status Validate(const DeformableConv2DShapes& shapes,
         "Expected `boundary` to be 0 (zeros) or 1 (clamp). Received: %d",
         static_cast<int>(p.boundary));
   }
+  return Status();
+}
 
+Status CheckRanks(const DeformableConv2DShapes& shapes) {
   TF_DEFORM_RETURN_IF_ERROR(
-      CheckRank(inputs, 4, "inputs", "batch, height, width, channels"));
+      CheckRank(*shapes.inputs, 4, "inputs", "batch, height, width, channels"));
+  TF_DEFORM_RETURN_IF_ERROR(
+      CheckRank(*shapes.kernel, 4, "kernel",
+                "kernel_h, kernel_w, channels // groups, filters"));
   TF_DEFORM_RETURN_IF_ERROR(CheckRank(
-      kernel, 4, "kernel", "kernel_h, kernel_w, channels // groups, filters"));
-  TF_DEFORM_RETURN_IF_ERROR(CheckRank(
-      offset, 4, "offset",
+      *shapes.offset, 4, "offset",
       "batch, out_h, out_w, offset_groups * kernel_h * kernel_w * 2"));
   if (shapes.mask != nullptr) {
     TF_DEFORM_RETURN_IF_ERROR(
         CheckRank(*shapes.mask, 4, "mask",
                   "batch, out_h, out_w, offset_groups * kernel_h * kernel_w"));
   }
+  return Status();
+}
 
-  p.batch = inputs.dim(0);
-  p.height = inputs.dim(1);
-  p.width = inputs.dim(2);
-  p.channels = inputs.dim(3);
-  p.kernel_h = kernel.dim(0);
-  p.kernel_w = kernel.dim(1);
-  p.filters = kernel.dim(3);
+// Judges the channels, groups and filters of inputs and kernel, and fills
+// `p.groups`, -1 if a shape does not tell.
+Status CheckChannels(const Shape& inputs, const Shape& kernel,
+                     DeformableConv2DParams& p) {
   const int64_t group_channels = kernel.dim(2);
   p.groups = -1;
-  p.out_h = p.out_w = -1;
-
   TF_DEFORM_RETURN_IF_ERROR(CheckImageSize(inputs));
   if (p.channels == 0) {
     return InvalidArgument(
@@ -138,19 +133,18 @@ Status Validate(const DeformableConv2DShapes& shapes,
         "%lld. Received: inputs.shape=%s",
         static_cast<LongLong>(p.offset_groups), ShapeText(inputs).text);
   }
+  return Status();
+}
 
-  TF_DEFORM_RETURN_IF_ERROR(OutputSize("height", p.height, p.kernel_h,
-                                       p.stride_h, p.dilation_h, p.padding,
-                                       &p.pad_top, &p.pad_bottom, &p.out_h));
-  TF_DEFORM_RETURN_IF_ERROR(OutputSize("width", p.width, p.kernel_w, p.stride_w,
-                                       p.dilation_w, p.padding, &p.pad_left,
-                                       &p.pad_right, &p.out_w));
-
-  int64_t mask_channels = -1, offset_channels = -1;
+// Computes how many channels a mask and an offset have, -1 if the kernel's
+// shape does not tell.
+Status FieldChannels(const Shape& kernel, const DeformableConv2DParams& p,
+                     int64_t* mask_channels, int64_t* offset_channels) {
+  *mask_channels = *offset_channels = -1;
   if (p.kernel_h > 0 && p.kernel_w > 0) {
     if (__builtin_mul_overflow(p.kernel_h * p.kernel_w, p.offset_groups,
-                               &mask_channels) ||
-        __builtin_mul_overflow(mask_channels, 2, &offset_channels)) {
+                               mask_channels) ||
+        __builtin_mul_overflow(*mask_channels, 2, offset_channels)) {
       return InvalidArgument(
           "Expected 2 * offset_groups * kernel_h * kernel_w to fit in 64 bits. "
           "Received: offset_groups=%lld, "
@@ -158,31 +152,64 @@ Status Validate(const DeformableConv2DShapes& shapes,
           static_cast<LongLong>(p.offset_groups), ShapeText(kernel).text);
     }
   }
-  // One judge for offset and mask, which differ in their last dimension alone.
-  const auto check_field = [&p](const Shape& shape, const char* name,
-                                int64_t channels,
-                                const char* factor) -> Status {
-    TF_DEFORM_RETURN_IF_ERROR(
-        CheckDimension(shape, 0, p.batch, name, "batch size", "as `inputs`"));
-    TF_DEFORM_RETURN_IF_ERROR(
-        CheckDimension(shape, 1, p.out_h, name, "height", "the output's"));
-    TF_DEFORM_RETURN_IF_ERROR(
-        CheckDimension(shape, 2, p.out_w, name, "width", "the output's"));
-    const int64_t received = shape.dim(3);
-    if (received < 0 || channels < 0 || received == channels) return Status();
-    return InvalidArgument(
-        "Expected `%s` to have %lld channels (%s%s * %lld * %lld). Received: "
-        "%s.shape=%s",
-        name, static_cast<LongLong>(channels), factor, "offset_groups",
-        static_cast<LongLong>(p.kernel_h), static_cast<LongLong>(p.kernel_w),
-        name, ShapeText(shape).text);
-  };
-  TF_DEFORM_RETURN_IF_ERROR(
-      check_field(offset, "offset", offset_channels, "2 * "));
-  if (shapes.mask != nullptr)
-    TF_DEFORM_RETURN_IF_ERROR(
-        check_field(*shapes.mask, "mask", mask_channels, ""));
+  return Status();
+}
 
+// Judges an offset or a mask, which differ in their last dimension alone.
+Status CheckField(const Shape& shape, const char* name, int64_t channels,
+                  const char* factor, const DeformableConv2DParams& p) {
+  TF_DEFORM_RETURN_IF_ERROR(
+      CheckDimension(shape, 0, p.batch, name, "batch size", "as `inputs`"));
+  TF_DEFORM_RETURN_IF_ERROR(
+      CheckDimension(shape, 1, p.out_h, name, "height", "the output's"));
+  TF_DEFORM_RETURN_IF_ERROR(
+      CheckDimension(shape, 2, p.out_w, name, "width", "the output's"));
+  const int64_t received = shape.dim(3);
+  if (received < 0 || channels < 0 || received == channels) return Status();
+  return InvalidArgument(
+      "Expected `%s` to have %lld channels (%s%s * %lld * %lld). Received: "
+      "%s.shape=%s",
+      name, static_cast<LongLong>(channels), factor, "offset_groups",
+      static_cast<LongLong>(p.kernel_h), static_cast<LongLong>(p.kernel_w),
+      name, ShapeText(shape).text);
+}
+
+}  // namespace
+
+Status Validate(const DeformableConv2DShapes& shapes,
+                DeformableConv2DParams* params) {
+  DeformableConv2DParams& p = *params;
+  const Shape& inputs = *shapes.inputs;
+  const Shape& kernel = *shapes.kernel;
+  const Shape& offset = *shapes.offset;
+  TF_DEFORM_RETURN_IF_ERROR(CheckAttributes(p));
+  TF_DEFORM_RETURN_IF_ERROR(CheckRanks(shapes));
+
+  p.batch = inputs.dim(0);
+  p.height = inputs.dim(1);
+  p.width = inputs.dim(2);
+  p.channels = inputs.dim(3);
+  p.kernel_h = kernel.dim(0);
+  p.kernel_w = kernel.dim(1);
+  p.filters = kernel.dim(3);
+  p.out_h = p.out_w = -1;
+
+  TF_DEFORM_RETURN_IF_ERROR(CheckChannels(inputs, kernel, p));
+  TF_DEFORM_RETURN_IF_ERROR(OutputSize("height", p.height, p.kernel_h,
+                                       p.stride_h, p.dilation_h, p.padding,
+                                       &p.pad_top, &p.pad_bottom, &p.out_h));
+  TF_DEFORM_RETURN_IF_ERROR(OutputSize("width", p.width, p.kernel_w, p.stride_w,
+                                       p.dilation_w, p.padding, &p.pad_left,
+                                       &p.pad_right, &p.out_w));
+  int64_t mask_channels, offset_channels;
+  TF_DEFORM_RETURN_IF_ERROR(
+      FieldChannels(kernel, p, &mask_channels, &offset_channels));
+  TF_DEFORM_RETURN_IF_ERROR(
+      CheckField(offset, "offset", offset_channels, "2 * ", p));
+  if (shapes.mask != nullptr) {
+    TF_DEFORM_RETURN_IF_ERROR(
+        CheckField(*shapes.mask, "mask", mask_channels, "", p));
+  }
   if (shapes.grad_output != nullptr) {
     TF_DEFORM_RETURN_IF_ERROR(
         CheckGradOutput(*shapes.grad_output, "batch, out_h, out_w, filters",
@@ -191,8 +218,8 @@ Status Validate(const DeformableConv2DShapes& shapes,
 
   TF_DEFORM_RETURN_IF_ERROR(
       CheckBytes("inputs", {p.batch, p.height, p.width, p.channels}));
-  TF_DEFORM_RETURN_IF_ERROR(CheckBytes(
-      "kernel", {p.kernel_h, p.kernel_w, group_channels, p.filters}));
+  TF_DEFORM_RETURN_IF_ERROR(
+      CheckBytes("kernel", {p.kernel_h, p.kernel_w, kernel.dim(2), p.filters}));
   TF_DEFORM_RETURN_IF_ERROR(
       CheckBytes("offset", {p.batch, p.out_h, p.out_w, offset_channels}));
   TF_DEFORM_RETURN_IF_ERROR(

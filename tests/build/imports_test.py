@@ -20,7 +20,7 @@ COMMAND = "tf_deform_cli"
 # A part of the package imports parts of earlier lines alone, and, of its own
 # line, none but itself. "" is `tf_deform/__init__.py`.
 FLOORS = (
-    {"_build_info", "_files", "_tf2onnx"},
+    {"_build_info", "_files", "_tf2onnx", "_weight_files"},
     {"_loader"},
     {"_implementation"},
     {"_portable"},

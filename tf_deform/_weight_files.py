@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads the weight files of Keras, of all kinds, as lists of layers' arrays."""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import pathlib
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from typing import Any
+
+import h5py
+
+_MEMBER = "model.weights.h5"  # of a .keras file
+TOP = "top_level_model_weights"  # of a legacy file
+# Parts of paths to what has variables and is no layer.
+_NO_LAYERS = {"optimizer", "metrics", "seed_generator", "random_generator"}
+
+
+@dataclasses.dataclass
+class Entry:
+    """A layer's arrays in a file; "" is the path and name of the model's own.
+
+    Attributes:
+        path: Where they are.
+        name: The layer's name, if the file says it.
+        arrays: By key: a number, or, in a legacy file, the weight's name.
+        group: In a legacy file, the model's layer that this one is or is in.
+    """
+
+    path: str
+    name: str | None
+    arrays: dict[str, h5py.Dataset]
+    group: str = ""
+
+
+def open_file(
+    path: pathlib.Path, stack: contextlib.ExitStack
+) -> tuple[list[Entry], bool]:
+    """Lists what the file holds, and tells whether it is a legacy one."""
+    if path.suffix == ".json":
+        shards = []
+        for names in json.loads(path.read_text())["weight_map"].values():
+            shards += [names] if isinstance(names, str) else names
+        files = []
+        for name in dict.fromkeys(shards):
+            if pathlib.Path(name).name != name:
+                raise ValueError(f"a shard called {name!r}")
+            files.append(h5py.File(path.with_name(name)))
+            stack.callback(files[-1].close)
+        return _list_entries(files), False
+    source = path
+    if zipfile.is_zipfile(path):
+        source = stack.enter_context(tempfile.TemporaryFile())
+        with zipfile.ZipFile(path) as archive, archive.open(_MEMBER) as member:
+            shutil.copyfileobj(member, source)
+    file = stack.enter_context(h5py.File(source))
+    root = file["model_weights"] if "model_weights" in file else file
+    if _has_attribute(root, "layer_names"):
+        return _list_legacy_entries(root), True
+    return _list_entries([file]), False
+
+
+def _list_entries(files: Sequence[h5py.File]) -> list[Entry]:
+    """Entries of `.weights.h5` files: a group "vars" for each layer."""
+    entries = {}
+
+    def add(path: str, item: Any) -> None:
+        # Keras 2.12 and 2.13 had another name for it.
+        path = path.replace("_layer_checkpoint_dependencies", "layers")
+        parts = ["", *path.split("/")]
+        if not _NO_LAYERS.isdisjoint(parts):
+            return
+        if isinstance(item, h5py.Dataset):
+            *parts, key = parts
+        if parts[-1] != "vars":
+            return
+        path = "/".join(parts[1:-1])
+        entry = entries.setdefault(path, Entry(path, None, {}))
+        if isinstance(item, h5py.Dataset):
+            entry.arrays[key] = item
+        elif "name" in item.attrs:
+            entry.name = _as_text(item.attrs["name"])
+
+    for file in files:
+        file.visititems(add)  # Follows no links, and so reads no other files.
+    for entry in entries.values():
+        if not entry.path:
+            entry.name = ""
+    return [entry for entry in entries.values() if entry.arrays]
+
+
+def _list_legacy_entries(root: h5py.Group) -> list[Entry]:
+    """Entries of a legacy file: a group for each layer of the model.
+
+    In it are the weights of all layers inside, named like
+    "outer/inner/kernel" (Keras 3) or "inner/kernel:0" (Keras 2).
+    """
+    entries = []
+    for group in [*_read_attribute(root, "layer_names"), TOP]:
+        if group not in root:
+            continue
+        found = {}
+        for weight in _read_attribute(root[group], "weight_names"):
+            layer, _, name = weight.rpartition("/")
+            entry = found.setdefault(
+                layer,
+                Entry(f"{group}/{layer}", layer, {}, group),
+            )
+            entry.arrays[name.split(":")[0]] = root[group][weight]
+        if len(found) == 1:
+            (entry,) = found.values()
+            entry.path, entry.name = group, "" if group == TOP else group
+        entries += found.values()
+    return entries
+
+
+def _has_attribute(group: h5py.Group, name: str) -> bool:
+    return name in group.attrs or f"{name}0" in group.attrs
+
+
+def _read_attribute(group: h5py.Group, name: str) -> list[str]:
+    """A list of texts, which Keras cuts in pieces if it is long."""
+    if name in group.attrs:
+        return [_as_text(item) for item in group.attrs[name]]
+    texts = []
+    for index in itertools.count():
+        if f"{name}{index}" not in group.attrs:
+            return texts
+        texts += [_as_text(item) for item in group.attrs[f"{name}{index}"]]
+
+
+def _as_text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def is_bfloat16(array: h5py.Dataset) -> bool:
+    return array.attrs.get("dtype") == "bfloat16"
