@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every test file shares: quiet logs, a clean Keras, fresh processes.
+"""Sets up every test: quiet logs, a clean Keras, fresh processes, a device.
 
-And where TensorFlow runs: on the CPU or, with the environment variable
+TensorFlow runs on the CPU or, with the environment variable
 TF_DEFORM_TEST_DEVICE=/GPU:0, on that device (`make gpu-check-tf`).
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-# Failures inside of helpers tell the values, too.
+# Failures inside of helpers show the compared values too.
 pytest.register_assert_rewrite(
     *(path.stem for path in pathlib.Path(__file__).parent.glob("lib/*.py"))
 )
@@ -21,10 +21,10 @@ pytest.register_assert_rewrite(
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 DEVICE = os.environ.get("TF_DEFORM_TEST_DEVICE")
 if DEVICE is None and os.environ.get("TF_DEFORM_TEST_GPU") != "1":
-    # TensorFlow would place everything on a GPU, if it saw one.
+    # TensorFlow would place every op on a GPU if it saw a GPU.
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 
-# Many tests want the same bits twice, or float32 to be just that. What holds
+# Many tests require the same bits twice, or float32 without TF32. The behaviour
 # without these settings is tested in gpu_test.py.
 _SETTINGS = """
 import tensorflow
@@ -71,7 +71,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True)
 def device() -> Iterator[None]:
-    """Runs the test where TF_DEFORM_TEST_DEVICE says."""
+    """Runs the test on the device that TF_DEFORM_TEST_DEVICE names."""
     if DEVICE is None:
         yield
         return
@@ -83,7 +83,7 @@ def device() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def clean_keras() -> Iterator[None]:
-    """Every test starts from the same seeds, names and dtype policy."""
+    """Starts every test from the same seeds, names and dtype policy."""
     import keras
 
     keras.utils.clear_session(free_memory=False)
@@ -116,9 +116,10 @@ def _run_python(script: str, *arguments: object, **environment: object) -> str:
 
 @pytest.fixture
 def run_python() -> Callable[..., str]:
-    """Runs a script in a process of its own and returns what it printed.
+    """Runs a script in a process of its own and returns its output.
 
-    It imports the same `tf_deform` as the tests do, and has their settings.
+    The script imports the same `tf_deform` as the tests do, and has their
+    settings.
     """
 
     def run(script: str, *arguments: object, **environment: object) -> str:
@@ -130,5 +131,5 @@ def run_python() -> Callable[..., str]:
 
 @pytest.fixture
 def run_python_as_it_is() -> Callable[..., str]:
-    """The same with TensorFlow's own settings."""
+    """Does the same with TensorFlow's own settings."""
     return _run_python

@@ -8,9 +8,9 @@ class Mistake(NamedTuple):
     """Describes one mistake.
 
     Attributes:
-        name: Where it is made, and what it is.
-        old: Text that is in the sources once, however it is spaced.
-        new: Text in its place.
+        name: The place of the mistake, and its kind.
+        old: Text that the sources contain once, in any spacing.
+        new: Text that replaces it.
         tests: Names of test files, without `.py`.
     """
 
@@ -186,7 +186,7 @@ MISTAKES = [
         "along_x * share * rule.DisplacementSlope(roi.y.size);",
         ALIGN,
     ),
-    # Judgements and their texts.
+    # Checks of arguments, and their texts.
     Mistake(
         "core-message",
         "Expected `%s` to have %s %lld (%s). Received: %s.shape=%s",
@@ -318,7 +318,7 @@ MISTAKES = [
         "    *others",
         ("arguments_test",),
     ),
-    # Stock TensorFlow's ops.
+    # Stock TensorFlow ops.
     Mistake(
         "portable-conv-edge-included",
         "inside = (y > -1) & (y < last_y + 1)",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes mistakes, each of which the tests must find.
+"""Makes mistakes in the sources; the tests must find each of them.
 
     python tests/mistakes.py               all (hours: it compiles for many)
     python tests/mistakes.py --list
@@ -48,7 +48,7 @@ def read_sources() -> dict[pathlib.Path, str]:
 
 
 def find(mistake: Mistake) -> list[tuple[pathlib.Path, re.Match]]:
-    """Returns the places of a mistake's text, spaced in any way."""
+    """Returns the places of a mistake's text, in any spacing."""
     words = map(re.escape, mistake.old.split())
     pattern = re.compile(r"\s+".join(words))
     return [
@@ -73,7 +73,7 @@ def find_tests(mistake: Mistake) -> list[pathlib.Path]:
 
 
 def copy_checkout() -> None:
-    """Brings the copy up to date and keeps what was built there."""
+    """Brings the copy up to date and keeps the built files there."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "-co", "--exclude-standard"],
         cwd=ROOT,
@@ -118,7 +118,7 @@ def build(
 ) -> int:
     """Compiles for the tests and returns the exit status.
 
-    The tests of CUDA kernels compile those themselves.
+    The tests of CUDA kernels compile the kernels themselves.
     """
     if source.suffix == ".py" or "cuda" in str(source):
         return 0

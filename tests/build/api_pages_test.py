@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The API pages: whole, and made of docstrings that tell every argument."""
+"""Tests that the API pages are whole, and describe every argument."""
 
 import html.parser
 import inspect
@@ -30,7 +30,7 @@ SECTIONS |= {"Weights"}
 
 
 class Page(html.parser.HTMLParser):
-    """Collects the names, headings, items of lists and other text of a page."""
+    """Collects the names, headings, list items and other text of a page."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -44,7 +44,7 @@ class Page(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         identifier = dict(attributes).get("id") or ""
-        # Headings have identifiers, too.
+        # Headings have identifiers as well.
         if tag in ("section", "div") and identifier:
             self.names.add(identifier)
             self._name = identifier
@@ -71,7 +71,7 @@ class Page(html.parser.HTMLParser):
 def build(
     folder: pathlib.Path, before: str = ""
 ) -> subprocess.CompletedProcess:
-    """Builds the pages, in a process that runs `before` first."""
+    """Builds the pages in a child process that runs `before` first."""
     script = (
         "import runpy, sys\nsys.path.insert(0, sys.argv[2])\n"
         f"import tf_deform\n{before}\n"
@@ -117,13 +117,16 @@ def test_nothing_private_is_there(pages):
         if re.search(r"(^|\.)_", name) and not name.endswith("__")
     }
     assert private == set()
-    # Keras describes the methods that it calls.
+    # Keras describes the methods that Keras itself calls.
     assert not {name for name in names if name.endswith(".get_config")}
     assert "DeformableConv2D.set_weights" in names
 
 
 def test_docstrings_became_sections_and_lists(pages):
-    """A section that pdoc does not know would run together into one line."""
+    """Tests that every section is known to pdoc.
+
+    Otherwise pdoc would run the section together into one line.
+    """
     for page in pages.values():
         assert {heading.rstrip(":") for heading in page.headings} <= SECTIONS
         text = page.text.replace("**kwargs: Any", "")  # in signatures

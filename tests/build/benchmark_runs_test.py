@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs of the benchmarks: failures cost their unit, two builds are compared.
+"""Tests runs of the benchmarks: a failure costs one unit.
 
-Children run a suite of toys, planted failures included, instead of operators.
+Two builds are compared.
+
+Child processes run a suite of toy units, some of which fail on purpose, instead
+of the operators.
 """
 
 import importlib.util
@@ -61,7 +64,7 @@ def test_run_program_ends_what_hangs_and_its_children(tmp_path):
     assert file.stat().st_size == size
 
 
-# Toys: the shape says what goes wrong, and in whom.
+# Toy units: the shape says which fault happens, and in which contender.
 TOYS = """
 import dataclasses, os, re, sys, time
 import numpy as np
@@ -143,7 +146,7 @@ def suite(ours):
         quick_shapes=(), ratio_to="tf_deform", peers=(("peer",),),
         repeats=3, memory_repeats=0, memory_at_all_threads=True)
 """
-# Of the shapes above, those that leave their process alive.
+# The shapes above whose fault does not end the process.
 GOOD_TOYS = ["right", "wrong", "raise", "lacks", "last"]
 CHILD = """
 import sys
@@ -157,7 +160,7 @@ worker.main()
 
 @pytest.fixture
 def use_toys(tmp_path, monkeypatch):
-    """Returns a function that puts toys in the operators' place."""
+    """Returns a function that replaces the operators by toy units."""
 
     def use(ours: str) -> None:
         folder = tmp_path / "toys"
@@ -195,7 +198,7 @@ def test_failures_cost_their_unit_and_no_more(
     rows = {(row["shape"], row["contender"]): row for row in report["rows"]}
     shapes = [shape for shape, _ in rows]
     assert shapes == [shape for shape in GOOD_TOYS for _ in range(2)]
-    # A result that is wrong gets no time, the right ones beside it do.
+    # A wrong result gets no time; the right results beside it do.
     assert rows["wrong", "peer"]["errors"] == {
         "forward": "differs from the baseline: output by 0.00099"
     }
@@ -272,7 +275,7 @@ def test_the_environment_names_no_folder_of_results(
 
 
 def make_tree(folder: pathlib.Path, double: str) -> pathlib.Path:
-    """A tree with a package whose function is written in `double`."""
+    """Makes a tree with a package whose function is written in `double`."""
     package = folder / "tf_deform"
     package.mkdir(parents=True)
     (package / "_ops.so").touch()
@@ -310,7 +313,7 @@ SLOW = "time.sleep(0.01); return 2 * inputs"
 
 def test_a_slower_build_is_found(compare_builds):
     status, report, text = compare_builds(SLOW.replace("0.01", "0.02"), SLOW)
-    assert status == 0  # times are no failure
+    assert status == 0  # failed timings are no failure
     assert [row["kind"] for row in report["rows"]] == ["forward", "both"]
     for row in report["rows"]:
         low, high = row["interval"]
@@ -333,7 +336,7 @@ def test_other_bits_are_named_and_other_results_refused(compare_builds):
     other = "return 2 * inputs * type(inputs[0])(1 + 1e-6)"
     status, report, text = compare_builds(RIGHT, other)
     assert status == 0
-    # The gradients of the toys come from elsewhere.
+    # The gradients of the toy units are constants.
     assert [row["equal_bits"] for row in report["rows"]] == [False, True]
     assert "DIFFER in 1 of 2 rows" in text
 
@@ -454,7 +457,7 @@ def test_shapes_for_a_gpu():
             case = suite.case.parse(shape, "float32", True)
             assert str(case) == shape
             if suite.case is convolution.Case:
-                # torchvision and cuDNN pad both sides alike.
+                # torchvision and cuDNN pad both sides by the same amount.
                 assert all(one == two for one, two in case.padding)
 
 
@@ -508,7 +511,7 @@ def test_a_kernel_that_crashes_costs_its_own_rows(tmp_path, monkeypatch):
 )
 def test_the_whole_table_emulated(tmp_path):
     arguments = ["--emulate", "--only", "table", "--repeats", "5"]
-    if core := os.environ.get("TF_DEFORM_CORE"):  # or it builds one
+    if core := os.environ.get("TF_DEFORM_CORE"):  # else it builds one
         arguments += ["--core", core]
     result = subprocess.run(
         [sys.executable, gpu_check.__file__, *arguments]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks' harness: agreement, clocks, ratios, goals and tables.
+"""Tests the benchmarks' harness: agreement, clocks, ratios, goals and tables.
 
-Its runs are tested in `benchmark_runs_test.py`.
+Runs of the benchmarks are tested in `benchmark_runs_test.py`.
 """
 
 import json
@@ -34,7 +34,7 @@ def time_of(ms: float, ratio: float | None = None) -> dict:
 
 
 def make_row(contender: str, ms: float | None, **fields: object) -> dict:
-    """A row of a table; forward + backward takes three times as long."""
+    """Makes a row of a table; forward + backward takes three times as long."""
     row = {
         "op": "conv",
         "shape": "1x56x56x256->256",
@@ -49,7 +49,7 @@ def make_row(contender: str, ms: float | None, **fields: object) -> dict:
 
 
 def with_ratios(rows: list[dict], ratio_to: str) -> list[dict]:
-    """Adds what a table's ratios are, at one shape and setting."""
+    """Adds the ratios of a table, at one shape and setting."""
     (reference,) = (row for row in rows if row["contender"] == ratio_to)
     for row in rows:
         for kind in ("forward", "both"):
@@ -134,7 +134,7 @@ def test_medians_of_calls():
 
 
 class FakeCuda:
-    """`torch.cuda` on which a launch takes as long as `launch` is told."""
+    """Stands in for `torch.cuda`; a launch takes as long as `launch` says."""
 
     def __init__(self, can_capture: bool):
         self.now = 0.0
@@ -229,7 +229,7 @@ def test_clock_of_a_gpu(monkeypatch, eager, can_capture, mode):
 @pytest.mark.parametrize("count", [6, 7, 9, 21, 40])
 def test_interval_of_the_median_holds_what_it_promises(count):
     low, high = reports.interval(list(range(count)))
-    assert low + high == count - 1  # the same from both ends
+    assert low + high == count - 1  # the same rank from both ends
 
     # The interval from the k-th value misses the median if at most k - 1
     # values lie below it, or above it.
@@ -410,7 +410,7 @@ def test_table_of_a_gpu():
     assert body[0][3:6] == ["0.500 (0.495-0.505)", "1.25", "8 (50%)"]
     assert body[1][4] == "3.12" and body[2][4] == "1.00"
     assert body[0][-1] == "3.0e-06"
-    assert body[3][5] == "4"  # its peak is not known
+    assert body[3][5] == "4"  # the peak is not known
     assert body[3][-1] == "not finite" and body[5][-1] == ""
     assert body[4][3] == "" and body[4][6] == "error"
 

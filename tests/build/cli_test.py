@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `tf-deform`: answers without TensorFlow, and the doctor's."""
+"""Tests the command `tf-deform`: answers without TensorFlow, and the doctor."""
 
 import os
 import pathlib
@@ -21,11 +21,11 @@ STEPS = ["TensorFlow", "Keras", "tf_deform", "ops", "XLA"]
 
 
 def run(command, *arguments, path=PACKAGE.parent, **environment):
-    """Runs a command with `path`, folders, before all other packages."""
+    """Runs a command with the folders `path` before all other packages."""
     folders = [str(path)] if isinstance(path, pathlib.Path) else map(str, path)
     return subprocess.run(
         [*command, *arguments],
-        # The folder in which a module runs comes before PYTHONPATH.
+        # Python puts the folder in which a module runs before PYTHONPATH.
         cwd=path if isinstance(path, pathlib.Path) else path[-1],
         env={
             **os.environ,
@@ -40,7 +40,7 @@ def run(command, *arguments, path=PACKAGE.parent, **environment):
 
 
 def diagnose(path=PACKAGE.parent, **environment) -> tuple[int, dict[str, str]]:
-    """Returns the doctor's exit status and findings by their names."""
+    """Returns the doctor's exit status, and its findings by name."""
     result = run(COMMAND, "doctor", path=path, **environment)
     findings: dict[str, str] = {}
     for line in result.stdout.splitlines():
@@ -55,7 +55,7 @@ def diagnose(path=PACKAGE.parent, **environment) -> tuple[int, dict[str, str]]:
 
 
 def write_module(folder: pathlib.Path, name: str, text: str) -> pathlib.Path:
-    """Writes a module that stands in for another one; returns its folder."""
+    """Writes a module that replaces another module; returns the folder."""
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.py").write_text(text)
     return folder
@@ -63,7 +63,7 @@ def write_module(folder: pathlib.Path, name: str, text: str) -> pathlib.Path:
 
 @pytest.fixture
 def no_tensorflow(tmp_path) -> pathlib.Path:
-    """A folder with a TensorFlow that cannot be imported."""
+    """Makes a folder with a TensorFlow that cannot be imported."""
     return write_module(
         tmp_path / "stubs",
         "tensorflow",
@@ -73,7 +73,7 @@ def no_tensorflow(tmp_path) -> pathlib.Path:
 
 @pytest.fixture
 def copy(tmp_path) -> pathlib.Path:
-    """A copy of the package with its command, as pip would install them."""
+    """Copies the package with its command, as pip would install them."""
     folder = tmp_path / "site"
     shutil.copytree(
         PACKAGE,
@@ -86,7 +86,7 @@ def copy(tmp_path) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def metadata(tmp_path_factory) -> pathlib.Path:
-    """A folder with the metadata that pip would install."""
+    """Makes a folder with the metadata that pip would install."""
     folder = tmp_path_factory.mktemp("metadata")
     command = [sys.executable, "setup.py", "-q", "dist_info"]
     subprocess.run(
@@ -117,7 +117,10 @@ def metadata(tmp_path_factory) -> pathlib.Path:
 def test_answers_that_need_no_tensorflow(
     arguments, status, expected, no_tensorflow
 ):
-    """The path alone is on standard output: `serve $(tf-deform library)`."""
+    """Tests that standard output is the path alone.
+
+    Commands use it: `serve $(tf-deform library)`.
+    """
     result = run(COMMAND, *arguments, path=[no_tensorflow, PACKAGE.parent])
     assert result.returncode == status, result.stderr
     said, other = result.stdout, result.stderr
@@ -187,7 +190,7 @@ def test_without_a_library_there_is_no_path(command, copy):
     result = run(command, "library", path=copy)
     assert result.returncode == 1
     assert result.stdout == ""
-    # After the package's warning.
+    # The first line is the package's warning.
     text = result.stderr.splitlines()[-1]
     assert text.startswith(
         f"Expected the op library of tf_deform at {library}. Received: "
@@ -198,7 +201,7 @@ def test_without_a_library_there_is_no_path(command, copy):
 
 
 def test_a_sound_installation(metadata):
-    """The extras are those of setup.py, and `test` is here: this is a test."""
+    """Tests that the extras are the ones of setup.py, `test` included."""
     status, findings = diagnose([metadata, PACKAGE.parent])
     assert status == 0, findings
     assert findings["tf-deform"] == tf_deform.__version__
@@ -230,7 +233,7 @@ def test_the_instruction_set_and_its_limit(isa, no_tensorflow):
 
 
 def assert_stopped_at(step: str, status: int, findings: dict[str, str]) -> str:
-    """Checks that `step` failed, and later ones were not tried."""
+    """Checks that `step` failed and that no later step was tried."""
     assert status == 1
     assert findings["verdict"] == "the native ops do not work"
     assert findings[step].startswith("FAILED: "), findings
@@ -265,7 +268,7 @@ def test_tensorflow_is_of_another_version(copy):
     ],
 )
 def test_the_process_ends_before_its_answer(end, expected, tmp_path):
-    """Its last words are told; a line that it did not end does no harm."""
+    """Tests that the last words are reported, even without a line break."""
     stubs = write_module(
         tmp_path / "stubs",
         "tensorflow",
@@ -298,7 +301,7 @@ def test_the_op_library_is_broken(copy):
 
 
 def test_the_op_library_is_missing(copy):
-    """The package can be imported then, and runs portable ops."""
+    """Tests that the package can be imported, and runs the portable ops."""
     library = copy / "tf_deform/_ops.so"
     library.unlink()
     status, findings = diagnose(copy)
@@ -325,7 +328,7 @@ def test_native_ops_are_switched_off():
 
 
 def test_wrong_results_are_found(copy):
-    """The kernels' results are judged, not only that they run."""
+    """Tests that the doctor compares the kernels' results."""
     path = copy / "tf_deform/ops/deformable_conv2d.py"
     path.write_text(
         path.read_text() + "\n_right = deformable_conv2d\n\n\n"
@@ -362,7 +365,7 @@ def test_an_extra_and_what_it_lacks(
 
 
 def test_no_extras(tmp_path, no_tensorflow):
-    """An installation without metadata, as in a source tree."""
+    """Tests an installation without metadata, as in a source tree."""
     hidden = "import importlib.metadata as m\n"
     hidden += "def metadata(name): raise m.PackageNotFoundError(name)\n"
     hidden += "m.metadata = metadata\n"

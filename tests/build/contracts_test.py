@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Headers of the core stay readable: formatters have run tables together."""
+"""Tests that the core's headers stay readable.
+
+Formatters garbled their tables.
+"""
 
 import pathlib
 import re
@@ -22,13 +25,13 @@ OPERAND = re.compile(r"//   (\w+) +\(")
 
 
 def table_of(header: str) -> list[str]:
-    """Lines of the operand table, from the sentence before to the guard."""
+    """Returns the lines of the operand table, up to the include guard."""
     table = header.partition("T is double):\n")[2]
     return table.partition("\n\n#ifndef")[0].splitlines()
 
 
 def operands_of(header: str) -> set[str]:
-    """Names of the operands, by the contract's own declarations."""
+    """Returns the names of the operands that the contract declares."""
     struct = re.search(r"struct \w+Inputs \{\n(.*?)\n\};", header, re.DOTALL)
     names = set(re.findall(r"const void\* (\w+)", struct[1]))
     forward = re.search(r"Status Forward\((.*?)\);", header, re.DOTALL)
@@ -46,7 +49,7 @@ def test_a_contract_has_one_operand_a_line(path):
     columns = {line.index("(") for line in begins}
     assert len(columns) == 1, "shapes begin in one column"
     for line in table:
-        # A line that continues an operand is set below its shape.
+        # A line that continues an operand begins below the operand's shape.
         assert OPERAND.match(line) or re.match(r"// {9,12}\S", line), line
         others = [name for name in names if re.search(rf"\b{name} +\(", line)]
         assert len(others) <= 1, line
@@ -54,7 +57,10 @@ def test_a_contract_has_one_operand_a_line(path):
 
 @pytest.mark.parametrize("path", CONTRACTS, ids=lambda path: path.stem)
 def test_a_description_is_the_table_once_more(path):
-    """Names, order and kinds: glue is made from the one, read in the other."""
+    """Tests that names, order and kinds in the description equal the table's.
+
+    The glue is made from the description; people read the table.
+    """
     header = path.read_text()
     described = re.findall(r'\{"(\w+)", k(Value|Coordinate), k\w+,', header)
     table = " ".join(line.removeprefix("//") for line in table_of(header))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The build with and without nvcc, read from what it made: no GPU needed."""
+"""Tests builds with and without nvcc by reading their outputs; needs no GPU."""
 
 import collections
 import importlib.util
@@ -38,7 +38,7 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-# What is in the package.
+# Contents of the package.
 
 
 @pytest.mark.parametrize("suffix", ["", "Grad"])
@@ -69,7 +69,7 @@ def test_machine_code_of_every_architecture_and_ptx(library):
     names = _build_info.CUDA_ARCHITECTURES.split(";")
     assert set(machine) == {f"sm_{name}" for name in names}
     assert len(portable) == 1
-    # All sources were compiled for all.
+    # Every source was compiled for every architecture.
     assert len(set(machine.values()) | set(portable.values())) == 1
 
 
@@ -92,7 +92,10 @@ def test_no_kernel_uses_local_memory_by_surprise():
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm, of binutils")
 @pytest.mark.parametrize("library", ["_core.so", "_ops.so"])
 def test_the_cuda_runtime_is_inside_and_hidden(library):
-    """TensorFlow's has the same symbols and is of another version."""
+    """Tests symbols.
+
+    TensorFlow's CUDA runtime has the same symbols, in another version.
+    """
 
     def symbols(*flags):
         listing = subprocess.run(
@@ -107,7 +110,7 @@ def test_the_cuda_runtime_is_inside_and_hidden(library):
     if not inside:
         pytest.skip("the library is stripped")
     assert "cudaDriverGetVersion" in inside
-    # Neither offered to others nor asked of them.
+    # The library neither exports these symbols nor imports them.
     visible = [n for n in symbols("-D") if re.match(r"_*(cu[A-Zd]|fatbin)", n)]
     assert not visible
 
@@ -137,7 +140,7 @@ arch = sm_90
     assert "recorded [22, 31, 8]" in surprise
 
 
-# How it is built.
+# The build itself.
 
 
 def test_architectures():
@@ -145,7 +148,7 @@ def test_architectures():
 
 
 def fake_nvcc(folder: pathlib.Path) -> str:
-    """A wrapper, as some installations have, around CUDA 12.4 elsewhere."""
+    """Makes an `nvcc` that wraps a CUDA 12.4 elsewhere, as on some systems."""
     home = folder / "cuda 12"
     (home / "lib64").mkdir(parents=True)
     (home / "lib64" / "libcudart_static.a").touch()
@@ -160,7 +163,7 @@ def fake_nvcc(folder: pathlib.Path) -> str:
         "esac\n"
     )
     nvcc.chmod(0o755)
-    # TOP is written with a step up from a folder that must be there.
+    # TOP is written with a step up from a folder that must exist.
     (home / "bin").mkdir()
     return str(nvcc)
 
@@ -239,7 +242,7 @@ def test_what_did_not_change_is_not_compiled_anew(tmp_path):
     header.write_text("constexpr int kOne = 1;\n")
 
     def compiled(*flags) -> int:
-        """When the object was written."""
+        """Returns the time at which the object was written."""
         command = ["c++", *flags]
         step = build.Step(str(source), str(tmp_path / "o" / "a.o"), command)
         (path,) = build.compile_all([step])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""README, docs and CHANGELOG: every block of code runs, every link leads on."""
+"""Tests README, docs and CHANGELOG: code blocks run, and links have targets."""
 
 import os
 import pathlib
@@ -20,7 +20,7 @@ import tf_deform
 ROOT = pathlib.Path(__file__).parents[2]
 PATHS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [path.relative_to(ROOT).as_posix() for path in PATHS]
-# Beginnings of commands, and of blocks in Python, that are not run here.
+# Beginnings of commands, and of Python blocks, that this test does not run.
 SKIPPED = {
     "make demo": "takes minutes; segmentation_test and detection_test train",
     "make test": "is what runs this test",
@@ -37,7 +37,7 @@ def skips(code: str) -> bool:
 
 
 def run_shell(example: Example) -> None:
-    """Runs the lines of a block one by one; one may go on after a backslash."""
+    """Runs the lines of a block; a backslash continues a line."""
     for line in example.parsed.replace("\\\n", " ").splitlines():
         command = line.partition("#")[0].strip()
         if not command or skips(command):
@@ -63,7 +63,7 @@ SYBIL = Sybil(
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch) -> None:
-    """A folder with images in classes, in which `tf-deform` is a command."""
+    """Makes a folder of images by class, with the command `tf-deform`."""
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     for kind in ("cats", "dogs"):
@@ -74,7 +74,7 @@ def workplace(tmp_path, monkeypatch) -> None:
             keras.utils.save_img(folder / f"{number}.jpg", pixels, scale=False)
     command = tmp_path / "bin" / "tf-deform"
     command.parent.mkdir()
-    # As pip writes it.
+    # The text is the script that pip writes.
     command.write_text(
         f"#!{sys.executable}\nimport sys\nfrom tf_deform_cli import main\n"
         "sys.exit(main())\n"
@@ -88,7 +88,7 @@ def workplace(tmp_path, monkeypatch) -> None:
 
 
 def names() -> dict:
-    """Returns a model and its data, which the blocks of docs use unmade."""
+    """Returns the names that blocks of docs use undefined: a model, data."""
     rng = np.random.default_rng(0)
     image = keras.Input((16, 16, 3), name="image")
     x = tf_deform.layers.DeformableConv2D(4, 3, modulation="2sigmoid")(image)
@@ -107,7 +107,7 @@ def names() -> dict:
 
 @pytest.mark.parametrize("path", PATHS, ids=NAMES)
 def test_blocks_run(path, workplace):
-    """In their order, as a reader would run them; README's from nothing."""
+    """Runs the blocks in order. A reader of README starts without names."""
     document = SYBIL.parse(path)
     document.namespace.update({} if path.name == "README.md" else names())
     for example in document.examples():
@@ -116,7 +116,7 @@ def test_blocks_run(path, workplace):
 
 @pytest.mark.parametrize("path", PATHS, ids=NAMES)
 def test_every_block_can_be_run(path):
-    """No block is in a language, or of a form, that the test above misses."""
+    """Tests that the test above misses no language or form of block."""
     text = path.read_text()
     languages = re.findall(r"^ *```(.*)\n(?:.*\n)*?^ *```$", text, re.MULTILINE)
     assert set(languages) <= {"python", "sh"}
@@ -125,7 +125,7 @@ def test_every_block_can_be_run(path):
         r"^ *```.*\n(?:.*\n)*?^ *```$", "", text, flags=re.MULTILINE
     )
     assert "```" not in outside
-    # An indented block is one, too, unless it belongs to a list.
+    # An indented block is code too, unless it belongs to a list.
     assert not re.search(r"^(?![-*\d ]).*\n\n    \S", outside, re.MULTILINE)
 
 
@@ -141,7 +141,7 @@ def test_what_is_skipped_is_there():
 
 
 def anchors(text: str) -> set[str]:
-    """Returns the anchors of headings, as GitHub makes them."""
+    """Returns the anchors of the headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {
         re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
@@ -165,7 +165,7 @@ def test_links_lead_somewhere(path):
 
 
 def test_every_page_can_be_found():
-    """README links all pages, or pages that link the others."""
+    """Tests that README links every page, or a page that links it."""
     text = (ROOT / "README.md").read_text()
     text += (ROOT / "docs/export.md").read_text()
     for path in (ROOT / "docs").glob("*.md"):
@@ -173,7 +173,11 @@ def test_every_page_can_be_found():
 
 
 def test_the_table_of_exports_is_whole():
-    """A trial of benchmarks/export_table.py overwrites it with what it ran."""
+    """Tests all rows.
+
+    A trial run of benchmarks/export_table.py overwrites the table with the rows
+    that it ran.
+    """
     text = (ROOT / "docs/export.md").read_text()
     table = text.partition("<!-- the table begins -->")[2]
     rows = re.findall(r"^\|.*\|$", table, re.MULTILINE)
@@ -187,7 +191,7 @@ def test_the_readme_is_short():
     assert len(lines) <= 150
     commands = re.findall(r"^make \w+", "\n".join(lines), re.MULTILINE)
     assert commands[:2] == ["make demo", "make test"]
-    # One picture, a table of layers, one of gains and one of speed.
+    # One picture, and tables of layers, of gains and of speed.
     assert sum(line.startswith("![") for line in lines) == 1
     assert sum(line.startswith("|---") for line in lines) == 3
 

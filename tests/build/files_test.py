@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The file or folder that appears whole or not at all, whoever is killed."""
+"""Tests that a file or folder appears whole or not at all.
+
+Processes are killed.
+"""
 
 import errno
 import fcntl
@@ -61,7 +64,7 @@ def run(script, *arguments):
 @pytest.mark.parametrize("before", ["nothing", "empty", "old"])
 @pytest.mark.parametrize("folder", [True, False])
 def test_killed_at_every_line(folder, before, exchange, tmp_path):
-    """Before and after every rename, and whatever else there is."""
+    """Kills the process at every line, so around every rename, too."""
     run(
         f"""
         FOLDER, BEFORE, EXCHANGE = {folder}, {before!r}, {exchange}
@@ -127,9 +130,10 @@ def test_killed_at_every_line(folder, before, exchange, tmp_path):
 @pytest.mark.parametrize("exchange", [True, False])
 @pytest.mark.parametrize("folder", [True, False])
 def test_many_write_to_one_path(folder, exchange, tmp_path):
-    """All end, and what is there is one of theirs, and whole.
+    """Tests that all writers end, and that the result is one whole version.
 
-    One who looks all the time sees it all the time, if the file system can.
+    A reader that looks all the time always finds the path, if the file system
+    can exchange two paths.
     """
     said = run(
         f"""
@@ -175,7 +179,7 @@ def write(path, content="mine"):
 
 
 def make_staging(parent, name="abcdefgh"):
-    """What a killed process leaves."""
+    """Makes the folders that a killed process leaves."""
     staging = parent / f".tf_deform-partial-{name}"
     (staging / "new" / "model").mkdir(parents=True)
     (staging / "new" / "model" / "mark").write_text("half")
@@ -196,7 +200,7 @@ def test_a_dead_ones_folder_is_cleared(tmp_path):
 
 
 def test_a_living_ones_folder_stays(tmp_path):
-    """Of another process, of this one, and of one of which nobody can tell."""
+    """Tests folders of another process, and of this process while it writes."""
     staging = make_staging(tmp_path)
     child = subprocess.Popen(
         [
@@ -224,7 +228,7 @@ def test_a_living_ones_folder_stays(tmp_path):
 
 
 def test_what_others_own_stays(tmp_path):
-    """Whatever it is called, and although no process holds it."""
+    """Tests that similar names stay, although no process holds a lock."""
     for name in (
         ".model-abcdefgh",
         ".model",
@@ -257,7 +261,7 @@ def test_folders_of_other_users_stay(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number", sorted(_files._NO_LOCKS))
 def test_a_file_system_without_locks(number, tmp_path, monkeypatch):
-    """Writes, and never takes another process for dead."""
+    """Tests that writing works, and never clears another process's folder."""
     staging = make_staging(tmp_path)
 
     def refuse(*_):
@@ -281,7 +285,7 @@ def test_a_lock_that_cannot_be_made(tmp_path, monkeypatch):
 
 
 def test_taken_for_dead_while_it_begins(tmp_path, monkeypatch):
-    """Between the folder's birth and its lock another writer may clear it."""
+    """Tests another writer that clears the folder before its lock is taken."""
     lock, begun = _files._lock, []
 
     def late(staging):
@@ -298,7 +302,7 @@ def test_taken_for_dead_while_it_begins(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("libc", ["glibc", "old", "other processor"])
 def test_the_systems_call(libc, tmp_path, monkeypatch):
-    """By name, or, where the C library is too old, by number, or not at all."""
+    """Tests the system call by name, by number (old C library), and absent."""
     if libc != "glibc":
 
         class Old:
@@ -328,7 +332,7 @@ def test_the_systems_call(libc, tmp_path, monkeypatch):
 def test_a_swap_that_fails_leaves_what_was_there(
     when, kind, exchange, tmp_path, monkeypatch
 ):
-    """A rename that raises, whichever it is."""
+    """Tests a failure of every rename in turn."""
     rename = os.rename
     call = 0
     for turn in range(6):
@@ -368,7 +372,7 @@ def test_a_swap_that_fails_leaves_what_was_there(
 
 
 def test_what_may_not_be_replaced(tmp_path):
-    """Also what came while it was written."""
+    """Tests that a path is refused also if it appears during writing."""
     path = tmp_path / "model"
     with pytest.raises(FileExistsError, match="with a mark.* other things"):
         with _files.writing(path, "mark") as partial:
@@ -391,7 +395,7 @@ def test_what_may_not_be_replaced(tmp_path):
 
 
 def test_names(tmp_path):
-    """Names as long as a file system has them, and names of our own."""
+    """Tests the longest names, and the names that staging folders use."""
     for name in ("a" * 255, "lock", "new", "before", " ", "ü*[?]", "-rf"):
         write(tmp_path / name, "first")
         write(tmp_path / name, "second")
@@ -400,7 +404,7 @@ def test_names(tmp_path):
 
 
 def test_links(tmp_path):
-    """What a link leads to is written, and the link stays."""
+    """Tests that the link's target is written, and that the link stays."""
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real" / "model")
     for content in ("first", "second"):
@@ -411,7 +415,7 @@ def test_links(tmp_path):
 
 
 def test_threads(tmp_path):
-    """Of one process: each has its own lock."""
+    """Tests threads of one process: each thread has its own lock."""
     failed = []
 
     def work(index):
@@ -445,7 +449,7 @@ def test_null_characters(path):
 
 
 def test_paths(tmp_path):
-    """Texts, paths and whatever says that it is one."""
+    """Tests strings, `Path` objects and other path-like objects."""
     (tmp_path / "model").touch()
     (entry,) = os.scandir(tmp_path)
     for path in (tmp_path / "model", str(tmp_path / "model"), entry):

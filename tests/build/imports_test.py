@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Imports and includes go one way: core <- tf, xla; ops <- layers <- the rest.
+"""Tests that imports go one way: core <- tf, xla; ops <- layers <- the rest.
 
-Every import counts, also within a function.
+Every import counts, also an import within a function. The same holds for
+includes.
 """
 
 import ast
@@ -17,8 +18,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 PACKAGE = "tf_deform"
 COMMAND = "tf_deform_cli"
 
-# A part of the package imports parts of earlier lines alone, and, of its own
-# line, none but itself. "" is `tf_deform/__init__.py`.
+# A part of the package imports only parts of earlier lines and, of its own
+# line, only itself. "" is `tf_deform/__init__.py`.
 FLOORS = (
     {"_build_info", "_files", "_tf2onnx", "_weight_files"},
     {"_loader"},
@@ -30,13 +31,13 @@ FLOORS = (
     {""},
     {"__main__"},
 )
-# These need TensorFlow alone: a program without Keras 3 could use them.
+# These parts need TensorFlow alone: a program without Keras 3 could use them.
 NO_KERAS = {"_files", "_loader", "_implementation", "_portable", "ops"}
-# Everything else that the package imports belongs to an extra, and is imported
-# by the function that needs it. Keras requires h5py.
+# Every other import of the package belongs to an extra, and stands in the
+# function that needs it. Keras requires h5py.
 REQUIRED = {"tensorflow", "keras", "numpy", "h5py"}
 
-# Folders of cc, and those from which they include.
+# Folders of cc, and the folders from which they include.
 MAY_INCLUDE = {
     "core": {"core"},
     "core/cpu": {"core", "core/cpu"},
@@ -47,12 +48,12 @@ MAY_INCLUDE = {
 
 
 def part(module: str) -> str:
-    """Returns the part of the package: `ops` of `tf_deform.ops._arguments`."""
+    """Returns the part of a module: `ops` for `tf_deform.ops._arguments`."""
     return (module.split(".") + [""])[1]
 
 
 def modules() -> dict[str, pathlib.Path]:
-    """Returns the files of the package by their modules' names."""
+    """Returns the files of the package by the names of their modules."""
     found = {}
     for path in sorted((ROOT / PACKAGE).rglob("*.py")):
         names = path.relative_to(ROOT).with_suffix("").parts
@@ -68,9 +69,9 @@ MODULES = modules()
 def imports(
     path: pathlib.Path, *, at_once: bool = False
 ) -> Iterator[tuple[str, int]]:
-    """Yields the modules that a file imports, with their lines.
+    """Yields the modules that a file imports, with line numbers.
 
-    `at_once` leaves out the ones within functions, and for type checkers.
+    `at_once` leaves out imports within functions and imports for type checkers.
     """
     nodes = [ast.parse(path.read_text())]
     while nodes:
@@ -81,7 +82,7 @@ def imports(
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno} is relative"
             for alias in node.names:
-                # The imported name may be that of a module.
+                # The imported name may be the name of a module.
                 name = f"{node.module}.{alias.name}"
                 yield name if name in MODULES else node.module, node.lineno
         lazy = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or (
@@ -97,7 +98,7 @@ def is_of_package(module: str) -> bool:
 
 
 def wrong_imports(files: dict[str, pathlib.Path]) -> list[str]:
-    """Returns the imports that go up, or sideways, in words."""
+    """Describes the imports that go up or sideways."""
     levels = {name: i for i, floor in enumerate(FLOORS) for name in floor}
     wrong = []
     for module, path in files.items():
@@ -142,7 +143,10 @@ def test_a_wrong_import_is_found(module, text, tmp_path):
 
 
 def test_there_are_no_circles():
-    """Within a part as well; a package's own modules come before it."""
+    """Tests circles of modules, also within a part.
+
+    A package's own modules come before the package.
+    """
     graph = {
         module: {
             name
@@ -193,7 +197,7 @@ def test_what_an_extra_brings_is_imported_when_used():
 
 
 def test_the_import_brings_nothing_of_others(run_python):
-    """Besides TensorFlow and Keras there is the package to pay for."""
+    """Tests that the import loads only TensorFlow and Keras besides."""
     printed = run_python(
         """
 import re
@@ -262,7 +266,10 @@ def test_includes_go_one_way():
 
 
 def test_the_core_knows_no_framework():
-    """And TensorFlow's glue nothing of XLA."""
+    """Tests the includes of the core.
+
+    TensorFlow's glue must include nothing of XLA either.
+    """
     for path in sources():
         for header in includes(path):
             top = header.split("/")[0]
@@ -273,7 +280,10 @@ def test_the_core_knows_no_framework():
 
 
 def test_the_compiler_of_cpp_sees_no_header_of_cuda():
-    """The stream crosses as `void*`; tests compile kernels for the host."""
+    """Tests that no C++ source includes CUDA headers.
+
+    The stream is passed as `void*`, and tests compile the kernels for the host.
+    """
     for path in sources():
         if path.startswith("cc/core/cuda/"):
             continue

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The op library, loaded more than once in a process, in every order."""
+"""Tests loading the op library more than once in a process, in every order."""
 
 import pathlib
 import shutil
@@ -45,11 +45,11 @@ def copy(tmp_path):
 
 @pytest.fixture
 def another_version(copy):
-    """A library that says of itself that it is another version."""
+    """Copies the library and changes the version that the copy reports."""
     version = tf_deform.__version__.encode() + b"\0"
     content = copy.read_bytes()
     assert content.count(b"\0" + version) == 1
-    # As long as the old one: nothing in the file may move.
+    # The new text is as long as the old text: nothing in the file may move.
     other = b"9" * (len(version) - 1) + b"\0"
     copy.write_bytes(content.replace(b"\0" + version, b"\0" + other))
     return copy
@@ -67,7 +67,7 @@ def another_version(copy):
     ],
 )
 def test_loaded_twice(run_python, tmp_path, copy, first, loads):
-    """The ops that are there already are used."""
+    """Tests that the ops that are registered already are used."""
     (tmp_path / "link.so").symlink_to(LIBRARY)
     path = {
         "copy": str(copy),
@@ -89,7 +89,10 @@ def test_loaded_twice(run_python, tmp_path, copy, first, loads):
 
 
 def test_a_model_beside_a_copy(run_python, tmp_path, copy):
-    """A script loads model and library from a folder; both kinds of users."""
+    """Tests a script that loads model and library from a folder.
+
+    The package is used in the same process.
+    """
     printed = run_python(
         START
         + """
@@ -113,7 +116,10 @@ work()
 
 
 def test_another_version_first(run_python, another_version):
-    """Nothing of the second is registered; it stays an error."""
+    """Tests that the second version registers nothing.
+
+    The error is raised again at every try.
+    """
     printed = run_python(
         START
         + """
@@ -155,7 +161,7 @@ work()
 
 
 def test_loaded_by_something_else(run_python, copy):
-    """The ops are there, but TensorFlow made no functions of them."""
+    """Tests ops that are registered without TensorFlow's functions for them."""
     printed = run_python(
         START
         + """
@@ -174,7 +180,7 @@ except ImportError as error:
 
 
 def test_modules_are_loaded_anew(run_python):
-    """`importlib.reload`, and an import after all has been forgotten."""
+    """Tests `importlib.reload`, and an import after removing all modules."""
     printed = run_python(
         START
         + """
@@ -198,7 +204,10 @@ def test_versions_are_the_same():
 
 @pytest.mark.parametrize("value", ["0", "1"])
 def test_legacy_keras(run_python, value):
-    """Functions work beside Keras 2; its models take no layers of Keras 3."""
+    """Tests that functions work beside Keras 2.
+
+    Its models refuse Keras 3 layers.
+    """
     printed = run_python(
         """
 import warnings

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Installation, loading, and the promise that saved models stay loadable."""
+"""Tests installing, loading, and that old saved models stay loadable."""
 
 import ctypes
 import importlib.metadata
@@ -61,7 +61,7 @@ def copy_of_the_package(tmp_path):
 
 
 def test_import_next_to_another_tensorflow(run_python, copy_of_the_package):
-    """The check comes before the library is loaded."""
+    """Tests that the check precedes the loading of the library."""
     info = copy_of_the_package / "_build_info.py"
     info.write_text(
         re.sub(
@@ -80,7 +80,10 @@ def test_import_next_to_another_tensorflow(run_python, copy_of_the_package):
 def test_import_of_a_package_that_was_not_built(
     run_python, copy_of_the_package
 ):
-    """Without the library alone it works: see implementation_test.py."""
+    """Tests a package without build information.
+
+    The import works without the library alone: see implementation_test.py.
+    """
     (copy_of_the_package / "_build_info.py").unlink()
     printed = run_python(BROKEN, copy_of_the_package.parent)
     assert "ImportError: Expected" in printed
@@ -96,7 +99,10 @@ def test_both_builds_take_the_same_sources():
 
 
 def test_both_builds_compile_with_the_same_flags():
-    """A flag that is missing in one of them changes code, and so results."""
+    """Tests flags.
+
+    A flag that one build lacks changes its code, and so its results.
+    """
     spec = importlib.util.spec_from_file_location("build", ROOT / "cc/build.py")
     build = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(build)
@@ -104,11 +110,12 @@ def test_both_builds_compile_with_the_same_flags():
     bazel = re.findall(r"^build .*", text, re.MULTILINE)
     flags = re.findall(r"--(?:copt|cxxopt)=(\S+)", " ".join(bazel))
     assert "build --compilation_mode=opt" in bazel
-    # Bazel adds these itself.
+    # Bazel adds these flags itself.
     own = {"-DNDEBUG", "-fPIC", "-g0", "-I."}
     assert own < set(build.FLAGS)
-    # setup.py compiles the core as C++17 and what includes TensorFlow's headers
-    # without warnings about their macros; Bazel has one set of flags for both.
+    # setup.py compiles the core as C++17, and the sources that include
+    # TensorFlow's headers without warnings about their macros; Bazel has one
+    # set of flags for both.
     others = {"-std=c++17", "-Wno-deprecated-declarations"}
     setup = (ROOT / "setup.py").read_text()
     setup += (ROOT / "cc/build.py").read_text()
@@ -129,7 +136,7 @@ def test_core_in_the_package_has_c_entry_points():
 
 
 def golden_function(name: str, rng: np.random.Generator):
-    """A function of three tensors; all its attributes differ from defaults."""
+    """Returns a function of three tensors; no attribute has its default."""
     if name == "deformable_conv2d_1":
         kernel = rng.normal(size=(3, 2, 2, 6)).astype(np.float32)
         return lambda inputs, offset, mask: tf_deform.ops.deformable_conv2d(
@@ -168,7 +175,7 @@ def golden_function(name: str, rng: np.random.Generator):
 
 
 ROIS = [[1, 2, 1, 15, 12.5], [0, -3, 4, 9, 22], [-1, 0, 0, 9, 9]]
-# Operands: signatures and shapes, or values.
+# Operands, as signatures with shapes or as values.
 GOLDENS = {
     "deformable_conv2d_1": [
         ((None, None, None, 4), (2, 6, 5, 4)),
@@ -189,9 +196,9 @@ GOLDENS = {
 
 
 def write_golden(name: str, folder: pathlib.Path) -> None:
-    """How a folder of `golden` was made; never to be made anew.
+    """Writes a folder of `golden`; kept as a record, never to be run again.
 
-    The gradient op is in the graph, too.
+    The graph also holds the gradient op.
     """
     rng = np.random.default_rng(0)
     function = golden_function(name, rng)
@@ -223,7 +230,10 @@ def write_golden(name: str, folder: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("name", GOLDENS)
 def test_golden_saved_models_load(name):
-    """Written once by `write_golden`, read by every version after it."""
+    """Tests models that `write_golden` wrote.
+
+    Every later version must load them.
+    """
     with np.load(GOLDEN / name / "expected.npz") as file:
         arrays = [file[key] for key in file.files]
     model = tf.saved_model.load(GOLDEN / name)
@@ -232,7 +242,7 @@ def test_golden_saved_models_load(name):
 
 
 def write_golden_export(folder: pathlib.Path) -> None:
-    """How `golden/exported_1` was made; never to be made anew."""
+    """Writes `golden/exported_1`; kept as a record, never to be run again."""
     image = keras.Input((9, 8, 2), name="image")
     layer = tf_deform.layers.DeformableConv2D(3, 3, modulation="2sigmoid")
     model = keras.Model(image, layer(image))
@@ -246,7 +256,7 @@ def write_golden_export(folder: pathlib.Path) -> None:
 
 
 def test_a_golden_export_loads():
-    """Written once by `write_golden_export`, with the op that explains."""
+    """Tests the file that `write_golden_export` wrote, with the marker op."""
     with np.load(GOLDEN / "exported_1" / "expected.npz") as file:
         images, expected = (file[key] for key in file.files)
     model = tf.saved_model.load(GOLDEN / "exported_1")

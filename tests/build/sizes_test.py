@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of code have at most 600 lines, functions at most 100."""
+"""Tests that files of code have at most 600 lines, functions at most 100."""
 
 import ast
 import pathlib
@@ -21,7 +21,7 @@ SOURCES = sorted(
 
 
 def python_functions(text: str) -> list[tuple[str, int]]:
-    """Names and lines of all functions, docstrings not counted."""
+    """Returns names and lengths of all functions, without their docstrings."""
     found = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -34,7 +34,7 @@ def python_functions(text: str) -> list[tuple[str, int]]:
 
 
 def without_texts(text: str) -> str:
-    """C++ with comments and literals blanked; every line stays."""
+    """Blanks comments and literals of C++; keeps every line."""
     pattern = r"//[^\n]*|/\*.*?\*/|\"(?:\\.|[^\"\\\n])*\"|'(?:\\.|[^'\\\n])'"
 
     def blank(match):
@@ -44,13 +44,13 @@ def without_texts(text: str) -> str:
 
 
 def native_functions(text: str) -> list[tuple[str, int]]:
-    """Names and lines of the outermost functions, from name to brace.
+    """Returns names and lengths of the outermost functions, from name to brace.
 
     A brace opens a function if the text since the last statement or block ends
     with arguments (and then qualifiers or initial values).
     """
     found = []
-    opened = []  # whether each open brace is a function's; name; line
+    opened = []  # whether each open brace opens a function; its name; its line
     head = ""
     for number, line in enumerate(without_texts(text).splitlines(), 1):
         if line.startswith("#"):

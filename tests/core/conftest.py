@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of the core run without TensorFlow and Keras."""
+"""Lets tests of the core run without TensorFlow and Keras."""
 
 import pytest
 

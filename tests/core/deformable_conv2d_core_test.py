@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deformable convolution in the core, through its C interface."""
+"""Tests deformable convolution in the core, through its C interface."""
 
 import os
 import pathlib
@@ -33,14 +33,14 @@ def test_threads_change_no_bit_of_random_calls(seed, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("boundary", ["zeros", "clamp"])
 def test_every_place_of_a_sample(boundary, dtype):
-    """Compares places on edges and pixels, which the random cases avoid."""
+    """Compares samples on edges and pixels, which the random cases avoid."""
     height, width = 3, 2
     rng = np.random.default_rng(0)
     rows = [-1.25, -1, -0.5, 0, 0.75, 1, 2, 2.5, 3, 3.5]
     columns = [-1.5, -1, -0.25, 0, 0.5, 1, 1.75, 2, 2.25]
     places = np.stack(np.meshgrid(rows, columns, indexing="ij"), -1)
     pixels = np.stack(np.indices((height, width)), -1)
-    # An image for every six places, a kernel of one tap.
+    # An image for every six places, and a kernel of one tap.
     places = places.reshape(-1, height, width, 2)
     batch = len(places)
     assert places.size == 2 * len(rows) * len(columns)
@@ -54,9 +54,9 @@ def test_every_place_of_a_sample(boundary, dtype):
     core_conv2d.check(operands, {"boundary": boundary}, dtype)
 
 
-# One below, at, and one past the blocks of pixels (8 located together in
+# Sizes one below, at, and one past the blocks of pixels (8 located together in
 # float64; 112 for gradients of data, 128 for the kernel, about 500 forward), of
-# rows (256), filters (16, 32, 256, 1024).
+# rows (256), of filters (16, 32, 256, 1024).
 @pytest.mark.parametrize(
     "pixels", [1, 7, 8, 9, 13, 14, 15, 111, 112, 113, 127, 128, 129, 503, 505]
 )
@@ -73,10 +73,10 @@ def test_block_edges(pixels, channels, filters):
 
 
 # Strips of the output, which share out the gradient of the inputs: 4 (the
-# least), 8 and 32 (the most) of an image, one an image, and more images than
-# are worked on together. `reach` is about how far samples lie from their pixel
-# in rows, ten times as far as in columns: with 40 most belong to another strip,
-# and the room for what is deferred is filled many times.
+# least), 8 and 32 (the most) strips an image, one strip an image, and more
+# images than are worked on together. `reach` is about how many rows samples lie
+# from their pixel; in columns it is a tenth. At 40 most samples belong to
+# another strip, and the room for deferred samples is filled many times.
 @pytest.mark.parametrize(
     "batch, size, channels, filters, groups, reach",
     [
@@ -113,12 +113,13 @@ def test_strips(batch, size, channels, filters, groups, reach, dtype):
 
 
 def test_many_runs_and_little_room():
-    """Every sample is deferred, in the most and shortest runs there can be.
+    """Defers every sample, in the most and the shortest runs possible.
 
-    Two bundles of one group each, 81 taps, 2 channels in 2 offset groups.
+    The call has two bundles of one group each, 81 taps, and 2 channels in 2
+    offset groups.
     """
     rng = np.random.default_rng(0)
-    size = (15, 30, 3)  # a strip has the least room with 15 images
+    size = (15, 30, 3)  # 15 images leave a strip the least room
     operands = rounded(
         (
             rng.normal(size=(*size, 4)),
@@ -137,8 +138,8 @@ def test_many_runs_and_little_room():
     assert_same_bits(two, one, "2 threads")
 
 
-# Groups of 1 channel (depthwise) to more channels than a block of rows holds,
-# in bundles of at most 1024 filters.
+# Groups range from 1 channel (depthwise) to more channels than a block of rows
+# holds, in bundles of at most 1024 filters.
 @pytest.mark.parametrize(
     "channels, filters, groups",
     [
@@ -181,7 +182,7 @@ def test_groups(channels, filters, groups, dtype):
     core_conv2d.check_threads(operands, (2, 5), dtype=dtype, **attributes)
 
 
-# Groups whose columns and filters lie side by side in registers.
+# Columns and filters of several groups lie side by side in registers.
 @pytest.mark.parametrize("dtype", core.DTYPES)
 @pytest.mark.parametrize("size", [4, 32, 33])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -209,7 +210,7 @@ def test_groups_do_not_mix(size, value, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-# The gradient of a kernel has a pass of its own if that is large.
+# The gradient of a kernel has a pass of its own if the kernel is large.
 @pytest.mark.parametrize("filters", [6, 540])
 @pytest.mark.parametrize("batch, threads", [(1, 3), (6, 2)])
 def test_each_gradient_is_the_same_alone(dtype, filters, batch, threads):
@@ -244,7 +245,10 @@ def test_each_gradient_is_the_same_alone(dtype, filters, batch, threads):
 def test_scratch_is_bounded(
     threads, dtype, size, channels, filters, groups, offset_groups
 ):
-    """4 MiB a worker; backward besides a packed kernel and a wide image."""
+    """Tests 4 MiB a worker.
+
+    Backward needs a packed kernel and a wide image besides.
+    """
     params = core.validate(
         (2, *size, channels),
         (3, 3, channels // groups, filters),
@@ -300,9 +304,9 @@ def test_large_common_value_does_not_drown_the_slope():
 
 
 def test_more_elements_than_32_bits_can_count():
-    """The last pixels of an image of 2**31 + 4633 elements.
+    """Tests the last pixels of an image of 2**31 + 4633 elements.
 
-    The memory is allocated, but only the pages that are read become real.
+    The memory is allocated, but only pages that are read occupy memory.
     """
     size = 46341
     inputs = np.zeros((1, size, size, 1), np.float16)
@@ -311,7 +315,7 @@ def test_more_elements_than_32_bits_can_count():
     field = (1, 2, 2)
     offset = np.zeros((*field, 2))
     offset[0, -1, -1] = [size - 1, size - 1.25]
-    offset[0, -1, -1] -= 23171  # where output pixel (1, 1) stands
+    offset[0, -1, -1] -= 23171  # the place of output pixel (1, 1)
     common = dict(dtype="float16", strides=23171)
     output = core.forward(inputs, kernel, offset, **common)
     assert_equal(output.ravel(), [0, 0, 0, 9])
@@ -325,13 +329,13 @@ def test_more_elements_than_32_bits_can_count():
         **common,
     )
     assert_equal(gradients["kernel"].ravel(), [4.5])
-    # Down is the zero row past the edge; to the right 3 becomes 5.
+    # Below is the zero row past the edge; to the right 3 becomes 5.
     assert_equal(gradients["offset"][0, 1, 1], [-9, 4])
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_conversions_are_exact(dtype):
-    """All 65536 values of a 16-bit type, through a 1x1 convolution."""
+    """Tests all 65536 values of a 16-bit type, through a 1x1 convolution."""
     bits = np.arange(65536, dtype=np.uint16)
     values = bits.view(np.float16)
     if dtype == "bfloat16":
@@ -339,15 +343,14 @@ def test_half_conversions_are_exact(dtype):
     values = values[np.isfinite(values)]
     in_bfloat16 = core.instruction_set() in ("avx512_bf16", "amx")
     if dtype == "bfloat16" and in_bfloat16:
-        # These products take numbers below the normal ones for 0.
+        # These products treat subnormal numbers as 0.
         values = values[np.abs(values) >= 2.0**-126]
     values = values.reshape(1, 1, -1, 1)
     offset = np.zeros((*values.shape[:3], 2))
     one = np.ones((1, 1, 1, 1))
     with np.errstate(over="ignore"):
         output = core.forward(values, one, offset, dtype=dtype)
-    # The last pixel has an infinite neighbour at weight 0 nowhere: all
-    # are finite, so 0 * neighbour is 0.
+    # All values are finite, so that a neighbour at weight 0 adds 0.
     assert_equal(output, values)
 
 
@@ -364,7 +367,7 @@ def test_rounds_to_nearest_even():
     received = core.forward(inputs, kernel, offset, dtype="float16")[0, 0]
     close = np.isclose(received, expected, rtol=2**-10, atol=2**-24)
     assert close.all()
-    assert (received == expected).mean() > 0.99  # but for sums in float32
+    assert (received == expected).mean() > 0.99  # except float32 sums
 
 
 def test_needs_no_tensorflow():

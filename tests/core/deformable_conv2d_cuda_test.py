@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deformable convolution's CUDA kernels, on a GPU or emulated: see gpu.py."""
+"""Tests deformable convolution's CUDA kernels, on a GPU or emulated.
+
+See gpu.py.
+"""
 
 import ctypes
 
@@ -17,7 +20,7 @@ from pairwise import grid
 from tolerances import CORE_CONV2D
 
 OP = "TfDeformDeformableConv2DCuda"
-# Columns are rounded to 11 bits.
+# TF32 rounds columns to 11 bits.
 TF32 = Tolerance(2**-10, at_least=1)
 
 
@@ -30,8 +33,8 @@ def check(operands, attributes, dtype, **options):
     exact = rounded(operands, dtype)
     tf32 = dtype == "float32" and options.get("allow_tf32", False)
     if tf32:
-        # Numbers that need no rounding: what is multiplied besides
-        # columns, so that all but output and kernel stay exact.
+        # Operands besides columns need no rounding, so that all results but the
+        # output and the kernel's gradient stay exact.
         inputs, kernel, offset, mask, output_grad = exact
         exact = inputs, to_tf32(kernel), offset, mask, to_tf32(output_grad)
     expected = core_conv2d.expected_results(exact, **attributes)
@@ -60,7 +63,7 @@ def test_tf32_agrees_with_reference(seed):
     check(operands, attributes, "float32", allow_tf32=True)
 
 
-# A type of operands, and whether a GPU may compute with TF32.
+# Pairs a type of operands with whether a GPU may compute with TF32.
 TYPES_AND_TF32 = [
     *[(dtype, False) for dtype in DTYPES],
     ("float32", True),
@@ -77,7 +80,7 @@ def case(
     groups=1,
     **attributes,
 ):
-    """Operands whose offsets are exact, no integers, and mostly inside."""
+    """Draws operands; offsets are exact, no integers, and mostly inside."""
     rng = np.random.default_rng(seed)
     attributes = {"padding": "same", **attributes}
     shapes = [(batch, *size, channels)]
@@ -95,9 +98,9 @@ def case(
     ), attributes
 
 
-# One below, at, and one past the blocks of pixels (128; 32 or 16 of a step of
-# the gradient of the kernel), of channels (128; 32 or 16 of a step) and of
-# filters (64, 128, 256). In packs of 16 bytes and not.
+# Sizes one below, at, and one past the blocks of pixels (128; 32 or 16 in a
+# step of the gradient of the kernel), of channels (128; 32 or 16 in a step) and
+# of filters (64, 128, 256), with and without packs of 16 bytes.
 @grid(
     {
         "pixels": [1, 31, 33, 127, 128, 129, 257],
@@ -113,8 +116,8 @@ def test_block_edges(pixels, channels, filters, dtype, allow_tf32):
     check(operands, attributes, dtype, allow_tf32=allow_tf32)
 
 
-# Groups of channels that come in packs, that do not, and too small for a
-# product; offset groups that cut across groups.
+# Groups whose channels fill packs, groups whose channels do not, groups too
+# small for a product, and offset groups that cut across groups.
 @grid(
     {
         "channels, filters, groups, offset_groups": [
@@ -157,7 +160,7 @@ def test_deterministic_gradients(dtype, groups):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_one_channel_wide_image(deterministic, dtype):
-    """Left corners in column -1 look like the end of the row before."""
+    """Tests column -1, which looks like the end of the row before."""
     operands, attributes = case(5, 2, (7, 1), 3, 2, (2, 2))
     check(operands, attributes, dtype, deterministic=deterministic)
 
@@ -168,7 +171,7 @@ def test_one_channel_wide_image(deterministic, dtype):
     "channels, filters, groups", [(72, 136, 1), (5, 3, 1), (12, 12, 12)]
 )
 def test_no_barrier_is_missing(dtype, channels, filters, groups):
-    """Threads that run in the opposite order change no bit."""
+    """Tests that running the threads in the opposite order changes no bit."""
     operands, attributes = case(
         1, 2, (9, 15), channels, filters, (2, 3), groups
     )
@@ -197,7 +200,7 @@ def test_only_wanted_gradients(dtype, deterministic):
         )
         assert tuple(alone) == wanted
         for name, gradient in alone.items():
-            if name == "inputs" and not deterministic:  # in any order
+            if name == "inputs" and not deterministic:  # summed in any order
                 core_conv2d.assert_results_close(alone, together, dtype)
             else:
                 assert_same_bits({name: gradient}, {name: together[name]})
@@ -218,7 +221,7 @@ def test_nothing_to_compute(dtype, deterministic, batch, size, filters):
 @pytest.mark.parametrize("groups", [1, 8])
 @pytest.mark.parametrize("name", ["inputs", "output_grad"])
 def test_not_finite_numbers_are_those_of_the_cpu(name, dtype, boundary, groups):
-    """NaN and infinity in each operand; samples on and outside of edges."""
+    """Tests NaN and infinity in each operand, on and beyond edges."""
     rng = np.random.default_rng(9)
     operands, attributes = case(
         9, 2, (4, 6), 8, 8, (2, 2), groups, boundary=boundary
@@ -252,7 +255,7 @@ def test_not_finite_numbers_are_those_of_the_cpu(name, dtype, boundary, groups):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_wide_blocks(dtype):
-    """Enough pixels for 256 filters a block."""
+    """Tests enough pixels for blocks of 256 filters."""
     operands, attributes = case(4, 3, (17, 332), 8, 136)
     exact = rounded(operands, dtype)
     expected = reference.deformable_conv2d(*exact[:4], **attributes)
@@ -261,7 +264,7 @@ def test_wide_blocks(dtype):
 
 
 def test_images_that_do_not_fit_in_the_workspace():
-    """Float sums of 16-bit gradients, and columns, in several rounds."""
+    """Tests float sums of 16-bit gradients, and columns, in several rounds."""
     operands, attributes = case(
         6, 2, (2900, 2903), 1, 2, (1, 1), padding="valid", strides=331
     )
@@ -293,7 +296,7 @@ def test_columns_that_do_not_fit_in_the_workspace():
         ((64, 14, 14, 512), 512, 1),
         ((1, 7, 7, 2048), 2048, 1),  # a kernel larger than the workspace
         ((8, 56, 56, 512), 512, 512),
-        ((16, 400, 672, 256), 8, 1),  # gradients of images, too
+        ((16, 400, 672, 256), 8, 1),  # also gradients of images
     ],
 )
 def test_workspace_is_bounded(dtype, shape, filters, groups):
@@ -324,10 +327,13 @@ def test_workspace_is_bounded(dtype, shape, filters, groups):
 @pytest.mark.skipif(gpu.ON_GPU, reason="counts on memory that is never touched")
 @pytest.mark.parametrize("groups", [1, 8])
 def test_more_elements_than_32_bits_can_count(groups):
-    """The corners lie beyond 2^31 elements; the image is not all there."""
+    """Tests corners beyond 2^31 elements.
+
+    Most of the image occupies no memory.
+    """
     shape = (1, 3, 89478500, 8)
     pixel = shape[2] - 40
-    image = np.zeros(shape, np.float16)  # 4 GB, of which some KB get real
+    image = np.zeros(shape, np.float16)  # 4 GB, of which some KB occupy memory
     assert image.size > 2**31
     rng = np.random.default_rng(0)
     image[0, 1:, pixel:] = rng.normal(size=(2, 40, 8))
@@ -355,7 +361,7 @@ def test_more_elements_than_32_bits_can_count(groups):
     assert np.abs(expected[:, :, -1]).max() > 0.1
     assert_close(output.numpy(), expected, CORE_CONV2D["float16"])
 
-    # Not that of the inputs: all of it would be written.
+    # The gradient of the inputs is left out: all of it would be written.
     grad_output = np.float16(rng.normal(size=(*field, 8)))
     expected = core.backward(
         *(image, kernel, offset, None, grad_output),

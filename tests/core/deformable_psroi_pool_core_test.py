@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests the rules that deformable PS-ROI pooling alone has, in the core.
 
-Most of its tests are those of both pooling ops: `pooling_core_test.py`.
+Most tests of the op are shared by both pooling ops: `pooling_core_test.py`.
 """
 
 import core
@@ -14,7 +14,7 @@ from tolerances import HALF_UNIT
 
 @pytest.fixture
 def runner():
-    """Whatever runs the op: here the CPU."""
+    """Returns the object that runs the op: here on the CPU."""
     return pooling.Cpu(pooling.PSROI_POOL)
 
 
@@ -45,7 +45,8 @@ def check_channels(runner, seed, output_dim, classes, group_size, dtype):
 TYPES = ["float64", "float32", "bfloat16"]
 
 
-# One below, at, and one past vectors of 4, 8 and 16 elements, and their sums.
+# Sizes one below, at, and one past vectors of 4, 8 and 16 elements, and their
+# sums.
 @pytest.mark.parametrize("output_dim", [*range(1, 21), 24, 31, 32, 33, 48])
 @pytest.mark.parametrize("group_size", [1, (2, 1)])
 @pytest.mark.parametrize("dtype", TYPES)
@@ -65,7 +66,7 @@ def test_vector_edges_of_a_class(runner, per_class, classes, dtype):
 
 
 def halves_and_near(real):
-    """Returns corners, and the integers that they are rounded to."""
+    """Returns corners, and the integers to which the op rounds them."""
     below = np.nextafter(real(0.5), real(0))
     cases = [(0.5, 1), (1.5, 2), (2.5, 3), (3.5, 4), (-0.5, -1), (-1.5, -2)]
     cases += [(below, 0), (-below, 0), (2.49, 2), (2.51, 3), (-2.5, -3)]
@@ -75,22 +76,22 @@ def halves_and_near(real):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_first_corners_round_half_away_from_zero(runner, dtype):
-    """Each ROI is one sample at its rounded corner, on a ramp."""
+    """Tests that each ROI is one sample at its rounded corner, on a ramp."""
     x1, expected = halves_and_near(np.dtype(dtype).type)
-    ramp = np.arange(-4.0, 9)  # Pixel p is p - 4.
+    ramp = np.arange(-4.0, 9)  # Pixel p has the value p - 4.
     rois = np.zeros((len(x1), 5), dtype)
     rois[:, 1] = rois[:, 3] = x1
-    # A displacement of 4.5 pixels over a ROI of 1: from x - 0.5 to x + 4.
+    # A displacement of 4.5 pixels on a ROI of size 1 moves x - 0.5 to x + 4.
     assert_reads_along_x(runner, ramp, rois, 4.5, expected, dtype)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_last_corners_round_half_away_from_zero(runner, dtype):
-    """Each ROI is one sample two sizes from its start, on a ramp."""
+    """Tests ROIs of one sample two sizes from the start, on a ramp."""
     x2, expected = halves_and_near(np.dtype(dtype).type)
     rois = np.zeros((len(x2), 5), dtype)
     rois[:, 1], rois[:, 3] = -6, x2
-    # From -6.5, twice the size, which is x + 1 + 6.
+    # From -6.5, twice the size leads to x + 1 + 6.
     expected = 2 * expected + 7.5
     assert_reads_along_x(runner, np.arange(24.0), rois, 2, expected, dtype)
 
@@ -109,7 +110,10 @@ def assert_reads_along_x(runner, ramp, rois, displacement, expected, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_class_that_samples_nothing_touches_nothing(runner, dtype):
-    """One class is pushed off the map; the other is pooled as if alone."""
+    """Pushes a class off the map.
+
+    The other class is pooled as if it were alone.
+    """
     rng = np.random.default_rng(0)
     trans = np.zeros((1, 1, 1, 4))
     trans[..., 2:] = 100
@@ -135,7 +139,10 @@ def test_a_class_that_samples_nothing_touches_nothing(runner, dtype):
 
 
 def test_channels_are_group_and_class_major():
-    """Each channel holds its own number, so the output names what it read."""
+    """Tests outputs that name the channel.
+
+    Each channel holds its own number.
+    """
     output_dim, pooled, group = 6, (5, 4), (3, 2)
     channels = output_dim * group[0] * group[1]
     inputs = np.broadcast_to(np.arange(float(channels)), (1, 4, 4, channels))
@@ -158,7 +165,7 @@ def test_channels_are_group_and_class_major():
 
 
 def test_each_bin_and_class_reads_its_own_displacement(runner):
-    """On a plane of rows and columns, the output moves as it was told."""
+    """Tests on ramps of rows and columns that the output moves as told."""
     rng = np.random.default_rng(0)
     pooled, part, classes, per_class = (5, 3), (2, 4), 3, 2
     trans = rng.uniform(-1, 1, size=(1, *part, 2 * classes))
@@ -188,7 +195,7 @@ def test_each_bin_and_class_reads_its_own_displacement(runner):
 
 @pytest.mark.parametrize("dtype", HALF_UNIT)
 def test_16_bit_maps_keep_float32_coordinates(runner, dtype):
-    """0.3 pixels, a thousand pixels from the origin."""
+    """Tests a displacement of 0.3 pixels, a thousand pixels from the origin."""
     inputs = np.zeros((1, 1, 1100, 1))
     inputs[0, 0, 1001] = 1.0
     output = runner.forward(

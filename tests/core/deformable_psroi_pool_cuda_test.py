@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests the CUDA kernels by rules that PS-ROI pooling alone has: see gpu.py.
 
-The core's tests that are imported here run once more, on the kernels.
+The tests of the core that are imported here run once more, on the kernels.
 """
 
 import core
@@ -36,7 +36,7 @@ def op():
 @pytest.mark.parametrize("classes", [1, 2, 5, 33])
 @pytest.mark.parametrize("per_class", [1, 4, 9])
 def test_classes_on_large_maps(runner, classes, per_class, dtype):
-    """Maps that are read as they are: a copy would be dearer."""
+    """Tests maps that are read in place, because a copy would cost more."""
     operands, attributes = draw(
         PSROI_POOL,
         classes,
@@ -65,7 +65,7 @@ def test_cells_in_the_banks_of_shared_memory(runner, group_size, dtype):
 
 
 def test_more_images_than_the_workspace_holds(runner):
-    """Three images of 24 MiB, repacked or summed up, two at a time."""
+    """Tests three images of 24 MiB, repacked or summed up two at a time."""
     rng = np.random.default_rng(0)
     num_rois, size, output_dim = 50, (78, 79), 512
     rois = draw_rois(rng, 3, size, 0.5, num_rois)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests the rules that deformable ROIAlign alone has, in the core.
 
-Most of its tests are those of both pooling ops: `pooling_core_test.py`.
+Most tests of the op are shared by both pooling ops: `pooling_core_test.py`.
 """
 
 import numpy as np
@@ -14,11 +14,12 @@ from tolerances import HALF_UNIT
 
 @pytest.fixture
 def runner():
-    """Whatever runs the op: here the CPU."""
+    """Returns the object that runs the op: here on the CPU."""
     return pooling.Cpu(pooling.ROI_ALIGN)
 
 
-# One below, at, and one past vectors of 4, 8 and 16 elements, and their sums.
+# Sizes one below, at, and one past vectors of 4, 8 and 16 elements, and their
+# sums.
 @pytest.mark.parametrize(
     "channels", [*range(1, 21), 24, 31, 32, 33, 47, 48, 49, 63, 64, 65, 70]
 )
@@ -48,7 +49,7 @@ def test_vector_edges(runner, channels, dtype):
 def test_samples_outside_count_in_the_mean(
     runner, samples, axis, channels, displaced, dtype
 ):
-    """Ones everywhere, so that the mean is the share of samples on the map.
+    """Tests maps of ones, so that the mean is the share of samples on the map.
 
     On 4 pixels, samples at -1.5, -0.5, ...: up to five are in [-1, 4].
     """
@@ -94,9 +95,11 @@ def means_of_rows(inputs, y1, bin_size, samples):
     + [(13.5, 7), (14, 7), (16, 7), (1e9, 7), (1e30, 7)],
 )
 def test_adaptive_number_of_samples(runner, height, samples, dtype):
-    """ceil(height / 2) for 2 bins on 7 rows, and at most ceil(2 * 7 / 2).
+    """Tests 2 bins on 7 rows.
 
-    One sample more than that would give another mean.
+    The op takes ceil(height / 2) samples, at most ceil(2 * 7 / 2).
+
+    One sample more would give another mean.
     """
     inputs = np.random.default_rng(0).normal(size=(1, 7, 40, 3))
     rois = np.array([[0, 4, 1.25, 4 + 3, 1.25 + height]], dtype)
@@ -119,7 +122,7 @@ def test_adaptive_number_of_samples(runner, height, samples, dtype):
 
 @pytest.mark.parametrize("dtype", pooling.DTYPES)
 def test_samples_outside_touch_nothing(runner, dtype):
-    """Also where maps and gradients are NaN."""
+    """Tests samples outside also where maps and gradients are NaN."""
     rois = np.array([[0, 20, 1, 25, 4], [1, 1, -30, 5, -20.0], [0, 0, 0, 3, 3]])
     offset = np.zeros((3, 2, 2, 2))
     offset[2] = [[[np.nan, 0], [0, np.nan]], [[np.inf, 0], [90, -np.inf]]]
@@ -140,7 +143,7 @@ def test_samples_outside_touch_nothing(runner, dtype):
 
 
 def test_each_bin_reads_its_own_displacement(runner):
-    """On a plane of rows and columns, the output moves as it was told."""
+    """Tests on ramps of rows and columns that the output moves as told."""
     rng = np.random.default_rng(0)
     pooled = (5, 3)
     offset = rng.uniform(-1, 1, size=(1, *pooled, 2))
@@ -158,7 +161,7 @@ def test_each_bin_reads_its_own_displacement(runner):
     moved = runner.forward(inputs, rois, offset, **attributes) - still
     expected = 0.25 * (100 * offset[..., 0] * 10 + offset[..., 1] * 16)
     np.testing.assert_allclose(moved[..., 0], expected, atol=1e-9)
-    # Corners 12 and 11, less half a pixel; bins of 16/3 by 2 pixels.
+    # The corners are 12 and 11, less half a pixel; bins have 16/3 by 2 pixels.
     rows, cols = (
         10.5 + 2 * (np.arange(5) + 0.5),
         11.5 + 16 / 3 * (np.arange(3) + 0.5),
@@ -170,7 +173,7 @@ def test_each_bin_reads_its_own_displacement(runner):
 
 @pytest.mark.parametrize("dtype", HALF_UNIT)
 def test_16_bit_maps_keep_float32_coordinates(runner, dtype):
-    """0.3 pixels, a thousand pixels from the origin."""
+    """Tests a displacement of 0.3 pixels, a thousand pixels from the origin."""
     x1 = np.float32(1000.3)
     inputs = np.zeros((1, 1, 1100, 1))
     inputs[0, 0, 1001] = 1.0
@@ -183,6 +186,6 @@ def test_16_bit_maps_keep_float32_coordinates(runner, dtype):
         sampling_ratio=1,
     )
     fraction = np.float64(x1) - 1000
-    # The corners are coarse: 2**-14 apart.
+    # Corners that far away are 2**-14 apart.
     allowed = HALF_UNIT[dtype] * fraction + 2.0**-14
     assert abs(output.item() - fraction) <= allowed

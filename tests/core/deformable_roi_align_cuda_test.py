@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests the CUDA kernels by rules that ROIAlign alone has: see gpu.py.
 
-The core's tests that are imported here run once more, on the kernels.
+The tests of the core that are imported here run once more, on the kernels.
 """
 
 import core
@@ -26,7 +26,7 @@ def op():
 
 
 def test_more_images_than_the_workspace_holds(runner):
-    """Three images of 24 MiB in float32, summed up two at a time."""
+    """Tests three images of 24 MiB in float32, summed up two at a time."""
     rng = np.random.default_rng(0)
     num_rois, size, channels = 30, (78, 79), 1024
     exact = core.rounded(

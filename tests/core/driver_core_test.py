@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GPU's driver: judged in words, and not touched by work on the CPU."""
+"""Tests messages about the GPU's driver.
+
+Work on the CPU must not load the driver.
+"""
 
 import ctypes
 import shutil
@@ -27,7 +30,7 @@ class CudaStream(ctypes.Structure):
 
 
 def call(name: str, *arguments) -> tuple[int, str]:
-    """The code and the text that an entry point returned."""
+    """Returns the code and the text that an entry point returned."""
     message = ctypes.create_string_buffer(512)
     function = getattr(core.library(), name)
     code = function(*arguments, message, core.INT64(len(message)))
@@ -78,7 +81,7 @@ def test_a_gpu_call_without_a_driver_returns_the_verdict(op):
             op, (1, 5, 6, 4), (3, 5), spatial_scale=1.0, pooled_size=2, **own
         )
         operands, gradients = core.ROIOperands(), core.ROIGradients()
-    # Memory that a kernel, if one ran, could use.
+    # Memory that a kernel could use if it ran.
     memory = ctypes.create_string_buffer(1 << 12)
     address = ctypes.addressof(memory)
     for struct in (operands, gradients):

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiled code keeps to its instruction set, read from its disassembly.
+"""Tests by disassembly that compiled code keeps to its instruction set.
 
 Every instruction set has a namespace. All other code runs on any processor
-before one is chosen, so it must do with the baseline (SSE2). That goes for
-functions of the standard library too: the linker keeps one copy of an inline
-function, maybe the one that was compiled for AVX-512.
+before an instruction set is chosen, so it may use only the baseline (SSE2). The
+same goes for functions of the standard library: the linker keeps a single copy
+of an inline function, which may be the copy compiled for AVX-512.
 
-The ops' own tests are run once more for each set, to compare its results.
+The ops' own tests run once more for each set, to compare its results.
 """
 
 import collections
@@ -23,10 +23,11 @@ import pytest
 
 # First bytes of an instruction in the encodings of AVX and AVX2 (VEX; also BMI
 # and AVX-512's instructions on masks) and of AVX-512 (EVEX), after prefixes of
-# segment and address size. No other instruction begins like that in 64 bits.
+# segment and address size. In 64-bit code no other instruction begins with
+# these bytes.
 _VEX, _EVEX = {"c4", "c5"}, {"62"}
 _PREFIXES = {"26", "2e", "36", "3e", "64", "65", "67"}
-# Between SSE2 and AVX, in the older encoding.
+# Instructions between SSE2 and AVX, in the older encoding.
 _AFTER_SSE2 = re.compile(
     r"addsubp.|h(add|sub)p.|lddqu|movddup|movs[hl]dup|p?blend.*|phadd.*|phsub.*"
     r"|pabs.|psign.|pshufb|palignr|pmaddubsw|pmulhrsw|packusdw|pcmpeqq|pcmpgtq"
@@ -39,10 +40,11 @@ _NAMESPACES = ("avx2", "avx512")
 
 
 def _namespace(symbol: str) -> str:
-    """The instruction set that a function may use, from its mangled name.
+    """Returns the instruction set that a function may use, by its mangled name.
 
     Lambdas, templates and the parts that a compiler splits off have the
-    namespace in their names. Where two are named, the lesser one counts.
+    namespace in their names. If a name has two namespaces, the lesser set
+    counts.
     """
     named = re.findall(r"3cpu(?:8(baseline)|4(avx2)|6(avx512))", symbol)
     found = {name for groups in named for name in groups if name}
@@ -50,7 +52,7 @@ def _namespace(symbol: str) -> str:
 
 
 def _is_past(isa: str, encoding: str, mnemonic: str, operands: str) -> bool:
-    """Returns whether an instruction is past its set."""
+    """Returns whether an instruction is beyond the function's set."""
     first = next((b for b in encoding.split() if b not in _PREFIXES), "")
     if isa == "baseline":
         return first in _VEX | _EVEX or bool(_AFTER_SSE2.fullmatch(mnemonic))
@@ -62,7 +64,7 @@ def _is_past(isa: str, encoding: str, mnemonic: str, operands: str) -> bool:
 
 
 def _disassembled(path: str):
-    """(function, its instructions as (encoding, mnemonic, operands))."""
+    """Yields (function, its instructions as (encoding, mnemonic, operands))."""
     listing = subprocess.run(
         ["objdump", "-d", "-w", path],
         capture_output=True,
@@ -84,7 +86,7 @@ def _disassembled(path: str):
 
 
 def _libraries(name: str) -> list[str]:
-    """Returns the core, or next to it the ops that it is a part of."""
+    """Returns the core or, beside the core, the op library that contains it."""
     path = pathlib.Path(core.library()._name)
     if name == "core":
         return [str(path)]
@@ -122,7 +124,7 @@ def test_code_keeps_to_its_instruction_set(name):
                 for register in ("%ymm", "%zmm"):
                     widest[isa, register] += register in instruction[2]
         assert not past, f"{len(past)} functions of {path}: {past}"
-        # All sets are there, under the names by which they were looked for.
+        # All sets are present, under the names that the test looks for.
         assert min(functions[isa] for isa in ("baseline", *_NAMESPACES)) > 50
         assert widest["avx2", "%ymm"] > 1000
         assert widest["avx512", "%zmm"] > 1000
@@ -162,7 +164,7 @@ def test_what_is_in_a_set_passes():
     )
 
 
-# Each op's tests that depend on the instructions, by what their names contain.
+# Tests of each op that depend on the instructions, by parts of their names.
 TESTS = {
     "deformable_conv2d": "reference or threads or edges or conversions"
     " or nearest or alone or strips or groups",
@@ -173,7 +175,7 @@ TESTS = {
 
 
 def _runs_with(isa: str) -> str:
-    """Returns what the core uses where it may use no more than `isa`."""
+    """Returns the set that the core uses if it may use no more than `isa`."""
     return subprocess.run(
         [
             *(sys.executable, "-c"),
@@ -192,11 +194,11 @@ def _runs_with(isa: str) -> str:
 
 @pytest.fixture(scope="module")
 def expected_results(tmp_path_factory):
-    """Makes a folder for expected results, which all instruction sets share."""
+    """Makes a folder of expected results, which all instruction sets share."""
     return tmp_path_factory.mktemp("expected")
 
 
-# Pooling uses no instructions beyond AVX-512: the other tests use the best.
+# Pooling uses no instructions beyond AVX-512; the other tests use the best set.
 @pytest.mark.parametrize(
     "isa, name",
     [
@@ -206,7 +208,7 @@ def expected_results(tmp_path_factory):
     ],
 )
 def test_results_of_other_instruction_sets(isa, name, expected_results):
-    """The same tests, with faster instructions switched off."""
+    """Runs the same tests with faster instructions switched off."""
     if _runs_with(isa) != isa:
         pytest.skip(f"this processor has no {isa}")
     if isa == core.instruction_set():

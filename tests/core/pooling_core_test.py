@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Both pooling ops in the core, through their C interface.
+"""Tests both pooling ops in the core, through their C interface.
 
 `pooling_cuda_test.py` runs most of these tests once more, on the CUDA kernels:
-a test calls the op through the fixture `runner`. What only one of the ops does
-is tested in its own file.
+a test calls the op through the fixture `runner`. Behaviour of only one of the
+ops is tested in the op's own file.
 """
 
 import itertools
@@ -20,7 +20,7 @@ from compare import assert_equal, assert_finite_differences, assert_same_bits
 from pairwise import grid
 from pooling import DTYPES, PSROI_POOL, ROI_ALIGN, results
 
-# Fewer in the runs with other instruction sets.
+# The runs with other instruction sets take fewer cases.
 SEEDS = 30 if os.environ.get("TF_DEFORM_MAX_ISA") else 100
 
 
@@ -31,7 +31,7 @@ def op(request):
 
 @pytest.fixture
 def runner(op):
-    """Whatever runs the op: here the CPU."""
+    """Returns the object that runs the op: here on the CPU."""
     return pooling.Cpu(op)
 
 
@@ -95,7 +95,7 @@ def test_each_result_is_the_same_alone(op, dtype, threads):
 
 @pytest.mark.parametrize("one", [3, 12, 36])
 def test_a_roi_does_not_depend_on_the_others(runner, one):
-    """Nor on its place among them: each is pooled alone to the same bits."""
+    """Tests that a ROI's place has no effect: alone, it gives the same bits."""
     exact, attributes = draw_crowd(runner.op, 5, 37, "float32")
     inputs, rois, displacement, _ = exact
     output = runner.forward(inputs, rois, displacement, **attributes)
@@ -134,11 +134,14 @@ DIFFERENTIABLE = [
     ("op", "seed", "classes", "attributes"), DIFFERENTIABLE, ids=str
 )
 def test_gradients_equal_finite_differences(runner, seed, classes, attributes):
-    """In float64; displacements keep samples off the places of a jump."""
+    """Compares in float64.
+
+    Displacements keep samples off the places of a jump.
+    """
     rng = np.random.default_rng(seed)
     attributes = dict(spatial_scale=0.5, pooled_size=(2, 3), **attributes)
     kinds = ("inside", "across the edge", "padding", "not finite")
-    # The number of samples of a reversed ROI is 0 unless it is given.
+    # A reversed ROI has 0 samples unless the number is given.
     if attributes.get("sampling_ratio") != 0:
         kinds += ("reversed",)
     inputs, rois, displacement, output_grad = runner.op.draw_differentiable(
@@ -164,13 +167,13 @@ def test_gradients_equal_finite_differences(runner, seed, classes, attributes):
     assert np.abs(gradients["displacement"]).max() > 0.01
 
 
-# A column of three pixels, 1, 3 and 7, under a bin of one sample at y.
+# A column of three pixels, 1, 3 and 7, lies under a bin of one sample at y.
 PLACES = [  # y, value, slope in y
     *[
         (PSROI_POOL, y, value, slope)
         for y, value, slope in [
-            (-0.75, 0, 0),  # Beyond half a pixel outside: skipped.
-            (-0.5, 1, 0),  # Not beyond: counted, and clamped.
+            (-0.75, 0, 0),  # More than half a pixel outside: skipped.
+            (-0.5, 1, 0),  # Not more than half a pixel: counted, and clamped.
             (2.25, 7, 0),
             (2.5, 7, 0),
             (2.75, 0, 0),
@@ -180,7 +183,7 @@ PLACES = [  # y, value, slope in y
         (ROI_ALIGN, y, value, slope)
         for y, value, slope in [
             (-1.25, 0, 0),
-            (-1, 1, 0),  # As far as it goes; clamped.
+            (-1, 1, 0),  # The farthest place that is read; clamped.
             (2.75, 7, 0),
             (3, 7, 0),
             (3.25, 0, 0),
@@ -195,7 +198,7 @@ PLACES = [  # y, value, slope in y
             (0.25, 1.5, 2),
             (1, 3, 4),  # The cell to the right of an integer.
             (1.5, 5, 4),
-            (2, 7, 0),  # The edge is held from here on.
+            (2, 7, 0),  # The edge's value holds from here on.
             (1e9, 0, 0),
             (-1e9, 0, 0),
             (np.nan, 0, 0),
@@ -224,7 +227,7 @@ def one_bin(op, channels):
 def test_value_and_slope_at_a_place(
     runner, y, value, slope, axis, dtype, channels
 ):
-    """Exact in every type, and along either axis."""
+    """Tests that value and slope are exact in every type, along either axis."""
     op = runner.op
     shape = (1, 3, 1, 1) if axis == 0 else (1, 1, 3, 1)
     rois, attributes = one_bin(op, channels)
@@ -254,7 +257,7 @@ def test_value_and_slope_at_a_place(
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("size", [(3, 2), (1, 1)])
 def test_every_place_at_once(runner, size, dtype):
-    """All pairs of places around the edges."""
+    """Tests all pairs of places around the edges."""
     op, real = runner.op, np.dtype(dtype).type
     axes = []
     for n in size:
@@ -282,7 +285,7 @@ def test_every_place_at_once(runner, size, dtype):
 def test_far_corners_and_large_sizes_keep_their_order_of_operations(
     runner, axis, dtype
 ):
-    """Each rounding shows where float32 coordinates are coarse."""
+    """Tests roundings, which show where float32 coordinates are coarse."""
     op, rng = runner.op, np.random.default_rng(axis)
     num_rois, far = 12, 30000
     rois = np.tile(np.array(op.roi(0, 0, 1, 1.0)), (num_rois, 1))
@@ -300,7 +303,7 @@ def test_far_corners_and_large_sizes_keep_their_order_of_operations(
         spatial_scale=0.9,
         pooled_size=bins,
         group_size=1,
-        sample_per_part=6,  # From 3 on, times a step is rounded.
+        sample_per_part=6,  # From 3 on, the product with a step is rounded.
         sampling_ratio=5,
     )
     pooling.check(runner, operands, attributes, dtype, threads=2)
@@ -319,7 +322,7 @@ def test_far_corners_and_large_sizes_keep_their_order_of_operations(
 def test_padding_and_rois_that_are_not_finite_touch_nothing(
     runner, more, dtype
 ):
-    """Also where maps, displacements and gradients are NaN."""
+    """Tests padding also where maps, displacements and gradients are NaN."""
     rois = np.zeros((12, 5))
     rois[:, 3:] = 5
     rois[:4, 0] = [-1, -7, -np.inf, -(2.0**40)]
@@ -362,7 +365,10 @@ HUGE = [1e30, 1e18, 2.0**31, 2.0**63, "the largest number"]
 def test_huge_corners_give_what_the_formula_gives(
     runner, more, scale, displaced, dtype
 ):
-    """And at once. Some overflow on the way; then nothing is read."""
+    """Tests that huge corners also take no time.
+
+    If some overflow, nothing is read.
+    """
     op, real = runner.op, np.dtype(dtype).type
     huge = [
         float(np.finfo(real).max) if isinstance(v, str) else v for v in HUGE
@@ -409,12 +415,12 @@ def test_huge_corners_give_what_the_formula_gives(
             values["displacement"] = values["displacement"] / reach
     pooling.assert_results_close(received, expected, dtype)
     if op.counts and displaced == "by zero":
-        assert expected["count"].max() > 0  # Some start on the map.
+        assert expected["count"].max() > 0  # Some ROIs start on the map.
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_16_bit_types_are_summed_in_float32_and_rounded_once(runner, dtype):
-    """4096 ROIs add to one pixel, 256 samples to one bin."""
+    """Tests 4096 ROIs that add to a pixel, and bins of 256 samples."""
     op = runner.op
     rois, attributes = one_bin(op, 1)
     common = dict(dtype=dtype, **attributes)
@@ -459,7 +465,10 @@ def test_values_that_are_not_finite_show_where_they_are_read(runner, dtype):
     }
 )
 def test_empty(runner, more, batch, size, num_rois, dtype, threads):
-    """No image takes padding only; an empty map gives zeros."""
+    """Tests inputs of no image and empty maps.
+
+    No image takes padding only; an empty map gives zeros.
+    """
     rois = np.zeros((num_rois, 5))
     rois[:, 0] = 1 if batch else -1
     rois[:, 3:] = 4
@@ -490,7 +499,7 @@ BAD_INDICES = [2, 3, 1e30, np.inf, np.nan, 0.5, 2.5, -0.5, -7.25, 1 + 2.0**-23]
 def test_batch_index_is_checked_and_never_followed(
     op, bad, corner, dtype, threads
 ):
-    """Also of a ROI whose corners are not finite. The row is named."""
+    """Tests that the error names the row, also if corners are not finite."""
     rois = np.zeros((9, 5))
     rois[:, 3:] = 2
     rois[5, 0], rois[5, 2] = bad, corner
@@ -513,7 +522,7 @@ def test_batch_index_is_checked_and_never_followed(
         assert "rois[5, 0]=" in str(caught)
     else:
         assert not gradients["displacement"][5].any()
-    # Callers that cannot take an error get what padding gives.
+    # Callers that cannot take an error get the results of padding.
     padding = rois.copy()
     padding[5, 0] = -1
     received, expected = (
@@ -530,14 +539,14 @@ def test_batch_index_is_checked_and_never_followed(
 
 
 def test_more_elements_than_32_bits_can_count(runner):
-    """The last pixels of an image of 2**31 + 4633 elements.
+    """Tests the last pixels of an image of 2**31 + 4633 elements.
 
-    The memory is allocated, but only the pages that are read become real.
+    The memory is allocated, but only pages that are read occupy memory.
     """
     size = 46341
     inputs = np.zeros((1, size, size, 1), np.float16)
     inputs[0, -1, -2:, 0] = [3, 5]
-    # One sample, at (size - 1, size - 1.75).
+    # The ROI is one sample, at (size - 1, size - 1.75).
     _, attributes = one_bin(runner.op, 1)
     operands = (
         inputs,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Both pooling ops' CUDA kernels, on a GPU or emulated: see gpu.py.
+"""Tests both pooling ops' CUDA kernels, on a GPU or emulated: see gpu.py.
 
-The core's tests that are imported here run once more, on the kernels. What
-only one of the ops does is tested in its own file.
+The tests of the core that are imported here run once more, on the kernels.
+Behaviour of only one of the ops is tested in the op's own file.
 """
 
 import core
@@ -87,7 +87,8 @@ CHANNELS = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 65]
 CHANNELS += [127, 128, 129, 130, 255, 257, 511, 512, 513, 1024, 1025]
 
 
-# Around 16 bytes, filled up or not, and the threads of a block.
+# Channels around 16 bytes, in full packs or not, and around the threads of a
+# block.
 @grid(
     {
         "op, channels, group_size": [
@@ -112,7 +113,7 @@ def test_channels(runner, channels, group_size, dtype):
     roi_gpu.check_against_cpu(runner, operands, attributes, dtype)
 
 
-# Around bins, tiles of pixels and ROIs of a block.
+# Sizes around the bins, tiles of pixels and ROIs of a block.
 @pytest.mark.parametrize("num_rois", [1, 2, 31, 32, 33, 300])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_rois(runner, num_rois, dtype):
@@ -127,8 +128,9 @@ def test_tiles_of_pixels(runner, size, dtype):
     roi_gpu.check_against_cpu(runner, operands, attributes, dtype)
 
 
-# Around what a window of taps holds, from one row of pixels to samples that
-# are many pixels apart; and, of ROIAlign, as many as the ROI is large.
+# Samples around the size of a window of taps, from one row of pixels to samples
+# that are many pixels apart; for ROIAlign also a number that follows from the
+# ROI's size.
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize(
     ("op", "samples"),
@@ -178,7 +180,7 @@ def test_each_result_is_the_same_alone_and_again(
     roi_gpu.check_alone_and_again(op, exact, dtype, attributes)
 
 
-# Summed in another order: a rounding of the type, if unlucky.
+# Sums in another order may differ by a rounding of the type.
 ONE_ROUNDING = {
     "float64": 1e-12,
     "float32": 1e-5,
@@ -198,7 +200,7 @@ ONE_ROUNDING = {
     ids=str,
 )
 def test_bad_batch_indices_are_padding(runner, more, dtype):
-    """Such ROIs give zeros, and nothing is read out of bounds."""
+    """Tests that such ROIs give zeros and read nothing out of bounds."""
     bad = [2, 3, 1e9, 1e30, np.inf, -np.inf, np.nan, 0.5, 1.5, -0.5, -1]
     rois = np.zeros((len(bad) + 2, 5))
     rois[:, 3:] = 3
@@ -232,7 +234,7 @@ def test_bad_batch_indices_are_padding(runner, more, dtype):
     )
 
 
-# No gradient of the inputs is computed, so both ways differ in nothing.
+# No gradient of the inputs is computed, so both ways give the same bits.
 @pytest.mark.parametrize(
     "deterministic",
     [False, pytest.param(True, marks=pytest.mark.slow)],

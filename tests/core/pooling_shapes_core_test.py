@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shapes and attributes of both pooling ops, judged by the core."""
+"""Tests how the core judges shapes and attributes of both pooling ops."""
 
 import re
 
@@ -9,7 +9,7 @@ import pooling
 import pytest
 from pooling import PSROI_POOL, ROI_ALIGN
 
-# Judging shapes and attributes. A change to None: the call is good.
+# Judging shapes and attributes. A change to None means that the call is good.
 BAD_REALS = [-0.5, np.nan, np.inf]
 BAD = [
     *[
@@ -34,7 +34,7 @@ BAD = [
             # Products that 64 bits cannot hold.
             (dict(pooled_size=2**24, rois=(2**20, 5), displacement=None), ""),
             (dict(rois=(2**62, 5), displacement=None), ""),
-            # Good ones.
+            # Good calls.
             (dict(), None),
             (dict(displacement=None), None),
             (dict(inputs=None, rois=None, displacement=None), None),
@@ -88,7 +88,7 @@ BAD = [
             (dict(sample_per_part=2**40), ""),
             (dict(inputs=(2**62, 8, 9, 36)), "`inputs`"),
             (dict(inputs=(2**30, 2**30, 9, 36)), "`inputs`"),
-            # Good ones.
+            # Good calls.
             (dict(displacement=None, part_size=2**31 - 1), None),
             (
                 dict(
@@ -121,7 +121,7 @@ BAD = [
             (dict(inputs=(2**62, 8, 9, 6)), "`inputs`"),
             (dict(inputs=(2**30, 2**30, 9, 6)), "`inputs`"),
             (dict(inputs=(1, 1, 1, 2**60)), ""),
-            # Good ones.
+            # Good calls.
             (
                 dict(
                     inputs=(0, 0, 0, 6),
@@ -138,7 +138,7 @@ BAD = [
 
 
 def good_call(op):
-    """Shapes and attributes of a call."""
+    """Returns shapes and attributes of a good call."""
     attributes = op.attributes(
         6,
         spatial_scale=0.25,

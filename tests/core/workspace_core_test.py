@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Workspaces by number of workers.
+"""Tests workspaces by number of workers.
 
-A caller that does not know its threads yet makes room for the most there can
-be, and runs with fewer.
+A caller that does not know its number of threads yet allocates for the largest
+number, and runs with fewer.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ WORKERS = (1, 2, 3, 5, 8, 13, 31, 64, 129)
 
 
 def gradients(structure):
-    """All choices of what is wanted."""
+    """Yields all choices of wanted gradients."""
     for wanted in itertools.product((None, 1), repeat=len(structure._fields_)):
         yield structure(*wanted)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exported models served without Python: by a C program, serve.c."""
+"""Tests exported models in a C program, serve.c, without Python."""
 
 import dataclasses
 import os
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory) -> pathlib.Path:
-    """tests/export/serve.c, built against the installed TensorFlow."""
+    """Builds tests/export/serve.c against the installed TensorFlow."""
     program = tmp_path_factory.mktemp("program") / "serve"
     libraries = tf.sysconfig.get_lib()
     result = subprocess.run(
@@ -73,7 +73,7 @@ def one_layer():
 
 
 def any_size():
-    """Of which only the channels are known; in half precision."""
+    """Makes a model in half precision that knows only its channels."""
     image = keras.Input((6, None, None), name="image")
     x = DeformableConv2D(
         10,
@@ -87,7 +87,10 @@ def any_size():
 
 
 def segmenter():
-    """The demo's kind: pictures of bytes, normalised, scores of pixels."""
+    """Makes a model like the demo's: bytes in, normalised.
+
+    Scores of pixels out.
+    """
 
     def block(x, layer, filters, **kwargs):
         x = layer(filters, 3, padding="same", use_bias=False, **kwargs)(x)
@@ -130,10 +133,10 @@ MODELS = {
 
 @dataclasses.dataclass
 class Exported:
-    """A model on disk, and how `serve` is asked for its results."""
+    """Holds a model on disk, and the arguments with which `serve` runs it."""
 
     folder: pathlib.Path
-    output: str  # the tensor of the signature
+    output: str  # the tensor's name in the signature
     inputs: list[str]
     expected: np.ndarray
 
@@ -142,7 +145,7 @@ def export(name: str, folder: pathlib.Path) -> Exported:
     keras.utils.set_random_seed(0)
     model, arrays = MODELS[name]()
     for seed, variable in enumerate(model.weights):
-        # Nothing stays at zero; variances stay positive.
+        # No weight stays at zero; variances stay positive.
         noise = 0.1 * random(*variable.shape, seed=seed)
         variable.assign(np.abs(noise + variable.numpy()))
     saved_model(model, folder / name, sample=arrays, verbose=False)
@@ -178,7 +181,7 @@ def model(tmp_path_factory) -> Exported:
 
 
 def test_without_the_library(program, model):
-    """The op that TensorFlow names says what is missing."""
+    """Tests the error. It names an op whose name tells what is missing."""
     result = serve(program, "-", model.folder, model.output, *model.inputs)
     assert result.returncode == 1
     assert result.stdout == b""

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The examples' models give the same wherever they run.
+"""Tests that the examples' models give the same results in every format.
 
-Features to 1e-4 of the largest, the same boxes and labels in the same order,
-scores to 1e-3; of any batch and size, but for XLA's, which are those that it
-compiles for. The portable SavedModel, ONNX and LiteRT also in processes that
-know nothing else (`examples/serve.py`); OpenVINO reads the former two.
+Features agree to 1e-4 of the largest, boxes and labels are the same in the same
+order, and scores agree to 1e-3, for any batch and size; XLA compiles for given
+sizes. The portable SavedModel, ONNX and LiteRT also run in processes that know
+nothing else (`examples/serve.py`); OpenVINO reads the former two.
 """
 
 import exports
@@ -20,7 +20,7 @@ from operands import random
 
 from tf_deform import _loader
 
-# And what their input is called.
+# The models, and the names of their inputs.
 INPUTS = {"segmenter": "image", "features": "image", "detections": "images"}
 SUBJECTS = tuple(INPUTS)
 READ_BY_OPENVINO = ("portable", "onnx")
@@ -33,7 +33,7 @@ with_xla = pytest.mark.skipif(
 
 
 def make_segmenter():
-    """A segmenter that displaces, as if it had been trained."""
+    """Makes a segmenter that displaces samples, like a trained model."""
     keras.utils.set_random_seed(2)
     model = segmentation.build_model("dcn-v2", None)
     for variable in model.trainable_variables:
@@ -43,7 +43,7 @@ def make_segmenter():
 
 
 def make_features():
-    """The detector up to the maps that regions are pooled from."""
+    """Makes the detector up to the maps from which regions are pooled."""
     model = make_detector("both", None)
     names = ("scores", "boxes", "features")
     maps = dict(zip(names, model.output["maps"], strict=True))
@@ -51,9 +51,9 @@ def make_features():
 
 
 def make_cutting_detector():
-    """A detector with boxes beside the image, of which nothing is left."""
+    """Makes a detector some of whose boxes are clipped to nothing."""
     model = make_detector("both", None)
-    # To the left; regions become narrower, too.
+    # Boxes move to the left, and regions become narrower.
     model.get_layer("anchor_deltas").weights[1].assign(
         np.tile(np.float32((-8, 0, 0, 0)), len(detector.ANCHORS))
     )
@@ -73,13 +73,13 @@ def assert_same_detections(received, expected):
     assert np.all(expected["valid"].numpy() > 3)
     np.testing.assert_array_equal(received["valid"], expected["valid"])
     np.testing.assert_array_equal(received["labels"], expected["labels"])
-    # In pixels.
+    # The error is in pixels.
     np.testing.assert_allclose(received["boxes"], expected["boxes"], 0, 1e-3)
     np.testing.assert_allclose(received["scores"], expected["scores"], 0, 1e-3)
 
 
 def make(subject):
-    """What is exported, the same as a function, and the comparison."""
+    """Returns the model to export, its function, and the comparison."""
     if subject == "detections":
         model = make_cutting_detector()
         return model.detect, model._detect, assert_same_detections
@@ -150,15 +150,16 @@ COUNT, CLASSES, CHOSEN, MIN_SCORE = 24, 3, 20, np.float32(0.1)
 
 
 def make_choices():
-    """Images that a suppression may get wrong: boxes and scores."""
+    """Returns boxes and scores that a suppression may get wrong."""
     rng = np.random.default_rng(0)
     boxes = random_boxes(COUNT)
     scores = random_scores(COUNT, CLASSES)
     descending = np.sort(scores, axis=0)[::-1]
-    # Whole pixels: halves of each other, and others beside them.
+    # Boxes of whole pixels: halves of each other, and others beside them.
     halves = np.array([(0, 0, 8, 8), (0, 0, 4, 8), (0, 0, 8, 4)], "float32")
     halves = np.concatenate([halves + 9 * i for i in range(8)])
-    # At the image's edge, at a corner, a line, a point, turned, padding.
+    # Boxes at the image's edge or corner; a line, a point, reversed ones,
+    # padding.
     empty = np.array(
         [
             (0, 10, 0, 30),
@@ -190,7 +191,7 @@ def make_choices():
 
 
 def choose(boxes, scores):
-    """What `detector.suppress` should choose, one box after the other."""
+    """Computes `detector.suppress` box by box."""
     areas = measure(boxes.astype("float64"))
     entries = [
         (-scores[box, label], label, box)
@@ -250,7 +251,7 @@ def test_suppression(how, tmp_path):
     results = [suppress(**inputs) if how == "eager" else function(**inputs)]
     if how in STOCK:
         path = tmp_path / exports.FORMATS[how]
-        # Of random boxes there is none to be compared with.
+        # Random boxes have no results to compare with.
         write(how, function, path, sample=inputs)
         results = [run(how, path, inputs)]
         if how in READ_BY_OPENVINO:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What exports say of files that differ, and of signatures that cannot be."""
+"""Tests the messages of exports for wrong files and impossible signatures."""
 
 import os
 import pathlib
@@ -36,7 +36,7 @@ def compare(expected, received, tolerance=1e-3):
     ],
 )
 def test_other_shapes_are_named(expected, received, tolerance):
-    """No tolerance helps, so that none is advised."""
+    """Tests that the message advises no tolerance, which would not help."""
     with pytest.raises(RuntimeError) as error:
         compare(np.zeros(expected), np.zeros(received), tolerance)
     text = str(error.value)
@@ -71,7 +71,10 @@ def test_an_output_that_is_missing():
 
 
 def test_a_model_that_gives_other_shapes(tmp_path):
-    """Keras takes the batch for the time where neither is known."""
+    """Tests a model of unknown batch and time.
+
+    Keras takes the batch for the time there.
+    """
     inputs = keras.Input((None, 8, 9, 4))
     layer = DeformableConv2D(5, 3, padding="same")
     model = keras.Model(inputs, keras.layers.TimeDistributed(layer)(inputs))
@@ -151,7 +154,7 @@ def test_signatures_of_functions(tmp_path):
 
 
 def test_a_signature_that_only_running_refutes(tmp_path):
-    """A model that says nothing of its inputs."""
+    """Tests a model that says nothing about its inputs."""
 
     class Model(keras.Model):
         def __init__(self):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exports of all formats give what the model gives.
+"""Tests that exports in all formats give the results of the model.
 
-How files are written, and what is refused, is tested in writing_test.py.
+The writing of files, and refusals, are tested in writing_test.py.
 """
 
 import os
@@ -38,14 +38,14 @@ CONVOLUTIONS = [
     {"boundary": "clamp", "offset_groups": 4},
     {"boundary": "clamp", "strides": 2, "modulation": None},
     {"groups": 2, "dilation_rate": 2},
-    {"kernel_size": (2, 4)},  # Pads one pixel more behind.
+    {"kernel_size": (2, 4)},  # Pads one pixel more at the end.
 ]
 SHAPES = [(1, 20, 17, 3), (4, 23, 32, 3)]
 
 
 @pytest.fixture(scope="module", params=[*FORMATS, "openvino"])
 def convolutions(request, tmp_path_factory):
-    """Returns the outputs of a file with all of these, and of its model."""
+    """Returns the outputs of a file of all convolutions and of the model."""
     keras.utils.set_random_seed(0)
     outputs = [small_model(**arguments) for arguments in CONVOLUTIONS]
     image = keras.Input((None, None, 3), name="image")
@@ -117,7 +117,7 @@ def test_given_offsets(kind, boundary, tmp_path):
 
     write(kind, model, tmp_path / "model", sample=values(2, 7, 8))
     given = values(3, 9, 6)
-    # Outside of the image, whatever is made of it.
+    # These places lie outside of the image.
     given["offset"][0, 2, 3, :4] = np.nan, np.inf, -np.inf, 1e30
     received = run(kind, tmp_path / "model", given)
     assert np.isfinite(received["output_0"]).all()
@@ -134,7 +134,7 @@ def test_pooling(kind, layer, tmp_path):
         "features": random(3, 17, 21, 18, seed=1),
         "rois": make_rois(3, 13, seed=1),
     }
-    # No regions, each in its way.
+    # Rows that are no regions, each for another reason.
     given["rois"][[1, 2, 3, 5], [1, 2, 3, 4]] = np.nan, np.inf, -np.inf, 1e30
     received = run(kind, tmp_path / "model", given)["output_0"]
     assert_close(received, model(list(given.values())))
@@ -175,7 +175,7 @@ def test_functions_and_subclassed_models(kind, tmp_path):
     @tf.function(input_signature=[spec, tf.TensorSpec((), "float32")])
     def function(x, factor):
         y = model(x)
-        if factor > 2:  # Autograph's
+        if factor > 2:  # of Autograph
             y *= factor
         return {"y": y, "rows": tf.shape(y)[1]}
 
@@ -196,7 +196,10 @@ def test_functions_and_subclassed_models(kind, tmp_path):
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 @pytest.mark.parametrize("kind", FORMATS)
 def test_mixed_precision(kind, policy, tmp_path):
-    """To the type's rounding, in a graph; other runtimes: in float32."""
+    """Compares to the type's rounding.
+
+    ONNX and LiteRT files compute in float32.
+    """
     keras.config.set_dtype_policy(policy)
     model = small_model((16, 20), dtype="uint8")
     weights = model.get_weights()
@@ -218,7 +221,10 @@ def test_mixed_precision(kind, policy, tmp_path):
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_functions_that_were_traced_before(kind, tmp_path):
-    """They hold native ops, and are traced anew."""
+    """Tests a traced function that holds native ops.
+
+    The export traces the function anew.
+    """
     layer = DeformableConv2D(3, 3, boundary="clamp")
     spec = tf.TensorSpec((None, 8, 9, 2), "float32", "x")
     inner = tf.function(layer, [spec], autograph=False)
@@ -232,10 +238,13 @@ def test_functions_that_were_traced_before(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_functions_that_cannot_be_traced_anew(kind, tmp_path):
-    """An export must not hide that native ops are left."""
+    """Tests that an export does not hide native ops that are left."""
 
     class Conditional(keras.layers.Layer):
-        """Has a function that Autograph must read, which Keras' are not."""
+        """Has a function that Autograph must read.
+
+        Functions of Keras need no Autograph.
+        """
 
         def __init__(self, boundary):
             super().__init__()
@@ -267,7 +276,10 @@ def test_functions_that_cannot_be_traced_anew(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_functions_that_autograph_must_read(kind, tmp_path):
-    """They stay functions, where others become part of what is exported."""
+    """Tests that such functions stay functions.
+
+    The export inlines all others.
+    """
 
     class Conditional(keras.layers.Layer):
         def __init__(self):
@@ -287,13 +299,13 @@ def test_functions_that_autograph_must_read(kind, tmp_path):
     model = randomise(keras.Model(image, Conditional()(x)))
     write(kind, model, tmp_path / "model")
     assert not tf.config.functions_run_eagerly()
-    for scale in (0.01, 9):  # Below and above.
+    for scale in (0.01, 9):  # below and above the condition's limit
         given = scale * random(2, 8, 9, 2)
         received = run(kind, tmp_path / "model", {"image": given})
         assert_close(received["output_0"], model(given))
 
 
-# What models are made of besides.
+# Layers that models contain besides.
 
 
 def assert_exports(kind, model, path, *inputs, names=None):
@@ -306,7 +318,7 @@ def assert_exports(kind, model, path, *inputs, names=None):
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_layers_around(kind, tmp_path):
-    """Constants, groups, gelu, dilations, strides beyond the kernel."""
+    """Tests constants, groups, gelu, dilations, strides beyond the kernel."""
     image = keras.Input((None, None, 4), name="image")
     mean, variance = [0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 1.0, 0.5]
     x = keras.layers.Normalization(mean=mean, variance=variance)(image)
@@ -347,7 +359,10 @@ def test_sequential_models_take_any_batch(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_classes(kind, tmp_path):
-    """Of integers it counts how many differ, not by how much."""
+    """Tests integers.
+
+    The difference is how many of them differ, not by how much.
+    """
     model = small_model((16, 20))
     logits = model.get_layer("deformable").output
     large = keras.ops.any(logits > 0.5, axis=-1)
@@ -380,7 +395,7 @@ def test_names_that_meet(tmp_path):
     assert os.listdir(tmp_path) == []
     x = random(3, 4)
     for kind in FORMATS:
-        # Passed through.
+        # This output is passed through.
         path = tmp_path / kind
         write(kind, function(lambda x: [x, x]), path)
         received = run(kind, path, {"x": x})

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Places outside of an image, and numbers that are none, in other runtimes.
+"""Tests places outside of an image, and NaN and infinity, in other runtimes.
 
-They are outside, in offsets, displacements and regions, as in the ops. Each
-runtime reads one file that holds all operators.
+Such places are outside, in offsets, displacements and regions, as in the ops.
+Each runtime reads one file that holds all operators.
 """
 
 import functools
@@ -57,7 +57,7 @@ def all_operators(maps, offset, mask, rois, trans):
     return outputs
 
 
-# What reads the file: what writes it, and the opset.
+# Runtimes that read a file, each with the exporter and the opset.
 RUNTIMES = {
     "onnx": ("onnx", 19),
     "openvino, onnx": ("onnx", 19),
@@ -84,7 +84,7 @@ def files(tmp_path_factory):
             all_operators,
             input_signature=[
                 tf.TensorSpec(
-                    # LiteRT's sizes are known.
+                    # LiteRT needs known sizes.
                     value.shape
                     if kind == "litert"
                     else (None,) * (value.ndim - 1) + value.shape[-1:],
@@ -123,9 +123,10 @@ def check(runtime, case="", **changed):
 
 @pytest.mark.parametrize("value", [0.0, *FAR])
 def test_displacements(runtime, value):
-    """Some of all, and the modulation of those that lie outside.
+    """Changes some displacements, and the modulation of samples outside.
 
-    There ONNX Runtime multiplies, so that what is not finite is handed on.
+    ONNX Runtime multiplies samples outside by the modulation, so it hands on a
+    modulation that is not finite.
     """
     rng, changed = np.random.default_rng(0), {}
     for name in ("offset", "trans"):
@@ -141,7 +142,7 @@ def test_displacements(runtime, value):
 
 @pytest.mark.parametrize("value", FAR)
 def test_regions(runtime, value):
-    """In each of some regions another corner."""
+    """Changes another corner in each of some regions."""
     rois = INPUTS["rois"].copy()
     for row, column in ((0, 1), (1, 4), (2, 3), (4, 2), (5, 3)):
         rois[row, column] = value
@@ -156,7 +157,7 @@ def test_padding_regions(runtime, rows):
 
 
 def test_inside_arithmetic_holds(runtime):
-    """A modulation that is NaN stays so."""
+    """Tests that a modulation of NaN gives NaN."""
     _, read, function = runtime
     given = {**INPUTS, "mask": INPUTS["mask"].copy()}
     given["offset"] = np.full_like(INPUTS["offset"], 0.25)

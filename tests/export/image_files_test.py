@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of images, as the endpoint for bytes decodes them."""
+"""Tests that the endpoint for bytes decodes image files."""
 
 import io
 import struct
@@ -17,7 +17,7 @@ from tf_deform.layers import DeformableConv2D
 
 
 def make_pixels(height=48, width=80):
-    """Blocks of one colour, which JPEG leaves nearly as they are."""
+    """Makes blocks of one colour, which JPEG hardly changes."""
     blocks = np.random.default_rng(0).integers(
         0, 256, (height // 16, width // 16, 3), np.uint8
     )
@@ -33,7 +33,7 @@ def encode(image, kind, **arguments):
 
 
 def exif(orientation, order="<", before=3, kind=3):
-    """An EXIF segment with the tag behind others."""
+    """Makes an EXIF segment with the orientation tag behind other tags."""
     mark = {"<": b"II*\0", ">": b"MM\0*"}[order]
     tags = [
         (0x100 + i, 4, 1, struct.pack(f"{order}I", 6)) for i in range(before)
@@ -52,7 +52,7 @@ def segment(kind, content):
 
 
 def insert(data, *segments):
-    """A JPEG file with these segments before its own."""
+    """Inserts segments before the segments of a JPEG file."""
     return data[:2] + b"".join(segments) + data[2:]
 
 
@@ -63,7 +63,7 @@ def decode_rgb():
 
 
 def assert_upright(received, data, tolerance=12):
-    """As Pillow shows it; JPEG decoders differ a little."""
+    """Compares with Pillow's upright image; JPEG decoders differ a little."""
     image = PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(data)))
     expected = np.asarray(image.convert("RGB")).astype(int)
     assert received.shape == expected.shape
@@ -151,7 +151,7 @@ def test_palettes_of_bmp_files(channels, colours, decode_rgb):
 
 
 def test_gray_bmp_files():
-    """All 256 grays are the same in one channel and in three."""
+    """Tests that all 256 grays are equal in one channel and in three."""
     pixels = np.arange(256, dtype=np.uint8).reshape(8, 32)
     data = tf.constant(encode(pixels, "bmp"))
     np.testing.assert_array_equal(decode(data, 1)[..., 0], pixels)
@@ -197,7 +197,7 @@ def test_what_is_no_image_is_an_error(data, decode_rgb):
 
 @pytest.mark.parametrize("implementation", ["native", "portable"])
 def test_the_endpoint_takes_them(implementation, tmp_path):
-    """Of several kinds in one batch."""
+    """Tests files of several kinds in one batch."""
     image = keras.Input((48, 80, 3), name="image")
     model = keras.Model(image, DeformableConv2D(2, 3, strides=2)(image))
     path = tmp_path / "model"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keras' own `Model.export`, in every format that Keras knows."""
+"""Tests Keras' own `Model.export` in every format that Keras knows."""
 
 import itertools
 import sys
@@ -19,7 +19,7 @@ from operands import random
 import tf_deform
 from tf_deform import layers
 
-# What Keras wants a path to end with.
+# The end that Keras requires of a path, by format.
 FORMATS = {
     "tf_saved_model": "model",
     "onnx": "model.onnx",
@@ -30,7 +30,7 @@ OTHERS = [name for name in FORMATS if name != "tf_saved_model"]
 
 
 def displace(model):
-    """Weights that leave nothing at zero: branches start there."""
+    """Sets weights that leave nothing at zero, as new branches are."""
     rng = np.random.default_rng(3)
     for weight in model.weights:
         weight.assign(rng.normal(size=weight.shape) * 0.3)
@@ -68,7 +68,7 @@ MODELS = {
 
 
 def run(kind, path, inputs):
-    """The first output, as the format's own runtime computes it."""
+    """Returns the first output, as the format's own runtime computes it."""
     if kind == "tf_saved_model":
         loaded = tf.saved_model.load(path)
         return loaded.serve(inputs if len(inputs) > 1 else inputs[0])
@@ -83,7 +83,7 @@ def run(kind, path, inputs):
         return compiled(inputs)[0]
     interpreter = Interpreter(path)
     details = interpreter.get_input_details()
-    # In the order of names: "maps", "rois".
+    # Operands in the order of names: "maps", "rois".
     details.sort(key=lambda detail: detail["name"])
     for detail, value in zip(details, inputs, strict=True):
         interpreter.resize_tensor_input(detail["index"], value.shape)
@@ -106,7 +106,7 @@ def has_native_ops(path):
     ],
 )
 def test_every_format_runs_elsewhere(name, kind, tmp_path):
-    """Native ops stay in SavedModels alone."""
+    """Tests that only SavedModels contain native ops."""
     model, inputs = MODELS[name]()
     expected = model(inputs if len(inputs) > 1 else inputs[0])
     path = tmp_path / FORMATS[kind]
@@ -129,7 +129,7 @@ def test_every_format_runs_elsewhere(name, kind, tmp_path):
 )
 @pytest.mark.parametrize("kind", OTHERS)
 def test_same_padding_of_unknown_sizes(kind, arguments, tmp_path):
-    """ONNX Runtime knows no "same" with dilations."""
+    """Tests "same" padding with dilations, which ONNX Runtime does not know."""
     image = keras.Input((None, None, 4))
     arguments = {"kernel_size": 3, "modulation": "sigmoid", **arguments}
     layer = layers.DeformableConv2D(4, padding="same", **arguments)
@@ -145,7 +145,7 @@ def test_same_padding_of_unknown_sizes(kind, arguments, tmp_path):
 @pytest.mark.parametrize("implementation", ["native", "portable"])
 @pytest.mark.parametrize("kind", FORMATS)
 def test_inside_implementation(kind, implementation, tmp_path):
-    """An export replaces what is there, whatever was asked for around it."""
+    """Tests that an export overrides the implementation set around it."""
     model, inputs = convolution()
     expected = model(inputs[0])
     path = tmp_path / FORMATS[kind]
@@ -198,7 +198,7 @@ def test_kinds_of_models(kind, sort, tmp_path):
 
 
 def traced_before():
-    """A model that holds native ops in a function of an earlier time."""
+    """Returns a model whose function was traced earlier, with native ops."""
     layer = layers.DeformableConv2D(3, 3)
     function = tf.function(layer, [tf.TensorSpec((None, 7, 9, 4))])
     function.get_concrete_function()
@@ -215,7 +215,7 @@ def traced_before():
 
 @pytest.mark.parametrize("kind", ["onnx", "openvino"])
 def test_what_cannot_be_exported_raises(kind, tmp_path):
-    """And leaves what is there, or nothing."""
+    """Tests that an error leaves the previous file, or no file."""
     model = traced_before()
     for before in (None, b"what was there"):
         path = tmp_path / FORMATS[kind]
@@ -230,7 +230,10 @@ def test_what_cannot_be_exported_raises(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_conditions(kind, tmp_path):
-    """In them tf2onnx writes convolutions, Keras' too, that nothing loads."""
+    """Tests conditions.
+
+    There tf2onnx writes convolutions that no runtime loads, Keras' too.
+    """
     layer = layers.DeformableConv2D(3, 3)
     image = random(2, 7, 9, 4)
 
@@ -266,7 +269,10 @@ def test_conditions(kind, tmp_path):
 
 
 def test_litert_traces_anew(tmp_path):
-    """By way of a SavedModel, for which TensorFlow traces functions again."""
+    """Tests exports by way of a SavedModel.
+
+    TensorFlow traces its functions again.
+    """
     model, image = traced_before(), random(1, 7, 9, 4)
     path = str(tmp_path / "model.tflite")
     model.export(path, format="litert", verbose=False)
@@ -293,7 +299,7 @@ def test_pytorchs_format_needs_its_backend(tmp_path):
 
 
 def test_tf2onnx_called_by_others():
-    """It refuses native ops, also where Keras does not call it."""
+    """Tests that tf2onnx refuses native ops, also if Keras does not call it."""
     layer = layers.DeformableConv2D(3, 3)
     function = tf.function(layer, [tf.TensorSpec((1, 7, 9, 4))])
     with pytest.raises(ValueError, match="TfDeform>DeformableConv2D"):
@@ -301,7 +307,7 @@ def test_tf2onnx_called_by_others():
 
 
 def refuses():
-    """Whether tf2onnx's registry has the handlers."""
+    """Returns whether tf2onnx's registry has the handlers."""
     versions = tf2onnx.handler.tf_op.get_opsets()[""]
     return any("TfDeform>DeformableConv2D" in found for found in versions)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LiteRT files in 8 and 16 bits, and what they are calibrated with."""
+"""Tests LiteRT files in 8 and 16 bits, and their calibration."""
 
 import gc
 import os
@@ -33,13 +33,13 @@ from tf_deform.layers import (
 KINDS = ("float16", "dynamic", "int8")
 
 
-# Of the largest number. Each is some ten times what is found here, and a
-# tenth of what positions in 8 bits make.
+# Errors as shares of the largest number. Each limit is some ten times the error
+# found here, and a tenth of the error of positions in 8 bits.
 QUANTIZED = {"float16": 0.005, "dynamic": 0.06, "int8": 0.08}
 
 
 def read_operations(path):
-    """Kind, names and types of operands, and name, of each operation."""
+    """Returns kind, operand names, operand types and name of each operation."""
     model = schema.ModelT.InitFromPackedBuf(path.read_bytes(), 0)
     kinds = {
         number: kind
@@ -99,7 +99,7 @@ def test_quantized_convolutions(kind, arguments, tmp_path):
     assert report.shapes == [{"image": (2, height, width, 3)}]
     assert report.differences["output_0"] < QUANTIZED[kind]
     batch = arguments.get("batch", 3)
-    # What lies beyond the ranges that were seen would be cut off.
+    # Values beyond the calibrated ranges would be cut off.
     image = np.concatenate(calibration)[-batch:]
     received = run("litert", report.path, {"image": image})
     assert_close(received["output_0"], model(image), QUANTIZED[kind])
@@ -109,7 +109,10 @@ def test_quantized_convolutions(kind, arguments, tmp_path):
 @pytest.mark.parametrize("size", [128, 200])
 @pytest.mark.parametrize("boundary", ["zeros", "clamp"])
 def test_int8_of_large_maps(size, boundary, tmp_path):
-    """Positions in 8 bits are off by pixels, or do not run at all."""
+    """Tests large maps.
+
+    Positions in 8 bits are off by pixels, or do not run.
+    """
     model = small_model(boundary=boundary)
     image = smooth(1, size, size, 3)
     write(
@@ -122,7 +125,7 @@ def test_int8_of_large_maps(size, boundary, tmp_path):
     received = run("litert", tmp_path / "model", {"image": image})
     expected = np.asarray(model(image))
     error = received["output_0"] - expected
-    # Not the largest: single pixels lie where "clamp" jumps.
+    # The mean, not the largest error: single pixels lie where "clamp" jumps.
     assert np.sqrt(np.mean(error**2) / np.mean(expected**2)) < 0.05
 
 
@@ -152,7 +155,10 @@ def test_sizes_differ_from_those_of_the_calibration(tmp_path):
     ],
 )
 def test_int8_of_unknown_sizes_without_padding(layer, tmp_path):
-    """The quantizer loads a file with images of one pixel: too small here."""
+    """Tests maps that would be too small.
+
+    The quantizer loads a file with images of one pixel.
+    """
     image = keras.Input((None, None, 3), dtype="uint8", name="image")
     x = keras.layers.Rescaling(1 / 127.5, -1)(image)
     last = keras.layers.Conv2D(3, 3, name="last")
@@ -165,7 +171,7 @@ def test_int8_of_unknown_sizes_without_padding(layer, tmp_path):
     for given in sizes:
         received = run("litert", path, {"image": given})
         assert_close(received["output_0"], model(given), QUANTIZED["int8"])
-    # What a program gets that asks for nothing: one image.
+    # A program that does not resize the input gets the size of one image.
     interpreter = Interpreter(str(path))
     interpreter.allocate_tensors()
     (detail,) = interpreter.get_input_details()
@@ -184,7 +190,10 @@ def test_int8_of_unknown_sizes_without_padding(layer, tmp_path):
     ],
 )
 def test_int8_of_results_that_are_used(following, tmp_path):
-    """The quantizer would lose such a result behind its rounded copy."""
+    """Tests results with a consumer.
+
+    The quantizer would lose them behind the rounded copies.
+    """
     inner = small_model((12, 14))
     outputs = {"y": inner.output, "z": following(inner.output)}
     model = randomise(keras.Model(inner.input, outputs))
@@ -226,7 +235,10 @@ def test_quantized_pooling(kind, layer, tmp_path):
 
 
 def make_detector():
-    """Regions from a convolution, suppressed in a loop, and pooled."""
+    """Makes regions by a convolution, suppresses some, pools the others.
+
+    The suppression is a loop.
+    """
     model = small_model((16, 20), channels=4)
     boxes = keras.layers.Conv2D(4, 1, name="boxes")
     scores = keras.layers.Conv2D(1, 1, name="scores")
@@ -241,7 +253,7 @@ def make_detector():
         y, x = tf.meshgrid(tf.range(16.0), tf.range(20.0), indexing="ij")
         corner = tf.reshape(tf.stack([y, x], -1), (320, 2))
         found = tf.concat([corner - 3, corner + 3], 1) + moved
-        # Clipped, as proposals are: some have no area.
+        # Boxes are clipped, as proposals are: some have no area.
         found = tf.clip_by_value(found, 0.0, [12.0, 15.0, 12.0, 15.0])
         score = tf.sigmoid(tf.reshape(scores(maps), (320,)))
         area = (found[:, 2] - found[:, 0]) * (found[:, 3] - found[:, 1])
@@ -268,12 +280,15 @@ def make_detector():
 
     specs = [tf.TensorSpec((1, 16, 20, 4), name="image")]
     function = tf.function(detect, input_signature=specs)
-    function.layers = (model, boxes, scores)  # Kept alive.
+    function.layers = (model, boxes, scores)  # kept alive
     return function
 
 
 def test_detectors(tmp_path):
-    """What decides places computes in float32, and suppression is right."""
+    """Tests that ops for places stay in float32.
+
+    Suppression must be right, too.
+    """
     function = make_detector()
     write(
         "litert",
@@ -288,7 +303,7 @@ def test_detectors(tmp_path):
         assert received["count"] == expected["count"] > 2
         for name in ("boxes", "pooled"):
             assert_close(received[name], expected[name])
-        # No box is there twice, as one without area would be.
+        # No box appears twice, as a box without area would.
         real = received["boxes"][: received["count"]]
         assert len(np.unique(real, axis=0)) == len(real)
     calibration = [smooth(1, 16, 20, 4, seed=n) for n in range(4)]
@@ -309,14 +324,17 @@ def test_detectors(tmp_path):
     kinds = {kind for kind, _ in in_8_bits}
     assert kinds == {"CONV_2D", "FULLY_CONNECTED"}
     names = "\n".join(name for _, name in in_8_bits)
-    # The one before and the one behind the deformable layer, and its taps.
+    # The layers before and behind the deformable layer, and its taps.
     assert len(in_8_bits) == 1 + 1 + 9
     assert "boxes" not in names and "scores" not in names
     assert "deformable_1/Conv2D" not in names
 
 
 def test_loops_and_attention(tmp_path):
-    """Weights in a loop are found to be such, and products of activations."""
+    """Tests weights in a loop, and products of activations.
+
+    The quantizer has to tell them apart.
+    """
     image = keras.Input((6, 8, 8), name="image")
     x = DeformableConv2D(8, 3, padding="same")(image)
     x = keras.layers.Reshape((48, 8))(x)
@@ -405,7 +423,7 @@ def test_a_sample_that_is_large_enough(tmp_path):
         calibration=dataset,
         sample=sample,
     )
-    # The same ranges: those of all images, not of the last ones.
+    # The ranges are those of all images, not only of the last images.
     assert again.differences == report.differences
 
 

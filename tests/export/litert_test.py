@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LiteRT files: portable SavedModels as a source, other types, sizes."""
+"""Tests LiteRT files: portable SavedModels as a source, other types, sizes."""
 
 import os
 
@@ -69,7 +69,7 @@ def test_portable_saved_models_have_no_branches(by, make, tmp_path):
 
 @pytest.mark.parametrize("batch", [None, 1])
 def test_int8_by_tensorflows_converter(batch, tmp_path):
-    """As long as maps are small."""
+    """Tests small maps, whose positions 8 bits can hold."""
     model = small_model((16, 16), batch=batch)
     write("portable", model, tmp_path / "folder")
     images = smooth(8, 16, 16, 3)
@@ -107,7 +107,7 @@ def test_models_in_other_types(kind, dtype, tmp_path):
     assert received.dtype == "float32"
     expected = model(given)
     assert expected.dtype == dtype
-    # Roundings of the model in its own type.
+    # Errors are roundings of the model in its own type.
     expected = np.asarray(tf.cast(expected, "float32"))
     assert_close(received, expected, 0.03 if dtype != "float64" else 1e-5)
 
@@ -125,7 +125,7 @@ def test_functions_in_other_types(dtype, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-# Layers that need to know sizes.
+# Layers that need known sizes.
 def between(layer, shape=(None, None, 3)):
     image = keras.Input(shape)
     return keras.Model(image, layer(image))
@@ -203,7 +203,7 @@ def test_layers_that_need_values(kind, layer, tmp_path):
     ],
 )
 def test_channels_that_the_converter_loses(layer, tmp_path):
-    """Keras repeats pixels by way of a shape that is computed."""
+    """Tests UpSampling2D, which computes a shape in the graph."""
     image = keras.Input((None, None, 3), name="image")
     outputs = layer(keras.layers.UpSampling2D((3, 2))(image))
     model = randomise(keras.Model(image, outputs))

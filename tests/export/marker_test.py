@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The op in exported graphs whose name tells what to do without the library."""
+"""Tests the op in exported graphs whose name explains the missing library."""
 
 import contextlib
 import pathlib
@@ -14,7 +14,7 @@ from tensorflow.core.protobuf import saved_model_pb2
 import tf_deform
 from tf_deform import _implementation, _loader
 
-# In people's SavedModels: it stays as it is.
+# The name is in users' SavedModels, so it must not change.
 MARKER = "TfDeform>ImportTfDeformOrLoadItsOpLibrary"
 ROIS = np.float32([[0, 1, 2, 9, 12], [1, 4, 0, 14, 7], [-1, 0, 0, 9, 9]])
 
@@ -29,7 +29,7 @@ def convolve(inputs: tf.Tensor) -> tf.Tensor:
 
 
 def nested(inputs: tf.Tensor) -> tf.Tensor:
-    """In a function inside a function, and after its call."""
+    """Makes a function that calls a function and convolves afterwards."""
     inner = tf.function(lambda x: convolve(x) + 1)
     return convolve(tf.function(lambda x: inner(x) * 2)(inputs))
 
@@ -49,7 +49,7 @@ def loop(inputs: tf.Tensor) -> tf.Tensor:
 
 
 def layers() -> keras.Model:
-    """All of them, each with its own branch."""
+    """Makes a model of all layers, each with its own branch."""
     image = keras.Input((None, None, 4))
     rois = keras.Input((5,))
     x = tf_deform.layers.DeformableConv2D(
@@ -105,7 +105,7 @@ def graph_of(folder: pathlib.Path):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A folder with all cases, and what they give."""
+    """Makes a folder with all cases, and the expected results."""
     folder = tmp_path_factory.mktemp("exported")
     results = {
         name: export(name, folder / name, _implementation.explaining())
@@ -116,7 +116,7 @@ def exported(tmp_path_factory):
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_function_begins_with_it(name, exported):
-    """TensorFlow looks ops up in this order."""
+    """Tests the op's place. TensorFlow looks ops up in this order."""
     folder, _ = exported
     graph = graph_of(folder / name)
     assert not any(node.op.startswith("TfDeform>") for node in graph.node)
@@ -139,8 +139,8 @@ def test_exported_models_load_where_the_package_is_imported(name, exported):
     np.testing.assert_array_equal(model.serve(*arguments(name)), results[name])
 
 
-# Arguments: the folder of the models, the library. Prints what TensorFlow says
-# without it, and with it writes results.
+# Arguments: the folder of the models, the library. Prints the errors of
+# TensorFlow without the library, and writes results with it.
 BARE = """
 import pathlib
 import sys
@@ -172,9 +172,9 @@ for name in names:
 
 
 def test_without_the_package(exported, run_python):
-    """The text tells what to do, and what it says is enough."""
+    """Tests that following the error's advice is enough."""
     folder, results = exported
-    # To see that the text is the marker's merit.
+    # A model without the marker shows that the text comes from the marker.
     export("function", folder / "unmarked", contextlib.nullcontext())
     names = [*CASES, "unmarked"]
     for name in names:
@@ -205,13 +205,13 @@ def test_only_native_ops_in_graphs_are_marked():
         assert markers(lambda x: x + 1, image) == 0
         with tf_deform.implementation("portable"):
             assert markers(convolve, image) == 0
-        # Nothing is traced here.
+        # The functions were traced before.
         convolve(image)
     assert markers(convolve, image) == 0
 
 
 def test_it_never_runs():
-    """TensorFlow prunes it: what is served costs nothing more."""
+    """Tests that TensorFlow prunes the op. Serving costs nothing more."""
     v1 = tf.compat.v1
     received = v1.RunMetadata()
     with v1.Session(graph=tf.Graph()) as session:
@@ -234,7 +234,7 @@ def test_it_never_runs():
 
 
 def test_it_runs_where_it_is_not_pruned():
-    """In eager mode, or if somebody asks for it."""
+    """Tests eager mode, and a caller who asks for the op itself."""
     marker = (
         _loader.op_library().tf_deform_import_tf_deform_or_load_its_op_library
     )

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ONNX: conditions and loops around the operator, by TensorFlow and Keras."""
+"""Tests ONNX conditions and loops around the operator.
+
+TensorFlow and Keras make them.
+"""
 
 import keras
 import numpy as np
@@ -27,7 +30,7 @@ def convolve(x, o, kernel=KERNELS["tensor"], mask=None, **options):
     return tf_deform.ops.deformable_conv2d(x, kernel, o, mask, **options)
 
 
-# Control flow. Each takes images, offsets and a kernel.
+# Control flow. Each function takes images, offsets and a kernel.
 def loop(x, o, kernel, steps=3, **options):
     return tf.while_loop(
         lambda i, h: i < steps,
@@ -270,7 +273,7 @@ def test_pooling_in_control_flow(tmp_path):
 
 
 class Under(keras.layers.Layer):
-    """A layer under a condition or in a loop, by Keras' functions."""
+    """Runs a layer under a condition or in a loop, by Keras' functions."""
 
     def __init__(self, layer, form):
         super().__init__()
@@ -298,7 +301,7 @@ class Under(keras.layers.Layer):
 
 
 class Align(keras.layers.Layer):
-    """A cell that aligns what it remembers with the next frame."""
+    """Aligns the remembered maps with the next frame."""
 
     def __init__(self, **options):
         super().__init__()
@@ -390,9 +393,12 @@ def test_layers_with_control_flow(kind, tmp_path):
     ],
 )
 def test_frames_of_unknown_number(layer, tmp_path):
-    """What a loop leaves in a list has a shape that is known in Python alone.
+    """Tests loops of unknown length.
 
-    As many frames as sequences: in a graph, Keras 3.15 counts the latter.
+    Only Python knows the shape of a loop's list.
+
+    The batch has as many frames as sequences, because in a graph Keras 3.15
+    counts the sequences.
     """
     frames = keras.Input((None, 6, 7, 2), name="x")
     model = keras.Model(frames, keras.layers.TimeDistributed(layer)(frames))

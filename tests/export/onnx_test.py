@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ONNX: the operator, opsets, resizing, and what is refused, with reasons."""
+"""Tests ONNX: the operator, opsets, resizing, and refusals with reasons."""
 
 import keras
 import numpy as np
@@ -49,7 +49,7 @@ def test_onnx_has_the_standards_operator(opset, tmp_path):
     assert attributes["group"] == 2
     assert attributes["strides"] == [1, 2]
     assert attributes["kernel_shape"] == [3, 3]
-    # One path through the graph, whatever the sizes are.
+    # The graph has one path, whatever the sizes are.
     assert not {"If", "Loop"} & {node.op_type for node in proto.graph.node}
     assert count_nodes(tmp_path / "model.onnx", "GatherND") == 0
     write("onnx", small_model(boundary="clamp"), tmp_path / "clamp.onnx")
@@ -69,7 +69,7 @@ def test_onnx_pads_where_strides_leave_pixels(kernel, stride, tmp_path):
 
 
 def test_opsets_differ_in_what_is_known():
-    """Raising a model is no more than a number, but for `CHANGED`."""
+    """Tests that only operators in `CHANGED` differ between the opsets."""
     names = {
         s.name for s in onnx.defs.get_all_schemas_with_history() if not s.domain
     }
@@ -78,7 +78,7 @@ def test_opsets_differ_in_what_is_known():
         try:
             old = onnx.defs.get_schema(name, _onnx_handlers.OPSET, "")
         except onnx.defs.SchemaError:
-            continue  # Newer than that.
+            continue  # newer than OPSET
         if old.deprecated:
             continue
         for opset in range(19, 23):
@@ -99,7 +99,7 @@ def test_opsets_differ_in_what_is_known():
             )
             if not same:
                 changed.add(name)
-    # Its inputs' meaning changed, and not how they look.
+    # Their inputs changed in meaning, not in form.
     assert changed | {"GroupNormalization"} == set(_onnx_graph.CHANGED)
 
 
@@ -123,7 +123,7 @@ METHODS = {
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_pair_of_sizes(method, tmp_path):
-    """Of those up to 64; a few of each size are compared by value."""
+    """Tests all pairs up to 64; compares the values of a few of each size."""
     function = tf.function(
         lambda x, size: METHODS[method](x, size),
         [
@@ -138,7 +138,7 @@ def test_every_pair_of_sizes(method, tmp_path):
     if "nearest" in method:
         step, tolerance = 4, 0
     elif "bicubic" in method:
-        # TensorFlow has the weights of four pixels in a table of 1024 steps.
+        # TensorFlow keeps the weights of four pixels in a table of 1024 steps.
         tolerance = 4e-3
     for old in range(1, 65):
         x = np.repeat(random(1, old, 2, 1, seed=old), 3, axis=3)
@@ -154,7 +154,7 @@ PAIRS = [(25, 38), (60, 500), (33, 47), (7, 3)]
 
 
 def test_models_of_fixed_size(tmp_path):
-    """`tf.image.resize` of several methods, and Keras' layers."""
+    """Tests several methods of `tf.image.resize`, and Keras' layers."""
     specs = [
         tf.TensorSpec((None, old, old, 3), "float32", f"x{old}")
         for old, _ in PAIRS
@@ -178,7 +178,10 @@ def test_models_of_fixed_size(tmp_path):
 
 
 def test_resizing_of_bytes(tmp_path):
-    """TensorFlow gives real numbers, and bytes where it takes the nearest."""
+    """Tests bytes.
+
+    TensorFlow returns floats, or bytes for the nearest pixel.
+    """
     function = tf.function(
         lambda x: {
             kind.replace(", ", "_").replace(" ", "_"): method(x, (11, 13))
@@ -315,7 +318,7 @@ def test_the_reason_is_told(body, reason, tmp_path):
 
 
 def test_what_a_handler_raises_is_told(tmp_path, monkeypatch):
-    """Ours, and tf2onnx's own, which it only logs."""
+    """Tests errors of our handlers and of tf2onnx's, which it only logs."""
 
     def fail(*_, **__):
         raise RuntimeError("out of cheese")

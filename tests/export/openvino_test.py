@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OpenVINO reads what is exported, and gives what the model gives.
+"""Tests that OpenVINO reads our exports, with the results of the model.
 
-ONNX files, from a path, with the extension of the examples, and portable
-SavedModels without. In float32: that its default rounds is tested, too, and
-what later conversions of ONNX files do (`benchmarks/conversions.py`).
+OpenVINO reads ONNX files, from a path, with the extension of the examples, and
+portable SavedModels without the extension. Most tests compute in float32. The
+rounding of OpenVINO's default precision is tested too, and so are later
+conversions of ONNX files (`benchmarks/conversions.py`).
 """
 
 import conversions
@@ -31,7 +32,7 @@ def displaced(x, offset, **arguments):
 
 
 def repeat(step, x, times=3):
-    """`x` through `step` a few times; the loop's sizes may be unknown."""
+    """Applies `step` to `x` a few times; the loop's sizes may be unknown."""
     return tf.while_loop(
         lambda i, h: i < times,
         lambda i, h: (i + 1, step(h)),
@@ -107,7 +108,7 @@ def test_loops(name, tmp_path):
     assert_close(received, function(**inputs))
 
 
-# Of unknown size: what a convolution pads, and what slices leave.
+# Convolutions that pad the results of slices, whose sizes are unknown.
 PADDINGS = [
     {"padding": ((4, 3), (5, 2))},
     {"padding": ((0, 0), (7, 0))},
@@ -152,7 +153,7 @@ def test_wide_padding_of_unknown_sizes(boundary, tmp_path):
     ids=["rows", "strides", "last", "inside", "channels", "turned"],
 )
 def test_slices_without_an_end(cut, tmp_path):
-    """Sizes stay an int32 when a convolution pads what is left."""
+    """Tests sizes, which stay int32 if a convolution pads a slice's result."""
     kernel = tf.constant(random(3, 3, 3, 2))
 
     @tf.function(input_signature=[tf.TensorSpec((None, None, None, 3))])
@@ -170,7 +171,7 @@ def test_slices_without_an_end(cut, tmp_path):
 
 
 def test_openvino_reads_onnx_of_others(tmp_path):
-    """With a bias, and attributes left out."""
+    """Tests files of other writers: with a bias, with attributes left out."""
     x, w, b = random(1, 4, 6, 7), random(5, 4, 3, 3, seed=1), random(5, seed=2)
     offset = random(1, 18, 4, 5, seed=3)
     float_ = onnx.TensorProto.FLOAT
@@ -196,7 +197,7 @@ def test_openvino_reads_onnx_of_others(tmp_path):
 
 
 def test_default_precision_moves_samples(tmp_path):
-    """In bfloat16, OpenVINO's default where the processor has it."""
+    """Tests bfloat16, OpenVINO's default where the processor has it."""
     capabilities = openvino.Core().get_property(
         "CPU", "OPTIMIZATION_CAPABILITIES"
     )
@@ -215,12 +216,12 @@ def test_default_precision_moves_samples(tmp_path):
             error = np.abs(received - expected).max()
             errors[kind, precision] = error / np.abs(expected).max()
     assert max(errors["onnx", "f32"], errors["portable", "f32"]) < 1e-5
-    # The operator rounds values, gathers round places as well.
+    # The operator rounds values; gathers round places as well.
     assert errors["portable", "bf16"] > 3 * errors["onnx", "bf16"]
 
 
-# The root of the mean square difference that the documentation speaks of, in
-# percent of the largest number: what is safe, and what is not.
+# Root mean square differences given in the documentation, in percent of the
+# largest number, for safe and for unsafe conversions.
 WEIGHTS = {"openvino.save_model (weights in float16), f32": 0.05}
 EIGHT_BITS = {
     "quantize_dynamic": 1,

@@ -21,7 +21,7 @@
 
 enum { kMaxInputs = 8, kMaxRank = 8 };
 
-// Prints one line and gives up.
+// Prints one line and ends the program.
 static void Fail(int code, const char* format, ...) {
   va_list arguments;
   va_start(arguments, format);
@@ -31,12 +31,12 @@ static void Fail(int code, const char* format, ...) {
   exit(code);
 }
 
-// Gives up if the last call failed.
+// Ends the program if the last call failed.
 static void Check(const char* call, const TF_Status* status) {
   if (TF_GetCode(status) != TF_OK) Fail(1, "%s: %s", call, TF_Message(status));
 }
 
-// The element type of that name.
+// Returns the element type with this name.
 static TF_DataType ToDataType(const char* name) {
   static const struct {
     const char* name;
@@ -52,7 +52,7 @@ static TF_DataType ToDataType(const char* name) {
   return TF_FLOAT;
 }
 
-// A number of 0 or more; moves `text` behind it.
+// Reads a number of 0 or more, and moves `text` behind it.
 static int64_t ToInteger(const char** text) {
   char* end;
   errno = 0;
@@ -64,7 +64,7 @@ static int64_t ToInteger(const char** text) {
   return value;
 }
 
-// The tensor of that name in the graph.
+// Returns the tensor with this name in the graph.
 static TF_Output Find(TF_Graph* graph, const char* name) {
   const char* colon = strrchr(name, ':');
   if (colon == NULL) {
@@ -84,7 +84,7 @@ static TF_Output Find(TF_Graph* graph, const char* name) {
   return found;
 }
 
-// Reads a tensor described as DTYPE:SHAPE:FILE; `text` is changed.
+// Reads a tensor described as DTYPE:SHAPE:FILE; changes `text`.
 static TF_Tensor* Read(char* text) {
   char* shape = strchr(text, ':');
   char* path = shape == NULL ? NULL : strchr(shape + 1, ':');
@@ -138,7 +138,7 @@ int main(int argc, char** argv) {
     tensors[i] = Read(equals + 1);
   }
 
-  // Before the model, whose ops it registers.
+  // The library comes before the model, because it registers the model's ops.
   TF_Status* status = TF_NewStatus();
   TF_Library* library = NULL;
   if (strcmp(argv[1], "-") != 0) {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is written where: other processes, what is refused, what is left."""
+"""Tests the writing of exports: other processes, refusals, leftovers."""
 
 import errno
 import os
@@ -26,14 +26,14 @@ from tf_deform import _files, export
 from tf_deform.export import _common
 from tf_deform.layers import DeformableConv2D
 
-# As much as a process has where the package is not installed.
+# A process has only these files where the package is not installed.
 WITHOUT_PACKAGE = """
 import sys
 sys.modules["tf_deform"] = None
 """
 
 
-# Processes that know nothing of the model, and not of this package.
+# The processes know neither the model nor this package.
 
 
 def test_onnx_and_litert_in_bare_processes(run_python, tmp_path):
@@ -137,7 +137,7 @@ def test_image_bytes(tmp_path):
     fixed = small_model((16, 20), channels=1)
     write("native", fixed, tmp_path / "fixed")
     loaded = tf.saved_model.load(tmp_path / "fixed")
-    # Of any size, and of any kind.
+    # Images of any size, and of any kind.
     large = random(33, 47, 1, dtype="uint8")
     colour = random(16, 20, 3, dtype="uint8")
     files = tf.stack([*encode([large], "jpeg"), *encode([colour])])
@@ -199,7 +199,7 @@ def test_a_saved_model_as_a_layer(tmp_path):
 
 
 def test_native_models_need_native_ops(run_python, tmp_path):
-    """What needs them says so, and what does not does without."""
+    """Tests that formats with native ops say so, and that the others work."""
     said = run_python(
         """
 import keras, sys, tf_deform
@@ -222,11 +222,11 @@ for write in (tf_deform.export.onnx, tf_deform.export.saved_model):
     assert sorted(os.listdir(tmp_path)) == ["litert", "model"]
 
 
-# What cannot be exported, and what is left behind: nothing.
+# Exports that fail, and leave no file behind.
 
 
 class Unexportable(keras.layers.Layer):
-    """Adds 1 in Python, where no other runtime can follow."""
+    """Adds 1 in Python, which no other runtime can run."""
 
     def call(self, inputs):
         outputs = tf.numpy_function(lambda x: x + 1, [inputs], inputs.dtype)
@@ -322,7 +322,7 @@ def test_paths_that_cannot_be_written(kind, tmp_path):
     ],
 )
 def test_a_full_disk(error, tmp_path, monkeypatch):
-    """Says so in one way, for the path that was asked for."""
+    """Tests that every error is reported in one way, with the given path."""
 
     def save(_, folder, *__):
         os.makedirs(folder)
@@ -404,7 +404,7 @@ def test_bad_arguments(tmp_path):
         write("litert", model, path, tolerance="1")
     with pytest.raises(TypeError, match="`image_bytes` to be a function"):
         write("native", model, path, image_bytes="yes")
-    # Made-up numbers are no regions.
+    # Random numbers are no regions.
     with pytest.raises(ValueError, match=r"Expected `sample`.*made up"):
         write("onnx", pooling_model("align"), path)
     text = tf.function(tf.strings.length, [tf.TensorSpec((None,), "string")])
@@ -476,7 +476,7 @@ def test_what_is_said(tmp_path, capsys):
 
 
 def test_differences():
-    """The number that is reported, and what is no number."""
+    """Tests the number that is reported, also for NaN and infinities."""
     compare = _common.measure_difference
     values = np.array([1.0, -4.0, np.nan, np.inf])
     assert compare(values, values) == 0

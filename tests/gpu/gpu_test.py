@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops on a GPU next to the same in float64 on the CPU.
+"""Tests the ops on a GPU against the same ops in float64 on the CPU.
 
 The other tests run on a GPU too (`make gpu-check-tf`), with settings that make
-results reproducible. Here are the settings that people have. Without a GPU the
-kernels are emulated (emulated_gpu.py), on smaller operands.
+results reproducible. The tests here use TensorFlow's default settings. Without
+a GPU the kernels are emulated (emulated_gpu.py), on smaller operands.
 """
 
 import json
@@ -129,7 +129,7 @@ for dtype in ("float64", "float32", "float16", "bfloat16"):
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("settings", ["default", "float32", "deterministic"])
 def test_equals_the_cpu_in_float64(op, settings, run_python_as_it_is):
-    """By TensorFlow's default, tf32 is allowed and no order of sums is kept."""
+    """Tests TensorFlow's defaults. They allow tf32, and any order of sums."""
     run = run_python_as_it_is if DEVICE else emulated_gpu.build().run
     printed = run(
         _COMPARE,
@@ -150,7 +150,7 @@ def test_equals_the_cpu_in_float64(op, settings, run_python_as_it_is):
         assert result["device"].endswith(DEVICE or "GPU:0"), result
         assert result["error"] <= tolerance, result
         if tolerance == GPU_TF32.of_largest and op == "conv":
-            # It is used: all five results come of products.
+            # TF32 is in use: all five results are products.
             assert result["error"] > 1e-5, result
         if settings == "deterministic":
             assert result["same"], result
@@ -181,7 +181,7 @@ for _ in range(2):
     not tf_deform.is_built_with_cuda(), reason="built without nvcc"
 )
 def test_without_a_driver_the_gpu_fails_and_the_cpu_goes_on():
-    """The real kernels, on a GPU that TensorFlow believes to be there."""
+    """Tests the real kernels. TensorFlow believes that there is a GPU."""
     printed = emulated_gpu.build().run(_WITHOUT_DRIVER, emulated=False)
     error, value, *again = printed.splitlines()
     built = tf_deform._build_info.CUDA_VERSION

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of what the branch of `DeformableConv2D` is made of.
+"""Tests the parts of which `DeformableConv2D` makes its branch.
 
-Its convolution, which is trained when dilated and takes images without pixels.
-That every configuration is trained is tested in training_grid_test.py, NaN in
-nan_test.py.
+They are its convolution, which is trained also when dilated, and images without
+pixels. Every configuration is trained in training_grid_test.py; NaN is tested
+in nan_test.py.
 """
 
 import functools
@@ -26,7 +26,7 @@ random = functools.partial(operands.random, dtype="float64")
 
 
 def displace(layer: DeformableConv2D) -> None:
-    """Samples move, each by its own distance of a pixel or two."""
+    """Sets weights that move each sample by its own pixel or two."""
     for seed, weight in enumerate(layer.weights):
         scale = 0.5 / np.sqrt(np.prod(weight.shape[:-1]))
         if weight is layer.offset_bias:
@@ -35,7 +35,7 @@ def displace(layer: DeformableConv2D) -> None:
 
 
 def operations(*functions: object) -> set[str]:
-    """The types of all operations of these graphs and of their functions."""
+    """Returns the types of all operations in graphs and their functions."""
     types = set()
     for function in functions:
         graph = function.graph.as_graph_def()
@@ -51,7 +51,7 @@ CONTROL_FLOW = {"If", "StatelessIf", "Switch", "Merge", "Case"}
 
 
 def plain(x, kernel, strides, padding, dilations):
-    """By the reference of the deformable one, which takes all of them."""
+    """Computes a plain convolution by the deformable op's reference."""
     if padding != "same":
         (top, bottom), (left, right) = padding
         rows, columns = x.shape[1:3]
@@ -75,7 +75,7 @@ PADDINGS = ["same", ((0, 0), (0, 0)), ((3, 1), (0, 4)), ((4, -1), (-2, 3))]
 @pytest.mark.parametrize("padding", PADDINGS, ids=str)
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2), (3, 1), (2, 4)], ids=str)
 def test_convolution(strides, padding):
-    """Rates that divide the strides, are multiples of them, or neither."""
+    """Tests rates that divide the strides, are multiples, or neither."""
     kernels = {size: random(*size, 2, 3) for size in [(3, 3), (2, 1), (1, 4)]}
     cases = itertools.product(
         kernels.items(), [(1, 1), (2, 2), (3, 2), (1, 3), (4, 6)], [11, 12]
@@ -128,7 +128,10 @@ def test_convolution_of_unknown_sizes(padding, strides, dilations, jit_compile):
     ],
 )
 def test_second_derivatives(strides, dilations, padding, in_graph):
-    """Of the square of the gradient, by differences; and forward mode."""
+    """Differentiates the gradient's square.
+
+    Compares with differences and with forward mode.
+    """
     x, kernel = tf.constant(random(1, 9, 8, 2)), tf.constant(random(3, 3, 2, 2))
     arguments = dict(strides=strides, padding=padding, dilations=dilations)
 
@@ -174,13 +177,13 @@ EMPTY_CONFIGS = [
     {},
     {"padding": "same", "dilation_rate": 2, "strides": 2},
     {"padding": ((2, 0), (1, 3)), "dilation_rate": (3, 2)},
-    {"padding": ((4, 3), (5, 4)), "dilation_rate": 2},  # Outputs all the same.
+    {"padding": ((4, 3), (5, 4)), "dilation_rate": 2},  # the output has some
     {"dilation_rate": 2, "offset_dilation_rate": 1, "strides": (1, 2)},
 ]
 
 
 def empty_results(layer, x, how):
-    """The layer's result and its gradients."""
+    """Returns the layer's result and its gradients."""
     known = {"unknown": (None,) * 3, "batch": (None, *x.shape[1:3])}
 
     def step(x):
@@ -203,13 +206,16 @@ def empty_results(layer, x, how):
 @pytest.mark.parametrize("how", ["eager", "unknown", "batch", "known", "xla"])
 @pytest.mark.parametrize("config", EMPTY_CONFIGS, ids=str)
 def test_empty(config, how, implementation="native"):
-    """The op's shape, and gradients that are zero but the biases'."""
+    """Tests that shapes equal the op's, and gradients are zero.
+
+    Only biases have other gradients.
+    """
     layer = DeformableConv2D(
         3, 3, modulation="sigmoid", implementation=implementation, **config
     )
     layer.build((None, None, None, 2))
     displace(layer)
-    # XLA and a graph of another shape each are compiled anew.
+    # XLA, and a graph of another shape, are compiled anew each time.
     sizes = EMPTY if how in ("eager", "unknown") else EMPTY[:2]
     for size in sizes:
         x = tf.zeros((*size, 2))
@@ -259,7 +265,7 @@ def test_empty_without_onednn(run_python):
     "config", [{}, {"strides": 2}, {"padding": 2, "dilation_rate": 2}], ids=str
 )
 def test_an_empty_batch_of_a_plain_convolution(config, channels, data_format):
-    # It has the sizes of the convolution's inputs, channels included.
+    # The sizes are those of the convolution's inputs, channels included.
     inputs = keras.Input((15, 20, channels))
     x = keras.layers.Conv2D(8, 3, strides=2)(inputs)
     if data_format == "channels_first":
@@ -278,7 +284,7 @@ def test_an_empty_batch_of_a_plain_convolution(config, channels, data_format):
 @pytest.mark.parametrize("padding", ["valid", ((0, 1), (0, 0))])
 @pytest.mark.parametrize("dilation_rate", [1, 2])
 def test_a_small_image_is_an_error(dilation_rate, padding):
-    """Known or not, it is the op that says so."""
+    """Tests that the op raises the error, whether sizes are known or not."""
     layer = DeformableConv2D(3, 4, padding=padding, dilation_rate=dilation_rate)
     layer.build((None, None, None, 2))
     run = tf.function(
@@ -312,7 +318,7 @@ def test_no_graph_has_branches(config, size):
 
 
 def test_a_graph_of_known_sizes_has_nothing_in_vain():
-    """The branch is a convolution and, where wanted, its padding."""
+    """Tests that the branch is a convolution, padded only where needed."""
     x = tf.zeros((2, 8, 9, 2))
     for padding, dilation_rate, expected in [
         ("same", 1, set()),
@@ -375,7 +381,7 @@ def test_no_saved_model_has_branches(how, tmp_path):
     ids=str,
 )
 def test_gradients_per_example(config):
-    """By `tf.vectorized_map` over a tape: as one by one."""
+    """Tests `tf.vectorized_map` over a tape against single examples."""
     layer = DeformableConv2D(2, 3, **config)
     shape = [None, None, None, None]
     shape[1 if layer.data_format == "channels_first" else 3] = 4

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The promises of all four layers: what Keras asks of a layer.
+"""Tests the promises of all four layers to Keras.
 
-What a layer computes is tested in its own file, types in types_test.py, data
+The values of a layer are tested in its own file, types in types_test.py, data
 formats in data_format_test.py, NaN in nan_test.py.
 """
 
@@ -135,13 +135,14 @@ def test_config_holds_every_argument(kind):
 
 
 def through_json(layer: keras.layers.Layer) -> keras.layers.Layer:
-    """Returns a copy of the same class, made from text."""
+    """Returns a copy of the same class, made from JSON text."""
     stored = json.loads(json.dumps(keras.saving.serialize_keras_object(layer)))
     assert stored["registered_name"] == f"tf_deform>{type(layer).__name__}"
     clone = keras.saving.deserialize_keras_object(stored)
     assert type(clone) is type(layer)
     assert clone.get_config() == layer.get_config()
-    # It is built as it was, with or without a branch, before any call.
+    # The copy is built like the layer, with or without a branch, before any
+    # call.
     assert clone.built and len(clone.weights) == len(layer.weights)
     clone.set_weights(layer.get_weights())
     return clone
@@ -192,7 +193,7 @@ def test_copies(kind, config, how):
 
 
 def functional_model() -> keras.Model:
-    """Layers of all kinds, with all sources of displacements."""
+    """Makes a model of all layers with all sources of displacements."""
     inputs = keras.Input((None, None, 6))
     rois = keras.Input((5,))
 
@@ -256,7 +257,10 @@ np.savez(sys.argv[1] + "/saved_model.npz", *model.serve(calls))
 
 
 def test_a_fresh_process_loads_the_model(tmp_path, run_python):
-    """A .keras file and a SavedModel, with `import tf_deform` and no more."""
+    """Tests a .keras file and a SavedModel.
+
+    The process only runs `import tf_deform`.
+    """
     model = functional_model()
     expected = model.predict_on_batch(model_call())
     np.savez(tmp_path / "calls.npz", *model_call())
@@ -314,7 +318,7 @@ def test_weights_with_and_without_a_branch_are_not_mixed_up(
 
 @one_of_each
 def test_a_layer_in_two_models(kind, config):
-    """Called again it is the same layer, with the same weights."""
+    """Tests that the second call uses the same layer and weights."""
     layer, call = displaced(kind, **config), own_call(kind)
     expected = layer(**call)
     for size in (None, call["inputs"].shape[1]):
@@ -329,7 +333,7 @@ def test_a_layer_in_two_models(kind, config):
 
 @keras.saving.register_keras_serializable(package="contract_test")
 class Head(keras.Model):
-    """A subclassed model that keeps its layers in a list."""
+    """Keeps its layers in a list, in a subclassed model."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -435,7 +439,7 @@ def test_training_is_deterministic(kind):
 
 @one_of_each
 def test_training_inside_xla(kind, config):
-    """Asked for XLA, a model trains and predicts as it does without."""
+    """Tests that a model trains and predicts with XLA as it does without."""
     if not _build_info.XLA:
         pytest.skip("built without the bridge to XLA")
     call, results = own_call(kind), []
@@ -453,7 +457,10 @@ def test_training_inside_xla(kind, config):
 
 @every_kind
 def test_training_without_the_bridge_to_xla(kind, monkeypatch):
-    """As next to an older TensorFlow: asked for XLA, Keras declines."""
+    """Tests the state beside an older TensorFlow.
+
+    If asked for XLA, Keras declines.
+    """
     monkeypatch.setattr(_build_info, "XLA", False)
     call = own_call(kind)
     layer = new(kind)
@@ -473,9 +480,9 @@ def test_training_without_the_bridge_to_xla(kind, monkeypatch):
 
 @one_of_each
 def test_keras_own_test_of_layers(kind, config):
-    """Config, building, symbolic and eager calls, mixed types, training.
+    """Tests config, building, symbolic and eager calls, mixed types, training.
 
-    Its trainer calls layers of one argument alone. Regions are 0, 1 or 2.
+    Its trainer calls only layers of one argument. Regions are 0, 1 or 2.
     """
     shapes = {
         f"{k}_shape": (3, *v.shape[1:]) for k, v in own_call(kind).items()
@@ -500,7 +507,7 @@ def test_keras_own_test_of_layers(kind, config):
 
 @one_of_each
 def test_variables_are_attributes_and_their_paths_say_so(kind, config):
-    """What a regular expression of an optimizer looks for."""
+    """Tests the names that a regular expression of an optimizer matches."""
     layer = new(kind, name="head", **config)
     model = model_of(layer, own_call(kind))
     for name in ["offset_kernel", "offset_bias"]:
@@ -523,7 +530,7 @@ def test_variables_are_attributes_and_their_paths_say_so(kind, config):
     ("kind", "source"), [*SOURCES, ("pool", "plain"), ("align", "plain")]
 )
 def test_a_keras_mask_never_becomes_anything(kind, source):
-    """Neither modulation nor a modulator, nor anything of a region."""
+    """Tests that the mask becomes no modulation, modulator or region."""
     call = CALLS[source](kind)
     layer = new(kind)
     layer(**call)
@@ -580,9 +587,9 @@ def test_images_of_integers_are_cast(kind):
 )
 @every_kind
 def test_operands_of_every_kind(kind, convert):
-    """The result is float32: that of the same numbers in float32."""
+    """Tests that the result equals the result of float32 operands."""
     layer = displaced(kind)
-    # Whole numbers of 16 bits, and regions that float16 holds.
+    # Whole numbers of 16 bits, and regions that float16 can hold.
     call = {k: np.round(4 * v) / 4 for k, v in own_call(kind).items()}
     expected = layer(**call)
     actual = layer(**{k: convert(v) for k, v in call.items()})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Wrong arguments and calls of `DeformableConv2D`: errors that help."""
+"""Tests errors for wrong arguments and calls of `DeformableConv2D`."""
 
 import re
 
@@ -73,7 +73,7 @@ def test_layer_constructor(changes, text):
     assert re.search(text, str(info.value), re.DOTALL), str(info.value)
 
 
-# Shapes: 3x3 "valid" over 9x10 is 7x8, with 2 offset groups 36 channels of
+# Shapes: 3x3 "valid" over 9x10 gives 7x8; 2 offset groups have 36 channels of
 # offset and 18 of modulator.
 GOOD_OFFSET, GOOD_MODULATOR = (2, 7, 8, 36), (2, 7, 8, 18)
 
@@ -184,7 +184,10 @@ GOOD_OFFSET, GOOD_MODULATOR = (2, 7, 8, 36), (2, 7, 8, 18)
     ids=lambda value: str(value)[:40],
 )
 def test_layer_call(inputs, offset, modulator, changes, text, symbolic):
-    """`compute_output_shape` refuses while a model is being built."""
+    """Tests calls.
+
+    While a model is being built, `compute_output_shape` refuses.
+    """
     arguments = {"filters": 8, "kernel_size": 3, "offset_groups": 2, **changes}
     layer = DeformableConv2D(**arguments)
     make = keras.KerasTensor if symbolic else np.zeros

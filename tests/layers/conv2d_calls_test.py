@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`DeformableConv2D` is called as `keras.layers.Conv2D` is.
+"""Tests that `DeformableConv2D` is called as `keras.layers.Conv2D` is.
 
-With Conv2D's names, Keras' own tests of it, subclasses that override what is
-there to be overridden, and Keras' recomputation.
+The tests use Conv2D's names, Keras' own tests of Conv2D, subclasses that
+override methods meant to be overridden, and Keras' recomputation.
 """
 
 import contextlib
@@ -62,7 +62,7 @@ for test, text in result.failures + result.errors:
 
 
 def test_keras_own_tests_of_conv2d(run_python):
-    """All but the branch's two weights, and strides with dilation."""
+    """Runs all but the branch's two weights, and strides with dilation."""
     received = run_python(_KERAS_TESTS).splitlines()
     start = next(i for i, line in enumerate(received) if "ran" in line)
     ran = int(received[start].split()[1])
@@ -196,11 +196,11 @@ def test_complex_inputs_are_refused(dtype):
         DeformableConv2D(4, 3)(random(2, 8, 9, 6).astype(dtype))
 
 
-# What a subclass overrides.
+# Methods that a subclass overrides.
 
 
 class Standardized:
-    """Weight standardization, as one writes it for Conv2D."""
+    """Standardizes weights, as a subclass of Conv2D would."""
 
     def convolution_op(self, inputs, kernel):
         mean, variance = tf.nn.moments(kernel, (0, 1, 2))
@@ -232,7 +232,7 @@ def test_convolution_op_may_be_overridden(
     layer.build(x.shape)
     layer.set_weights(plain.get_weights())
     assert_close(layer(x), expected, 1e-5)
-    # With displacements it still changes the kernel, and is trained.
+    # With displacements the override still changes the kernel, and is trained.
     layer.offset_bias.assign(random(18))
     with tf.GradientTape() as tape:
         y = layer(x)
@@ -253,7 +253,7 @@ def test_convolution_op_of_given_displacements():
     halved.build(x.shape, offset.shape, modulator.shape)
     halved.set_weights(layer.get_weights())
     assert_close(2 * halved(x, offset, modulator), expected, 1e-5)
-    # Conv2D's signature has no place for them, and Python says so.
+    # Conv2D's signature has no such arguments, and Python says so.
     short = StandardizedDeformable(4, 3)
     with pytest.raises(TypeError, match="convolution_op"):
         short(x, offset)
@@ -273,7 +273,10 @@ def test_convolution_op_of_given_displacements():
     ids=lambda scope: scope["mode"],
 )
 def test_remat_scope_and_keywords(scope):
-    """Keras' own recomputation takes no keywords in a graph."""
+    """Tests `RematScope`.
+
+    In a graph, Keras' own recomputation takes no keywords.
+    """
     arrays = [random(4, 6, 5, 2), random(4, 6, 5, 18), random(4, 6, 5, 9)]
     targets = random(4, 6, 5, 3, seed=1)
 

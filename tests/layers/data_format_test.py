@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All layers in channels first: as in channels last, with a transpose."""
+"""Tests that all layers give the same in channels first, up to a transpose."""
 
 import copy
 import json
@@ -43,7 +43,7 @@ CONVOLUTIONS = [
     {"groups": 3, "offset_groups": 2, "filters": 6, "kernel_size": (2, 3)},
     {"boundary": "clamp", "padding": "same"},
     {"use_bias": False},
-    {"filters": 7},  # As many as the output has columns.
+    {"filters": 7},  # as many as the output's columns
 ]
 EVERY_LAYER = EVERY_CALL + [
     ("conv2d", "own", {**config, "modulation": modulation})
@@ -78,13 +78,13 @@ def pair_of_layers(kind: str, source: str, **config) -> tuple:
 
 @pytest.mark.parametrize(("kind", "source", "config"), EVERY_LAYER, ids=str)
 def test_the_same_with_the_same_weights(kind, source, config):
-    """Also in a graph that does not know its sizes."""
+    """Compares both formats, also in a graph that does not know its sizes."""
     last, call, first, first_call = pair_of_layers(kind, source, **config)
     expected = np.moveaxis(last(**call), 3, 1)
     assert_equal(first(**first_call), expected)
     channels = call["inputs"].shape[-1]
     if kind != "conv2d" and source == "own":
-        channels = None  # The branch knows from its weights how many.
+        channels = None  # The branch's weights tell the number of channels.
     function = tf.function(
         lambda *values: first(**dict(zip(call, values, strict=True))),
         input_signature=[
@@ -142,7 +142,7 @@ def test_keras_setting_counts_when_a_layer_is_made(kind):
 
 @pytest.mark.parametrize("kind", POOLS)
 def test_what_was_saved_without_a_format_is_in_channels_last(kind):
-    """Whatever Keras' setting is where it is loaded."""
+    """Tests that Keras' setting at the time of loading has no effect."""
     layer, call = displaced(kind), own_call(kind)
     stored = json.loads(json.dumps(keras.saving.serialize_keras_object(layer)))
     del stored["config"]["data_format"]
@@ -154,7 +154,7 @@ def test_what_was_saved_without_a_format_is_in_channels_last(kind):
 
 
 def test_a_class_that_fixes_arguments_and_has_a_config_of_its_own():
-    """Nothing is added to a config that this package did not write."""
+    """Tests that nothing is added to a config that another class wrote."""
 
     class Head(DeformableROIAlign):
         def __init__(self, units=(), name=None):
@@ -171,7 +171,7 @@ def test_a_class_that_fixes_arguments_and_has_a_config_of_its_own():
     ("kind", "source"), [*SOURCES, ("pool", "plain"), ("align", "plain")]
 )
 def test_shapes(kind, source):
-    """They are computed before a layer is built, as far as they are known."""
+    """Tests shapes before a layer is built, as far as sizes are known."""
     call = channels_first(CALLS[source](kind))
     layer = new(kind, data_format="channels_first")
     shapes = {f"{name}_shape": value.shape for name, value in call.items()}
@@ -196,7 +196,7 @@ def test_shapes(kind, source):
 
 @pytest.mark.parametrize("units", [(), (8, 4)])
 def test_weights_do_not_know_the_format(units):
-    """Those of the hidden layers, whose rows are pooled features."""
+    """Tests hidden layers too, whose weights have rows of pooled features."""
     last, _, first, _ = pair_of_layers("align", "own", units=units)
     shapes = [
         [(v.name, tuple(v.shape)) for v in layer.weights]
@@ -207,7 +207,7 @@ def test_weights_do_not_know_the_format(units):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_trained_saved_and_loaded(kind, tmp_path):
-    """Also where Keras' setting is another by then."""
+    """Tests loading also where Keras' setting has changed by then."""
     call = channels_first(own_call(kind))
     layer = new(kind, data_format="channels_first")
     model = model_of(layer, call)
@@ -228,7 +228,7 @@ def test_trained_saved_and_loaded(kind, tmp_path):
 
 @pytest.mark.parametrize("target", FORMATS)
 def test_exported(target, tmp_path):
-    """All layers in channels first over the same maps."""
+    """Exports all layers in channels first over the same maps."""
     inputs = keras.Input((6, 11, 12), name="inputs")
     rois = keras.Input((5,), name="rois")
     first = dict(data_format="channels_first")
@@ -248,7 +248,7 @@ def test_exported(target, tmp_path):
     call = {"inputs": random(2, 6, 11, 12), "rois": regions(7)}
     expected = model(call).numpy()
     assert expected.shape == (7, 18, 3, 4)
-    # Each writer compares what it wrote with the model, too.
+    # Each writer compares its file with the model as well.
     write(target, model, tmp_path / "model", sample=call)
     (actual,) = run(target, tmp_path / "model", call).values()
     assert_close(actual, expected, CLOSE)

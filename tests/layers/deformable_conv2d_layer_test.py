@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`DeformableConv2D`: what it computes, and what it shares with `Conv2D`.
+"""Tests `DeformableConv2D`: its values, and its common ground with `Conv2D`.
 
-What all layers have in common is tested in contract_test.py.
+The common behaviour of all layers is tested in contract_test.py.
 """
 
 import inspect
@@ -61,7 +61,7 @@ def branch(layer: DeformableConv2D, x: np.ndarray) -> tuple:
 
 
 def by_branch_and_op(layer: DeformableConv2D, x: np.ndarray) -> np.ndarray:
-    """What a layer without activation should return, channels last."""
+    """Returns a layer's expected output, channels last, no activation."""
     offset, mask = branch(layer, x)
     output = deformable_conv2d(
         x,
@@ -78,7 +78,7 @@ def by_branch_and_op(layer: DeformableConv2D, x: np.ndarray) -> np.ndarray:
 
 
 def test_displace_moves_samples_by_more_than_a_pixel():
-    """The helper that the other tests lean on."""
+    """Tests the helper `displace`, on which the other tests rely."""
     layer = displaced(modulation="sigmoid", offset_groups=2)
     offset, mask = branch(layer, random(2, 8, 9, 6))
     dy, dx = offset[..., 0::2], offset[..., 1::2]
@@ -87,7 +87,7 @@ def test_displace_moves_samples_by_more_than_a_pixel():
     assert np.std(mask) > 0.1
 
 
-# A drop-in for Conv2D.
+# A drop-in replacement for Conv2D.
 
 
 def test_signature_is_that_of_conv2d():
@@ -111,7 +111,10 @@ def test_signature_is_that_of_conv2d():
 
 
 def test_call_has_no_argument_named_mask():
-    """Keras fills arguments of that name from masks of its own."""
+    """Tests the argument's name.
+
+    Keras fills arguments named `mask` from its own masks.
+    """
     call = inspect.signature(DeformableConv2D.call).parameters
     assert list(call) == ["self", "inputs", "offset", "modulator"]
 
@@ -139,9 +142,12 @@ CONV2D_CONFIGS = [
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 @pytest.mark.parametrize("config", CONV2D_CONFIGS, ids=str)
 def test_a_new_layer_equals_conv2d(config, data_format, modulation):
-    """Before it is trained the branch gives zero offsets: a plain one."""
-    # With as many filters as columns in the output, Keras 3.15 adds the bias
-    # of a channels_first Conv2D along the width; 11 keeps clear of it.
+    """Tests a new layer.
+
+    Its branch gives zero offsets, so it convolves plainly.
+    """
+    # With as many filters as columns in the output, Keras 3.15 adds the bias of
+    # a channels_first Conv2D along the width; 11 columns avoid this bug.
     config = {"filters": 11, "kernel_size": 3, **config}
     config["data_format"] = data_format
     x = random(2, 11, 10, 6)
@@ -185,7 +191,7 @@ CONFIGS = [
     {"groups": 3, "offset_groups": 2, "filters": 6, "kernel_size": (2, 3)},
     {"boundary": "clamp", "padding": "same"},
     {"use_bias": False},
-    {"filters": 7},  # As many as the output has columns.
+    {"filters": 7},  # as many as the output's columns
 ]
 
 
@@ -199,7 +205,7 @@ def test_own_branch_is_one_convolution(config, modulation):
 
 @pytest.mark.parametrize("modulation", MODULATIONS)
 def test_offset_dilation_rate(modulation):
-    """A dilated convolution whose branch is not dilated."""
+    """Tests a dilated convolution with a branch that is not dilated."""
     x = random(2, 8, 9, 6)
     layer = displaced(
         padding="same",
@@ -217,12 +223,12 @@ def test_offset_dilation_rate(modulation):
     [
         (2, ((1, 1), (1, 1))),
         (((1, 2), (3, 4)), ((0, 1), (2, 3))),
-        ("valid", ((-1, -1), (-1, -1))),  # Cuts the border off.
+        ("valid", ((-1, -1), (-1, -1))),  # cuts the border off
         ((1, 0), ((0, 0), (-1, -1))),
     ],
 )
 def test_taps_of_branch_and_layer_have_one_centre(padding, branch_padding):
-    """A 3x3 branch of rate 1 sits in the middle of a 3x3 layer of rate 2."""
+    """Tests a 3x3 branch of rate 1, in the middle of a 3x3 layer of rate 2."""
     x = random(2, 8, 9, 6)
     layer = displaced(
         padding=padding, dilation_rate=2, offset_dilation_rate=1, strides=2
@@ -248,7 +254,10 @@ def test_taps_of_branch_and_layer_have_one_centre(padding, branch_padding):
 
 
 def test_shapes_of_the_branch():
-    """Offsets, then the mask as the last third; not grouped, with a bias."""
+    """Tests outputs: offsets, then the mask as the last third; no groups.
+
+    A bias.
+    """
     config = {"kernel_size": (2, 3), "groups": 3, "filters": 9}
     layer = displaced(**config, offset_groups=2)
     assert layer.kernel.shape == (2, 3, 2, 9)
@@ -257,7 +266,7 @@ def test_shapes_of_the_branch():
     layer = displaced(**config, offset_groups=2, modulation="sigmoid")
     assert layer.offset_kernel.shape == (2, 3, 6, 2 * 2 * 3 * 3)
     assert layer.offset_bias.shape == (2 * 2 * 3 * 3,)
-    # `use_bias` is about the output.
+    # `use_bias` concerns the output only.
     layer = displaced(**config, use_bias=False)
     assert layer.bias is None
     assert layer.offset_bias is not None
@@ -320,7 +329,7 @@ def test_compute_output_shape(sizes, config, expected, data_format):
 
 @pytest.mark.parametrize("padding", ["valid", "same", ((0, 1), (3, 2))])
 def test_model_of_unknown_sizes(padding):
-    """One functional model serves every image, in every batch."""
+    """Tests that one functional model serves images of every size and batch."""
     inputs = keras.Input((None, None, 6))
     layer = DeformableConv2D(4, 3, padding=padding, modulation="sigmoid")
     model = keras.Model(inputs, layer(inputs))
@@ -382,7 +391,7 @@ def test_takes_the_weights_of_conv2d(use_bias):
 
 
 def test_gradients_equal_those_of_the_op():
-    """For all four weights and the inputs, through branch and modulation."""
+    """Compares all weights and the inputs, through branch and modulation."""
     x = tf.constant(random(2, 8, 9, 6))
     layer = displaced(modulation="2sigmoid", groups=2, offset_groups=3)
     operands = [x, *(v.value for v in layer.weights)]
@@ -426,7 +435,7 @@ def test_constraints_leave_the_branch_alone():
 
 @pytest.mark.parametrize("how", ["constructor", "enable_lora"])
 def test_lora(how):
-    """What Conv2D does for fine-tuning: a low-rank update of the kernel."""
+    """Tests LoRA as in Conv2D: a low-rank update of the kernel."""
     x = random(2, 8, 9, 6)
     config = {"lora_rank": 2} if how == "constructor" else {}
     layer = displaced(modulation="sigmoid", **config)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Displacements that the caller gives, of all layers."""
+"""Tests displacements that the caller gives, of all layers."""
 
 import keras
 import numpy as np
@@ -29,7 +29,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 @every_kind
 def test_given_displacements(kind):
-    """The branch is not built, and the values are used as they are."""
+    """Tests that no branch is built, and that the values are used unchanged."""
     call, layer = given_call(kind), new(kind)
     output = layer(**call)
     kernel = ["kernel", "bias"] if kind == "conv2d" else []
@@ -41,7 +41,7 @@ def test_given_displacements(kind):
 
 @every_kind
 def test_given_displacements_the_branch_does_not_run(kind):
-    """A branch full of NaN has no say."""
+    """Tests that a branch full of NaN has no effect."""
     layer, call = displaced(kind), given_call(kind)
     before = layer(**call)
     branch = [v for v in layer.weights if v.name.startswith("offset_")]
@@ -101,7 +101,7 @@ def test_given_in_tf_function_of_unknown_sizes(kind):
     assert nothing.shape == (0, *KINDS[kind].output)
 
 
-# Of pooling.
+# Errors of pooling.
 
 
 @pytest.mark.parametrize("kind", POOLS)
@@ -119,14 +119,14 @@ def test_given_displacements_tell_their_own_number_of_classes(classes):
     assert_close(layer(**call), by_hand(layer, *call.values()), 1e-5)
 
 
-# Of a convolution.
+# Displacements of a convolution.
 
 
 @pytest.mark.parametrize("modulation", MODULATIONS)
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 @pytest.mark.parametrize("has_modulator", [True, False])
 def test_given_offset(modulation, data_format, has_modulator):
-    """The branch is not built; `modulator` is used as it is, or is 1."""
+    """Tests that no branch is built; `modulator` is used unchanged, or is 1."""
     x, offset = random(2, 8, 9, 6), 2 * random(2, 6, 7, 36, seed=1)
     modulator = random(2, 6, 7, 18, seed=2) if has_modulator else None
     layer = DeformableConv2D(
@@ -154,7 +154,7 @@ def test_given_offset(modulation, data_format, has_modulator):
 
 
 def test_given_offset_in_a_functional_model():
-    """One branch for two layers, as a model may share it."""
+    """Tests one branch for two layers, as a model may share it."""
     x = random(2, 8, 9, 6)
     inputs = keras.Input((None, None, 6))
     shared = keras.layers.Conv2D(27, 3, padding="same", name="shared")(inputs)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training what `export.saved_model` wrote: the lists of variables."""
+"""Tests training a loaded `export.saved_model`: its lists of variables."""
 
 import keras
 import numpy as np
@@ -14,7 +14,7 @@ LISTS = ("variables", "trainable_variables", "non_trainable_variables")
 
 
 class Scaled(keras.layers.Layer):
-    """Holds variables in a function, of which Keras does not know."""
+    """Holds variables in a function, which Keras does not track."""
 
     def __init__(self):
         super().__init__()
@@ -97,7 +97,7 @@ def test_lists_are_those_of_keras_export(kind, implementations, tmp_path):
                 np.testing.assert_array_equal(one.numpy(), other.numpy())
         assert [f"{w.path}:0" for w in model.weights] == names(loaded.weights)
         assert is_each_once(loaded.weights)
-        # The same variables, whichever list they are taken from.
+        # The variables are the same in every list.
         every = {id(variable) for variable in loaded.variables}
         for name in ("weights", *LISTS):
             assert every.issuperset(map(id, getattr(loaded, name)))

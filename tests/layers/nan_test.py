@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A branch that has become NaN is seen in what it moves.
+"""Tests that NaN in a branch appears in the outputs that the branch moves.
 
-The ops' rule, that a displacement which is NaN lies outside of the map, holds
-for displacements that are given.
+The ops' rule, that a NaN displacement lies outside of the map, holds only for
+displacements that are given.
 """
 
 import keras
@@ -35,10 +35,10 @@ MODES = ["eager", "graph", "unknown sizes", "XLA"]
 
 
 def one_field_is_nan(kind: str, **config) -> tuple:
-    """Returns a layer with a NaN in its bias, and which outputs that is for."""
+    """Returns a layer with a NaN in its bias, and the outputs that use it."""
     layer = displaced(kind, **config)
     nan = np.zeros(output_shape(kind), bool)
-    if kind == "conv2d":  # One field of all pixels: each reads it.
+    if kind == "conv2d":  # One field of all pixels: each pixel reads it.
         place = 5
         nan[:] = True
     elif kind == "psroi":  # [class][(dy, dx)][part_h][part_w]
@@ -93,13 +93,16 @@ def test_nan_is_handed_on_to_what_it_is_for(kind, mode, implementation):
 
 @pytest.mark.parametrize("kind", POOLS)
 def test_nan_of_a_class_and_part_for_each_of_many(kind):
-    """Every field alone: the outputs that depend on it, and no others."""
+    """Sets each field to NaN alone.
+
+    Only outputs that depend on the field become NaN.
+    """
     layer, call = displaced(kind), own_call(kind)
     clean = layer(**call).numpy()
     bias = layer.offset_bias.numpy()
     function = tf.function(lambda: layer(**call))
     for field in range(0, len(bias), 7):
-        # What moves if this field alone does.
+        # Outputs that change if only this field changes depend on the field.
         moved = bias.copy()
         moved[field] += 0.37
         layer.offset_bias.assign(moved)
@@ -108,8 +111,8 @@ def test_nan_of_a_class_and_part_for_each_of_many(kind):
         spoiled[field] = NAN
         layer.offset_bias.assign(spoiled)
         nan = np.isnan(function())
-        # A bin beyond the map stays 0 when it moves: not so in every region.
-        # One of five parts is read by none of four bins.
+        # A bin beyond the map stays 0 when it moves, but no bin lies there in
+        # every region. None of the four bins reads one of the five parts.
         assert_equal(nan.all(0), depends.any(0), case=f"field {field}")
         assert_equal(nan.any(0), depends.any(0), case=f"field {field}")
 
@@ -120,7 +123,7 @@ def test_nan_of_a_class_and_part_for_each_of_many(kind):
 )
 @pytest.mark.parametrize("field", [0, 26])
 def test_first_and_last_field_of_a_convolution(field, implementation, mode):
-    """Of the displacements, and of the modulation."""
+    """Tests fields of the displacements, and of the modulation."""
     layer = displaced("conv2d", implementation=implementation)
     bias = layer.offset_bias.numpy()
     bias[field] = NAN
@@ -158,7 +161,10 @@ def test_any_type_and_format(kind, data_format, policy):
 
 @pytest.mark.parametrize("kind", POOLS)
 def test_a_nan_pixel_is_handed_on_to_regions_that_read_it(kind):
-    """Here through the branch: other regions are as they were."""
+    """Tests a NaN that enters through the branch.
+
+    Other regions stay unchanged.
+    """
     layer, call = displaced(kind), own_call(kind)
     expected = layer(**call).numpy()
     name = "trans_inputs" if kind == "psroi" else "inputs"
@@ -192,7 +198,7 @@ def nan_model(implementation: str = "native", **config) -> keras.Model:
 def test_a_nan_pixel_is_handed_on_to_outputs_whose_branch_sees_it(
     modulation, implementation, mode
 ):
-    """And to no other's: the layer samples ten pixels away."""
+    """Tests that other outputs stay. The layer samples ten pixels away."""
     config = dict(modulation=modulation, use_bias=False)
     (layer,) = nan_model(implementation, **config).layers
     layer.offset_kernel.assign(np.zeros(layer.offset_kernel.shape))
@@ -209,13 +215,13 @@ def test_a_nan_pixel_is_handed_on_to_outputs_whose_branch_sees_it(
 @pytest.mark.parametrize("value", [np.inf, -np.inf, 1e30])
 @pytest.mark.parametrize("kind", POOLS)
 def test_infinity_keeps_the_rule_of_pooling(kind, value):
-    """It lies outside: 0, and no NaN."""
+    """Tests that infinity lies outside, and gives 0 instead of NaN."""
     layer, call = displaced(kind), own_call(kind)
     bias = layer.offset_bias.numpy()
     bias[:] = value
     layer.offset_bias.assign(bias)
     if kind == "psroi" and np.isinf(value):
-        # Its branch pools maps of infinities, where 0 times one is NaN.
+        # The branch pools maps of infinities, where 0 times infinity is NaN.
         trans = layer._run_branch(call["trans_inputs"], call["rois"])
         assert np.isnan(trans).any() and not np.isnan(trans).all()
         output = layer(**call).numpy()
@@ -223,7 +229,7 @@ def test_infinity_keeps_the_rule_of_pooling(kind, value):
         return
     for mode in ("eager", "graph"):
         assert not np.any(run_as(layer, call, mode))
-    # Opposite infinities of one place do not make a NaN either.
+    # Opposite infinities of one place do not give NaN either.
     if kind == "psroi":
         bias.reshape(3, 2, 2, 5)[:, 1] *= -1
     else:
@@ -237,7 +243,7 @@ def test_infinity_keeps_the_rule_of_pooling(kind, value):
     [*[("native", mode) for mode in MODES], ("portable", "unknown sizes")],
 )
 def test_infinity_keeps_the_rule_of_the_convolution(implementation, mode):
-    """Also where both infinities are of one pixel."""
+    """Tests infinities, also both of them in one pixel."""
     (layer,) = nan_model(implementation, modulation=None).layers
     layer.offset_kernel.assign(np.zeros(layer.offset_kernel.shape))
     layer.offset_bias.assign(np.resize([np.inf, -np.inf, 0.5], 18))
@@ -262,7 +268,7 @@ def test_given_displacements_keep_the_rule_of_the_op(kind):
 @pytest.mark.parametrize("all_weights", [False, True])
 @pytest.mark.parametrize(("kind", "config"), POOL_BRANCHES, ids=str)
 def test_padding_stays_zero(kind, config, all_weights, which):
-    """Whatever the weights are: it is no region that a branch could move."""
+    """Tests that no weights of the branch move padding, which is no region."""
     layer, call = displaced(kind, **config), own_call(kind)
     for weight in layer.weights if all_weights else [layer.offset_bias]:
         weight.assign(np.full(weight.shape, NAN))
@@ -277,7 +283,7 @@ def test_padding_stays_zero(kind, config, all_weights, which):
 
 @pytest.mark.parametrize("kind", POOLS)
 def test_nothing_changes_where_there_is_no_nan(kind):
-    """To the bit, and also the gradient."""
+    """Tests that results equal to the bit, gradients included."""
     layer, call = displaced(kind), own_call(kind)
     call = {k: tf.constant(v) for k, v in call.items()}
 
@@ -318,7 +324,7 @@ def test_given_displacements_have_nothing_of_this_in_their_graph():
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_stops(kind, jit_compile):
-    """`TerminateOnNaN` sees it, in the first step."""
+    """Tests that `TerminateOnNaN` stops training in the first step."""
     if jit_compile and not _build_info.XLA:
         jit_compile = "auto"
     call = own_call(kind)
@@ -336,14 +342,14 @@ def test_training_stops(kind, jit_compile):
     assert model.stop_training
 
 
-# Exported: other runtimes keep it, and infinity stays outside.
+# Exported models: other runtimes keep NaN, and infinity stays outside.
 
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("kind", POOLS)
 def test_exported_pooling(kind, form, tmp_path):
     if kind == "pool" and form in ("onnx", "litert"):
-        form = "predict"  # As psroi: it is the same op.
+        form = "predict"  # Same case as psroi: the layers use the same op.
     layer, nan = one_field_is_nan(kind)
     call = own_call(kind)
     model, path = model_of(layer, call), tmp_path / "model"
@@ -387,7 +393,7 @@ def test_exported_convolution(config, form, tmp_path):
 
 @pytest.mark.parametrize("form", ["onnx", "litert"])
 def test_exported_branch_that_is_all_nan(form, tmp_path):
-    """The difference that is reported is 0: NaN is where it is expected."""
+    """Tests a reported difference of 0: NaN stands where NaN is expected."""
     (layer,) = nan_model(modulation="sigmoid").layers
     model = keras.Sequential([keras.Input((10, 12, 2), name="image"), layer])
     layer.offset_bias.assign(np.full(layer.offset_bias.shape, NAN))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of weights that do not fit are refused, with reasons."""
+"""Tests that weight files that do not fit are refused, with reasons."""
 
 import json
 import shutil
@@ -123,7 +123,7 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_what_does_not_fit(case, tmp_path):
-    """Raises, says what, and leaves the model as it was."""
+    """Tests that the error tells the misfit. The model stays unchanged."""
     edit, message = BAD[case]
     path = save(fill(make_chain(layers.Conv2D, named)), tmp_path)
     change(path, edit)
@@ -208,7 +208,7 @@ def test_other_files(tmp_path):
     shards[0].unlink()
     with pytest.raises(FileNotFoundError, match=shards[0].name):
         tf_deform.load_plain_weights(model, path)
-    shards[1].rename(shards[0])  # Two shards are one and the same.
+    shards[1].rename(shards[0])  # Two shards are the same file.
     shutil.copy(shards[0], shards[1])
     with pytest.raises(ValueError, match="for layer 'a' the arrays"):
         tf_deform.load_plain_weights(model, path)
@@ -250,7 +250,10 @@ def test_a_layer_that_refuses_when_others_are_done(tmp_path):
 
 
 def test_low_rank_adapters(tmp_path):
-    """Kernel and bias are taken, and what was adapted is gone, as in Keras."""
+    """Tests that kernel and bias are loaded.
+
+    The adapters are lost, as in Keras.
+    """
     plain = fill(make_chain(layers.Conv2D, named))
     path = save(plain, tmp_path)
     model = make_chain(DeformableConv2D, named)
@@ -261,7 +264,7 @@ def test_low_rank_adapters(tmp_path):
     assert_is_twin(model, plain)
 
 
-# What Keras' own `load_weights` says.
+# Messages of Keras' own `load_weights`.
 @pytest.mark.parametrize("make", [make_chain, make_sequential, make_residual])
 @pytest.mark.parametrize("kind", ["weights.h5", "weights.json", "keras"])
 def test_load_weights_of_a_plain_file_names_the_way(kind, make, tmp_path):
@@ -293,7 +296,7 @@ def test_layers_with_given_offsets_name_the_way(tmp_path):
 @pytest.mark.parametrize("key", ["offset_kernel", "offset_bias"])
 @pytest.mark.parametrize("kind", ["missing", "another shape"])
 def test_half_a_branch_is_refused(kind, key, tmp_path):
-    """And nothing of the layer is loaded."""
+    """Tests that no weight of the layer is loaded."""
     source = fill(make_chain(DeformableConv2D, named))
     path = save(source, tmp_path)
     at = f"layers/deformable_conv2d/vars/{key}"

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plain model's weights in its deformable twin, from every kind of file."""
+"""Tests loading a plain model's weights into its deformable twin.
+
+Every kind of file is tested.
+"""
 
 import h5py
 import keras
@@ -50,14 +53,14 @@ from tf_deform.layers import (
 )
 def test_files(kind, name, make, tmp_path):
     if make is make_subclassed and kind in ("keras", "h5", "legacy weights"):
-        # `keras` holds it as well; `h5` is for others.
+        # `keras` holds it as well; `h5` is for the other kinds.
         kind = "weights.h5"
     plain = fill(make(layers.Conv2D, name))
     path = save(plain, tmp_path, kind)
     model = make(DeformableConv2D, name)
     legacy = kind in ("h5", "legacy weights")
     if legacy and make is make_wrapped and name is unnamed:
-        # The two cells of the LSTM have one name, and nothing else tells.
+        # Both cells of the LSTM have one name; only the order tells them apart.
         with pytest.raises(ValueError, match="frozen ones are written last"):
             tf_deform.load_plain_weights(model, path)
         return
@@ -66,7 +69,7 @@ def test_files(kind, name, make, tmp_path):
     twice = make in (make_nested, make_wrapped) and not legacy
     by_order = name is unnamed or twice
     assert report.matched_by == ("order" if by_order else "name")
-    # Every weight is in it, once.
+    # Every weight is in the file, once.
     loaded = sum(len(layer.loaded) for layer in report.layers)
     stayed = sum(len(layer.stayed) for layer in report.layers)
     assert loaded == len(plain.weights)
@@ -97,13 +100,13 @@ def test_the_report(tmp_path):
 
 
 def without_names(path):
-    """As files of Keras 2 are, and of the first ones of Keras 3."""
+    """Removes names, as in files of Keras 2 and the first Keras 3."""
     with h5py.File(path, "a") as file:
         groups = []
         file.visititems(lambda _, item: groups.append(item))
         for item in groups:
             item.attrs.pop("name", None)
-        # Keras 2 saved these as well.
+        # Keras 2 saved these names as well.
         file["metrics/mean/vars/0"] = np.float32(3)
         file["optimizer/vars/0"] = np.int64(3)
 
@@ -138,7 +141,10 @@ def test_files_of_keras_2_13(tmp_path):
 
 
 def as_keras_2(path):
-    """Names end with ":0", and those inside do not begin with the outer's."""
+    """Renames as Keras 2 did.
+
+    Names end with ":0", and inner names lack the outer name.
+    """
     with h5py.File(path, "a") as file:
         root = file["model_weights"]
         for name, group in root.items():
@@ -158,7 +164,7 @@ def as_keras_2(path):
 @pytest.mark.parametrize("name", [named, unnamed])
 @pytest.mark.parametrize("version", [2, 3])
 def test_frozen_layers_in_legacy_files(version, name, frozen, tmp_path):
-    """They are written behind the others, whatever the model's order is."""
+    """Tests that frozen layers, which the file has last, are found."""
 
     def make(layer):
         inner = [keras.Input((7, 8, 4))]
@@ -184,7 +190,7 @@ def test_frozen_layers_in_legacy_files(version, name, frozen, tmp_path):
     model = make(DeformableConv2D)
     before = values(model)
     if name is unnamed and frozen == "some":
-        # Nothing tells which is which: shapes are all the same.
+        # All shapes are the same, so that only names or order can tell.
         with pytest.raises(ValueError, match="frozen ones are written last"):
             tf_deform.load_plain_weights(model, path)
         np.testing.assert_equal(values(model), before)
@@ -195,7 +201,7 @@ def test_frozen_layers_in_legacy_files(version, name, frozen, tmp_path):
 
 @pytest.mark.parametrize("kind", ["weights.h5", "h5"])
 def test_renamed_layers(kind, tmp_path):
-    """Found by order, unless that contradicts the names that are there."""
+    """Tests that order finds layers, unless it contradicts names that match."""
     plain = fill(make_chain(layers.Conv2D, named))
     path = save(plain, tmp_path, kind)
     model = make_chain(DeformableConv2D, lambda x: "new" if x == "b" else x)
@@ -218,7 +224,10 @@ def test_renamed_layers(kind, tmp_path):
 
 
 def test_names_that_keras_counts(tmp_path):
-    """The twin's "conv2d_1" is the file's "conv2d_2": names mislead here."""
+    """Tests misleading names.
+
+    The twin's "conv2d_1" is the file's "conv2d_2".
+    """
     plain = fill(make_chain(layers.Conv2D, unnamed))
     path = save(plain, tmp_path)
     keras.utils.clear_session(free_memory=False)
@@ -237,7 +246,7 @@ def test_names_that_keras_counts(tmp_path):
         ("weights.h5", "mixed_float16"),
         ("weights.json", "bfloat16"),
         ("keras", "float64"),
-        ("h5", "float16"),  # Keras cannot write bfloat16 there.
+        ("h5", "float16"),  # Keras cannot write bfloat16 to this kind.
         ("h5", "float64"),
     ],
 )
@@ -259,7 +268,7 @@ def test_numbers_of_other_types(kind, dtype, tmp_path):
 
 @pytest.mark.parametrize("kind", FILES[:4])
 def test_a_trained_model(kind, tmp_path):
-    """The optimizer's state is in the file, and is left there."""
+    """Tests that the file's optimizer state is ignored."""
     plain = make_residual(layers.Conv2D, named)
     plain.compile("adam", "mse", metrics=["mae"])
     plain.optimizer.build(plain.trainable_variables)
@@ -274,7 +283,10 @@ def test_a_trained_model(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", FILES)
 def test_files_of_deformable_models(kind, tmp_path):
-    """Are taken too, with their branches, but not by plain models."""
+    """Tests that deformable models load these files with branches.
+
+    Plain ones refuse.
+    """
     source = fill(make_residual(DeformableConv2D, named))
     path = save(source, tmp_path, kind)
     model = make_residual(DeformableConv2D, named)
@@ -289,7 +301,10 @@ def test_files_of_deformable_models(kind, tmp_path):
 @pytest.mark.parametrize("kind", FILES)
 @pytest.mark.parametrize("name", [named, unnamed])
 def test_layers_that_pool_regions(name, kind, tmp_path):
-    """A plain model has no weights for them: all of theirs stay."""
+    """Tests that these layers keep their weights.
+
+    A plain model has no such weights.
+    """
 
     def make(layer, deformable):
         image, rois = keras.Input((7, 8, 4)), keras.Input((5,))

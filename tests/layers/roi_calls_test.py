@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layers that pool regions: arguments and shapes that they refuse."""
+"""Tests arguments and shapes that the layers that pool regions refuse."""
 
 import re
 
@@ -148,7 +148,7 @@ def test_a_layer_without_branch_has_no_use_for_trans_inputs():
 
 @pytest.mark.parametrize("kind", POOLS)
 def test_the_same_in_a_symbolic_call(kind):
-    """It says so when a model is made, not when it runs."""
+    """Tests that the error comes when a model is made, not when it runs."""
     layer = new(kind)
     layer(**(given_call if kind != "psroi" else plain_call)(kind))
     with pytest.raises(ValueError, match="Expected .*Received"):
@@ -159,7 +159,7 @@ def test_the_same_in_a_symbolic_call(kind):
 
 
 def _rejects(match: str, kind: str, shapes: dict, **config: object) -> None:
-    """A Keras symbolic call with wrong shapes is a ValueError that says so."""
+    """Checks that a symbolic call with wrong shapes raises a ValueError."""
     symbols = {k: keras.KerasTensor(v) for k, v in shapes.items()}
     with pytest.raises(ValueError, match=f"(?s)Expected .*{match}"):
         new(kind, **config)(**symbols)
@@ -181,7 +181,7 @@ def test_compute_output_shape(kind, mode):
         )
         == expected
     )
-    # As many ROIs as the displacements, where only they tell.
+    # The displacements tell the number of ROIs if no other operand does.
     shapes = {k: (None, *v.shape[1:]) for k, v in call.items()}
     symbols = {k: keras.KerasTensor(v) for k, v in shapes.items()}
     output = layer(**symbols)
@@ -254,7 +254,7 @@ def test_wrong_channels_in_a_symbolic_call(channels):
     _rejects(match, "psroi", shapes)
     shapes["trans_inputs"] = (None, 11, 12, 7)
     _rejects(match, "psroi", shapes)
-    # What the layer's own arguments make of 36 channels.
+    # Channels that the layer's own arguments require instead of 36.
     shapes["inputs"] = (None, 11, 12, 36)
     _rejects("`inputs`.*54.*Received", "psroi", shapes, output_dim=9)
     _rejects("`inputs`.*72.*Received", "psroi", shapes, group_size=None)
@@ -291,7 +291,10 @@ BAD_OFFSETS = [
 @pytest.mark.parametrize(("shape", "match"), BAD_OFFSETS)
 @pytest.mark.parametrize("kind", DENSE)
 def test_wrong_offset_in_a_symbolic_call(kind, shape, match):
-    """The number of ROIs is the op's to judge, which may say `trans`."""
+    """Tests the number of ROIs, which the op judges.
+
+    Its text may say `trans`.
+    """
     shapes = {"inputs": (2, 11, 12, 6), "rois": (7, 5), "offset": shape}
     name = "(offset|trans)" if match == "7" else "offset"
     received = f"Received: {name}.shape=" + re.escape(str(shape))
@@ -355,7 +358,7 @@ def test_channels_that_the_branch_needs_are_unknown(kind):
 
 @pytest.mark.parametrize("kind", POOLS)
 def test_wrong_shapes_in_an_eager_call(kind):
-    """By then it is the kernel that judges, with the same text."""
+    """Tests eager calls, which the kernel judges, with the same text."""
     errors = (ValueError, tf.errors.InvalidArgumentError)
     layer, call = displaced(kind), own_call(kind)
     with pytest.raises(errors, match=r"Expected `rois`.*5.*Received.*\(7, 4\)"):
@@ -367,7 +370,7 @@ def test_wrong_shapes_in_an_eager_call(kind):
         layer(**{**call, name: call[name][:6]})
 
 
-# In channels first.
+# The shapes are in channels first.
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layers that pool regions: what they compute, and what they learn.
+"""Tests the values and the training of the layers that pool regions.
 
-What all layers have in common is tested in contract_test.py.
+The common behaviour of all layers is tested in contract_test.py.
 """
 
 import ctypes
@@ -42,13 +42,13 @@ from tf_deform.layers import (
     DeformableROIPooling,
 )
 
-# Kernels take several narrow classes at once, and then sum in another order:
-# bits are those of plain pooling with one class, or with wide ones.
+# Kernels take several narrow classes at once, and then sum in another order.
+# The bits equal those of plain pooling with one class, or with wide classes.
 WIDE = {"psroi": {"output_dim": 48}, "pool": {}, "align": {}}
 
 
 def widen(kind: str, call: dict) -> dict:
-    """The same call with 16 channels for each of 3 classes, for `WIDE`."""
+    """Widens the call to 16 channels for each of 3 classes, for `WIDE`."""
     if kind != "psroi":
         return call
     return {**call, "inputs": random(2, 11, 12, 3 * 2 * 48)}
@@ -56,7 +56,7 @@ def widen(kind: str, call: dict) -> dict:
 
 @pytest.mark.parametrize(("kind", "config"), POOL_BRANCHES, ids=str)
 def test_displace_moves_bins_by_more_than_a_pixel(kind, config):
-    """The helper that the other tests lean on."""
+    """Tests the helper `displace`, on which the other tests rely."""
     layer, call = displaced(kind, **config), own_call(kind)
     moves = pool_branch(layer, **call) * getattr(layer, KINDS[kind].factor)
     dy, dx = moves[..., 0::2], moves[..., 1::2]
@@ -141,7 +141,7 @@ def test_one_size_is_both():
 )
 @pytest.mark.parametrize(("kind", "config"), POOL_BRANCHES, ids=str)
 def test_own_branch(kind, config, dtype, tolerance):
-    """Displacements from the weights and the result, both by hand."""
+    """Computes displacements from the weights, and the result, by hand."""
     layer = displaced(kind, dtype=dtype, **config)
     call = {k: v.astype(dtype) for k, v in own_call(kind).items()}
     displacements = pool_branch(layer, **call)
@@ -155,7 +155,7 @@ def test_own_branch(kind, config, dtype, tolerance):
 
 @pytest.mark.parametrize(("kind", "config"), POOL_BRANCHES, ids=str)
 def test_a_new_layer_pools_plainly(kind, config):
-    """Before it is trained the branch gives zeros."""
+    """Tests a new layer, whose branch gives zeros."""
     layer, call = new(kind, **config), own_call(kind)
     assert_close(
         layer(**call), by_hand(layer, call["inputs"], call["rois"]), 1e-5
@@ -172,7 +172,7 @@ def test_a_new_layer_pools_plainly(kind, config):
 
 
 def test_without_displacements_position_sensitive_pooling_is_plain():
-    """A layer with a branch does not need to be given its input."""
+    """Tests plain pooling, for which a branch needs no input."""
     call = plain_call("psroi")
     layer = new("psroi")
     plain = by_the_op(layer, **call)
@@ -203,18 +203,18 @@ def test_shapes_of_the_branch():
 
 
 def _ramps(channels: int) -> np.ndarray:
-    """Maps whose pixels are `y` (even channels) or `x` (odd ones)."""
+    """Makes maps whose pixels are `y` (even channels) or `x` (odd channels)."""
     grid = np.stack(np.mgrid[:30, :30], -1).astype(np.float32)
     return np.tile(grid, channels // 2)[np.newaxis]
 
 
 def test_order_of_position_sensitive_fields():
-    """`[class][(dy, dx)][part_h][part_w]`, of one number of the bias."""
+    """Sets one number of the bias at `[class][(dy, dx)][part_h][part_w]`."""
     config = {"group_size": 1, "output_dim": 6, "pooled_size": (4, 10)}
     layer = new("psroi", **config)
     call = {
         "inputs": _ramps(6),
-        "rois": np.float32([[0, 40, 40, 79, 79]]),  # 10 map pixels.
+        "rois": np.float32([[0, 40, 40, 79, 79]]),  # 10 map pixels
         "trans_inputs": np.zeros((1, 30, 30, 1), np.float32),
     }
     plain = layer(**call)
@@ -223,7 +223,7 @@ def test_order_of_position_sensitive_fields():
         bias[field] = 0.25
         layer.offset_bias.assign(bias.reshape(-1))
         moved = np.zeros((1, 4, 10, 6))
-        k, axis, row, col = field  # Channels 2k (y) and 2k + 1 (x).
+        k, axis, row, col = field  # channels 2k (y) and 2k + 1 (x)
         rows, cols = slice(2 * row, 2 * row + 2), slice(2 * col, 2 * col + 2)
         moved[0, rows, cols, 2 * k + axis] = 0.25 * 0.5 * 10
         assert_close(layer(**call), plain + moved, 1e-5)
@@ -231,7 +231,7 @@ def test_order_of_position_sensitive_fields():
 
 @pytest.mark.parametrize("kind", DENSE)
 def test_order_of_dense_fields(kind):
-    """`[ph][pw][(dy, dx)]`, of one number of the bias."""
+    """Sets one number of the bias at `[ph][pw][(dy, dx)]`."""
     layer = new(kind)
     call = {"inputs": _ramps(2), "rois": np.float32([[0, 40, 40, 79, 79]])}
     plain = layer(**call)
@@ -260,7 +260,7 @@ def test_displacements_of_zero_are_none(kind):
     assert_equal(layer(**call), plain)
 
 
-# Few and odd ROIs.
+# The number of ROIs is small and odd.
 
 
 @pytest.mark.parametrize("how", ["eager", "known", "unknown", "rank unknown"])
@@ -303,7 +303,7 @@ def test_in_tf_function(kind, config, how):
 
 @pytest.mark.parametrize("kind", POOLS)
 def test_in_tf_function_of_unknown_channels(kind):
-    """A branch knows from its weights how many there are."""
+    """Tests that a branch takes the number of channels from its weights."""
     layer, call = displaced(kind), own_call(kind)
     function = tf.function(
         lambda *tensors: layer(**dict(zip(call, tensors, strict=True))),
@@ -313,7 +313,7 @@ def test_in_tf_function_of_unknown_channels(kind):
 
 
 def _value_and_gradients(layer: keras.layers.Layer, call: dict) -> tuple:
-    """Gradients of a weighted sum: of the weights, then of `inputs`."""
+    """Returns gradients of a weighted sum, by weights, then by `inputs`."""
     call = {k: tf.constant(v) for k, v in call.items()}
     with tf.GradientTape() as tape:
         tape.watch(call["inputs"])
@@ -336,7 +336,7 @@ def test_no_rois(kind, config):
 
 @pytest.mark.parametrize("kind", POOLS)
 def test_no_images(kind):
-    """There only padding can be pooled."""
+    """Tests that without images only padding can be pooled."""
     layer, call = displaced(kind), own_call(kind)
     call = {k: v if k == "rois" else v[:0] for k, v in call.items()}
     call["rois"][:, 0] = -1
@@ -351,7 +351,7 @@ def test_no_images(kind):
 @pytest.mark.parametrize("bad", [-1.0, np.nan])
 @pytest.mark.parametrize("kind", POOLS)
 def test_padding_gives_zeros_and_no_gradient(kind, bad):
-    """ROIs with a negative index, or with a corner that is not finite."""
+    """Tests ROIs with a negative index, or with a corner that is not finite."""
     layer, call = displaced(kind), own_call(kind)
     call["rois"][:, 0 if bad == -1 else 3] = bad
     output, gradients = _value_and_gradients(layer, call)
@@ -363,12 +363,12 @@ def test_padding_gives_zeros_and_no_gradient(kind, bad):
 @pytest.mark.parametrize("bad", [-1.0, np.nan])
 @pytest.mark.parametrize(("kind", "config"), POOL_BRANCHES, ids=str)
 def test_padding_among_others_has_no_say(kind, config, bad):
-    """Values and all gradients are as if it were not there."""
+    """Tests that values and gradients are as if there were no padding."""
     layer, call = displaced(kind, **config), own_call(kind)
     expected, expected_gradients = _value_and_gradients(layer, call)
     nowhere = np.float32([[0, 4, 8, 20, 24]] * 3)
     nowhere[:, 0 if bad == -1 else 2] = bad
-    # At the end: the weights of the sum stay as they are.
+    # Padding goes to the end, so that the weights of the sum stay the same.
     call["rois"] = np.concatenate([call["rois"], nowhere])
     output, gradients = _value_and_gradients(layer, call)
     assert_equal(output[:7], expected)
@@ -398,7 +398,7 @@ def test_export_of_a_layer_alone(tmp_path):
 
 @pytest.mark.parametrize(("kind", "config"), POOL_BRANCHES, ids=str)
 def test_gradients_equal_finite_differences(kind, config):
-    """Of every weight, and of what goes in, through the branch and around."""
+    """Compares all weights and inputs, through the branch and around it."""
     small = {"pooled_size": (2, 3), "dtype": "float64", **config}
     channels = 4
     if kind == "psroi":
@@ -407,7 +407,7 @@ def test_gradients_equal_finite_differences(kind, config):
         small |= config
         channels = 8
     layer = new(kind, **small)
-    # Small ROIs in a large map: no sample comes near its edge.
+    # Small ROIs in a large map keep samples away from the edge.
     rois = np.array([[0, 42.3, 41.1, 58.2, 55.4], [1, 38.2, 46.3, 52.9, 60.7]])
     arrays = {"inputs": random(2, 26, 25, channels), "rois": rois}
     if kind == "psroi":
@@ -435,7 +435,7 @@ def test_gradients_equal_finite_differences(kind, config):
     ):
         old, gradient = variable.numpy(), gradient.numpy().reshape(-1)
         assert np.any(gradient)
-        # All numbers of a weight; those pixels of a map that are read.
+        # All numbers of a weight, and the pixels of a map that are read.
         indices = np.flatnonzero(gradient)
         if old.ndim == 4 and old.shape[0] > 1:
             assert len(indices) < old.size
@@ -478,7 +478,10 @@ def test_rois_have_no_gradient(kind, source, mode):
 
 @pytest.mark.parametrize("kind", POOLS)
 def test_a_branch_learns_to_look_at_a_shifted_blob(kind):
-    """It lies 4 pixels right or left: on which side another map tells."""
+    """Learns that a blob lies 4 pixels right or left.
+
+    Another map tells the side.
+    """
     config = {"pooled_size": 1, "spatial_scale": 1.0}
     rng = np.random.default_rng(0)
     side = np.tile([1.0, -1.0], 4)
@@ -502,7 +505,7 @@ def test_a_branch_learns_to_look_at_a_shifted_blob(kind):
     }
     layer = new(kind, **config)
     model = model_of(layer, call)
-    # What a layer would see that knows where to look.
+    # These are the displacements that centre the blob.
     reach = 0.5 * (6 if kind == "align" else 7)
     ideal = np.zeros((8, 1, 1, 2), np.float32)
     ideal[:, 0, 0, 1] = 4 * side / reach
@@ -518,7 +521,7 @@ def test_a_branch_learns_to_look_at_a_shifted_blob(kind):
 
 
 def test_a_learning_rate_of_its_own():
-    """The branch's weights, by a pattern of their names."""
+    """Sets the rate of the branch's weights by a pattern of their names."""
     call = own_call("align")
     inputs = symbols(call)
     x = keras.layers.Conv2D(6, 1, name="stem")(inputs["inputs"])
@@ -543,7 +546,10 @@ def test_a_learning_rate_of_its_own():
 
 
 def gradients_computed(kind: str) -> np.ndarray:
-    """How many gradients of inputs and displacements there have been."""
+    """Returns how many gradients have been computed.
+
+    These are gradients of inputs and displacements.
+    """
     counts = (ctypes.c_int64 * 2)()
     name = "DeformableROIAlign" if kind == "align" else "DeformablePSROIPool"
     library = ctypes.CDLL(_loader.LIBRARY)
@@ -554,7 +560,7 @@ def gradients_computed(kind: str) -> np.ndarray:
 @pytest.mark.parametrize("mode", ["eager", "graph"])
 @pytest.mark.parametrize("kind", POOLS)
 def test_a_frozen_layer_costs_no_gradient_when_only_a_head_learns(kind, mode):
-    """Not even of displacements."""
+    """Tests that not even gradients of displacements are computed."""
     layer, call = displaced(kind), own_call(kind)
     layer.trainable = False
     head = keras.layers.Dense(1)

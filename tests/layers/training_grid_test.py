@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every configuration of the convolution layer is trained.
+"""Trains every configuration of the convolution layer.
 
-What a layer computes is one thing, that TensorFlow can differentiate it where
-it runs another. `make test` takes rows of the grid that hold every pair of
-settings; `make test-full` takes all.
+TensorFlow may run another convolution where it differentiates, so training is
+tested apart from values. `make test` takes rows of the grid that hold every
+pair of settings; `make test-full` takes all.
 """
 
 import itertools
@@ -29,7 +29,7 @@ AXES = {
     "groups": [1, 2],
     "offset_groups": [1, 3],
 }
-# What its rows take in turn.
+# Settings that the grid's rows take in turn.
 MORE_AXES = {
     "data_format": ["channels_last", "channels_first"],
     "lora_rank": [None, 2],
@@ -42,10 +42,11 @@ MORE_AXES = {
 
 def grid() -> list[Row]:
     rows = all_rows(AXES)
-    # XLA, which takes seconds to compile, is in one of eleven.
+    # XLA takes seconds to compile, so only one row of eleven uses XLA.
     modes = ["eager", "graph"] * 5 + ["xla"]
     more = list(itertools.product(*{**MORE_AXES, "mode": modes}.values()))
-    # Steps without a common divisor: every setting meets every other.
+    # The step has no common divisor with the number: every setting meets every
+    # other.
     for index, row in enumerate(rows):
         values = more[index * 41 % len(more)]
         row.update(zip(MORE_AXES, values, strict=True))
@@ -66,7 +67,7 @@ def images_of(row: Row) -> np.ndarray:
 
 
 def train(row: Row) -> None:
-    """From zero displacements: they move, and the loss falls."""
+    """Trains from zero displacements: they move, and the loss falls."""
     images = images_of(row)
     shape = images.shape[1:]
     if row["sizes"] == "unknown":
@@ -97,12 +98,12 @@ def train(row: Row) -> None:
 
 
 def check_gradients(row: Row) -> None:
-    """In float64, of each weight and the inputs: they equal differences."""
+    """Compares all gradients with differences, in float64."""
     layer = layer_of(row, dtype="float64")
     rng = np.random.default_rng(2)
     images = tf.constant(images_of(row))
     layer.build(images.shape)
-    # Samples move by more than a pixel, and differ.
+    # Samples move by more than a pixel, each by another distance.
     for weight in layer.weights:
         scale = 0.5 / np.sqrt(np.prod(weight.shape[:-1]))
         weight.assign(rng.normal(0, scale, weight.shape))
@@ -136,7 +137,7 @@ def check_gradients(row: Row) -> None:
         direction /= np.linalg.norm(direction)
 
         def at(step: float, index: int = index, way: Any = direction) -> Any:
-            """The loss, `step` further on in this direction."""
+            """Returns the loss, `step` further on in this direction."""
             if index == 0:
                 return loss(images + step * way)
             weight = weights[index - 1]
@@ -146,7 +147,7 @@ def check_gradients(row: Row) -> None:
             weight.assign(before)
             return value
 
-        # Those of LoRA are float32 always, and the loss is linear in them.
+        # Weights of LoRA are always float32, and the loss is linear in them.
         step, tolerance = 1e-6, 1e-6
         if index and weights[index - 1].dtype == "float32":
             step, tolerance = 1.0, 1e-5
@@ -163,7 +164,7 @@ def text_of(row: Row) -> str:
 
 
 def check(rows: list[Row], gradients: bool) -> None:
-    """All rows, and all that failed at the end."""
+    """Checks all rows, and reports all failures at the end."""
     failed = []
     for row in rows:
         keras.utils.clear_session(free_memory=False)
@@ -218,7 +219,7 @@ print("trained", len(rows))
 
 
 def test_without_onednn(run_python):
-    """TensorFlow's own kernels, which have other limits."""
+    """Tests TensorFlow's own kernels, which have other limits."""
     received = run_python(
         _WITHOUT_ONEDNN,
         pathlib.Path(__file__).parent,

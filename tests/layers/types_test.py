@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Types: dtype policies, wherever Keras casts, and coordinates, which it may
-not round.
+"""Tests dtype policies wherever Keras casts, and coordinates that stay exact.
 
 `make test` takes rows of each grid that hold every pair of settings.
 """
@@ -35,7 +34,7 @@ PLACES = [
 
 
 def at_a_place(place: str, policy: str, kind: str, call: Call, **config):
-    """Returns a new layer and what calls it, as an outer model or alone.
+    """Returns a new layer and its caller: an outer model, or the layer itself.
 
     The outer model is called with a dictionary like `call`.
     """
@@ -64,7 +63,7 @@ def at_a_place(place: str, policy: str, kind: str, call: Call, **config):
                 return self.layer(**call)
 
         return layer, Outer()
-    # No outer model can know of float64: it casts to its inputs' type.
+    # An outer model cannot handle float64: it casts to its inputs' type.
     dtype = "float64" if policy == "float64" else "float32"
     return layer, model_of(layer, call, **dict.fromkeys(call, dtype))
 
@@ -87,7 +86,7 @@ LAYERS = {
     }
 )
 def test_dtype_policies(name, policy, x_dtype, place):
-    """Keras casts differently in each place; the layer's result is one."""
+    """Tests that the layer's result is the same wherever Keras casts."""
     kind = name.partition(",")[0]
     call = {k: v.astype(x_dtype) for k, v in own_call(kind).items()}
     layer, function = at_a_place(place, policy, kind, call, **LAYERS[name])
@@ -112,7 +111,7 @@ def test_type_of_a_symbolic_output(kind, policy):
 
 
 # One sample. The map has 128 columns whose pixels are `x - origin`, times a
-# factor, so that the output tells where the sample was.
+# factor, so that the output tells the sample's place.
 ONE_SAMPLE = {
     "conv2d": {
         "filters": 1,
@@ -158,7 +157,7 @@ def regions_of_64_columns(kind: str, dtype: str) -> np.ndarray:
 
 # The ROI's first corner does not fit in 16 bits: at 1 / 64 map pixel per image
 # pixel, its sample is at 31.5 + 1 / 64 for pooling, at 39.5 + 1 / 64 for
-# ROIAlign, without 1 / 64 where 2049 became 2048.
+# ROIAlign. The term 1 / 64 is missing where 2049 became 2048.
 CORNER = np.float32([[0, 2049, 64, 3072, 127]])
 GRID = {
     "policy": ["float32", "mixed_float16", "mixed_bfloat16"],
@@ -170,7 +169,7 @@ GRID = {
 @pytest.mark.parametrize("kind", POOLS)
 @grid(GRID)
 def test_rois_remain_float32(kind, policy, x_dtype, place):
-    """For the layer and for its branch: neither sees 2048 for 2049."""
+    """Tests the layer and its branch: neither may read 2049 as 2048."""
     origin = 39.5 if kind == "align" else 31.5
     call = {
         "inputs": ramp(origin, x_dtype),
@@ -182,7 +181,7 @@ def test_rois_remain_float32(kind, policy, x_dtype, place):
         call["trans_inputs"] = call["inputs"]
     layer, function = at_a_place(place, policy, kind, call, **ONE_SAMPLE[kind])
     assert_equal(function(call), [[[[1 / 64]]]])
-    # 1 / 64 makes a displacement of 1 / 16 ROI (of 16 pixels, nearly).
+    # 1 / 64 makes a displacement of 1 / 16 ROI (of nearly 16 pixels).
     kernel = np.zeros(layer.offset_kernel.shape)
     kernel[..., 1] = 4.0
     layer.offset_kernel.assign(kernel)
@@ -193,9 +192,9 @@ def test_rois_remain_float32(kind, policy, x_dtype, place):
 @pytest.mark.parametrize("kind", KINDS)
 @grid(GRID)
 def test_given_displacements_remain_float32(kind, policy, x_dtype, place):
-    """0.10001 of 64 pixels: 16 bits would be off by 0.002 pixels or more.
+    """Tests 0.10001 of 64 pixels, which 16 bits miss by 0.002 pixels or more.
 
-    Nor does a convolution's modulator of 2**17 fit in float16.
+    A convolution's modulator of 2**17 does not fit in float16 either.
     """
     call = {"inputs": ramp(PLAIN[kind] + 6.375, x_dtype)}
     expected = 0.10001 * 64 - 6.375
@@ -225,7 +224,7 @@ def test_given_displacements_remain_float32(kind, policy, x_dtype, place):
 @pytest.mark.parametrize("place", ["alone", "policy of all", "float32 model"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_float64_stays_float64(kind, place):
-    """ROIs, displacements, given or from the branch, and values."""
+    """Tests values, ROIs and displacements, given or from the branch."""
     dx, origin = 0.1 + 1e-11, PLAIN[kind] + 6.4
     if kind == "conv2d":
         offset = np.zeros((1, 4, 128, 2))
@@ -233,7 +232,7 @@ def test_float64_stays_float64(kind, place):
         call = {"offset": offset}
     else:
         rois = regions_of_64_columns(kind, "float64")
-        if kind == "align":  # Not rounded: corners are exact as well.
+        if kind == "align":  # not rounded: corners are exact as well
             rois[0, 1:4:2] += 64e-9
             origin += 1e-9
         call = {"rois": rois, KINDS[kind].given: np.array([[[[0, dx]]]])}
@@ -257,11 +256,11 @@ def test_float64_stays_float64(kind, place):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_displacements_of_another_type(kind):
-    """They are cast like ROIs, whatever the type of inputs."""
+    """Tests that displacements are cast like ROIs, for all input types."""
     layer, call = new(kind), given_call(kind)
     names = [KINDS[kind].given, *(["modulator"] if kind == "conv2d" else [])]
     for name in names:
-        # Exact in 16 bits.
+        # Numbers that are exact in 16 bits.
         call[name] = np.round(call[name] * 64).clip(-127, 127) / 64
     expected = layer(**call)
     for dtype in ("float16", "bfloat16", "float64"):

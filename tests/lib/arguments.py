@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every argument of every function and layer, and what it cannot use.
+"""Lists every argument of every function and layer, and its wrong values.
 
 A new argument of a function or layer is entered in FUNCTIONS or LAYERS.
 """
@@ -27,14 +27,14 @@ from tf_deform.ops import (
 
 
 class Strange:
-    """Something that no library knows, with a long name for itself."""
+    """Is of a type that no library knows, with a long text for itself."""
 
     def __repr__(self) -> str:
         return "strange " * 1000
 
 
 def symbolic_tensor() -> tf.Tensor:
-    """A tensor of a graph that is not the one in which it is used."""
+    """Returns a tensor of another graph than the graph in which it is used."""
     with tf.Graph().as_default():
         return tf.compat.v1.placeholder(tf.int32, ())
 
@@ -185,7 +185,7 @@ KINDS = {
 KINDS["option or None"] = KINDS["option"]
 KINDS["option"] = {**KINDS["option"], **NONE}
 
-# A good call of each, and the kind of each argument but tensors.
+# A good call of each function, and the kind of each argument except tensors.
 INPUTS = tf.ones((1, 5, 6, 4))
 ROIS = tf.constant([[0, 1.0, 1, 3, 4]])
 FUNCTIONS = {
@@ -302,7 +302,7 @@ LAYERS = {
         },
     ),
 }
-# Keras' own, which a layer hands on as they are.
+# Keras' own arguments, which a layer hands on unchanged.
 OF_KERAS = re.compile("activation|.*_(initializer|regularizer|constraint)|kw")
 OPERANDS = ("inputs", "kernel", "offset", "mask", "rois", "trans")
 CALLABLES = {**FUNCTIONS, **LAYERS}

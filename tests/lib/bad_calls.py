@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls of every op that are wrong, and what the error has to say.
+"""Lists wrong calls of every op, and the words that the error must have.
 
 Every error is a `ValueError`, a `TypeError` or an `InvalidArgumentError`; its
 text says what was expected and what was received.
@@ -22,7 +22,7 @@ ERRORS = (ValueError, TypeError, tf.errors.InvalidArgumentError)
 
 @dataclasses.dataclass(frozen=True)
 class BadCall:
-    """Changes of a good call, and the words that the error must have then.
+    """Describes changes of a good call, and the words of the error.
 
     `expected` and `received` are regular expressions. Where they stand, the
     text reads "Expected ... Received: ..."; `tensorflow` is an alternative
@@ -36,7 +36,8 @@ class BadCall:
     tensorflow: str | None = None
 
     def check(self, error: BaseException) -> None:
-        # TensorFlow appends the op and its attributes: not what we said.
+        # TensorFlow appends the op and its attributes, which are no words of
+        # ours.
         text = re.split(r" for '\{\{node| \[Op:", str(error))[0]
         ours = f"Expected.*{self.expected}.*Received: .*{self.received}"
         patterns = [ours] + ([self.tensorflow] if self.tensorflow else [])
@@ -50,13 +51,13 @@ def zeros(*shape: int, dtype: str = "float32") -> tf.Tensor:
 
 
 def shape(name: str, *sizes: int) -> str:
-    """A regular expression for `name.shape=(2, 9, ...)` in a text."""
+    """Returns a regular expression for `name.shape=(2, 9, ...)` in a text."""
     return re.escape(f"{name}.shape=({', '.join(map(str, sizes))})")
 
 
-# Good calls; that of the convolution has a 3x2 kernel, 2 offset groups and 7x9
-# output pixels. Every bad call differs from one of them in what its `changes`
-# name, and in nothing else. A tuple under the name of an operand is a shape.
+# Good calls; the convolution has a 3x2 kernel, 2 offset groups and 7x9 output
+# pixels. Every bad call differs from a good call only in what its `changes`
+# name. A tuple under the name of an operand is a shape.
 OPERANDS = ["inputs", "kernel", "rois", "offset", "trans", "mask"]
 CONV2D = {
     "inputs": (2, 9, 10, 12),
@@ -88,7 +89,7 @@ GOOD = {
 
 
 def _wrong_shapes(rows: list) -> list[BadCall]:
-    """From (operand, what is wrong, what the text must say, shape)."""
+    """Makes bad calls of (operand, fault, words of the error, shape)."""
     return [
         BadCall(
             f"{name} {what} {sizes}",
@@ -101,7 +102,7 @@ def _wrong_shapes(rows: list) -> list[BadCall]:
 
 
 def _wrong_values(rows: list) -> list[BadCall]:
-    """From (argument, value, what the text must say was received)."""
+    """Makes bad calls of (argument, value, received value in the error)."""
     return [
         BadCall(
             f"{name}={str(value)[:30]} {type(value).__name__}",
@@ -126,8 +127,8 @@ def _wrong_types(name: str, good: tuple, dtypes: str, right: str) -> list:
     ]
 
 
-# Refused by the shape: the graph builder says it with ValueError as soon as
-# shapes are known, the kernel with InvalidArgumentError when it runs.
+# Refused by the shape: the graph builder raises ValueError as soon as shapes
+# are known, the kernel raises InvalidArgumentError when it runs.
 CONV2D_SHAPES = [
     *_wrong_shapes(
         [
@@ -185,7 +186,7 @@ CONV2D_SHAPES = [
             "`?offset_groups`?",
             rf"(offset_groups={groups}|inputs\.shape=\(2, 9, 10, 12\))",
         )
-        for groups in (5, 24)  # No divisor of the channels, and more.
+        for groups in (5, 24)  # no divisor of the channels, and larger
     ],
     *[
         BadCall(f"{changes}", changes, expected, received)
@@ -331,7 +332,7 @@ VALUES_OF_BOTH = [
 
 
 def _wrong_types_of_both(inputs: tuple, name: str, good: tuple) -> list:
-    """From the shapes of the inputs and of the displacements, `name`."""
+    """Makes bad calls of the shapes of the inputs and of `name`."""
     numbers = "bool string complex64"
     return [
         *_wrong_types("inputs", inputs, f"int32 uint8 {numbers}", "float32"),
@@ -474,7 +475,7 @@ def _rois_with(index: float, row: int = 5, corner: float = 1.0) -> tf.Tensor:
     return tf.constant(rois)
 
 
-# Refused by what `rois` hold: no graph can know before it runs.
+# Refused by the values of `rois`, which no graph knows before it runs.
 BAD_DATA = [
     *[
         BadCall(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One comparison for all tests; its message says what is wrong, and where.
+"""Compares results for all tests; messages tell what is wrong, and where.
 
 Nothing here needs TensorFlow: the tests of the core run without it.
 """
@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-_SHOWN = 5  # Elements that a message lists.
+_SHOWN = 5  # elements that a message lists
 
 
 @dataclasses.dataclass(frozen=True)
 class Tolerance:
-    """The largest error allowed for an element that is expected to be `e`.
+    """Gives the largest error allowed for an element expected to be `e`.
 
-    It is `of_largest * max(at_least, largest) + of_each * abs(e)`, where
+    The error is `of_largest * max(at_least, largest) + of_each * abs(e)`, where
     `largest` is the largest finite magnitude expected of the whole array.
     """
 
@@ -95,7 +95,7 @@ def _compare(
     name: str,
     dtype: object,
 ) -> str:
-    """Returns what is wrong, or nothing."""
+    """Returns a description of the differences, or an empty text."""
     if expected is None or actual is None:
         if actual is expected:
             return ""
@@ -125,7 +125,7 @@ def _compare(
 
 
 def _is_nested(expected: list | tuple, actual: object) -> bool:
-    """Whether lists are compared one by one, rather than as one array."""
+    """Returns whether lists are compared by element, not as an array."""
     return isinstance(actual, list | tuple) or any(
         x is None or hasattr(x, "shape") for x in expected
     )
@@ -153,7 +153,7 @@ def _compare_arrays(
     dtype: object,
 ) -> str:
     actual, expected = np.asarray(actual), np.asarray(expected)
-    wanted = getattr(dtype, "name", dtype)  # Of a type of NumPy or TensorFlow.
+    wanted = getattr(dtype, "name", dtype)  # a type of NumPy or TensorFlow
     if wanted is not None and actual.dtype.name != wanted:
         return f"{name}: expected {wanted}, received {actual.dtype.name}"
     if actual.shape != expected.shape:
@@ -170,9 +170,9 @@ def _compare_arrays(
 def _outside(
     actual: np.ndarray, expected: np.ndarray, tolerance: Tolerance
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns which elements are wrong, the errors, and those allowed."""
+    """Returns the wrong elements, the errors, and the errors allowed."""
     same = np.asarray(actual == expected)
-    # Large integers differ before they are rounded to float64.
+    # Large integers are compared before they are rounded to float64.
     actual, expected = (x.astype(np.float64) for x in (actual, expected))
     same = same | (np.isnan(actual) & np.isnan(expected))
     finite = np.isfinite(actual) & np.isfinite(expected)
@@ -224,8 +224,8 @@ def assert_finite_differences(
 ) -> None:
     """Compares some slopes of `loss` with `gradient`.
 
-    The loss is linear in every number of an operand alone, up to the next
-    place where its slope jumps.
+    The loss is linear in each single number of an operand, up to the next place
+    where its slope jumps.
     """
     __tracebackhide__ = True
     assert gradient.shape == operand.shape, name

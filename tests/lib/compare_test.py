@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The comparison of all tests fails when it should, and says why."""
+"""Tests that the shared comparison fails when it should, and says why."""
 
 import re
 
@@ -21,7 +21,7 @@ NAN, INF = np.nan, np.inf
 
 
 def message(*arguments, **options) -> str:
-    """Returns what a comparison says that has to fail."""
+    """Returns the message of a comparison that has to fail."""
     with pytest.raises(AssertionError) as error:
         assert_close(*arguments, **options)
     return str(error.value)

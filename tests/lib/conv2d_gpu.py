@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deformable convolution's CUDA kernels: see gpu.py."""
+"""Calls deformable convolution's CUDA kernels: see gpu.py."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -26,7 +26,7 @@ def forward(
     misaligned: bool = False,
     **stream: Any,
 ) -> np.ndarray:
-    """Returns the output; operands are those of both passes."""
+    """Returns the output. The operands are those of both passes."""
     tensors, given, params = _prepare(operands, dtype, attributes, misaligned)
     output = tensors.made(
         (params.batch, params.out_h, params.out_w, params.filters), dtype
@@ -44,7 +44,7 @@ def backward(
     misaligned: bool = False,
     **stream: Any,
 ) -> dict[str, np.ndarray]:
-    """Returns the wanted gradients by name; a missing mask has none."""
+    """Returns the wanted gradients by name; a missing mask has no gradient."""
     tensors, given, params = _prepare(operands, dtype, attributes, misaligned)
     coordinates = "float64" if dtype == "float64" else "float32"
     kinds = dict(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The core's C entry points through ctypes: no TensorFlow needed.
+"""Calls the core's C entry points through ctypes, without TensorFlow.
 
 `library()` loads the shared object named by the environment variable
-TF_DEFORM_CORE, or the one that the package was installed with.
+TF_DEFORM_CORE, or the core of the installed package.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ class Shape(ctypes.Structure):
 
     @classmethod
     def of(cls, shape):
-        """From a tuple; None for an unknown rank or dimension."""
+        """Makes a shape of a tuple; None is an unknown rank or dimension."""
         if shape is None:
             return cls(-1)
         dims = [-1 if dim is None else dim for dim in shape]
@@ -47,7 +47,7 @@ class Params(ctypes.Structure):
 
 
 class Pointers(ctypes.Structure):
-    """Operands (inputs, kernel, offset, mask) or their gradients."""
+    """Points to inputs, kernel, offset and mask, or to their gradients."""
 
     _fields_ = [
         (name, ctypes.c_void_p)
@@ -56,7 +56,7 @@ class Pointers(ctypes.Structure):
 
 
 class CoreError(ValueError):
-    """An error that the core reported."""
+    """Is raised for an error that the core reported."""
 
 
 @functools.cache
@@ -139,12 +139,12 @@ def validate(
 
 
 def instruction_set() -> str:
-    """What the core uses on this processor, in this environment."""
+    """Returns the instruction set that the core uses in this environment."""
     return library().TfDeformInstructionSet().decode()
 
 
 def to_bfloat16(array: np.ndarray) -> np.ndarray:
-    """Rounds to nearest even; stored as uint16."""
+    """Rounds to nearest even; returns the bits as uint16."""
     bits = np.asarray(array, np.float32).view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
@@ -162,7 +162,10 @@ def _stored(array, dtype):
 
 
 def _poisoned(shape, dtype):
-    """Memory that must be overwritten whole: every byte is 0xFF, a NaN."""
+    """Returns memory that must be overwritten whole.
+
+    Every byte is 0xFF, a NaN.
+    """
     storage = np.uint16 if dtype == "bfloat16" else dtype
     array = np.empty(shape, storage)
     array.view(np.uint8 if array.size else storage).fill(255)
@@ -170,7 +173,7 @@ def _poisoned(shape, dtype):
 
 
 def _workspace(num_bytes: int):
-    """Aligned scratch, all NaN, and the same with a guard behind it."""
+    """Returns aligned scratch, all NaN, and the same with a guard after it."""
     memory = np.full(num_bytes + 128, 0xFF, np.uint8)
     start = -memory.ctypes.data % 64
     return memory[start:], memory.ctypes.data + start
@@ -247,7 +250,7 @@ def backward(
     wanted=("inputs", "kernel", "offset", "mask"),
     **attributes,
 ) -> dict[str, np.ndarray]:
-    """The wanted gradients by name; a missing mask has none."""
+    """Returns the wanted gradients by name; a missing mask has no gradient."""
     operands, params, coordinates = _prepare(
         inputs, kernel, offset, mask, dtype, grad_output, attributes
     )
@@ -336,7 +339,7 @@ def _roi_function(op: str, name: str):
 
 
 def rounded(operands, dtype):
-    """inputs, rois, displacements and gradient as the core reads them."""
+    """Returns the operands and the gradient as the core reads them."""
     inputs, rois, displacement, output_grad = operands
     narrow = {
         "bfloat16": lambda a: from_bfloat16(to_bfloat16(a)),
@@ -441,7 +444,7 @@ def forward_roi(
     return_count=False,
     **attributes,
 ):
-    """The output, or (output, count)."""
+    """Returns the output, or (output, count)."""
     operands, pointers, params, _ = _prepare_roi(
         op, inputs, rois, displacement, dtype, None, attributes
     )
@@ -489,7 +492,10 @@ def backward_roi(
     wanted=("inputs", "displacement"),
     **attributes,
 ) -> dict[str, np.ndarray]:
-    """The wanted gradients by name; missing displacements have none."""
+    """Returns the wanted gradients by name.
+
+    Missing displacements have no gradient.
+    """
     operands, pointers, params, coordinates = _prepare_roi(
         op, inputs, rois, displacement, dtype, grad_output, attributes
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deformable convolution in the core: calls of all kinds, compared by name."""
+"""Calls deformable convolution in the core, and compares by name."""
 
 import hashlib
 import os
@@ -61,8 +61,8 @@ def draw_call(seed: int) -> tuple[tuple, dict]:
     taps = int(offset_groups) * kernel_size[0] * kernel_size[1]
     inputs, kernel = (rng.normal(size=shape) for shape in shapes)
     offset = np.float32(2 * rng.normal(size=(*field, 2 * taps)))
-    # Not within 0.01 of an integer: there the slope jumps, and roundings of
-    # a coordinate in float32 and float64 may fall on different sides.
+    # Not within 0.01 of an integer, where the slope jumps: roundings of a
+    # coordinate in float32 and float64 may fall on different sides.
     offset += np.float32(0.02) * (np.abs(offset - np.round(offset)) < 0.01)
     if offset.size > 20:
         spots = rng.integers(0, offset.size, 5)
@@ -73,7 +73,7 @@ def draw_call(seed: int) -> tuple[tuple, dict]:
 
 
 def rounded(operands: Operands, dtype: str) -> tuple:
-    """Returns operands as the core sees them: the reference reads the same."""
+    """Returns operands as the core reads them; the reference reads the same."""
     inputs, kernel, offset, mask, output_grad = operands
     narrow = {
         "float64": lambda a: a,
@@ -103,8 +103,8 @@ def results(exact: Operands, **options: Any) -> dict[str, np.ndarray]:
 def expected_results(exact: Operands, **attributes: Any) -> dict:
     """Returns the same from the reference, in float64.
 
-    The reference takes longest: several runs share what they find in the
-    folder TF_DEFORM_TEST_EXPECTED, if there is this environment variable.
+    The reference takes longest. Several runs share its results in the folder
+    that the environment variable TF_DEFORM_TEST_EXPECTED names, if it is set.
     """
     folder = os.environ.get("TF_DEFORM_TEST_EXPECTED")
     if folder:
@@ -156,7 +156,7 @@ def check_threads(
 
 
 def check_alone(exact: Operands, **options: Any) -> None:
-    """Compares each gradient alone with the same among all, by bits."""
+    """Compares each gradient alone with the same of all gradients, by bits."""
     together = core.backward(*exact, **options)
     for name in together:
         alone = core.backward(*exact, wanted=(name,), **options)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registers and local memory of every GPU kernel in a built library.
+"""Lists registers and local memory of every GPU kernel in a built library.
 
-After a change that is meant to use more (or less) of them:
+After a change that is meant to use more (or fewer) registers:
 
     python tests/lib/cuda_resources.py --record
 
@@ -20,12 +20,12 @@ import subprocess
 TABLE = pathlib.Path(__file__).with_suffix(".json")
 COLUMNS = ["registers", "stack bytes", "local bytes"]
 
-# By kernel, by architecture: as COLUMNS.
+# By kernel and by architecture: numbers in the order of COLUMNS.
 Resources = dict[str, dict[str, list[int]]]
 
 
 def find_cuobjdump() -> str | None:
-    """The program of PyPI's nvidia-cuda-cuobjdump, or the one on PATH."""
+    """Returns the cuobjdump of PyPI's nvidia-cuda-cuobjdump, or of PATH."""
     try:
         files = importlib.metadata.files("nvidia-cuda-cuobjdump") or []
     except importlib.metadata.PackageNotFoundError:
@@ -46,7 +46,7 @@ def run_cuobjdump(*arguments: object) -> str:
 
 
 def short_names(mangled: list[str]) -> list[str]:
-    """Without namespaces; before the colon, the source that it is local to."""
+    """Removes namespaces; puts the source of a local kernel before a colon."""
     demangled = subprocess.run(
         ["c++filt", "-p"],
         input="\n".join(mangled),
@@ -63,7 +63,7 @@ def short_names(mangled: list[str]) -> list[str]:
 
 
 def parse(listing: str) -> Resources:
-    """What `cuobjdump -res-usage` printed."""
+    """Reads the output of `cuobjdump -res-usage`."""
     found = []
     architecture = symbol = None
     for line in listing.splitlines():
@@ -76,7 +76,7 @@ def parse(listing: str) -> Resources:
     resources: Resources = {}
     names = short_names([symbol for symbol, _, _ in found])
     for name, (_, architecture, numbers) in zip(names, found, strict=True):
-        # Kernels of one name in two namespaces count as the larger one.
+        # Kernels of the same name in two namespaces count as the larger kernel.
         old = resources.setdefault(name, {}).get(architecture, numbers)
         resources[name][architecture] = [*map(max, old, numbers)]
     return resources
@@ -87,7 +87,10 @@ def measure(library: pathlib.Path) -> Resources:
 
 
 def compare(measured: Resources, recorded: Resources) -> list[str]:
-    """What uses more local memory than recorded; a new kernel may use none."""
+    """Lists kernels that use more local memory than recorded.
+
+    New kernels may use none.
+    """
     surprises = []
     for name, architectures in measured.items():
         for architecture, numbers in architectures.items():

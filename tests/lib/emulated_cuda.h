@@ -55,7 +55,8 @@ namespace emulated {
 constexpr int kWarp = 32;
 constexpr size_t kStack = 256 * 1024;
 
-// How far a group of threads has come: waiters go on when it changes.
+// Counts the arrivals of a group of threads; waiters go on when `generation`
+// changes.
 struct Barrier {
   int64_t generation = 0;
   int arrived = 0, expected = 0;
@@ -135,7 +136,7 @@ namespace emulated {
 inline int Lane() { return block.current % kWarp; }
 inline Warp& MyWarp() { return block.warps[block.current / kWarp]; }
 
-// Every lane gives `words` and reads what the others gave.
+// Every lane gives `words` and reads the words of all lanes.
 template <typename Read>
 void Exchange(const uint64_t* words, int count, const Read& read) {
   Warp& warp = MyWarp();
@@ -155,7 +156,8 @@ E Shuffle(E value, int lane) {
   return value;
 }
 
-// Counts them, as a GPU does, in the threads in which TensorFlow does not.
+// Makes a thread compute with subnormal numbers, as a GPU does; TensorFlow's
+// threads treat them as 0.
 class Subnormals {
  public:
   Subnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ & ~0x8040u); }
@@ -252,7 +254,8 @@ inline unsigned __ballot_sync(unsigned, int predicate) {
   return bits;
 }
 inline void __syncwarp() { emulated::Wait(&emulated::MyWarp().barrier); }
-// Not carried on into a fused multiply-add; compiled with -ffp-contract=off.
+// Returns a product that no fused multiply-add takes on; compiled with
+// -ffp-contract=off.
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline double __dmul_rn(double a, double b) { return a * b; }
 inline uint64_t __umul64hi(uint64_t a, uint64_t b) {
@@ -366,7 +369,8 @@ void LoadMatrices(const void* row, uint32_t (&to)[4]) {
   });
 }
 
-// Lane's part of a product whose operands are found by element(word, half).
+// Multiplies a lane's part of a product whose operands are found by
+// element(word, half).
 template <int kInner, typename Widen>
 void Multiply(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
               const Widen& widen) {

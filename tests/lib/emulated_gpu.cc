@@ -19,7 +19,8 @@
 #include "xla/ffi/api/c_api.h"
 
 namespace xla::ffi {
-// Of TensorFlow's framework library; the header needs some that it lacks.
+// A function of TensorFlow's framework library; its header needs headers that
+// the package lacks.
 struct HandlerRegistration {
   XLA_FFI_Metadata metadata;
   XLA_FFI_Handler_Bundle bundle;
@@ -40,13 +41,13 @@ void* Allocate(uint64_t bytes) {
   return memory;
 }
 
-// For functions that have nothing to do but to say that they did it.
+// Implements functions that only report success.
 template <typename... Arguments>
 void Succeed(const SP_Device*, Arguments..., TF_Status* status) {
   TF_SetStatus(status, TF_OK, "");
 }
 
-// For handles of streams, events and timers, which hold nothing.
+// Implements handles of streams, events and timers, which hold nothing.
 template <typename Handle>
 void Create(const SP_Device*, Handle* handle, TF_Status* status) {
   *handle = reinterpret_cast<Handle>(new char);
@@ -212,12 +213,12 @@ __attribute__((visibility("default"))) void TF_InitKernel() {}
 }  // extern "C"
 
 // -----------------------------------------------------------------------------
-// XLA has no compiler for such a device. But what it calls on "CUDA" can be
-// called on the host too, by another name, if a stream is found for it.
+// XLA has no compiler for such a device. But calls for "CUDA" can also be
+// made on the host, by another name, if they are given a stream.
 
 namespace {
 
-// Tests look for it in what is launched.
+// Tests look for this address in the recorded launches.
 void* const kStream = reinterpret_cast<void*>(0x57eea0);
 
 XLA_FFI_Error* GetStream(XLA_FFI_Stream_Get_Args* arguments) {
@@ -241,7 +242,7 @@ XLA_FFI_Error* RunOnHost(XLA_FFI_CallFrame* frame) {
   return on_cuda[kOp](&with_stream);
 }
 
-// Whether all from kOp on are registered.
+// Registers the ops from kOp on; returns whether all are registered.
 template <int kOp = 0>
 bool Register() {
   if constexpr (kOp < kOps) {
@@ -264,8 +265,9 @@ bool Register() {
 
 }  // namespace
 
-// Lets XLA call what is registered for "CUDA" as "CUDA:TfDeform>..." on the
-// host, and returns the stream that they get; null if an op is not registered.
+// Lets XLA call functions that are registered for "CUDA" as "CUDA:TfDeform>..."
+// on the host, and returns the stream that they get; null if an op is not
+// registered.
 extern "C" __attribute__((visibility("default"))) void*
 TfDeformEmulateXlaOnCuda() {
   return Register() ? kStream : nullptr;

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TensorFlow with a GPU that is the processor, where there is no GPU.
+"""Runs TensorFlow with a GPU that is the processor, where there is no GPU.
 
-The device is a plugin (emulated_gpu.cc). On it the GPU kernels of a tf_deform
-that was built with emulated CUDA kernels (core/emulated_nvcc.py) run as
-TensorFlow runs them on a GPU: registration, placement, memory, streams. Kernels
-of TensorFlow itself fail there: they ask for CUDA.
+The device is a plugin (emulated_gpu.cc). A tf_deform that was built with
+emulated CUDA kernels (emulated_nvcc.py) runs its GPU kernels on it as
+TensorFlow runs kernels on a GPU: registration, placement, memory, streams.
+TensorFlow's own kernels fail there, because they ask for CUDA.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ import tensorflow as tf
 import tf_deform
 
 ROOT = pathlib.Path(__file__).parents[2]
-SECONDS = 600  # at most, for a build or a script
+SECONDS = 600  # seconds, at most, for a build or a script
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("c++") is None, reason="needs a C++ compiler"
@@ -32,7 +32,7 @@ needs_compiler = pytest.mark.skipif(
 
 @dataclasses.dataclass(frozen=True)
 class EmulatedGpu:
-    """Where the plugin is, and the package with emulated kernels."""
+    """Holds the plugin's path, and the package with emulated kernels."""
 
     plugin: pathlib.Path
     packages: pathlib.Path
@@ -44,10 +44,10 @@ class EmulatedGpu:
         emulated: bool = True,
         device: bool = True,
     ) -> str:
-        """Runs a script in a process of its own; what it printed.
+        """Runs a script in a process of its own; returns its output.
 
-        It imports the package with emulated kernels, or else the one under
-        test, and sees the GPU unless `device` is False.
+        The script imports the package with emulated kernels, or else the
+        package under test, and sees the GPU unless `device` is False.
         """
         folder = self.packages
         if not emulated:
@@ -88,8 +88,8 @@ def _run(command: list[object], environment: dict[str, str]) -> None:
 
 @functools.cache
 def build() -> EmulatedGpu:
-    """Builds both; objects are kept for the next time."""
-    # Of this process: others may build at the same time.
+    """Builds the plugin and the package; keeps objects for the next time."""
+    # The folder is this process' own: others may build at the same time.
     build.folder = tempfile.TemporaryDirectory()  # removed when it ends
     plugin = pathlib.Path(build.folder.name, "plugin.so")
     packages = pathlib.Path(build.folder.name, "packages")

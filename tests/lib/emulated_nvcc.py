@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stands in for nvcc: compiles the CUDA sources for the host.
+"""Replaces nvcc: compiles the CUDA sources for the host.
 
-A build with TF_DEFORM_NVCC set to what `install` returns has GPU kernels that
+A build with TF_DEFORM_NVCC set to the result of `install` has GPU kernels that
 run thread by thread on emulated blocks (emulated_cuda.h).
 """
 
@@ -31,7 +31,7 @@ def install(folder: pathlib.Path) -> str:
 
 
 def main() -> int:
-    # Of nvcc's options those that cc/build.py uses.
+    # The options of nvcc that cc/build.py uses.
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--folder")
     parser.add_argument("--version", action="store_true")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes models for other programs, and runs them as those do."""
+"""Writes models for other programs, and runs them as these programs do."""
 
 import compare
 import keras
@@ -26,7 +26,7 @@ FORMATS = ("native", "portable", "onnx", "litert")
 
 
 def write(kind, model, path, **arguments):
-    """Exports, without a word."""
+    """Exports without printing."""
     arguments = {"verbose": False, **arguments}
     if kind in ("native", "portable"):
         return export.saved_model(model, path, kind, **arguments)
@@ -34,7 +34,7 @@ def write(kind, model, path, **arguments):
 
 
 def load(kind, path):
-    """Returns what runs a file: inputs and outputs by name."""
+    """Returns a function that runs a file: inputs and outputs by name."""
     if kind == "onnx":
         session = onnxruntime.InferenceSession(path)
         names = [output.name for output in session.get_outputs()]
@@ -59,31 +59,31 @@ def load(kind, path):
 
 
 def run(kind, path, inputs):
-    """Runs what was exported, once."""
+    """Runs an exported file once."""
     return load(kind, path)(inputs)
 
 
 def compile_openvino(path, precision="f32"):
-    """What runs an ONNX file or a portable SavedModel in OpenVINO."""
+    """Returns a function that runs an ONNX file or SavedModel in OpenVINO."""
     core = openvino.Core()
     core.add_extension(openvino_extension.deform_conv())
     options = {"INFERENCE_PRECISION_HINT": precision}
     compiled = core.compile_model(path, "CPU", options)
-    # The outputs of a SavedModel without a name have their tensors' names.
+    # A SavedModel's outputs without a name get their tensors' names.
     return lambda inputs: {
         output.any_name: value for output, value in compiled(inputs).items()
     }
 
 
 def assert_close(received, expected, tolerance=CLOSE, name="result"):
-    """Compares what a file gave with what its model gives, types included."""
+    """Compares a file's results with its model's results, types included."""
     __tracebackhide__ = True
     dtype = np.asarray(expected).dtype
     compare.assert_close(received, expected, tolerance, dtype=dtype, name=name)
 
 
 def randomise(model, scale=0.3):
-    """Sets weights that leave nothing at zero: branches start there."""
+    """Sets weights that leave nothing at zero, as new branches are."""
     rng = np.random.default_rng(7)
     for weight in model.weights:
         values = rng.normal(size=weight.shape) * scale
@@ -94,7 +94,7 @@ def randomise(model, scale=0.3):
 
 
 def small_model(size=(None, None), channels=3, dtype="float32", **arguments):
-    """Returns two convolutions, the second deformable, and a score."""
+    """Returns a plain convolution, a deformable one, and a score."""
     image = keras.Input((*size, channels), dtype=dtype, name="image")
     x = image
     if dtype == "uint8":
@@ -113,7 +113,7 @@ def small_model(size=(None, None), channels=3, dtype="float32", **arguments):
 
 
 def make_rois(batch, count, seed=0):
-    """Returns regions inside and across edges of maps of scale 1/4; padding."""
+    """Returns regions inside and across edges, and padding; scale 1/4."""
     rng = np.random.default_rng(seed)
     corner = rng.uniform(-20, 60, (count, 2))
     rois = np.concatenate(

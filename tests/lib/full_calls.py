@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One call of each op that exercises everything; many tests vary it."""
+"""Lists one call of each op that uses every feature; many tests vary it."""
 
 import dataclasses
 import itertools
@@ -19,19 +19,19 @@ COORDINATES = ("offset", "mask", "rois", "trans")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FullCall:
-    """A function of `tf_deform.ops`, its options, and random operands."""
+    """Holds a function of `tf_deform.ops`, its options, and random operands."""
 
-    op: str  # In graphs, behind "TfDeform>".
+    op: str  # its name in graphs, behind "TfDeform>"
     function: Callable
     options: dict
-    # Operands by name, and the output's gradient, for a type and a size.
+    # Draws operands by name, and the output's gradient, for a type and a size.
     draw_operands: Callable[[str, int], tuple[dict, np.ndarray]]
 
     def __str__(self) -> str:
         return self.function.__name__.removeprefix("deformable_")
 
     def draw(self, dtype: str = "float32", larger: int = 1) -> tuple:
-        """Returns operands by name, as the op wants them, and a gradient."""
+        """Returns operands by name, as the op takes them, and a gradient."""
         drawn, output_grad = self.draw_operands(dtype, larger)
         xy = numpy_type(operands.coordinate_type(dtype))
         return {
@@ -41,13 +41,13 @@ class FullCall:
 
     @property
     def differentiable(self) -> list[str]:
-        """The operands that have gradients, in order."""
+        """Returns the names of operands that have gradients, in order."""
         return [name for name in self.draw()[0] if name != "rois"]
 
     def results(
         self, given: dict, output_grad: Any, **changes: Any
     ) -> tuple[Any, dict]:
-        """Returns all outputs, and the gradients of what has any by name."""
+        """Returns all outputs, and the gradients that exist, by name."""
         options = {**self.options, **changes}
         if self.op == "DeformablePSROIPool":
             options.setdefault("return_count", True)
@@ -58,7 +58,7 @@ class FullCall:
         return outputs, gradients
 
     def subsets(self) -> Iterator[tuple[str, ...]]:
-        """Yields all choices of gradients, none and all included."""
+        """Yields all choices of gradients, from none to all."""
         names = self.differentiable
         for count in range(len(names) + 1):
             yield from itertools.combinations(names, count)
@@ -123,7 +123,7 @@ ROI_ALIGN = _pooling_call(pooling.ROI_ALIGN, ops.deformable_roi_align)
 POOLING = {pooling.PSROI_POOL: PSROI_POOL, pooling.ROI_ALIGN: ROI_ALIGN}
 OPS = [CONV2D, PSROI_POOL, ROI_ALIGN]
 
-# From a tensor to as much of its shape as a graph may know.
+# Functions that return the part of a tensor's shape that a graph knows.
 KNOWN = {
     "shapes": lambda x: x.shape,
     "channels": lambda x: (*[None] * (x.ndim - 1), x.shape[-1]),

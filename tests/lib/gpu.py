@@ -25,7 +25,7 @@ import numpy as np
 
 ROOT = pathlib.Path(__file__).parents[2]
 ON_GPU = os.environ.get("TF_DEFORM_TEST_GPU") == "1"
-GUARD = 256  # bytes before and behind every tensor
+GUARD = 256  # bytes before and after every tensor
 
 
 class CudaStream(ctypes.Structure):
@@ -47,20 +47,20 @@ def stream(allow_tf32=False, deterministic=False) -> CudaStream:
 
 @contextlib.contextmanager
 def emulated_build() -> Iterator[tuple[pathlib.Path, dict[str, str]]]:
-    """A folder for builds with emulated kernels, and their environment.
+    """Yields a folder for builds with emulated kernels, and their environment.
 
-    What has been compiled there is kept: see cc/build.py.
+    Objects that are compiled there are kept: see cc/build.py.
     """
     folder = ROOT / "build" / "emulated"
     nvcc = emulated_nvcc.install(folder)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        # The CPU's kernels are not what is tested: quickly compiled.
+        # The CPU's kernels are not tested, so they are compiled quickly.
         yield folder, {**os.environ, "TF_DEFORM_NVCC": nvcc, "CXXFLAGS": "-O1"}
 
 
 def build_emulated(path: str) -> None:
-    """Makes the core with emulated kernels, a shared object."""
+    """Makes the core with emulated kernels as a shared object."""
     with emulated_build() as (folder, environment):
         subprocess.run(
             [
@@ -90,9 +90,9 @@ def library() -> ctypes.CDLL:
 def _before_a_wall(
     num_bytes: int, alignment: int, offset: int
 ) -> tuple[np.ndarray, int]:
-    """Memory whose end is the end of what may be read, and where to start.
+    """Returns memory that ends where reading must end, and the start to use.
 
-    Reading 16 bytes or more behind it ends the process.
+    A read 16 bytes or more past the end stops the process.
     """
     page = mmap.PAGESIZE
     occupied = -(-(num_bytes + offset) // alignment) * alignment
@@ -108,12 +108,12 @@ def _before_a_wall(
 
 
 class Tensor:
-    """Device memory with the bytes of an array, or none: all NaN (0xFF)."""
+    """Is device memory with the bytes of an array, or full of NaN (0xFF)."""
 
     def __init__(
         self, array=None, *, shape=(), dtype=None, alignment=16, offset=0
     ):
-        """It begins `offset` bytes behind a multiple of `alignment`."""
+        """Begins `offset` bytes after a multiple of `alignment`."""
         self.shape = array.shape if array is not None else shape
         self.dtype = np.dtype(array.dtype if array is not None else dtype)
         count = int(np.prod(self.shape, dtype=np.int64))
@@ -139,7 +139,7 @@ class Tensor:
         self.pointer = base + self.start
 
     def numpy(self) -> np.ndarray:
-        """The values; fails if something was written around them."""
+        """Returns the values; fails if memory around the tensor was written."""
         host = self._memory
         if ON_GPU:
             host = host.cpu().numpy()
@@ -150,7 +150,7 @@ class Tensor:
 
 
 def call(name: str, arguments) -> None:
-    """Calls an entry point, which reports what is wrong in a message."""
+    """Calls an entry point; raises its error message."""
     message = ctypes.create_string_buffer(512)
     code = getattr(library(), name)(
         *arguments, message, ctypes.c_int64(len(message))
@@ -160,7 +160,7 @@ def call(name: str, arguments) -> None:
 
 
 class Tensors:
-    """Tensors of one call, all of them aligned to an element only, or not."""
+    """Makes the tensors of one call, all aligned, or only to an element."""
 
     def __init__(self, misaligned: bool = False):
         self.misaligned = misaligned
@@ -172,7 +172,7 @@ class Tensors:
         return Tensor(array, offset=offset)
 
     def made(self, shape: tuple, dtype: str) -> Tensor:
-        """Returns a tensor that a kernel writes, in the type as it is kept."""
+        """Returns a tensor that a kernel writes, in its stored type."""
         kept = np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
         offset = self.misaligned * kept.itemsize
         return Tensor(shape=shape, dtype=kept, offset=offset)
@@ -183,7 +183,7 @@ def pointers(kind: type[ctypes.Structure], tensors) -> ctypes.Structure:
 
 
 def values(tensor: Tensor, dtype: str) -> np.ndarray:
-    """Returns what a tensor holds, bfloat16 widened."""
+    """Returns the values of a tensor, bfloat16 widened."""
     array = tensor.numpy()
     return core.from_bfloat16(array) if dtype == "bfloat16" else array
 
@@ -199,7 +199,7 @@ def workspace(num_bytes: int) -> Tensor:
 
 
 def forward(op: str, params, dtype: str, operands, outputs, **options) -> int:
-    """Runs an op's kernels; returns how many bytes of scratch they had.
+    """Runs an op's kernels; returns their bytes of scratch.
 
     `operands` is the op's structure of pointers, `outputs` the tensors to be
     written, or None.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The four layers, calls of them, and what they should return.
+"""Lists the four layers, calls of them, and the expected results.
 
-A new layer's branch is zero, and then almost anything that is wrong with
-displacements goes unseen. So the tests start with `displaced`, which gives the
-branch random values that move samples by more than a pixel.
+A new layer's branch is zero, and then hardly any fault of displacements shows.
+So the tests start with `displaced`, which gives the branch random values that
+move samples by more than a pixel.
 """
 
 import math
@@ -34,13 +34,13 @@ Call = dict[str, Any]
 
 
 class Kind(NamedTuple):
-    """A layer, and the calls with which the tests exercise it.
+    """Describes a layer, and the calls with which the tests exercise it.
 
     Attributes:
         layer: The class.
-        config: Arguments of its constructor, where a test does not mind.
+        config: Arguments of its constructor, unless a test sets others.
         channels: Channels of `inputs`, with this config.
-        given: The argument that takes displacements.
+        given: The argument for displacements.
         displacements: Their shape for an image, or for a region.
         factor: The argument that scales them, if there is one.
         output: The shape of the output for an image, or for a region.
@@ -113,7 +113,7 @@ KINDS = {
     ),
 }
 POOLS = ["psroi", "pool", "align"]
-DENSE = ["pool", "align"]  # Their branch is made of dense layers.
+DENSE = ["pool", "align"]  # Their branch consists of dense layers.
 TRANS_CHANNELS = 7
 POOL_BRANCHES = [
     ("psroi", {}),
@@ -131,7 +131,8 @@ BRANCHES = [
     ("conv2d", {"modulation": "2sigmoid", "groups": 2, "offset_groups": 3}),
     *POOL_BRANCHES,
 ]
-# One of each layer; that with hidden layers among those that may have some.
+# One kind of each layer; the kind with hidden layers for layers that may have
+# some.
 ONE_OF_EACH = [
     ("conv2d", {}),
     ("psroi", {}),
@@ -150,7 +151,7 @@ def new(kind: str, **config: Any) -> Layer:
 
 
 def regions(count: int = 7) -> np.ndarray:
-    """ROIs of 4 to 6 map pixels inside of the 11x12 maps of two images."""
+    """Returns ROIs of 4 to 6 map pixels inside the 11x12 maps of two images."""
     rng = np.random.default_rng(5)
     rois = np.zeros((count, 5), np.float32)
     rois[:, 0] = np.arange(count) % 2
@@ -174,7 +175,7 @@ def own_call(kind: str, count: int = 7, seed: int = 0) -> Call:
 
 
 def given_call(kind: str, count: int = 7) -> Call:
-    """Returns a call with displacements, which are taken as they are."""
+    """Returns a call with displacements, which the layer uses unchanged."""
     result = own_call(kind, count)
     result.pop("trans_inputs", None)
     if kind == "conv2d":
@@ -187,7 +188,7 @@ def given_call(kind: str, count: int = 7) -> Call:
 
 
 def plain_call(kind: str) -> Call:
-    """Returns a call without anything that displaces."""
+    """Returns a call without any displacement."""
     return {
         name: value
         for name, value in own_call(kind).items()
@@ -198,7 +199,7 @@ def plain_call(kind: str) -> Call:
 CALLS = {"own": own_call, "given": given_call, "plain": plain_call}
 SOURCES = [
     *[(kind, source) for kind in KINDS for source in ("own", "given")],
-    ("psroi", "plain"),  # Without displacements; others then use a branch.
+    ("psroi", "plain"),  # without displacements; others then use a branch
 ]
 EVERY_CALL = [
     *[(kind, "own", config) for kind, config in BRANCHES],
@@ -208,7 +209,7 @@ EVERY_CALL = [
 
 
 def output_shape(kind: str) -> tuple[int, ...]:
-    """Returns the shape of the output of a call from here."""
+    """Returns the shape of the output of a call made in this file."""
     return (2 if kind == "conv2d" else 7, *KINDS[kind].output)
 
 
@@ -221,7 +222,7 @@ def channels_first(values: Call) -> Call:
 
 
 def symbols(call: Call, **dtypes: str) -> dict:
-    """Returns inputs of a model that is called with `call`."""
+    """Returns the inputs of a model that is called with `call`."""
     return {
         name: keras.Input(value.shape[1:], dtype=dtypes.get(name), name=name)
         for name, value in call.items()
@@ -235,7 +236,7 @@ def model_of(layer: Layer, call: Call, **dtypes: str) -> keras.Model:
 
 
 def fit(model: keras.Model, call: Call, target: Any, steps: int = 1) -> None:
-    """Trains with one batch: there are not as many ROIs as images."""
+    """Trains with one batch, because there are not as many ROIs as images."""
     data = tf.data.Dataset.from_tensors((call, target)).repeat(steps)
     model.fit(data, shuffle=False, verbose=0)
 
@@ -250,7 +251,7 @@ def loss_of(model: keras.Model, call: Call, target: Any) -> float:
 
 
 def displace(layer: Layer, seed: int = 0) -> None:
-    """Sets all weights but a convolution's kernel.
+    """Sets all weights except a convolution's kernel.
 
     Samples of a convolution move by about (1.4, -2.3) +- 1 pixels, bins of a
     region by about (0.3, -0.45) +- 0.2 ROIs.
@@ -292,11 +293,11 @@ def displaced(kind: str, seed: int = 0, **config: Any) -> Layer:
     return layer
 
 
-# What a layer should return.
+# Expected results of a layer.
 
 
 def attributes(layer: Layer) -> dict:
-    """Returns what the layer's op is told besides tensors."""
+    """Returns the layer's attributes for its op: all arguments but tensors."""
     if isinstance(layer, DeformableConv2D):
         names = ["strides", "padding", "dilation_rate", "offset_groups"]
         names += ["boundary"]
@@ -371,10 +372,10 @@ def pool_branch(
 
 
 def in_its_type(layer: Layer, call: Call) -> tuple[np.ndarray, Any]:
-    """Computes the branch in the layer's type, then exact arithmetic.
+    """Computes the branch in the layer's type, and the rest exactly.
 
-    Returns the output and the tolerance for it. The branch is computed by
-    stock ops, and by the op without displacements.
+    Returns the output and the tolerance for it. The branch is computed by stock
+    ops, and by the op without displacements.
     """
     compute = tf.as_dtype(layer.compute_dtype)
     coordinates = coordinate_type(compute.name)

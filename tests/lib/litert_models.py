@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models for LiteRT, whose numbers stay in a range, and images for them."""
+"""Makes models for LiteRT whose numbers stay in a range, and images."""
 
 import keras
 import numpy as np
@@ -25,7 +25,7 @@ def small_model(size=(None, None), channels=3, batch=None, **arguments):
 
 
 def smooth(*shape, seed=0):
-    """Images of which neighbours are alike, as those of a camera are."""
+    """Draws images whose neighbouring pixels are alike, like a camera's."""
     images = random(*shape, seed=seed)
     for axis in (1, 2):
         images = sum(np.roll(images, n, axis) for n in range(-3, 4)) / 3

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random operands of the ops, and gradients of all of them.
+"""Draws random operands of the ops, and computes gradients of all operands.
 
-The same seed draws the same numbers. TensorFlow is imported only by what
-needs it: the tests of the core run without it.
+The same seed draws the same numbers. TensorFlow is imported only by functions
+that need it: the tests of the core run without it.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ BOUNDARIES = ("zeros", "clamp")
 
 
 def numpy_type(name: str) -> type:
-    """Returns the type of that name, bfloat16 included."""
+    """Returns the NumPy type with this name, bfloat16 included."""
     if name == "bfloat16":
         import ml_dtypes
 
@@ -32,7 +32,7 @@ def coordinate_type(dtype: str) -> str:
 
 
 def random(*shape: int, seed: int = 0, dtype: str = "float32") -> np.ndarray:
-    """Draws from the normal distribution, or all numbers of uint8."""
+    """Draws from the normal distribution; for uint8 draws all 256 numbers."""
     rng = np.random.default_rng(seed)
     if dtype == "uint8":
         return rng.integers(0, 256, shape, dtype)
@@ -45,10 +45,10 @@ def forward_and_gradients(
     output_grad: Any = None,
     **options: Any,
 ) -> tuple[Any, dict[str, Any]]:
-    """Returns all that `function` returns, and gradients of its operands.
+    """Returns all outputs of `function`, and the gradients of its operands.
 
-    Operands are passed by name; those that are None have no gradient. With
-    several outputs the gradients are those of the first.
+    Operands are passed by name; operands that are None have no gradient. With
+    several outputs the gradients are those of the first output.
     """
     import tensorflow as tf
 
@@ -69,7 +69,7 @@ def forward_and_gradients(
 
 @dataclasses.dataclass(frozen=True)
 class Conv2DCase:
-    """One configuration, and random operands that fit it."""
+    """Describes one configuration, and draws random operands that fit it."""
 
     batch: int = 2
     size: tuple[int, int] = (7, 5)
@@ -88,7 +88,7 @@ class Conv2DCase:
 
     @property
     def options(self) -> dict:
-        """The keyword arguments of the op, and of the reference."""
+        """Returns the keyword arguments of the op, and of the reference."""
         return {
             "strides": self.strides,
             "padding": self.padding,
@@ -111,8 +111,8 @@ class Conv2DCase:
     def operands(self, dtype: str = "float32") -> list[np.ndarray]:
         """Returns `[inputs, kernel, offset]` and, if there is one, `mask`.
 
-        Offsets keep a tenth of a pixel away from integers, where the
-        derivative jumps.
+        Offsets keep a tenth of a pixel away from integers, where the derivative
+        jumps.
         """
         rng = np.random.default_rng(self.seed)
         value_type = numpy_type(dtype)
@@ -219,7 +219,7 @@ def draw_rois(
     count: int,
     kinds: tuple[str, ...] = ROI_KINDS,
 ) -> np.ndarray:
-    """`count` ROIs of all kinds in turn, as (count, 5) in float64.
+    """Draws `count` ROIs of all kinds in turn, as (count, 5) in float64.
 
     Corners are exact in float32, so that they mean the same in every type.
     """
@@ -260,7 +260,7 @@ def _draw_pair(rng: np.random.Generator, low: int, high: int) -> Pair:
 
 
 def _draw_map_size(rng: np.random.Generator, seed: int) -> Pair:
-    """Every sixth map is a row or a column, every 23rd is empty."""
+    """Draws a size; a sixth of maps are rows or columns, a 23rd empty."""
     size = _draw_pair(rng, 1, 12)
     if seed % 6 == 0:
         size = tuple(rng.permutation([1, size[0]]).tolist())
@@ -270,7 +270,10 @@ def _draw_map_size(rng: np.random.Generator, seed: int) -> Pair:
 def _draw_displacements(
     rng: np.random.Generator, shape: tuple[int, ...]
 ) -> np.ndarray | None:
-    """Now and then None; some are not finite. Exact in float32."""
+    """Draws displacements, sometimes None; some are not finite.
+
+    All are exact in float32.
+    """
     if rng.random() < 0.2:
         return None
     displacements = np.float32(rng.normal(size=shape))
@@ -344,10 +347,10 @@ def move_off_kinks(
     displacement: np.ndarray,
     margin: float = 0.02,
 ) -> None:
-    """Draws anew what brings a sample near a place where the slope jumps.
+    """Draws displacements anew where a sample is near a jump of the slope.
 
-    Those are integers, and half a pixel outside of the map. `displacement`
-    is changed in place until `make_bins` yields no such sample.
+    The slope jumps at integers, and half a pixel outside of the map.
+    `displacement` is changed in place until `make_bins` yields no such sample.
     """
     *cells, channels = displacement.shape
     pairs = displacement.reshape(*cells, channels // 2, 2)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deformable convolution and ROI pooling by ONNX Runtime and by OpenVINO.
+"""Computes convolution and pooling by ONNX Runtime and by OpenVINO.
 
-Both take NCHW and write a convolution's offsets as [group][kh][kw][(dy, dx)]
-in the channels, so a transpose in and a transpose out is all that differs from
-our layout. What differs for ROI pooling is said there.
+Both take NCHW and order a convolution's offsets as [group][kh][kw][(dy, dx)] in
+the channels. So a transpose of the inputs and of the output is the only
+difference from our layout. Functions for ROI pooling state their own
+differences.
 """
 
 import numpy as np
@@ -29,7 +30,7 @@ def onnx_runtime(
     dilation_rate: int | Pair = 1,
     offset_groups: int = 1,
 ) -> np.ndarray:
-    """Standard ONNX `DeformConv`: boundary "zeros", float32 or float64."""
+    """Runs standard ONNX `DeformConv`: boundary "zeros", float32 or float64."""
     import onnx
     import onnxruntime
 
@@ -91,7 +92,7 @@ def openvino(
     offset_groups: int = 1,
     boundary: str = "zeros",
 ) -> np.ndarray:
-    """OpenVINO's `DeformableConvolution`: both boundaries, float32."""
+    """Runs OpenVINO's `DeformableConvolution`: both boundaries, float32."""
     import openvino as ov
     from openvino import opset8
 
@@ -134,10 +135,10 @@ def openvino_psroi_pool(
     sample_per_part: int = 4,
     trans_std: float = 0.1,
 ) -> np.ndarray:
-    """OpenVINO's `DeformablePSROIPooling`: float32, square sizes.
+    """Runs OpenVINO's `DeformablePSROIPooling`: float32, square sizes.
 
     The groups are the bins: `group_size` is `pooled_size`. A class's (dx, dy)
-    are two planes, x first. It stops at the first negative batch index.
+    are two planes, x first. OpenVINO stops at the first negative batch index.
     """
     import openvino as ov
     from openvino import opset1
@@ -176,10 +177,10 @@ def onnx_runtime_roi_align(
     spatial_scale: float,
     sampling_ratio: int = 0,
 ) -> np.ndarray:
-    """Standard ONNX `RoiAlign`: no displacements, float32 or float64.
+    """Runs standard ONNX `RoiAlign`: no displacements, float32 or float64.
 
-    It has no upper limit to the adaptive number of samples, and no padding
-    ROIs.
+    `RoiAlign` has no upper limit to the adaptive number of samples, and no
+    padding ROIs.
     """
     import onnx
     import onnxruntime

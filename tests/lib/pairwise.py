@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Few rows of a grid that hold every pair of its settings."""
+"""Chooses few rows of a grid that hold every pair of its settings."""
 
 import itertools
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ def pairs_of(row: Row) -> Iterator[tuple]:
 
 
 def pairwise(axes: dict[str, list]) -> list[Row]:
-    """Few rows in which any two settings of any two axes meet."""
+    """Chooses few rows in which any two settings of any two axes meet."""
     missing = {
         pair: None
         for first, second in itertools.combinations(axes, 2)
@@ -63,7 +63,7 @@ def grid(axes: dict[str, list]) -> Any:
     """
     import pytest
 
-    # By number: not all settings can be compared.
+    # Numbers stand for settings, because not all settings can be compared.
     numbers = {name: list(range(len(values))) for name, values in axes.items()}
     cover = {tuple(row.values()) for row in pairwise(numbers)}
     rows = [tuple(row.values()) for row in all_rows(numbers)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Covers of grids: every pair of settings is in a row that is not slow."""
+"""Tests that covers hold every pair of settings in rows that are not slow."""
 
 import itertools
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain models with deformable twins, and files of their weights."""
+"""Makes plain models with deformable twins, and files of their weights."""
 
 import h5py
 import keras
@@ -18,7 +18,7 @@ def save(model, folder, kind="weights.h5"):
         model.save_weights(path, max_shard_size=1.01 * largest / 2**30)
     elif kind == "weights.h5":
         model.save_weights(path)
-    elif kind == "legacy weights":  # What Keras 2's `save_weights` wrote.
+    elif kind == "legacy weights":  # Keras 2's `save_weights` wrote this kind.
         whole = folder / "whole.h5"
         model.save(whole)
         path = folder / "plain.h5"
@@ -32,7 +32,7 @@ def save(model, folder, kind="weights.h5"):
 
 
 def fill(model, seed=0):
-    """Numbers that are all different, so that none can be taken for another."""
+    """Sets numbers that all differ, so that none can be taken for another."""
     rng = np.random.default_rng(seed)
     for weight in model.weights:
         weight.assign(rng.uniform(0.1, 0.5, weight.shape))
@@ -44,7 +44,7 @@ def values(model):
 
 
 def chain(layer, name):
-    """Convolutions of one shape, so that only names or order tell them."""
+    """Makes convolutions of one shape, which only names or order tell apart."""
     return [
         layers.Conv2D(4, 3, padding="same", name=name("a")),
         layer(4, 3, padding="same", name=name("b")),
@@ -66,7 +66,7 @@ def make_sequential(layer, name):
 
 
 def make_residual(layer, name):
-    """As a ResNet: blocks, with shortcuts of their own, normalised."""
+    """Makes blocks like ResNet's: shortcuts with layers, normalised."""
     image = x = keras.Input((7, 8, 4))
     for block in range(3):
         short = x
@@ -83,7 +83,7 @@ def make_residual(layer, name):
 
 
 def make_nested(layer, name):
-    """Models in models; two of the same names inside."""
+    """Makes models in models, with two of the same names inside."""
     inner = []
     for each in ("first", "second"):
         image = x = keras.Input((7, 8, 4))
@@ -103,7 +103,7 @@ def make_shared(layer, name):
 
 
 def make_wrapped(layer, name):
-    """Layers in layers, and of many kinds."""
+    """Makes layers in layers, of many kinds."""
     image = keras.Input((2, 7, 8, 4))
     inner = layer(4, 3, padding="same", name=name("inner"))
     x = layers.TimeDistributed(inner, name=name("each"))(image)
@@ -119,7 +119,10 @@ def make_wrapped(layer, name):
 
 
 class Subclassed(keras.Model):
-    """Layers as attributes, in lists, in dictionaries; a weight of its own."""
+    """Holds layers as attributes, in lists and in dictionaries.
+
+    Has a weight.
+    """
 
     def __init__(self, layer, name):
         super().__init__()
@@ -169,7 +172,7 @@ def image_for(model):
 
 
 def assert_is_twin(model, plain):
-    """The same outputs, and nothing in the branches."""
+    """Checks that outputs are the same, and that branches are zero."""
     image = image_for(plain)
     np.testing.assert_allclose(model(image), plain(image), 1e-5, 1e-5)
     for weight in model.weights:

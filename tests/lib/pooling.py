@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls, oracles and a comparison for the tests of both pooling ops.
+"""Calls both pooling ops, with oracles and a comparison.
 
-Both ops take inputs, ROIs and displacements (`trans` or `offset`). `Op` says
-in which words each of them is asked for the same.
+Both ops take inputs, ROIs and displacements (`trans` or `offset`). `Op` holds
+the names by which each op is asked for the same.
 """
 
 import dataclasses
@@ -23,27 +23,27 @@ DTYPES = list(core.DTYPES)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Op:
-    """One of the two ops, and how it is asked for what both can do."""
+    """Describes one of the two ops, and its names for their common features."""
 
-    name: str  # In C and, behind "TfDeform>", in graphs.
-    function: str  # Of tf_deform.ops and of the reference.
-    displacement: str  # The operand's name.
-    draw_call: Callable[[int], tuple]  # A random call from a seed.
-    make_bins: Callable  # The reference's bins.
-    counts: bool  # Whether there is a second output, `count`.
-    margin: float  # Pixels outside of the map that are still read.
-    # The last corner is the pixel that a ROI ends with, rather than its edge.
+    name: str  # in C and, behind "TfDeform>", in graphs
+    function: str  # of tf_deform.ops and of the reference
+    displacement: str  # the operand's name
+    draw_call: Callable[[int], tuple]  # a random call from a seed
+    make_bins: Callable  # the reference's bins
+    counts: bool  # whether there is a second output, `count`
+    margin: float  # pixels outside the map that are read
+    # A ROI's last corner is its last pixel, rather than its edge.
     inclusive: int
     # A ROI of `roi(0, 0, 1, 1)` with a displacement of y + shift reads at y.
     shift: float
-    one_sample: dict  # Attributes: a bin has one sample, which moves freely.
-    samples: str  # The attribute that says how many samples a bin has.
+    one_sample: dict  # attributes: a bin has one sample, which moves freely
+    samples: str  # the attribute for a bin's samples
 
     def __str__(self) -> str:
         return self.function.removeprefix("deformable_")
 
     def attributes(self, output_dim: int, /, **attributes: Any) -> dict:
-        """Returns attributes of this op, of those that are given for both."""
+        """Returns this op's attributes for attributes common to both ops."""
         if not self.counts:
             names = ("group_size", "part_size", "sample_per_part", "trans_std")
             return {k: v for k, v in attributes.items() if k not in names}
@@ -55,7 +55,7 @@ class Op:
         return {"output_dim": output_dim, **attributes}
 
     def roi(self, x1, y1, x2, y2, image=0) -> list[float]:
-        """Returns the ROI between two corners, the last one exclusive."""
+        """Returns the ROI between two corners; the last corner is exclusive."""
         end = self.inclusive
         return [image, x1, y1, x2 - end, y2 - end]
 
@@ -115,7 +115,7 @@ class Op:
     def draw_differentiable(
         self, rng: np.random.Generator, attributes: dict, **draw: Any
     ) -> tuple[np.ndarray, ...]:
-        """Draws the same; displacements keep samples off their kinks."""
+        """Draws operands; displacements keep samples off their kinks."""
         drawn = self.draw(rng, attributes, uniform=True, **draw)
         operands.move_off_kinks(
             rng, lambda: self.make_bins(*drawn[:3], **attributes), drawn[2]
@@ -136,7 +136,10 @@ class Op:
         return {"output": output, "count": count}
 
     def reference_gradients(self, *operands, **attributes: Any) -> dict:
-        """Returns the gradients by name, in float64; None for none."""
+        """Returns the gradients by name, in float64.
+
+        None for an operand without gradient.
+        """
         function = getattr(roi_reference, f"{self.function}_grad")
         return function(*operands, **attributes)._asdict()
 
@@ -175,7 +178,7 @@ OPS = [PSROI_POOL, ROI_ALIGN]
 
 
 class Cpu:
-    """An op's functions in the core, on the CPU."""
+    """Calls an op's functions in the core, on the CPU."""
 
     def __init__(self, op: Op):
         self.op = op
@@ -188,7 +191,7 @@ class Cpu:
 
 
 def results(runner: Any, exact: Iterable, **options: Any) -> dict:
-    """Returns outputs and gradients by name, of operands and a gradient."""
+    """Returns outputs and gradients by name, for operands and a gradient."""
     *given, output_grad = exact
     if runner.op.counts:
         output, count = runner.forward(*given, return_count=True, **options)
@@ -201,7 +204,7 @@ def results(runner: Any, exact: Iterable, **options: Any) -> dict:
 def assert_results_close(
     received: dict, expected: dict, dtype: str, case: object = ""
 ) -> None:
-    """Compares results in `dtype` with the reference's, each as it may be.
+    """Compares results in `dtype` with the reference, each by its tolerance.
 
     Gradients of displacements are in the type of coordinates, and counts are
     exact.

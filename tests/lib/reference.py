@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deformable convolution in NumPy float64: slow, and easy to check by eye.
+"""Computes deformable convolution in NumPy float64, slowly but legibly.
 
 The tests compare the ops with this file, so nothing here is shared with them:
 plain loops over output pixels, taps and offset groups, one line of arithmetic
@@ -21,7 +21,7 @@ Padding = str | int | Pair | tuple[Pair, Pair]
 
 
 class Gradients(NamedTuple):
-    """Gradients of `sum(output * output_grad)`, shaped like the operands."""
+    """Holds gradients of `sum(output * output_grad)`, by operand."""
 
     inputs: np.ndarray
     kernel: np.ndarray
@@ -30,7 +30,10 @@ class Gradients(NamedTuple):
 
 
 class _Neighbour(NamedTuple):
-    """A pixel that a sample reads: its weight, and how the weight moves."""
+    """Holds a pixel that a sample reads.
+
+    Its weight, and the weight's derivatives.
+    """
 
     row: int
     col: int
@@ -40,7 +43,7 @@ class _Neighbour(NamedTuple):
 
 
 class _Sample(NamedTuple):
-    """One read of the image: output pixel, tap, offset group, neighbours."""
+    """Holds a read of the image: pixel, tap, offset group, neighbours."""
 
     n: int
     i: int
@@ -51,7 +54,7 @@ class _Sample(NamedTuple):
 
 
 def pair(value: int | Pair) -> Pair:
-    """`3` and `(3, 3)` mean the same."""
+    """Returns a pair: `3` and `(3, 3)` mean the same."""
     return (value, value) if isinstance(value, int) else tuple(value)
 
 
@@ -102,14 +105,14 @@ def output_size(
 def _along_axis(
     t: float, size: int, boundary: str
 ) -> list[tuple[int, float, float]]:
-    """Linear interpolation on one axis: `(index, weight, d weight / dt)`.
+    """Interpolates on one axis: yields `(index, weight, d weight / dt)`.
 
-    The two pixels are those of the cell `[floor(t), floor(t) + 1]`, so the
-    derivative at an integer is the one to the right.
+    The two pixels are the ends of the cell `[floor(t), floor(t) + 1]`, so the
+    derivative at an integer is the right-hand derivative.
     """
     low = math.floor(t)
     fraction = t - low
-    if boundary == "clamp" and low == size - 1:  # The held edge.
+    if boundary == "clamp" and low == size - 1:  # the held edge
         return [(low, 1.0, 0.0)]
     both = [(low, 1.0 - fraction, -1.0), (low + 1, fraction, 1.0)]
     return [entry for entry in both if 0 <= entry[0] < size]
@@ -136,7 +139,7 @@ def _neighbours(
 
 
 class _Call:
-    """The operands of one call in float64, and every sample that it reads."""
+    """Holds the operands of one call in float64, and yields its samples."""
 
     def __init__(
         self,
@@ -202,7 +205,7 @@ class _Call:
 
     @functools.cached_property
     def samples(self) -> list[_Sample]:
-        """Every sample that falls inside the image."""
+        """Yields every sample that falls inside the image."""
         coordinate = self.offset.dtype.type
         samples = []
         for n, i, j, group, tap in np.ndindex(*self.offset.shape[:-1]):
@@ -223,7 +226,7 @@ class _Call:
 
     @functools.cached_property
     def columns(self) -> np.ndarray:
-        """`mask * X(y, x)` as [n, i, j, tap, channel]."""
+        """Returns `mask * X(y, x)` as [n, i, j, tap, channel]."""
         columns = np.zeros(
             (*self.offset.shape[:3], self.taps, self.channels), np.float64
         )
@@ -311,7 +314,7 @@ def deformable_conv2d(
     mask: np.ndarray | None = None,
     **options: object,
 ) -> np.ndarray:
-    """Returns what `tf_deform.ops.deformable_conv2d` should, in float64."""
+    """Computes `tf_deform.ops.deformable_conv2d` in float64."""
     return _output(_Call(inputs, kernel, offset, mask, **options))
 
 
@@ -336,6 +339,6 @@ def output_and_gradients(
     output_grad: np.ndarray,
     **options: object,
 ) -> tuple[np.ndarray, Gradients]:
-    """Returns both, in little more time than the gradients alone."""
+    """Returns both, in little more time than the gradients alone take."""
     call = _Call(inputs, kernel, offset, mask, **options)
     return _output(call), _gradients(call, output_grad)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pooling ops' CUDA kernels: see gpu.py, and pooling.py for the CPU."""
+"""Calls the pooling ops' CUDA kernels.
+
+See gpu.py, and pooling.py for the CPU.
+"""
 
 from typing import Any
 
@@ -15,7 +18,7 @@ NAMES = ("inputs", "displacement")
 
 
 class Gpu:
-    """An op's kernels, called as `pooling.Cpu` is.
+    """Calls an op's kernels, with the methods of `pooling.Cpu`.
 
     All tensors have guards around them; outputs and scratch are NaN before.
     If `misaligned`, tensors are aligned to an element only.
@@ -30,7 +33,7 @@ class Gpu:
         self.op = op
         self.deterministic = deterministic
         self.misaligned = misaligned
-        self.workspace_bytes = 0  # Of the latest call.
+        self.workspace_bytes = 0  # of the latest call
 
     def _prepare(self, operands, dtype, output_grad, attributes):
         stored, _, params, _ = core._prepare_roi(
@@ -88,7 +91,7 @@ class Gpu:
         wanted: tuple[str, ...] = NAMES,
         **attributes: Any,
     ) -> dict[str, np.ndarray]:
-        """Returns the wanted gradients by name, if there are such operands."""
+        """Returns the wanted gradients by name, for operands that exist."""
         tensors, operands, params = self._prepare(
             (inputs, rois, displacement), dtype, output_grad, attributes
         )
@@ -122,7 +125,7 @@ def check_against_cpu(
 ) -> None:
     """Compares with the CPU's core, which is faster than the reference.
 
-    Two results that were rounded to 16 bits may be one unit apart.
+    Two results that were rounded to 16 bits may differ by one unit.
     """
     exact = core.rounded(operands, dtype)
     common = dict(dtype=dtype, **attributes)
@@ -144,7 +147,7 @@ def check_against_cpu(
 def check_alone_and_again(
     op: pooling.Op, exact, dtype: str, attributes: dict
 ) -> None:
-    """Each result is the same alone, in any order of threads, to the bit."""
+    """Checks that results have the same bits alone and in any order."""
     runner = Gpu(op, deterministic=True)
     common = dict(dtype=dtype, **attributes)
     expected = results(runner, exact, **common)

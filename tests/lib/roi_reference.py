@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deformable ROI pooling in NumPy float64: slow, and easy to check by eye.
+"""Computes deformable ROI pooling in NumPy float64, slowly but legibly.
 
 The tests compare the ops with this file, so nothing here is shared with them:
 plain loops over ROIs, bins, classes and samples, one line of arithmetic for
@@ -20,9 +20,10 @@ from reference import Pair, pair
 
 
 class Gradients(NamedTuple):
-    """Gradients of `sum(output * output_grad)`, shaped like the operands.
+    """Holds gradients of `sum(output * output_grad)`, by operand.
 
-    `displacement` is that of `trans` or `offset`; None where there is none.
+    `displacement` is the gradient of `trans` or `offset`; None without
+    displacements.
     """
 
     inputs: np.ndarray
@@ -30,22 +31,22 @@ class Gradients(NamedTuple):
 
 
 class Bin(NamedTuple):
-    """A bin of a ROI, for the output channels that move together."""
+    """Describes a bin of a ROI, for the output channels that move together."""
 
     roi: int
     row: int
     col: int
     image: int
-    channels: np.ndarray  # Input channels, one for each of
-    outputs: np.ndarray  # these output channels.
-    ys: list[float]  # Samples are at all pairs of these,
-    xs: list[float]  # whether they count or not.
-    place: tuple[int, ...]  # Of its (dy, dx) among the displacements.
-    reach: tuple[float, float]  # Pixels that a displacement of 1 is.
+    channels: np.ndarray  # input channels, one for each of
+    outputs: np.ndarray  # these output channels
+    ys: list[float]  # samples are at all pairs of these,
+    xs: list[float]  # whether they count or not
+    place: tuple[int, ...]  # where its (dy, dx) are stored
+    reach: tuple[float, float]  # pixels for a displacement of 1
 
 
 class _Limits(NamedTuple):
-    """Which samples are read, as far outside of the map as `margin`.
+    """Says which samples are read, as far outside of the map as `margin`.
 
     The others are 0, and count in the mean only if `all_count`.
     """
@@ -54,13 +55,13 @@ class _Limits(NamedTuple):
     all_count: bool
 
 
-# A sample is read where -margin <= y <= height - 1 + margin.
+# A sample is read if -margin <= y <= height - 1 + margin.
 _PSROI_POOL = _Limits(margin=0.5, all_count=False)
 _ROI_ALIGN = _Limits(margin=1.0, all_count=True)
 
 
 def coordinate_type(inputs: np.ndarray) -> type:
-    """The type in which ROIs, displacements and places of samples are."""
+    """Returns the type of ROIs, displacements and places of samples."""
     return np.float64 if inputs.dtype == np.float64 else np.float32
 
 
@@ -136,7 +137,7 @@ def psroi_bins(
 
 
 def _scaled(index: Pair, to: Pair, of: Pair) -> Pair:
-    """The cell of a grid of size `to` for a cell of a grid of size `of`."""
+    """Converts a cell of a grid of size `of` to a grid of size `to`."""
     return tuple(i * t // o for i, t, o in zip(index, to, of, strict=True))
 
 
@@ -172,7 +173,7 @@ def roi_align_bins(
             samples = sampling_ratio
             if sampling_ratio <= 0:
                 most = math.ceil(2 * inputs.shape[1 + axis] / pooled)
-                # Not a number: no sample of it would be read anyway.
+                # A size that is not a number: no sample would be read anyway.
                 wanted = np.nan_to_num(np.ceil(bin_size), nan=0.0)
                 samples = int(min(max(wanted, 0), most))
             start = real((row, col)[axis]) * bin_size + roi_start
@@ -201,11 +202,11 @@ def roi_align_bins(
 def _along_axis(
     t: float, size: int, limits: _Limits
 ) -> list[tuple[int, float, float]]:
-    """Linear interpolation on one axis: `(index, weight, d weight / dt)`.
+    """Interpolates on one axis: yields `(index, weight, d weight / dt)`.
 
-    Nothing where the sample is not read. The two pixels are those of the
+    Yields nothing if the sample is not read. The two pixels are the ends of the
     cell `[floor(t), floor(t) + 1]`, so the derivative at an integer is the
-    one to the right.
+    right-hand derivative.
     """
     if not -limits.margin <= t <= size - 1 + limits.margin or size == 0:
         return []  # NaN and infinity end here too.
@@ -219,7 +220,7 @@ def _along_axis(
 
 
 def _samples_read(b: Bin, inputs: np.ndarray, limits: _Limits) -> list:
-    """The samples of a bin that are read: what each reads on both axes."""
+    """Yields a bin's samples that are read: the pixels of each on both axes."""
     height, width = inputs.shape[1:3]
     both = [
         (_along_axis(y, height, limits), _along_axis(x, width, limits))
@@ -259,7 +260,7 @@ def _pool_grad(
     output_grad: np.ndarray,
     limits: _Limits,
 ) -> Gradients:
-    """The gradients of `sum(output * output_grad)`.
+    """Returns the gradients of `sum(output * output_grad)`.
 
     `displacement_shape` ends in (classes, 2).
     """
@@ -294,7 +295,7 @@ def deformable_psroi_pool(
     return_count: bool = False,
     **attributes: object,
 ):
-    """Returns what `tf_deform.ops.deformable_psroi_pool` should."""
+    """Computes `tf_deform.ops.deformable_psroi_pool` in float64."""
     with np.errstate(all="ignore"):
         shape = (
             len(rois),
@@ -336,7 +337,7 @@ def deformable_roi_align(
     offset: np.ndarray | None = None,
     **attributes: object,
 ) -> np.ndarray:
-    """Returns what `tf_deform.ops.deformable_roi_align` should."""
+    """Computes `tf_deform.ops.deformable_roi_align` in float64."""
     with np.errstate(all="ignore"):
         shape = (
             len(rois),
@@ -374,9 +375,9 @@ def deformable_roi_align_grad(
 def reach_of_displacements(
     bins: Iterator[Bin], shape: tuple[int, ...]
 ) -> np.ndarray:
-    """Pixels that each displacement of 1 is; 1 where none is, or no end.
+    """Returns the pixels for each displacement of 1; 1 for none or infinity.
 
-    The gradients of displacements are slopes times this.
+    The gradients of displacements are slopes times this number.
     """
     *cells, channels = shape
     reach = np.ones((*cells, channels // 2, 2))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far results may be from what a test expects, by purpose and type.
+"""Lists the errors that tests allow, by purpose and type.
 
-Every table gives a `compare.Tolerance` for the name of the type in which the
-values of a call are. Errors are shares of the largest number expected, unless
-a comment says otherwise.
+Every table gives a `compare.Tolerance` for the name of the type of a call's
+values. Errors are shares of the largest number expected, unless a comment says
+otherwise.
 """
 
 from compare import Tolerance
@@ -13,9 +13,9 @@ def _shares(**shares: float) -> dict[str, Tolerance]:
     return {dtype: Tolerance(share) for dtype, share in shares.items()}
 
 
-# Convolution against a float64 computation on the same, already rounded,
-# operands. For the 16-bit types this is four units of the last place. The
-# layers hold the same.
+# Convolution against a float64 computation on the same rounded operands. For
+# the 16-bit types the error is four units of the last place. The same
+# tolerances hold for the layers.
 FORWARD = _shares(
     float64=1e-12, float32=1e-5, float16=4 * 2**-11, bfloat16=4 * 2**-8
 )
@@ -48,8 +48,8 @@ POOLING = {
     },
 }
 
-# The portable ops against the native ones: both sum in another order, and
-# round 16-bit results once.
+# The portable ops against the native ops: both sum in another order, and round
+# 16-bit results once.
 PORTABLE = _shares(float64=1e-12, float32=1e-5, float16=2**-10, bfloat16=2**-7)
 PORTABLE_GRADIENT = {
     dtype: Tolerance(30 * tolerance.of_largest)

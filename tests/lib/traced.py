@@ -12,7 +12,7 @@ def kinds_of_ops(function: Callable) -> set[str]:
 
 
 def implementations(function: Callable) -> set[str]:
-    """Returns the implementations that a function uses when it is traced."""
+    """Returns the implementations that a function calls while it is traced."""
     kinds = kinds_of_ops(tf.function(function).get_concrete_function())
     native = any(kind.startswith("TfDeform>") for kind in kinds)
     found = {"native": native, "portable": "GatherNd" in kinds}

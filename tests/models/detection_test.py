@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The detection example: finite losses, serving, and runs from end to end."""
+"""Tests the detection example: finite losses, serving, and whole runs."""
 
 import csv
 import io
@@ -50,7 +50,7 @@ def random_images(*shape: int) -> np.ndarray:
 
 
 def make_detector(arm: str, image_size: int | None = 64) -> detector.Detector:
-    """A detector that displaces and has opinions, as if it had been trained."""
+    """Makes a detector that displaces and has varied scores, as if trained."""
     keras.utils.set_random_seed(2)
     model = detector.Detector(arm, image_size=image_size)
     for variable in model.trainable_variables:
@@ -62,7 +62,7 @@ def make_detector(arm: str, image_size: int | None = 64) -> detector.Detector:
 
 
 def random_boxes(*shape: int) -> np.ndarray:
-    """Boxes of all sizes in an image of 64 pixels, cut at its edges."""
+    """Draws boxes of all sizes in an image of 64 pixels, cut at its edges."""
     rng = np.random.default_rng(len(shape))
     middles = rng.uniform(-4, 68, (*shape, 2))
     sizes = rng.uniform(2, 34, (*shape, 2))
@@ -71,15 +71,15 @@ def random_boxes(*shape: int) -> np.ndarray:
 
 
 def random_scores(*shape: int) -> np.ndarray:
-    """Scores of which no two are the same."""
+    """Draws scores that all differ."""
     count = int(np.prod(shape))
     scores = np.random.default_rng(1).permutation(count) / count
     return scores.reshape(shape).astype("float32")
 
 
 # Boxes, scores of a few classes, the number wanted, the largest overlap, and
-# the score to exceed. No two boxes have the same score, for which the native op
-# knows no order, unless they are the same box.
+# the score to exceed. Only equal boxes have equal scores, because the native op
+# defines no order for equal scores.
 CHOICES = {
     "random": (random_boxes(3, 100), random_scores(3, 100, 4), 30, 0.5, 0.2),
     "one-image": (random_boxes(1, 64), random_scores(1, 64, 1), 9, 0.7, 0.0),
@@ -109,7 +109,7 @@ def test_suppression_is_that_of_the_native_op(choice, how):
     boxes, scores, size, *limits = CHOICES[choice]
     boxes = tf.constant(boxes, "float32")
     scores = tf.constant(scores, "float32")
-    # Which keeps boxes of no area.
+    # This case keeps boxes of no area.
     real = tf.reduce_all(boxes[..., 2:] > boxes[..., :2], -1, keepdims=True)
     oracle = tf.image.combined_non_max_suppression(
         boxes[:, :, None],
@@ -223,7 +223,7 @@ def test_images_of_any_size(height, width):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[pathlib.Path, str]:
-    """A run of both default arms, and what it printed."""
+    """Runs both default arms; returns the folder and the output."""
     out = tmp_path_factory.mktemp("detection") / "run"
     return out, run(out, *SHORT)
 
@@ -332,7 +332,10 @@ def test_average_precision_of_right_and_of_no_detections(tmp_path, capsys):
     ],
 )
 def test_ids_of_other_peoples_files(images, categories, annotations):
-    """Whatever they are, right boxes are right and wrong ones are wrong."""
+    """Tests ids of any form.
+
+    Right boxes count as right, wrong boxes as wrong.
+    """
     low, high = sorted(categories)
     boxes = [[4, 5, 20, 22], [10, 5, 20, 22]]
     coco = {
@@ -390,8 +393,8 @@ def test_boxes_come_back_in_the_pixels_of_each_image():
     server = export.make_server(model, CATEGORIES)
     wide, high = random_images(30, 120), random_images(128, 32, 3)
     found = server(tf.constant([encode(wide, "PNG"), encode(high, "JPEG")]))
-    # The wide one is 16 x 64 in the square, the high one 64 x 16: what lies
-    # beyond it is cut off.
+    # The wide box is 16 x 64 in the square, the high box 64 x 16; the rest of
+    # each is cut off.
     np.testing.assert_allclose(
         found["boxes"][0, :2], [(0, 0, 120, 30), (15, 7.5, 30, 22.5)]
     )
@@ -415,7 +418,7 @@ def test_writes_everything_that_it_promises(finished):
         assert len(list((out / "runs").glob("*/*.weights.h5"))) == 0
     assert arms["both"]["parameters"] > arms["plain"]["parameters"]
     assert "| both |" in printed
-    # Twenty steps teach nothing, and it says so.
+    # Twenty steps teach nothing, and the output says so.
     assert metrics["comparable"] is False
     assert "Too poor to be compared" in printed
     assert set(metrics["exports"]) == {
@@ -425,7 +428,7 @@ def test_writes_everything_that_it_promises(finished):
     }
     for name, differences in metrics["exports"].items():
         assert (out / name).exists()
-        # What they are is asked in demo_formats_test.py.
+        # The values of the boxes are tested in demo_formats_test.py.
         assert set(differences) == {"boxes", "scores", "labels", "valid"}
     saved = metrics["saved_model"]
     assert saved["detections"] > 0

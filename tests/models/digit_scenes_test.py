@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The generator of scenes: same seed same scenes, and files that agree."""
+"""Tests the generator of scenes: equal seeds give equal scenes; files agree."""
 
 import json
 import pathlib
@@ -91,8 +91,8 @@ def test_parts_share_neither_digits_nor_pictures():
 
 
 def test_pictures_come_in_the_wheel():
-    # What the wheel brought is what its record lists; a picture fetched later
-    # would not be there.
+    # The wheel's record lists the files that the wheel brought, and no picture
+    # that was fetched later.
     import importlib.metadata
 
     record = {str(path) for path in importlib.metadata.files("scikit-image")}

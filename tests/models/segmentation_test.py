@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The segmentation example: its model, and runs from end to end."""
+"""Tests the segmentation example: its model, and whole runs."""
 
 import json
 import pathlib
@@ -34,7 +34,7 @@ def run(out: pathlib.Path, *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[pathlib.Path, str]:
-    """A run of both default arms, and what it printed."""
+    """Runs both default arms; returns the folder and the output."""
     out = tmp_path_factory.mktemp("segmentation") / "run"
     return out, run(out, "--steps", "6")
 
@@ -44,7 +44,7 @@ def random_images(*shape: int) -> np.ndarray:
 
 
 def make_model(image_size: int | None) -> keras.Model:
-    """A deformable model that displaces, as if it had been trained."""
+    """Makes a deformable model that displaces samples, like a trained model."""
     keras.utils.set_random_seed(2)
     model = segmentation.build_model("dcn-v2", image_size)
     for variable in model.trainable_variables:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every argument of every function and layer, given what it cannot use.
+"""Tests every argument of every function and layer with unusable values.
 
-The answer is an error of ours that names the argument, and not one of the
-libraries below, which often say what went wrong inside of them. What is good
-is taken in every form in which people have it.
+The answer is an error of ours that names the argument, and not an error of the
+libraries below, which often describes their internals. Good values are accepted
+in every form that users have.
 """
 
 import decimal
@@ -42,7 +42,7 @@ ERRORS = (ValueError, TypeError, tf.errors.InvalidArgumentError)
 
 
 def assert_ours(error: BaseException, *names: str) -> None:
-    """It says first what was expected, then what came, of which argument."""
+    """Checks that the text tells the expected, the received, the argument."""
     text = error.message if isinstance(error, tf.errors.OpError) else str(error)
     text = re.sub(r"^\{\{function_node .*?\}\} ", "", text)
     assert text.startswith("Expected "), text
@@ -51,7 +51,7 @@ def assert_ours(error: BaseException, *names: str) -> None:
 
 
 def refused(function, names: list[str], **arguments) -> list[str]:
-    """Returns one thing that is wrong with the answer, in a list, or none."""
+    """Returns a list with one fault of the answer, or an empty list."""
     try:
         result = function(**arguments)
     except ERRORS as error:
@@ -100,7 +100,7 @@ def test_every_argument(function, name):
 @pytest.mark.parametrize("mode", ["portable", "graph"])
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_every_argument_elsewhere(function, mode):
-    """Eager, native ops are not the only place that judges."""
+    """Tests portable ops and graphs, which judge arguments as well."""
     call, kinds = FUNCTIONS[function]
     wrong = {}
     for name, kind in kinds.items():
@@ -145,9 +145,9 @@ def test_implementation(what):
 
 
 def arguments_where(wanted):
-    """Returns `parametrize` over the arguments of the kinds that are wanted.
+    """Returns `parametrize` over the arguments whose kind is wanted.
 
-    `wanted` is told whether it is a layer's argument, and its kind.
+    `wanted` gets whether the argument is a layer's, and its kind.
     """
     rows = [
         (function, name)
@@ -280,7 +280,7 @@ def _by_position(layer):
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_every_argument_of_a_layers_call(layer, data_format):
-    """By name and by position, of a new layer and of a built one."""
+    """Passes arguments by name and by position. The layer is new or built."""
     wrong = {}
     arguments = {**LAYERS[layer][0], "data_format": data_format}
     call = LAYER_CALLS[layer]
@@ -304,7 +304,7 @@ def test_every_argument_of_a_layers_call(layer, data_format):
                 name in ("inputs", "trans_inputs")
                 and k in ("True", "an array of booleans")
             )
-            # Tensors of Keras are good here, but for their shape.
+            # Tensors of Keras are good here, except for their shape.
             and "Keras" not in k
         }
         if name in ("inputs", "rois"):
@@ -351,7 +351,7 @@ def test_a_call_without_an_argument(layer, name):
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_maps_and_rois_in_one_list(layer):
-    """As layers of others take them."""
+    """Passes maps and ROIs in one list, as to layers of other packages."""
     with pytest.raises(TypeError, match="Expected `inputs` .*Received: "):
         layer(**LAYERS[layer][0])([*LAYER_CALLS[layer].values()])
 
@@ -362,7 +362,10 @@ def test_maps_and_rois_in_one_list(layer):
     "shape", [(1, 4, 5, 5), (1, 3, 5, 4), (1, 4, 6, 4), (2, 4, 5, 4)]
 )
 def test_a_modulator_is_called_so(shape, data_format, symbolic):
-    """Not `mask`, as the op has it, and in the order in which it was given."""
+    """Tests that the error says `modulator`, not `mask` like the op.
+
+    The order is the order in which it was given.
+    """
     layer = DeformableConv2D(4, 2, data_format=data_format)
     call = {**LAYER_CALLS[DeformableConv2D], "modulator": np.ones(shape)}
     if data_format == "channels_first":

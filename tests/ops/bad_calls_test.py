@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls that are wrong: each is answered by an error that a person can use."""
+"""Tests that every wrong call gets an error from which a person can act."""
 
 import re
 
@@ -24,7 +24,7 @@ POOLING = [op for op in GOOD if op is not deformable_conv2d]
 
 
 def _graph(op, operands: dict, options: dict, known: bool):
-    """The op in a `tf.function`, with every shape known, or none."""
+    """Runs the op in a `tf.function`, with every shape known, or none."""
     present = {name: x for name, x in operands.items() if x is not None}
     absent = {name: x for name, x in operands.items() if x is None}
 
@@ -68,7 +68,7 @@ def test_eager(op, bad_call):
 
 @pytest.mark.parametrize(**rows_of(BAD_BEFORE_RUNNING))
 def test_graph_with_known_shapes(op, bad_call):
-    """Refused while the graph is built, before anything runs."""
+    """Tests that the graph is refused while being built, before it runs."""
     operands, options = arguments_of(op, bad_call.changes)
     graph, _ = _graph(op, operands, options, known=True)
     with pytest.raises((ValueError, TypeError)) as info:
@@ -78,7 +78,7 @@ def test_graph_with_known_shapes(op, bad_call):
 
 @pytest.mark.parametrize(**rows_of(BAD_BEFORE_RUNNING))
 def test_graph_with_unknown_shapes(op, bad_call):
-    """The kernel refuses shapes that the graph cannot know."""
+    """Tests that the kernel refuses shapes that the graph cannot know."""
     operands, options = arguments_of(op, bad_call.changes)
     graph, tensors = _graph(op, operands, options, known=False)
     with pytest.raises(ERRORS) as info:
@@ -88,7 +88,7 @@ def test_graph_with_unknown_shapes(op, bad_call):
 
 @pytest.mark.parametrize(**rows_of(BAD_SHAPES))
 def test_bad_shape_under_a_tape(op, bad_call):
-    """The gradient does not get in the way of the error."""
+    """Tests that computing a gradient does not hide the error."""
     operands, options = arguments_of(op, bad_call.changes)
     with tf.GradientTape() as tape, pytest.raises(ERRORS) as info:
         tape.watch(list(operands.values()))
@@ -108,7 +108,7 @@ def test_batch_indices(op, bad_call, mode):
 
 @pytest.mark.parametrize("op", POOLING)
 def test_batch_indices_of_float64_inputs(op):
-    """An index that only float32 would round to an integer is bad."""
+    """Tests indices that are no integers, but that float32 would round."""
     rois = np.zeros((7, 5))
     rois[3, 0] = 1 + 1e-12
     operands, options = arguments_of(op, {})
@@ -165,7 +165,10 @@ def test_what_is_no_dense_tensor_is_named(op, name, value):
 @pytest.mark.parametrize("scale", [1e-300, 1e-45, 1e-38, 3e38, 1e300])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_extreme_scales_give_an_answer(op, scale, dtype):
-    """Finite and positive: an output of zeros and edges, or an error."""
+    """Tests extreme finite positive scales.
+
+    The output is of zeros and edges, or an error.
+    """
     operands, options = arguments_of(op, {"spatial_scale": scale})
     operands["inputs"] = tf.ones(operands["inputs"].shape, dtype)
     try:

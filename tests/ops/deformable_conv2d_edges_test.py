@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests samples of `deformable_conv2d` at edges, kinks, NaN and no pixels."""
+"""Tests `deformable_conv2d` at edges, kinks, NaN, and for empty inputs."""
 
 import dataclasses
 import itertools
@@ -29,7 +29,7 @@ from tf_deform.ops import deformable_conv2d
 @pytest.mark.parametrize("size", [(4, 3), (1, 1), (2, 5)])
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 def test_every_place_of_a_sample(boundary, size, channels, dtype):
-    """All pairs of edges, integers, NaN, infinities and huge coordinates."""
+    """Tests pairs of edges, integers, NaN, infinities, huge coordinates."""
     coordinates = np.array(
         list(itertools.product(*(conv2d_places(n, dtype) for n in size)))
     )
@@ -64,7 +64,7 @@ def test_every_place_of_a_sample(boundary, size, channels, dtype):
     ],
 )
 def test_value_at_a_coordinate(boundary, y, value):
-    """A column of three pixels, 1, 3 and 7, read at one place."""
+    """Reads a column of three pixels, 1, 3 and 7, at one place."""
     output = deformable_conv2d(
         np.reshape([1.0, 3.0, 7.0], (1, 3, 1, 1)),
         np.ones((1, 1, 1, 1)),
@@ -89,14 +89,14 @@ def test_value_at_a_coordinate(boundary, y, value):
         ("clamp", 0.0, 2.0),
         ("clamp", 1.0, 4.0),
         ("clamp", 1.5, 4.0),
-        ("clamp", 2.0, 0.0),  # The edge is held from here on.
+        ("clamp", 2.0, 0.0),  # The edge's value holds from here on.
         ("clamp", 2.5, 0.0),
         ("clamp", 3.0, 0.0),
     ],
 )
 @pytest.mark.parametrize("axis", [0, 1])
 def test_derivative_is_the_right_hand_one(boundary, y, slope, axis):
-    """A line of three pixels, 1, 3 and 7, along either axis."""
+    """Reads a line of three pixels, 1, 3 and 7, along either axis."""
     shape = (1, 3, 1, 1) if axis == 0 else (1, 1, 3, 1)
     displacement = [y, 0.0] if axis == 0 else [0.0, y]
     operands = [
@@ -122,7 +122,7 @@ OUTSIDE = [
 def test_a_sample_outside_gives_zero_whatever_else_is_nan(
     boundary, outside, dtype
 ):
-    """A NaN image, a NaN mask: a sample outside reads neither."""
+    """Tests NaN in image and mask, which a sample outside does not read."""
     size, channels = (4, 4), 19
     coordinates = np.array([[outside, 1.5], [1.5, outside], [outside] * 2])
     coordinates = coordinates.astype(
@@ -145,7 +145,7 @@ def test_a_sample_outside_gives_zero_whatever_else_is_nan(
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("operand", ["inputs", "mask"])
 def test_inside_ordinary_arithmetic_holds(operand, bad):
-    """A value that is not finite shows up exactly where it is read."""
+    """Tests that a value that is not finite shows exactly where it is read."""
     case = Conv2DCase(batch=1, size=(6, 5), kernel_size=(1, 1), channels=3)
     inputs, kernel, offset, mask = case.operands("float64")
     offset = np.full_like(offset, 0.5)
@@ -170,7 +170,7 @@ def test_zero_mask_times_infinity_is_nan():
 
 
 def test_mask_may_be_any_real_number():
-    """The op does not squash: the output is linear in the mask."""
+    """Tests that the op does not squash: the output is linear in the mask."""
     inputs, kernel, offset, mask = Conv2DCase().operands("float64")
     output = deformable_conv2d(inputs, kernel, offset, mask, padding="same")
     scaled = deformable_conv2d(
@@ -208,7 +208,7 @@ def test_no_mask_is_a_mask_of_ones():
 )
 @pytest.mark.parametrize("has_mask", [True, False])
 def test_empty(case, has_mask, dtype):
-    """An empty output of the right shape, and gradients that are zero."""
+    """Tests the shape of the empty output, and gradients of zero."""
     case = dataclasses.replace(case, has_mask=has_mask)
     operands = case.operands(dtype)
     output, gradients = results(

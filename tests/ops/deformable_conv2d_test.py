@@ -26,7 +26,7 @@ NAMES = ("inputs", "kernel", "offset", "mask")
 
 
 def results(operands, output_grad, **options):
-    """Returns the output, and the gradients of operands in order."""
+    """Returns the output, and the gradients of the operands in order."""
     given = dict(zip(NAMES, operands, strict=False))
     output, gradients = forward_and_gradients(
         deformable_conv2d, given, output_grad, **options
@@ -67,7 +67,7 @@ def check_case(case: Conv2DCase, dtype: str) -> None:
     )
 
 
-# The reference itself, before anything is compared with it.
+# Tests of the reference itself, on which other tests rely.
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -76,7 +76,7 @@ def test_reference_equals_onnx_runtime_in_float64(seed):
     operands = case.operands("float64")
     options = case.options
     expected = reference.deformable_conv2d(*operands, **options)
-    del options["boundary"]  # ONNX has "zeros" only.
+    del options["boundary"]  # ONNX has only "zeros".
     actual = oracles.onnx_runtime(*operands, **options)
     assert_close(actual, expected, 1e-14, case=case)
 
@@ -117,7 +117,7 @@ def test_reference_gradients_equal_finite_differences(case, boundary):
         )
 
 
-# The forward pass against other people's implementations.
+# The forward pass against implementations by others.
 
 
 @pytest.mark.parametrize("seed", range(100, 125))
@@ -125,7 +125,7 @@ def test_equals_onnx_runtime(seed):
     case = draw_conv2d_case(seed, boundary="zeros")
     operands, options = case.operands(), case.options
     actual = deformable_conv2d(*operands, **options)
-    del options["boundary"]  # ONNX has "zeros" only.
+    del options["boundary"]  # ONNX has only "zeros".
     expected = oracles.onnx_runtime(*operands, **options)
     assert_close(actual, expected, ANOTHER_ORDER, case=case)
 
@@ -164,7 +164,7 @@ EXPLICIT = {
 def test_zero_offsets_equal_tf_conv2d(
     steps, padding, kernel_size, size, boundary
 ):
-    """The odd pixel of "same" is at the end, as TensorFlow has it.
+    """Compares with `tf.nn.conv2d`; "same" pads the odd pixel at the end.
 
     A plain convolution pads with zeros, and so do both boundaries at integer
     coordinates: outside the image, a sample is 0.
@@ -203,7 +203,7 @@ def test_random_configurations(seed, dtype):
 
 
 def _one_size_at_a_time() -> list[Conv2DCase]:
-    """Sizes around the block sizes that a fast kernel may have inside."""
+    """Yields sizes around the block sizes that a fast kernel may use."""
     sizes = [1, 15, 16, 17, 31, 33, 255, 256, 257]
     cases = [
         Conv2DCase(
@@ -252,7 +252,7 @@ def test_sizes(case, dtype):
 
 @grid({"dtype": DTYPES, "boundary": BOUNDARIES, "reach": [1, 40]})
 def test_many_blocks(reach, boundary, dtype):
-    """A map of many blocks in every direction, read near by and far away."""
+    """Tests a map of many blocks in every direction, read near and far."""
     case = Conv2DCase(
         size=(23, 29),
         channels=38,
@@ -306,7 +306,7 @@ def test_small_maps_and_large_steps(case, boundary):
 
 
 def test_float64_coordinates_resolve_what_float32_cannot():
-    """A millionth of a pixel, a hundred pixels from the origin."""
+    """Tests a millionth of a pixel, a hundred pixels from the origin."""
     inputs = np.zeros((1, 1, 200, 1))
     inputs[0, 0, 101] = 1e6
     offset = np.zeros((1, 1, 1, 2))
@@ -319,7 +319,7 @@ def test_float64_coordinates_resolve_what_float32_cannot():
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_16_bit_inputs_keep_float32_coordinates(dtype):
-    """0.3 pixels, a thousand pixels from the origin."""
+    """Tests 0.3 pixels, a thousand pixels from the origin."""
     inputs = np.zeros((1, 1, 1100, 1))
     inputs[0, 0, 1001] = 1.0
     offset = np.zeros((1, 1, 1, 2), np.float32)
@@ -336,7 +336,7 @@ def test_16_bit_inputs_keep_float32_coordinates(dtype):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_16_bit_sums_accumulate_in_float32(dtype):
-    """Sums of 4096 ones; in the type itself they would stop growing early."""
+    """Sums 4096 ones; a sum in the 16-bit type would stop growing early."""
     ones = np.ones((1, 1, 1, 4096))
     output = deformable_conv2d(
         tf.cast(ones, dtype),
@@ -369,7 +369,7 @@ def test_lists_of_integers_may_be_offsets():
 
 @pytest.mark.parametrize("convert", [np.asarray, tf.constant])
 def test_arrays_have_the_type_that_they_have(convert):
-    """NumPy's arrays are judged like tensors, not quietly cast."""
+    """Tests that NumPy arrays are judged like tensors, not cast silently."""
     inputs, kernel, offset, mask = Conv2DCase().operands()
     with pytest.raises(TypeError, match="Expected `kernel`.*float64"):
         deformable_conv2d(inputs, convert(kernel.astype(np.float64)), offset)
@@ -453,7 +453,7 @@ def test_static_output_shape(inputs, kernel, offset, expected):
 
 @pytest.mark.cpu_only(reason="a GPU's kernels do not wait for the pool")
 def test_calls_that_wait_for_the_pool():
-    """Longer than a caller sleeps while others keep the pool's threads busy."""
+    """Tests calls that wait while other calls keep the pool's threads busy."""
     rng = np.random.default_rng(0)
     operands = [
         tf.constant(np.float32(rng.normal(size=shape)))

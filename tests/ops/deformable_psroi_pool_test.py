@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`deformable_psroi_pool` beside OpenVINO; the second output; defaults.
+"""Compares `deformable_psroi_pool` with OpenVINO; tests `count` and defaults.
 
-Most of its tests are those of both pooling ops, `pooling_test.py`, and of every
-op, `every_op_test.py`.
+Most tests of the op are shared by both pooling ops, `pooling_test.py`, or by
+every op, `every_op_test.py`.
 """
 
 import full_calls
@@ -25,7 +25,7 @@ def as_float32(*arrays):
 
 
 def draw_square_call(seed: int) -> tuple[tuple, dict]:
-    """Draws a call that OpenVINO can do: square sizes, finite, no padding."""
+    """Draws a call that OpenVINO can run: square sizes, finite, no padding."""
     rng = np.random.default_rng(seed)
     size = tuple(int(n) for n in rng.integers(1, 14, 2))
     batch, classes = int(rng.integers(1, 4)), int(rng.integers(1, 4))
@@ -50,7 +50,7 @@ def draw_square_call(seed: int) -> tuple[tuple, dict]:
     return as_float32(inputs, rois, trans), attributes
 
 
-# The reference itself, before anything is compared with it.
+# Tests of the reference itself, on which other tests rely.
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -69,7 +69,7 @@ def test_reference_equals_openvino(seed):
 
 @pytest.mark.parametrize("seed", range(100, 140))
 def test_equals_openvino(seed):
-    """Displaced or not, 1 to 3 classes, edges, fractions, other part sizes."""
+    """Tests plain and displaced calls, classes, edges, other part sizes."""
     operands, attributes = draw_square_call(seed)
     assert_close(
         deformable_psroi_pool(*operands, **attributes),
@@ -81,7 +81,10 @@ def test_equals_openvino(seed):
 
 @pytest.mark.parametrize("group_size", [1, 2, 3, 4])
 def test_other_groups_equal_openvino_on_repeated_channels(group_size):
-    """OpenVINO has a group for each bin: give it the channels bin by bin."""
+    """Tests other groups.
+
+    OpenVINO has a group for each bin, so it gets the channels bin by bin.
+    """
     rng = np.random.default_rng(group_size)
     output_dim, pooled = 3, 4
     attributes = dict(
@@ -108,7 +111,7 @@ def test_other_groups_equal_openvino_on_repeated_channels(group_size):
 
 
 def test_equals_openvino_at_the_size_of_a_detector():
-    """300 ROIs, 7x7 bins, 4x4 samples, 21 classes, a map of 38x63."""
+    """Tests 300 ROIs, 7x7 bins, 4x4 samples, 21 classes, a map of 38x63."""
     rng = np.random.default_rng(0)
     attributes = dict(
         output_dim=21, spatial_scale=1 / 16, pooled_size=7, trans_std=0.1
@@ -152,7 +155,10 @@ def test_count_has_no_gradient():
 
 
 def test_default_sizes():
-    """`group_size` and `part_size` are `pooled_size`; 4 samples; 0.1."""
+    """Tests that `group_size` and `part_size` are `pooled_size`.
+
+    The number of samples is 4, the scale of displacements 0.1.
+    """
     rng = np.random.default_rng(0)
     inputs = rng.normal(size=(1, 6, 7, 12))
     rois = np.array([[0, 1, 2, 5, 4.0]])
@@ -186,7 +192,7 @@ def test_default_sizes():
 
 @pytest.mark.parametrize("scale, trans_std", [(0.1, 0.3), (0.7, 1e-9)])
 def test_options_are_not_rounded_for_float64(scale, trans_std):
-    """The scale 0.1 is not what float32 has for it."""
+    """Tests the scale 0.1, which float32 cannot hold exactly."""
     output = deformable_psroi_pool(
         np.arange(200.0).reshape(1, 1, 200, 1),
         np.array([[0, 150, 0, 150, 0.0]]),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`deformable_roi_align` beside ONNX Runtime; defaults.
+"""Compares `deformable_roi_align` with ONNX Runtime; tests defaults.
 
-Most of its tests are those of both pooling ops, `pooling_test.py`, and of every
-op, `every_op_test.py`.
+Most tests of the op are shared by both pooling ops, `pooling_test.py`, or by
+every op, `every_op_test.py`.
 """
 
 import full_calls
@@ -18,7 +18,7 @@ from tf_deform.ops import deformable_roi_align
 
 
 def draw_plain_call(seed: int, dtype: str) -> tuple[list, dict]:
-    """Draws a call that ONNX Runtime can do: no padding, no displacement.
+    """Draws a call that ONNX Runtime can run: no padding, no displacement.
 
     Adaptive numbers of samples stay below our upper limit.
     """
@@ -27,7 +27,7 @@ def draw_plain_call(seed: int, dtype: str) -> tuple[list, dict]:
     batch, ratio = int(rng.integers(1, 4)), int(rng.integers(0, 4))
     attributes = dict(
         pooled_size=tuple(int(n) for n in rng.integers(1, 6, 2)),
-        # ONNX keeps it in float32.
+        # ONNX keeps the scale in float32.
         spatial_scale=float(np.float32(rng.choice([1 / 16, 0.3, 1.0]))),
         sampling_ratio=ratio,
     )
@@ -42,7 +42,7 @@ def draw_plain_call(seed: int, dtype: str) -> tuple[list, dict]:
     return [x.astype(dtype) for x in operands], attributes
 
 
-# The reference itself, before anything is compared with it.
+# Tests of the reference itself, on which other tests rely.
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -72,7 +72,7 @@ def test_without_displacement_equals_onnx_runtime(seed, dtype):
 
 
 def test_a_displacement_equals_a_moved_roi_of_onnx_runtime():
-    """One bin of a ROI: `gamma * size * offset` pixels of the map away."""
+    """Tests a ROI of one bin, moved by `gamma * size * offset` map pixels."""
     rng = np.random.default_rng(0)
     inputs = rng.normal(size=(2, 12, 13, 5))
     rois = draw_rois(rng, 2, (12, 13), 0.25, 9, ("inside",))
@@ -102,7 +102,7 @@ def test_equals_onnx_runtime_at_the_size_of_a_detector():
 
 
 def test_defaults():
-    """An adaptive number of samples, and a gamma of 0.1."""
+    """Tests an adaptive number of samples, and a gamma of 0.1."""
     inputs, rois, offset = full_calls.ROI_ALIGN.draw()[0].values()
     assert_equal(
         deformable_roi_align(
@@ -126,7 +126,7 @@ def test_defaults():
 
 @pytest.mark.parametrize("scale, gamma", [(0.1, 0.3), (0.7, 1e-9)])
 def test_options_are_not_rounded_for_float64(scale, gamma):
-    """The scale 0.1 is not what float32 has for it."""
+    """Tests the scale 0.1, which float32 cannot hold exactly."""
     output = deformable_roi_align(
         np.arange(200.0).reshape(1, 1, 200, 1),
         np.array([[0, 150, 0, 153, 1.0]]),

@@ -28,7 +28,7 @@ every_op = pytest.mark.parametrize("call", OPS, ids=str)
 @pytest.mark.parametrize("given", DTYPES)
 @every_op
 def test_coordinates_are_cast_to_their_type(call, given, dtype):
-    """float32, and float64 when `inputs` are float64, whatever is given."""
+    """Tests float32, and float64 for float64 `inputs`, whatever is given."""
     operands, output_grad = call.draw(dtype)
     others = {
         name: tf.cast(x, given)
@@ -115,7 +115,7 @@ def graph_with_gradients(call):
 
 @every_op
 def test_graph_ops_have_names_that_last(call):
-    """They are part of every SavedModel."""
+    """Tests the names, which are part of every SavedModel."""
     nodes = graph_with_gradients(call).as_graph_def().node
     ours = [node.op for node in nodes if node.op.startswith("TfDeform>")]
     assert sorted(ours) == [f"TfDeform>{call.op}", f"TfDeform>{call.op}Grad"]
@@ -128,7 +128,7 @@ def test_static_shapes_of_gradients_are_those_of_the_operands(call):
 
 @every_op
 def test_many_calls_at_once(call):
-    """From several Python threads, and side by side in one graph."""
+    """Calls from several Python threads, and side by side in one graph."""
     operands, output_grad = call.draw(larger=12)
 
     def run(_=None):
@@ -247,7 +247,7 @@ def computed_by(call, function) -> tuple[str, ...]:
 @pytest.mark.parametrize("mode", ["eager", "graph"])
 @subsets
 def test_any_subset_of_the_gradients(call, wanted, mode):
-    """Leaving some gradients out does not change the others."""
+    """Tests that leaving some gradients out does not change the others."""
     operands, output_grad = call.draw()
     operands = {name: tf.constant(x) for name, x in operands.items()}
 
@@ -278,7 +278,7 @@ def test_only_watched_gradients_are_computed(call, wanted):
 
 @subsets
 def test_only_used_gradients_are_computed_in_a_graph(call, wanted):
-    """Even where a tape watches all operands, as it does variables."""
+    """Tests graphs, also if a tape watches all operands, as variables."""
     operands, _ = call.draw()
     operands = {name: tf.constant(x) for name, x in operands.items()}
 
@@ -325,7 +325,7 @@ def test_a_frozen_layer_computes_no_kernel_gradient(mode):
     assert computed_by(CONV2D, run) == ("inputs", "offset")
 
 
-# The same bits, however many threads.
+# The same bits for any number of threads.
 
 _HASHES = """
 import hashlib

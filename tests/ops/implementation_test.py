@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which implementation runs: argument, context, environment, no library."""
+"""Tests which implementation runs.
+
+Argument, context, environment, no library.
+"""
 
 import pathlib
 import shutil
@@ -120,7 +123,7 @@ def test_layers_keep_their_implementation(name):
         assert runs(lambda: call_layer(native)) == {"portable"}
 
 
-# No library, or a wish of the environment.
+# Without the library, or by the environment's setting.
 
 
 @pytest.fixture
@@ -189,7 +192,7 @@ def test_without_a_library_one_warning(run_python, package_without_library):
 def test_portable_next_to_another_tensorflow(
     run_python, package_without_library
 ):
-    """If asked for: the library, which would not fit, is not loaded."""
+    """Tests "portable" where the library would not fit: it is not loaded."""
     folder = package_without_library / "tf_deform"
     info = (folder / "_build_info.py").read_text().splitlines()
     info = [
@@ -238,7 +241,7 @@ def test_values_of_the_environment(monkeypatch):
 
 
 def test_the_environment_wins_over_the_argument(monkeypatch):
-    """But not over the context, which is nearer."""
+    """Tests that the context, which is nearer, wins over the environment."""
     monkeypatch.setattr(_loader, "forced", lambda: "native")
 
     def run():

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Both pooling ops: values and gradients, and whatever they agree in.
+"""Tests values, gradients and common features of both pooling ops.
 
-What every op keeps to is in `every_op_test.py`. Each op's own file compares it
-with other implementations and tests its corners.
+The promises of every op are tested in `every_op_test.py`. Each op's own file
+compares it with other implementations and tests its corners.
 """
 
 import itertools
@@ -35,7 +35,7 @@ def cast(op, operands, dtype):
     return dict(zip(names, given, strict=True)), output_grad
 
 
-# The reference itself, before anything is compared with it.
+# Tests of the reference itself, on which other tests rely.
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_one_trace_serves_every_number_of_rois(op):
         )
 
 
-# Shapes of ROIs and displacements; which of all is known; what follows.
+# Shapes of ROIs and displacements: the known dimensions determine others.
 @pytest.mark.parametrize(
     ("inputs", "rois", "displacement", "num_rois"),
     [
@@ -250,7 +250,7 @@ def test_static_output_shape(op, inputs, rois, displacement, num_rois):
     def graph(*operands):
         return call.function(*operands, **options)
 
-    # ROIAlign has as many channels as there are in the inputs.
+    # ROIAlign's output has the channels of the inputs.
     channels = 6 if op.counts or (inputs or [None])[-1] else None
     outputs = graph.get_concrete_function().structured_outputs
     for tensor in tf.nest.flatten(outputs):
@@ -263,7 +263,7 @@ def test_static_output_shape(op, inputs, rois, displacement, num_rois):
 @pytest.mark.parametrize("dtype", DTYPES)
 @both_ops
 def test_what_is_not_read_may_be_anything(op, dtype):
-    """Padding, ROIs and displacements that are not finite, ROIs outside."""
+    """Tests padding, NaN and infinite operands, and ROIs outside."""
     call = POOLING[op]
     corners = [np.nan, np.inf, -np.inf, 1e30, -1e30]
     rois = [[-1, 0, 0, 4, 4], [-np.inf, 0, 0, 4, 4], [0, 90, 90, 99, 99]]

@@ -113,9 +113,9 @@ def test_convolution_equals_the_reference(seed):
 @pytest.mark.parametrize("size", [(4, 3), (1, 1), (2, 5)])
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 def test_every_place_of_a_sample(boundary, size, dtype):
-    """Edges, integers, NaN, infinities: values, and derivatives at kinks."""
+    """Tests edges, integers, NaN, infinities: values, and slopes at kinks."""
     places = [conv2d_places(n, dtype) for n in size]
-    # TensorFlow's kernels take numbers that are not normal for 0.
+    # TensorFlow's kernels treat subnormal numbers as 0.
     tiny = np.finfo(dtype).tiny
     places = [p[~((np.abs(p) < tiny) & (p != 0))] for p in places]
     coordinates = np.array(list(itertools.product(*places)))
@@ -133,7 +133,10 @@ def test_every_place_of_a_sample(boundary, size, dtype):
 
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 def test_what_is_outside_is_zero_whatever_its_mask(boundary):
-    """NaN offsets and masks of NaN: no trace in the output or a gradient."""
+    """Tests NaN offsets and masks.
+
+    They must not reach the output or a gradient.
+    """
     case = Conv2DCase(boundary=boundary)
     operands = conv2d_operands(case)
     offset, mask = operands["offset"], operands["mask"]
@@ -151,7 +154,7 @@ def test_what_is_outside_is_zero_whatever_its_mask(boundary):
 
 
 def test_convolution_reads_nothing_else():
-    """A pixel of infinity matters only to samples that touch it."""
+    """Tests that a pixel of infinity changes only samples that read it."""
     image = np.zeros((1, 4, 4, 1), np.float32)
     image[0, 2, 2] = np.inf
     for place, reads in (((0.5, 0.5), False), ((1.5, 1.5), True)):
@@ -255,7 +258,7 @@ def test_counts_equal_native(seed):
 @both_pooling_ops
 @pytest.mark.parametrize("size", [(5, 6), (1, 6), (5, 1)])
 def test_pooling_at_integers_and_edges(op, size):
-    """Samples on pixels, on the edges and where coordinates are clamped."""
+    """Tests samples on pixels, on edges and at clamped coordinates."""
     rng = np.random.default_rng(0)
     marks = [-2, -1, -0.5, 0, 0.5, 1, 2, 3.5, 4, 4.5, 5, 5.5, 6, 7]
     corners = np.array(list(itertools.product(marks, marks)))
@@ -284,7 +287,7 @@ def test_pooling_at_integers_and_edges(op, size):
 
 @both_pooling_ops
 def test_a_batch_index_that_is_none_gives_zeros(op):
-    """As on a GPU: in an exported model nobody could raise an error."""
+    """Tests padding, as on a GPU: an exported model cannot raise an error."""
     index = [0, 1, 2, 0.5, -0.5, -1, np.nan, np.inf, -np.inf, 1e30]
     rois = np.float32([[i, 1, 1, 5, 5] for i in index])
     options = op.attributes(3, pooled_size=2, spatial_scale=1, group_size=1)
@@ -332,7 +335,7 @@ def test_finite():
     assert finite(numbers).numpy().tolist() == [True] * 2 + [False] * 3
 
 
-# Graphs: nothing but the kernel's size need be known.
+# Graphs: only the kernel's size must be known.
 
 
 def draw_calls():
@@ -394,7 +397,7 @@ def test_static_shapes_are_those_of_the_native_op(name):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_only_ops_that_exist_elsewhere(name):
-    """No loop, no condition, nothing of this package."""
+    """Tests that there is no loop, no condition, and no op of this package."""
     function, operands, options = CALLS[name]
     graph = tf.function(
         lambda *x: function(*x, **options, implementation="portable"),
@@ -504,7 +507,7 @@ def test_bad_calls_of_pooling(op, changes, in_graph):
     ids=str,
 )
 def test_what_the_graph_does_not_know_is_refused_when_it_runs(name, shapes):
-    """Never spread or laid out anew: no silent wrong answer."""
+    """Tests an error instead of broadcasting or reshaping to a wrong result."""
     function = getattr(ops, f"deformable_{name}")
     options = {}
     if name != "conv2d":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests that TensorFlow knows limits of attributes and the ops' work."""
+"""Tests that TensorFlow knows the limits of attributes, and the ops' cost."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ ALIGN = {
     "sampling_ratio": 2,
     "gamma": [0.1],
 }
-# Op, shapes of its operands, the optional one, the result, attributes.
+# Op, shapes of its operands, the optional operand, the result, attributes.
 OPS = {
     "DeformableConv2D": (
         [(1, 4, 3, 2), (1, 1, 2, 3), (1, 4, 3, 2)],
@@ -55,7 +55,7 @@ OPS = {
 
 
 def run(name, number, is_gradient):
-    """The op by itself, as a graph from elsewhere may have it."""
+    """Runs the op alone, as a graph from elsewhere may contain it."""
     shapes, (optional, shape), results, attributes = OPS[name]
     inputs = [tf.zeros(shape) for shape in [*shapes, *[shape] * number]]
     attributes = {
@@ -102,7 +102,7 @@ def run(name, number, is_gradient):
 @pytest.mark.parametrize("is_gradient", [False, True], ids=["op", "gradient"])
 @pytest.mark.parametrize("name", OPS)
 def test_optional_operands_are_at_most_one(name, is_gradient, in_graph):
-    """Whatever a graph says that somebody has edited."""
+    """Tests that this holds also in a graph that somebody has edited."""
 
     def call(number):
         if in_graph:
@@ -134,7 +134,10 @@ def test_optional_operands_are_at_most_one(name, is_gradient, in_graph):
 def test_factors_are_normal_numbers(
     function, name, least, dtype, implementation
 ):
-    """Smaller numbers are 0 on some threads, for some instructions."""
+    """Tests subnormal factors.
+
+    Some threads and instructions treat such numbers as 0.
+    """
     inputs = tf.ones((1, 4, 3, 2), dtype)
     rois = tf.constant([[0.0, 0, 0, 2, 3]])
     options = dict(
@@ -177,7 +180,7 @@ def test_flops_of_a_convolution():
     product, sampling = 2 * taps * 6 * 10, 8 * taps * 12
     by_name, total = flops(call, *shapes)
     assert total == sum(by_name.values()) == product + sampling
-    # The products are those of the plain convolution.
+    # The numbers of products are those of the plain convolution.
     _, plain = flops(lambda x, k: tf.nn.conv2d(x, k, 1, "VALID"), *shapes[:2])
     assert plain == product
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TensorFlow's rewriting of graphs to 16 bits leaves positions alone.
+"""Tests that rewriting graphs to 16 bits leaves positions alone.
 
-Values may be rounded to 16 bits, as the program asked for; positions may not:
-600 pixels to the right, a bfloat16 is off by one or two. What a branch makes
-of rounded values is the same for native ops, whose positions nothing touches.
+TensorFlow may round values to 16 bits if the program asks for it. It may not
+round positions: 600 pixels to the right, a bfloat16 is off by one or two. The
+native ops give the same results for rounded values, because the rewriting never
+touches their positions.
 """
 
 import keras
@@ -39,7 +40,7 @@ WEIGHTS = [
 
 
 def convolve(image, weights, implementation, **options):
-    """Features, then displacements and masks, of convolutions."""
+    """Makes features, then displacements and masks, by convolutions."""
     first, branch, kernel = weights
     features = tf.nn.conv2d(image, first, 1, "SAME")
     made = tf.nn.conv2d(features, branch, 1, "SAME")
@@ -60,7 +61,7 @@ def clamped(image, weights, implementation):
 
 def pool(function, **options):
     def run(image, weights, implementation):
-        """Boxes and displacements of convolutions, as in a detector."""
+        """Makes boxes and displacements by convolutions, as in a detector."""
         first, branch, _ = weights
         features = tf.nn.conv2d(image, first, 1, "SAME")
         moves = tf.nn.conv2d(image, first[..., :4] * 0.1, 1, "SAME")
@@ -108,7 +109,7 @@ def bfloat16():
 
 
 def train(call, implementation):
-    """The output, and the gradients of image and weights."""
+    """Returns the output, and the gradients of image and weights."""
 
     def run(image):
         tensors = [image, *WEIGHTS]
@@ -132,7 +133,7 @@ def test_bfloat16_on_the_cpu(name, bfloat16):
         tf.function(train(call, implementation))(IMAGE)
         for implementation in ("native", "portable")
     )
-    # It has been rewritten.
+    # The graph has been rewritten.
     assert error(native[0], expected[0]) > 1e-4
     for part, other, right in zip(portable, native, expected, strict=True):
         if right is not None:
@@ -141,7 +142,7 @@ def test_bfloat16_on_the_cpu(name, bfloat16):
 
 @pytest.mark.cpu_only(reason="oneDNN")
 def test_bfloat16_of_the_layers(bfloat16, tmp_path):
-    """A model with branches of its own, from a file of stock ops."""
+    """Tests a model with branches of its own, from a file of stock ops."""
     inputs = keras.Input((4, WIDTH, 3))
     x = keras.layers.Conv2D(8, 3, padding="same")(inputs)
     layer = tf_deform.layers.DeformableConv2D(8, 3, padding="same")
@@ -157,10 +158,10 @@ def test_bfloat16_of_the_layers(bfloat16, tmp_path):
 
 
 def as_on_a_gpu(function):
-    """A graph as TensorFlow rewrites it to float16 for a GPU."""
+    """Returns a graph as TensorFlow rewrites it to float16 for a GPU."""
     graph = function.get_concrete_function(tf.TensorSpec(IMAGE.shape)).graph
     inputs, outputs = graph.inputs, graph.outputs
-    # Constants in place of captured tensors.
+    # Constants replace captured tensors.
     definition = graph.as_graph_def()
     place = "/job:localhost/replica:0/task:0/device:GPU:0"
     for node in definition.node:
@@ -201,7 +202,7 @@ def as_on_a_gpu(function):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_float16_on_a_gpu(name):
-    """The rewriting is of the graph alone; float16 runs on the CPU, too."""
+    """Tests the rewritten graph on the CPU, which runs float16, too."""
 
     def run(image):
         # Numbers that become constants of the graph.
@@ -215,7 +216,7 @@ def test_float16_on_a_gpu(name):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_derivatives_of_what_keeps_positions(name):
-    """Of any order and mode, vectorized and compiled, as without it."""
+    """Tests derivatives of any order and mode, vectorized and compiled."""
 
     def run(image):
         return CALLS[name](image, WEIGHTS, "portable")
@@ -240,14 +241,14 @@ def test_derivatives_of_what_keeps_positions(name):
     image = IMAGE if "oi" in name else IMAGE[:, :, :40]
     assert_close(tf.function(second)(image), second(image), 1e-4)
     assert_close(forward(tf.function(run)), forward(run), 1e-4)
-    # XLA compiles this pooling for ROIs that are given alone.
+    # XLA compiles this pooling only for ROIs that are given.
     if name in ("convolve", "clamped"):
         compiled = tf.function(gradient, jit_compile=True)
         assert_close(compiled(image), gradient(image), 1e-4)
 
 
 def test_vectorized():
-    """By TensorFlow itself, not by a loop."""
+    """Tests that TensorFlow itself vectorizes, without a loop."""
     images = draw(6, 3, 1, 4, 9, 8)
 
     def run(image):

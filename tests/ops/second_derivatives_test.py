@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Derivatives of derivatives: one tensor in two places, forward mode, loops.
+"""Tests second derivatives: one tensor in two places, forward mode, loops.
 
-Everything is compared with differences of values or of first derivatives, in
-float64, in a direction in which all that can move moves.
+Results are compared with differences of values or of first derivatives, in
+float64, in a direction that changes every operand that can change.
 """
 
 import keras
@@ -64,13 +64,13 @@ def roi_align(inputs, offset, *, implementation):
 
 
 def draw(shape, seed):
-    """Numbers that are no kink, whatever operand they are."""
+    """Draws numbers away from kinks, for any operand."""
     rng = np.random.default_rng(seed)
     return tf.constant(rng.uniform(0.2, 0.4, shape))
 
 
-# Function, shapes of its operands, and which of these and of the gradient that
-# comes in (of the shape of the result) are one tensor.
+# Function, shapes of its operands, and which of the operands and the incoming
+# gradient (of the shape of the result) are one tensor.
 INPUTS, KERNEL, OFFSET, MASK = range(4)
 DISPLACEMENT, GRAD = 1, -1
 SQUARE = [(1, 1, 2, 2)] * 3
@@ -131,7 +131,7 @@ def test_one_tensor_in_several_places(
     )
     shapes = [*shapes, output.shape]
     same = [place % len(shapes) for place in same]
-    # For each place, the number of the tensor that stands there.
+    # The number of the tensor in each place.
     tensor_at = [
         min(same) if place in same else place for place in range(len(shapes))
     ]
@@ -140,7 +140,7 @@ def test_one_tensor_in_several_places(
     directions = [draw(shape, 20 + i) for i, shape in enumerate(shapes)]
 
     def first_derivative(*tensors):
-        """A number made of the first derivatives by all operands."""
+        """Returns a number made of the first derivatives by all operands."""
         *operands, grad_output = (tensors[number] for number in tensor_at)
         numbers = sorted(set(tensor_at[:-1]))
         with tf.GradientTape() as tape:
@@ -167,7 +167,7 @@ def test_one_tensor_in_several_places(
                 for gradient, direction in zip(
                     gradients, directions, strict=True
                 )
-                if gradient is not None  # A tensor without a place.
+                if gradient is not None  # a tensor without a place
             ]
         )
 
@@ -183,7 +183,8 @@ def test_one_tensor_in_several_places(
     np.testing.assert_allclose(received, expected, rtol=TOLERANCE)
 
 
-# One tensor that all else is made of: a call, and where a program may hold it.
+# A call whose operands all depend on one tensor, in the constructs that may
+# hold it.
 OPS = {
     "convolve": (convolve, (2, 4, 3, 2)),
     "psroi_pool": (psroi_pool, (2, 2, 3, 2)),
@@ -192,7 +193,7 @@ OPS = {
 
 
 def call(name, x, implementation="native"):
-    """Inputs and displacements (and the kernel) move with `x`."""
+    """Moves inputs and displacements (and the kernel) with `x`."""
     function, shape = OPS[name]
     operands = [x]
     if name == "convolve":
@@ -240,7 +241,7 @@ PLACES = [plain, nested, mapped, repeated, chosen]
 
 
 def directional(function, x, direction):
-    """Returns by how much `function` changes in this direction."""
+    """Returns the change of `function` in this direction."""
     above, below = (function(x + step * direction) for step in (STEP, -STEP))
     return (above - below) / (2 * STEP)
 
@@ -273,7 +274,7 @@ def forward_over_back(function, x, direction):
 
 
 def inside(mode):
-    """The accumulator or the tapes in one function with the op."""
+    """Runs the accumulator or the tapes in one function with the op."""
 
     def run(function, x, direction):
         function = function.python_function
@@ -285,7 +286,7 @@ def inside(mode):
 forward_inside = inside(forward)
 
 # TensorFlow itself has no forward mode over the backward pass of loops and
-# conditions: it raises TypeError for stock ops, too.
+# conditions: it raises TypeError also for stock ops.
 MODES = {
     (plain, "native"): [forward, forward_over_back],
     (nested, "native"): [forward, back_over_back],
@@ -322,7 +323,7 @@ def check_modes(name, place, implementation, modes, **options):
 )
 @pytest.mark.parametrize("name", OPS)
 def test_forward_mode_and_hessians(name, place, implementation):
-    """Accumulators and tapes outside of the function, and inside of it."""
+    """Runs accumulators and tapes outside of the function, and inside of it."""
     modes = MODES[place, implementation]
     check_modes(name, place, implementation, modes)
 
@@ -378,7 +379,7 @@ POOLINGS = {
 
 
 def draw_differentiable(name):
-    """Returns function, operands, options, and which have gradients."""
+    """Returns function, operands, options, differentiable operands."""
     if name in CONVOLUTIONS:
         case = Conv2DCase(size=(4, 5), **CONVOLUTIONS[name])
         operands = case.operands("float64")
@@ -419,13 +420,13 @@ def first_gradients(function, operands, options, wanted, output_grad):
 @pytest.mark.parametrize("mode", ["eager", "graph"])
 @pytest.mark.parametrize("name", [*CONVOLUTIONS, *POOLINGS])
 def test_second_derivatives_equal_finite_differences(name, mode):
-    """Of each first derivative by each operand, and by its own gradient."""
+    """Tests first derivatives by each operand, and by the incoming gradient."""
     function, arrays, options, sources = draw_differentiable(name)
     rng = np.random.default_rng(5)
     operands = [tf.constant(x) for x in arrays]
     output = function(*operands, **options)
     output_grad = tf.constant(rng.normal(size=output.shape))
-    # Each first derivative along some direction is differentiated.
+    # Each first derivative is differentiated along a direction.
     along = {s: rng.normal(size=arrays[s].shape) for s in sources}
 
     def slope(source, *tensors):
@@ -470,7 +471,7 @@ def test_second_derivatives_equal_finite_differences(name, mode):
 )
 @pytest.mark.parametrize("mode", ["eager", "graph"])
 def test_second_derivatives_of_some_gradients(wanted, mode):
-    """A penalty on the norm of some gradients, as TensorFlow itself has it."""
+    """Tests a penalty on gradients' norms against TensorFlow's ops."""
     function, arrays, options, _ = draw_differentiable("conv grouped")
     operands = [tf.constant(x) for x in arrays]
     output_grad = np.random.default_rng(0).normal(
@@ -493,7 +494,7 @@ def test_second_derivatives_of_some_gradients(wanted, mode):
     for received, expected in zip(
         native("native"), penalty_gradients("portable"), strict=True
     ):
-        if expected is None:  # A kernel's gradient does not depend on it.
+        if expected is None:  # the kernel's gradient does not depend on it
             assert received is None or not received.numpy().any()
         else:
             assert_close(received, expected, 1e-9)
@@ -554,7 +555,10 @@ def test_hessians_and_third_derivatives():
 
 
 def test_a_gradient_penalty_trains_a_model():
-    """Two steps of a critic whose gradient by its input is held near 1."""
+    """Trains a critic for two steps.
+
+    Its gradient by its input is held near 1.
+    """
     model = keras.Sequential(
         [
             keras.Input((8, 8, 2)),
@@ -588,7 +592,7 @@ def test_a_gradient_penalty_trains_a_model():
 
 
 def test_first_derivatives_stay_native():
-    """Nothing of the portable implementation unless asked for twice."""
+    """Tests that the portable ops run only for second derivatives."""
     case = Conv2DCase()
     operands = [tf.constant(x) for x in case.operands()]
 

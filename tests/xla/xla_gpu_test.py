@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What XLA calls on "CUDA", on machines without a GPU.
+"""Tests the calls of XLA on "CUDA", on machines without a GPU.
 
-The ops are compiled for a GPU as far as XLA's own module (HLO), which needs no
-GPU. Then each custom call in it is run as it stands, attributes and workspace
-included, by XLA on the host: the function that is registered for "CUDA", with
-emulated kernels (emulated_gpu.py). On a GPU xla_test.py shows all of it.
+The ops are compiled for a GPU up to XLA's own module (HLO), which needs no GPU.
+Then XLA runs each custom call of the module on the host, attributes and
+workspace included: the function that is registered for "CUDA", with emulated
+kernels (emulated_gpu.py). On a GPU xla_test.py covers the same.
 """
 
 import ctypes
@@ -39,7 +39,7 @@ _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
 class Call:
-    """A custom call in the text of an HLO module."""
+    """Holds a custom call in the text of an HLO module."""
 
     def __init__(self, match: re.Match):
         self.target = match["target"]
@@ -48,7 +48,7 @@ class Call:
         self.results = _SHAPE.findall(match["results"])
 
     def run_on_host(self, operands: list[tf.Tensor]) -> list[tf.Tensor]:
-        """All results but the workspace."""
+        """Runs the call on the host; returns all results but the workspace."""
 
         def types(shapes) -> list[str]:
             prefix = {"u8": "ui8"}
@@ -89,7 +89,7 @@ class Call:
 
 
 def compiled_for_a_gpu(function, operands) -> list[Call]:
-    """The custom calls of a function inside XLA."""
+    """Returns the custom calls of a function compiled by XLA for a GPU."""
     make_text = tf.function(
         function, jit_compile=True
     ).experimental_get_compiler_ir(*operands)
@@ -98,7 +98,10 @@ def compiled_for_a_gpu(function, operands) -> list[Call]:
 
 
 def with_gradients(op):
-    """All outputs and gradients, as a function of operands and a gradient."""
+    """Returns a function of operands and a gradient.
+
+    The function returns all outputs and gradients.
+    """
 
     def run(*operands):
         *operands, grad_output = operands
@@ -126,7 +129,8 @@ def main(plugin: str, tf32: str, deterministic: str) -> None:
 
     for name, dtype, displaced in CASES:
         is_convolution = name == "DeformableConv2D"
-        # Two blocks of pixels, and no groups, which are too small for products.
+        # Two blocks of pixels, without groups, which would be too small for
+        # products.
         batch = {"batch": 5} if is_convolution else {}
         op, operands = xla_test.OPS[name](dtype, displaced, **batch)
         if is_convolution:
@@ -181,4 +185,4 @@ def test_calls_for_cuda(settings):
             tolerance = GPU_TF32.of_largest
         assert result["error"] <= tolerance, result
         if tolerance == GPU_TF32.of_largest and name == "DeformableConv2D":
-            assert result["error"] > 1e-5, result  # all come of products
+            assert result["error"] > 1e-5, result  # all are products

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops inside `jit_compile=True`: the same results as without.
+"""Tests the ops inside `jit_compile=True`: results are the same as without.
 
 Both ways lead to the same functions of the core, which give the same bits for
-any number of threads. So results are compared bit by bit, except where what
-stands around the ops is XLA's own arithmetic.
+any number of threads. So results are compared bit by bit, except where XLA's
+own arithmetic surrounds the ops.
 """
 
 import threading
@@ -41,7 +41,7 @@ def random(*shape: int, dtype: str = "float32", seed: int = 0) -> tf.Tensor:
 
 
 def regions(count: int, batch: int, dtype: str) -> tf.Tensor:
-    """ROIs inside and across the edges of maps of 11x9, of scale 1/2."""
+    """Returns ROIs inside and across edges of 11x9 maps of scale 1/2."""
     rng = np.random.default_rng(count)
     rois = np.zeros((count, 5))
     rois[:, 0] = np.arange(count) % (batch + 1) - 1  # -1 is padding
@@ -51,7 +51,7 @@ def regions(count: int, batch: int, dtype: str) -> tf.Tensor:
 
 
 def convolution(dtype="float32", displaced=True, batch=2):
-    """The op as a function of its operands, and operands."""
+    """Returns the op as a function of its operands, and operands."""
     xy = coordinate_type(dtype)
     operands = [
         random(batch, 8, 9, 6, dtype=dtype),
@@ -118,14 +118,14 @@ OPS = {
 
 
 def with_gradients(op, watched=None):
-    """All outputs of `op`, and the gradients of what is `watched`."""
+    """Returns the outputs of `op`, and the gradients of `watched` operands."""
 
     def run(*operands):
         sources = operands if watched is None else [operands[watched]]
         with tf.GradientTape() as tape:
             tape.watch(sources)
             outputs = tf.nest.flatten(op(*operands))
-            # Exact in any order of sums: a gradient of whole numbers.
+            # A gradient of whole numbers is exact in any order of sums.
             weights = tf.reshape(tf.range(tf.size(outputs[0])) % 7 - 3, [-1])
             loss = tf.cast(weights, outputs[0].dtype) * tf.reshape(
                 outputs[0], [-1]
@@ -190,7 +190,7 @@ def test_every_attribute_of_a_convolution():
 
 
 def test_numbers_that_no_float32_holds():
-    """Attributes cross as text: not a bit may be lost."""
+    """Tests that attributes, which cross as text, lose no bit."""
     inputs, rois = random(1, 11, 9, 3, dtype="float64"), [[0, 1, 2, 9, 8]]
 
     def op(inputs, rois, offset):
@@ -220,7 +220,7 @@ def test_numbers_that_no_float32_holds():
     ],
 )
 def test_one_wanted_gradient(name, watched):
-    """The others come out empty: the call has no memory for them."""
+    """Tests that unwanted gradients come out empty: they have no memory."""
     op, operands = OPS[name]()
     run = with_gradients(op, watched)
     compiled = tf.function(run, jit_compile=True)
@@ -238,7 +238,10 @@ def test_one_wanted_gradient(name, watched):
 
 @pytest.mark.parametrize("name", OPS)
 def test_a_tape_around_compiled_functions(name):
-    """TensorFlow compiles the backward pass by itself then."""
+    """Tests a tape outside.
+
+    TensorFlow compiles the backward pass on its own.
+    """
     op, operands = OPS[name]()
     results = []
     for jit_compile in (False, True):
@@ -254,7 +257,10 @@ def test_a_tape_around_compiled_functions(name):
 
 @pytest.mark.parametrize("name", OPS)
 def test_nothing(name):
-    """Empty batches and no ROIs: results of the same shapes as without."""
+    """Tests empty batches and no ROIs.
+
+    Results have the same shapes as without.
+    """
     for sizes in (
         [{"batch": 0}]
         if name == "DeformableConv2D"
@@ -289,7 +295,7 @@ BAD = (0.5, 2.0, 1e30, np.nan, np.inf, -0.5, -np.inf)
 @pytest.mark.parametrize("name", ["DeformablePSROIPool", "DeformableROIAlign"])
 @pytest.mark.parametrize("dtype", TYPES)
 def test_bad_batch_indices_are_padding(name, dtype):
-    """Without XLA an error on the CPU; with it zeros, and no read outside."""
+    """Tests zeros and no read outside; without XLA the CPU raises an error."""
     op, operands = OPS[name](dtype, batch=2, rois=3 + len(BAD))
     inputs, rois, displacements = operands
     rois = rois.numpy()
@@ -332,7 +338,7 @@ def test_a_shape_that_depends_on_values():
 
 
 def test_shapes_that_do_not_fit():
-    """The same text as without, where only a compiler knows the shapes."""
+    """Tests that the text is the same if only the compiler knows shapes."""
     op, (inputs, kernel, offset, mask) = convolution()
     operands = [inputs, kernel, offset[..., 1:], mask]
     texts = []
@@ -378,7 +384,7 @@ def test_coordinates_of_another_type():
 
 @pytest.mark.parametrize("name", OPS)
 def test_calls_in_threads(name):
-    """Their loops share a pool, and their workers are their own."""
+    """Tests loops that share a pool, each with workers of its own."""
     op, operands = OPS[name](batch=8)
     run = with_gradients(op)
     expected = tf.function(run)(*operands)
@@ -436,7 +442,7 @@ print(hash(b"".join(r.numpy().tobytes() for r in results)))
 
 @pytest.mark.cpu_only(reason="a GPU has no such threads")
 def test_any_number_of_threads(run_python):
-    """Also one, where nobody is left but the caller."""
+    """Tests any number of threads, also one, where only the caller works."""
     printed = {
         run_python(THREADS, threads, PYTHONHASHSEED=0) for threads in (1, 2, 5)
     }
@@ -457,7 +463,7 @@ def test_any_number_of_threads(run_python):
 )
 def test_layers_say_whether_they_compile(make, monkeypatch):
     assert make().supports_jit is True
-    # For a GPU without kernels there is nothing to compile.
+    # A GPU without kernels has nothing to compile.
     monkeypatch.setattr(
         tf.config, "list_physical_devices", lambda kind=None: ["a GPU"]
     )
@@ -476,7 +482,7 @@ ROIS = np.array(
 
 
 def detector() -> keras.Model:
-    """Convolutions, plain and deformable, and pooling of four regions."""
+    """Makes plain and deformable convolutions, and pools four regions."""
     keras.utils.set_random_seed(3)
     image = keras.Input((16, 16, 3), batch_size=3)
     x = keras.layers.Conv2D(8, 3, padding="same", activation="relu")(image)
@@ -541,7 +547,7 @@ def test_first_gradients_of_a_model():
 
 
 def test_keras_compiles_its_train_step():
-    """`fit` runs the custom calls, and does not fall back in silence."""
+    """Tests that `fit` runs the custom calls, without a silent fallback."""
     model = detector()
     model.compile("sgd", "mse", jit_compile=True)
     inputs, target = batch(0)
@@ -557,7 +563,7 @@ def test_keras_compiles_its_train_step():
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 def test_mixed_precision(policy):
-    """Losses are close, and not more: XLA rounds elsewhere than without."""
+    """Tests that losses are close but not equal: XLA rounds at other places."""
     keras.config.set_dtype_policy(policy)
     losses = []
     for jit_compile in (False, True):
