@@ -84,7 +84,7 @@ def find_nvcc(environ: Mapping[str, str] = os.environ) -> str | None:
 
 
 def _output(command: list[str]) -> str:
-    """What a compiler prints about itself."""
+    """Returns the text that a compiler prints about itself."""
     result = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -218,7 +218,7 @@ def _read(path: str) -> str | None:
         return file.read()
 
 
-# What ptxas tells of every kernel is for the file beside the object.
+# The file beside the object gets the messages of ptxas about every kernel.
 _PTXAS = re.compile(r"ptxas info|\s*\d+ bytes stack frame")
 
 
@@ -284,7 +284,7 @@ def link(
     command += flags
     command += shlex.split(os.environ.get("LDFLAGS", ""))
     os.makedirs(os.path.dirname(os.path.abspath(output)), exist_ok=True)
-    # Whoever has the old file open keeps it whole.
+    # A process that has the old file open keeps it whole.
     subprocess.run([*command, "-o", f"{output}.new"], check=True)
     os.replace(f"{output}.new", output)
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where deformable position-sensitive ROI pooling samples: its Rule
+// Says where deformable position-sensitive ROI pooling samples: its Rule
 // (cpu/roi_bins-inl.h, cuda/roi_bins-inl.h), for the CPU and a GPU.
 //
 // No include guard: see cpu/simd-inl.h.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attributes of ops, as TensorFlow glue and XLA glue read them.
+// Reads the attributes of ops, for TensorFlow's glue and for XLA's.
 //
 // Nothing here needs a kernel or a graph, whose headers take long to compile.
 
@@ -18,7 +18,7 @@
 
 namespace tf_deform {
 
-// The core's verdict as TensorFlow's.
+// Returns the core's status as TensorFlow's status.
 inline tensorflow::Status ToTensorFlow(const Status& status) {
   if (status.ok()) return tensorflow::Status();
   if (status.code == Status::kInvalidArgument) {
@@ -38,8 +38,8 @@ struct Attributes;
 
 // `Source` below is an InferenceContext or an OpKernelConstruction.
 
-// Reads the attribute `wanted` of a gradient op, which has an entry for each of
-// its outputs.
+// Reads the attribute `wanted` of a gradient op. It has an entry for each
+// output.
 template <typename Source>
 tensorflow::Status GetWanted(Source* source, int num_outputs,
                              std::vector<bool>* wanted) {
@@ -52,7 +52,8 @@ tensorflow::Status GetWanted(Source* source, int num_outputs,
       " operands. Received: ", wanted->size());
 }
 
-// The length of the optional operand `name`, a list of one tensor or none.
+// Reads the length of the optional operand `name`, a list of one tensor or
+// none.
 template <typename Source>
 tensorflow::Status GetOptional(Source* source, const std::string& name,
                                int* number) {
@@ -62,7 +63,7 @@ tensorflow::Status GetOptional(Source* source, const std::string& name,
       "Expected `", name, "` to hold at most one tensor. Received: ", *number);
 }
 
-// A pair (height, width).
+// Reads a pair (height, width).
 template <typename Source>
 tensorflow::Status GetPair(Source* source, const std::string& name,
                            int64_t* height, int64_t* width) {
@@ -78,7 +79,7 @@ tensorflow::Status GetPair(Source* source, const std::string& name,
   return tensorflow::Status();
 }
 
-// A number as a sum of floats: attributes have no doubles.
+// Reads a number as a sum of floats, because attributes have no doubles.
 template <typename Source>
 tensorflow::Status GetDouble(Source* source, const std::string& name,
                              double* value) {
@@ -90,7 +91,7 @@ tensorflow::Status GetDouble(Source* source, const std::string& name,
   }
   *value = 0;
   for (float part : parts) {
-    // Exact on threads, too, that take numbers which are not normal for 0.
+    // The sum is exact also on threads that treat subnormal numbers as 0.
     uint32_t bits;
     std::memcpy(&bits, &part, sizeof(bits));
     const bool is_normal = (bits >> 23 & 0xff) != 0;

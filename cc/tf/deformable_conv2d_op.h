@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Deformable convolution: its attributes in TensorFlow.
+// Defines the attributes of deformable convolution in TensorFlow.
 
 #ifndef TF_DEFORM_CC_TF_DEFORMABLE_CONV2D_OP_H_
 #define TF_DEFORM_CC_TF_DEFORMABLE_CONV2D_OP_H_

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Deformable position-sensitive ROI pooling: its attributes in TensorFlow.
+// Defines the attributes of deformable position-sensitive ROI pooling in
+// TensorFlow.
 
 #ifndef TF_DEFORM_CC_TF_DEFORMABLE_PSROI_POOL_OP_H_
 #define TF_DEFORM_CC_TF_DEFORMABLE_PSROI_POOL_OP_H_

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Deformable ROIAlign: its attributes in TensorFlow.
+// Defines the attributes of deformable ROIAlign in TensorFlow.
 
 #ifndef TF_DEFORM_CC_TF_DEFORMABLE_ROI_ALIGN_OP_H_
 #define TF_DEFORM_CC_TF_DEFORMABLE_ROI_ALIGN_OP_H_

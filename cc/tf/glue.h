@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// TensorFlow's shapes, types and threads as the core takes them.
+// Converts TensorFlow's shapes, types and threads to the core's.
 
 #ifndef TF_DEFORM_CC_TF_GLUE_H_
 #define TF_DEFORM_CC_TF_GLUE_H_
@@ -22,7 +22,8 @@
 
 namespace tf_deform {
 
-// A shape as the core judges it, unknown where the graph does not tell.
+// Returns a shape for the core; rank and dimensions that the graph does not
+// know are unknown.
 inline Shape ToShape(const tensorflow::TensorShape& shape) {
   Shape result;
   result.rank = shape.dims();
@@ -44,7 +45,7 @@ inline Shape ToShape(tensorflow::shape_inference::InferenceContext* context,
   return result;
 }
 
-// The core's number for an element type of the registered kernels.
+// Returns the core's number for an element type of the registered kernels.
 inline DataType ToDataType(tensorflow::DataType type) {
   switch (type) {
     case tensorflow::DT_HALF:
@@ -58,17 +59,18 @@ inline DataType ToDataType(tensorflow::DataType type) {
   }
 }
 
-// The time for which the caller leaves a loop to the pool before it lends a
-// hand.
+// The time for which the caller leaves a loop to the pool before the caller
+// takes tasks itself.
 constexpr std::chrono::milliseconds kPatience(20);
 
-// The pool's threads do the work and the caller sleeps: a caller that works
-// keeps the processor on which it has just woken a thread, and a system may
-// leave that thread behind it in the queue until its next tick, while other
-// processors are idle (virtual machines do so in a quarter of all calls).
-// But the loop never depends on the pool: a thread of the pool itself, for
-// which nobody else might be left, works at once, and any other caller takes
-// the place of a worker that is late. It waits for tasks, not for workers.
+// Runs a loop on the pool's threads while the caller sleeps. A caller that
+// works keeps the processor on which it has just woken a thread, and the system
+// may leave that thread in the processor's queue until the next tick, while
+// other processors are idle (virtual machines do so in a quarter of all calls).
+// But the loop never depends on the pool. If the caller is a thread of the
+// pool, no other thread might be free, so the caller works at once; any other
+// caller takes the place of a late worker. The caller waits for tasks, not for
+// workers.
 inline void RunOnPool(void* context, int64_t num_tasks, ParallelFor::Task task,
                       void* argument) {
   auto* pool = static_cast<tensorflow::thread::ThreadPool*>(context);

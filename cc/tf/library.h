@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// One library for a process: which of its copies registers the ops.
+// Decides which copy of the library registers the ops of a process.
 //
 // A process may come to load the library twice, as a part of the Python package
 // and as a file beside a SavedModel, and TensorFlow ends a process that
-// registers an op's kernels again. So the first copy registers everything. A
-// copy of the same version leaves it at that; loading one of another version is
-// an error, which names both files.
+// registers an op's kernels again. So the first copy registers everything.
+// Another copy of the same version registers nothing; loading a copy of another
+// version is an error that names both files.
 
 #ifndef TF_DEFORM_CC_TF_LIBRARY_H_
 #define TF_DEFORM_CC_TF_LIBRARY_H_

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A loop over tasks that several threads of a pool take part in.
+// Runs a loop over tasks on several threads of a pool.
 
 #ifndef TF_DEFORM_CC_TF_LOOP_H_
 #define TF_DEFORM_CC_TF_LOOP_H_
@@ -15,11 +15,11 @@
 
 namespace tf_deform {
 
-// One loop handed out to a pool. Shared by its workers, which may start only
-// after the loop is over: they find no index left and touch nothing else.
+// One loop handed out to a pool. Its workers share it. A worker may start after
+// the loop is over: it finds no index left and touches nothing else.
 class Loop {
  public:
-  // For at most `max_workers` threads at once.
+  // Makes a loop for at most `max_workers` threads at once.
   Loop(int64_t max_workers, int64_t num_tasks, ParallelFor::Task task,
        void* argument)
       : num_tasks_(num_tasks),
@@ -29,8 +29,8 @@ class Loop {
 
   int num_workers() const { return num_workers_; }
 
-  // Takes part as the next worker until no task is left to begin. Any thread
-  // may call it, and as many as like: a thread without a place returns at once.
+  // Takes part as the next worker until no task is left to begin. Any number of
+  // threads may call Work; if all places are taken, it returns at once.
   void Work() {
     const int worker = started_.fetch_add(1);
     if (worker >= num_workers_) return;  // others have taken every place

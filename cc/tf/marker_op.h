@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The op whose name tells what to do where the ops are not registered.
+// Defines the op whose name tells the user what to do if the ops are not
+// registered.
 //
-// Of a SavedModel that needs this library, a program that has not loaded it
-// learns from TensorFlow one thing: the type of the first op that it does not
-// know. Graphs exported with native ops have this one before them.
+// If a program loads a SavedModel without this library, TensorFlow's error
+// names only the type of the first unknown op. So graphs exported with native
+// ops have this op before all native ops.
 
 #ifndef TF_DEFORM_CC_TF_MARKER_OP_H_
 #define TF_DEFORM_CC_TF_MARKER_OP_H_
@@ -12,7 +13,8 @@
 
 namespace tf_deform {
 
-// In people's SavedModels, like every op's name: it stays as it is.
+// The name is in people's SavedModels, like every op's name, and must not
+// change.
 constexpr char kMarker[] = "TfDeform>ImportTfDeformOrLoadItsOpLibrary";
 
 // Does nothing, on any device and for XLA.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// An op in TensorFlow, made from its description: definition, shape functions,
+// Makes an op in TensorFlow from its description: definition, shape functions,
 // kernels of the op and of its gradient op.
 
 #ifndef TF_DEFORM_CC_TF_OP_KERNELS_H_
@@ -24,7 +24,8 @@
 
 namespace tf_deform {
 
-// Judges what the graph knows and fills `params` as far as that goes.
+// Judges the shapes and attributes that the graph knows, and fills `params`
+// from them.
 template <typename Op>
 tensorflow::Status InferParams(
     tensorflow::shape_inference::InferenceContext* context, bool has_gradient,
@@ -36,7 +37,7 @@ tensorflow::Status InferParams(
   return ToTensorFlow(Judge<Op>(*num_operands, has_gradient, shape_of, params));
 }
 
-// Takes the operand's own dimension where a size is not known, so that equal
+// If a size is not known, takes the operand's own dimension, so that equal
 // unknown dimensions are known to be equal.
 template <typename Op>
 tensorflow::Status ForwardShape(
@@ -143,7 +144,8 @@ class ForwardKernel : public Kernel<Op> {
   }
 };
 
-// Gradients of each operand that kernels of this process have computed.
+// Counts the gradients of each operand that kernels of this process have
+// computed.
 template <typename Op>
 std::atomic<int64_t> gradients_computed[std::size(Op::kOperands)];
 
@@ -186,7 +188,7 @@ class BackwardKernel : public Kernel<Op> {
 
  private:
   // Allocates an output, shaped like its operand, and counts it; an unwanted
-  // one comes out empty. `target` stays null if nothing is to be computed: not
+  // output is empty. `target` stays null if nothing is to be computed: not
   // wanted, pruned from the graph, or without elements.
   tensorflow::Status AllocateGradient(tensorflow::OpKernelContext* context,
                                       int output, int operand,
@@ -207,8 +209,8 @@ class BackwardKernel : public Kernel<Op> {
   std::vector<bool> wanted_;
 };
 
-// Defines an op or its gradient op; of the latter `wanted` says which gradients
-// to compute, and the others come out empty.
+// Defines an op or its gradient op; `wanted` of the gradient op says which
+// gradients to compute; the others come out empty.
 template <typename Op>
 void DefineOp(bool is_gradient) {
   // The types as OpDefBuilder takes them; `list` of an optional operand.
@@ -275,7 +277,7 @@ void RegisterKernels(const char* device) {
 }
 
 // Registers an op, its gradient op and their kernels, if this copy of the
-// library is to.
+// library is the first.
 template <typename Op>
 bool RegisterOp() {
   if (!RegistersOps()) return false;

@@ -27,8 +27,8 @@ struct Copy {
   const char* version;
 };
 
-// One variable for all copies in a process, however they are loaded: GCC marks
-// what is inline and visible as unique (STB_GNU_UNIQUE).
+// All copies in a process share one variable, however they are loaded: GCC
+// marks inline, visible variables as unique (STB_GNU_UNIQUE).
 __attribute__((visibility("default"))) inline Copy first_copy = {};
 
 namespace {
@@ -40,7 +40,7 @@ const char* OwnPath() {
              : "a file of unknown name";
 }
 
-// TensorFlow hands an error of a registration to the program that loads the
+// TensorFlow passes an error of a registration on to the program that loads the
 // library.
 const bool is_refused = [] {
   if (RegistersOps() || std::strcmp(first_copy.version, kVersion) == 0) {
@@ -81,8 +81,8 @@ TF_DEFORM_EXPORT const char* TfDeformRegisteredVersion() {
 }
 
 // Counts the gradients of each differentiable operand that kernels of this
-// process have computed: tests ask, to see that unwanted gradients cost
-// nothing.
+// process have computed. Tests read the counts, to see that unwanted gradients
+// cost nothing.
 #define TF_DEFORM_REGISTER(Op)                                             \
   TF_DEFORM_EXPORT void TfDeform##Op##GradientsComputed(int64_t* counts) { \
     const int number = tf_deform::NumGradients<tf_deform::Op>(             \
@@ -99,7 +99,7 @@ namespace tf_deform {
 namespace {
 
 // The marker has neither outputs nor state: nothing waits for it, and
-// TensorFlow prunes it from what runs.
+// TensorFlow prunes it from the graphs that run.
 const bool marker_is_registered = [] {
   if (!RegistersOps()) return false;
   tensorflow::register_op::OpDefBuilderWrapper op(kMarker);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// All ops, for TensorFlow glue and XLA glue, and the calls that both make of an
-// op's description (cc/core/op.h).
+// Lists all ops for TensorFlow's glue and XLA's, and defines the calls that
+// both make from an op's description (cc/core/op.h).
 
 #ifndef TF_DEFORM_CC_TF_OPS_H_
 #define TF_DEFORM_CC_TF_OPS_H_
@@ -25,7 +25,7 @@
 
 namespace tf_deform {
 
-// The name of an op, or of its gradient op, in TensorFlow and XLA.
+// Returns the name of an op, or of its gradient op, in TensorFlow and XLA.
 template <typename Op>
 std::string OpName(bool is_gradient) {
   return std::string("TfDeform>") + Op::kName + (is_gradient ? "Grad" : "");
@@ -64,7 +64,7 @@ Status Judge(int num_operands, bool has_gradient, const ShapeOf& shape_of,
   return Validate(shapes, params);
 }
 
-// The operands of a call, whose memory is data_of(i).
+// Returns the operands of a call, whose memory is data_of(i).
 template <typename Op, typename DataOf>
 typename Op::Inputs ToInputs(int num_operands, const DataOf& data_of) {
   typename Op::Inputs inputs;
@@ -75,7 +75,7 @@ typename Op::Inputs ToInputs(int num_operands, const DataOf& data_of) {
 }
 
 // Calls body(output, operand) for every output of a gradient op and the operand
-// whose gradient it is. Returns the number of outputs.
+// whose gradient the output is. Returns the number of outputs.
 template <typename Op, typename Body>
 int ForEachGradient(int num_operands, const Body& body) {
   int output = 0;
@@ -90,8 +90,9 @@ int NumGradients(int num_operands) {
   return ForEachGradient<Op>(num_operands, [](int, int) {});
 }
 
-// The core on the CPU and, with the same signatures, on a GPU. `outputs` holds
-// the output and what Op::kExtraOutputs names, which may be null.
+// Calls the core on the CPU or, with the same signatures, on a GPU. `outputs`
+// holds the output and the outputs named in Op::kExtraOutputs, which may be
+// null.
 
 template <typename Params>
 int64_t WorkspaceBytes(const Params& params, DataType type,

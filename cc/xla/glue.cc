@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The ops inside XLA: compilation, handlers, threads. One unit: the headers of
-// XLA take half a minute to compile.
+// Connects the ops with XLA: compilation, handlers, threads. It is one unit,
+// because XLA's headers take half a minute to compile.
 
 #include "cc/tf/glue.h"
 
@@ -29,15 +29,15 @@
 #include "xla/shape_util.h"
 
 namespace xla::ffi {
-// Of TensorFlow's framework library; its own header is not for others.
+// A function of TensorFlow's framework library, whose own header is internal.
 const XLA_FFI_Api* GetXlaFfiApi();
 }  // namespace xla::ffi
 
 namespace tf_deform {
 namespace {
 
-// XLA aligns buffers for its own purposes. The core wants this for scratch, on
-// any device.
+// XLA aligns buffers for its own purposes. The core needs this alignment for
+// scratch, on any device.
 constexpr int64_t kWorkspaceAlignment = 256;
 
 // Attributes of the custom call.
@@ -47,10 +47,10 @@ constexpr char kNumWorkers[] = "num_workers";
 constexpr char kAllowTf32[] = "allow_tf32";
 constexpr char kDeterministic[] = "deterministic";
 
-// Stands for the memory of a result while XLA compiles.
+// Replaces the memory of a result while XLA compiles.
 char some_memory;
 
-// One attribute as MLIR writes it in a dictionary.
+// Returns one attribute as MLIR writes it in a dictionary.
 std::string ToMlir(const char* name, int64_t value) {
   return std::string(name) + " = " + std::to_string(value) + " : i64";
 }
@@ -74,7 +74,7 @@ std::vector<absl::string_view> Devices() {
   return devices;
 }
 
-// A shape whose dimensions are known, or unknown as in ShapeText.
+// Returns a shape whose dimensions are known, or unknown as in ShapeText.
 Shape ToShape(const xla::Shape& shape) {
   Shape result;
   result.rank = static_cast<int>(shape.dimensions().size());
@@ -196,7 +196,8 @@ class XlaKernel : public tensorflow::XlaOpKernel {
       return stream;
     }
 #endif
-    // The pool is not known yet: as many threads as there are processors.
+    // The pool is not known yet: plans for as many threads as there are
+    // processors.
     ParallelFor parallel_for;
     parallel_for.num_workers = std::max(1, tensorflow::port::MaxParallelism());
     *attributes += ", " + ToMlir(kNumWorkers, parallel_for.num_workers);
@@ -216,7 +217,7 @@ Args MakeArgs(size_t struct_size) {
   return args;
 }
 
-// Tells whether a function of the interface did its work.
+// Returns whether a function of the interface succeeded.
 bool Succeeded(const XLA_FFI_Api* api, XLA_FFI_Error* error) {
   if (error == nullptr) return true;
   auto args = MakeArgs<XLA_FFI_Error_Destroy_Args>(
@@ -237,8 +238,8 @@ XLA_FFI_Error* ToXla(const XLA_FFI_Api* api, const Status& status) {
   return api->XLA_FFI_Error_Create(&args);
 }
 
-// The integers of an attribute of the call; none if it is missing or holds
-// something else.
+// Returns the integers of an attribute of the call; none if the attribute is
+// missing or holds something else.
 XlaCall::Words FindWords(const XLA_FFI_Attrs& attrs, absl::string_view name) {
   for (int64_t i = 0; i < attrs.size; ++i) {
     if (name != absl::string_view(attrs.names[i]->ptr, attrs.names[i]->len)) {
@@ -312,8 +313,8 @@ int64_t NumThreads(const XLA_FFI_CallFrame& frame) {
              : 1;
 }
 
-// The caller takes part, as it may be a thread of the pool, for which nobody
-// else might be left. It waits for tasks, not for workers.
+// The caller takes part: it may be a thread of the pool, and no other thread
+// might be free. It waits for tasks, not for workers.
 void RunOnXlaPool(void* context, int64_t num_tasks, ParallelFor::Task task,
                   void* argument) {
   using Shared = std::shared_ptr<Loop>;
@@ -338,7 +339,7 @@ void RunOnXlaPool(void* context, int64_t num_tasks, ParallelFor::Task task,
   loop->Wait();
 }
 
-// Runs a call on what `executor` says.
+// Runs a call on the executor.
 Status Run(XlaCall* call, const XLA_FFI_CallFrame& frame,
            const XlaExecutor& executor) {
   TF_DEFORM_RETURN_IF_ERROR(call->Bind(FindWords(frame.attrs, kParams),
@@ -424,7 +425,7 @@ Status RunOnCuda(XlaCall* call, const XLA_FFI_CallFrame& frame) {
 }
 #endif
 
-// Handles a call of XLA by `run`, which is for one platform. Before XLA
+// Handles a call of XLA by `run`, which serves one platform. Before XLA
 // registers a handler, it asks for the version of the interface that the
 // handler was compiled with.
 template <typename Call, Status (*run)(XlaCall*, const XLA_FFI_CallFrame&)>
@@ -452,17 +453,19 @@ void RegisterHandler(const std::string& op, absl::string_view platform,
   args.name = {op.data(), op.size()};
   args.platform = {platform.data(), platform.size()};
   args.bundle.execute = handler;
-  // Without a handler XLA fails to compile a call, and says why.
+  // The result does not matter: without a handler XLA fails to compile a call,
+  // and says why.
   Succeeded(api, api->XLA_FFI_Handler_Register(&args));
 }
 
-// Registers an op, or its gradient op, with XLA: how to compile it, and what to
-// call.
+// Registers an op, or its gradient op, with XLA: its compilation, and its
+// handlers.
 template <typename Op, bool kIsGradient>
 void RegisterCall() {
   using Call = OpCall<Op, kIsGradient>;
   const std::string op = OpName<Op>(kIsGradient);
-  // One registration for all types: XLA takes no second one for a device.
+  // One registration serves all types: XLA takes no second registration for a
+  // device.
   tensorflow::XlaOpRegistrar(
       tensorflow::XlaOpRegistrationBuilder::Name(op)
           .Device(Devices())

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// An op inside XLA, made from its description.
+// Makes an op inside XLA from its description.
 //
 // Inside tf.function(jit_compile=True) an op becomes a typed custom call of its
-// own name: operands and results are the op's, and the workspace is one result
-// more, as XLA has no other scratch on the host. The call carries the op's
-// parameters as they lie in memory: nothing is parsed when it runs.
+// own name: operands and results are the op's, and the workspace is an
+// additional result, because XLA has no other scratch on the host. The call
+// carries the op's parameters as they lie in memory, so nothing is parsed when
+// it runs.
 
 #ifndef TF_DEFORM_CC_XLA_OP_CALL_H_
 #define TF_DEFORM_CC_XLA_OP_CALL_H_
@@ -39,8 +40,8 @@ struct XlaBuffers {
   void* workspace = nullptr;
 };
 
-// One call of an op. Bind comes first, then Judge: each keeps what the others
-// need.
+// One call of an op. Bind comes first, then Judge; each keeps the values that
+// later steps need.
 class XlaCall {
  public:
   using Words = absl::Span<const int64_t>;
@@ -53,14 +54,15 @@ class XlaCall {
       tensorflow::OpKernelConstruction* construction,
       std::vector<int64_t>* params, std::vector<int64_t>* wanted) const = 0;
 
-  // Takes what Read gave. The caller may be anyone: words are not trusted.
+  // Takes the words that Read returned. Any program may be the caller, so the
+  // words are not trusted.
   virtual Status Bind(Words params, Words wanted) = 0;
 
-  // Judges the operands' shapes; tells the results' shapes.
+  // Judges the operands' shapes, and returns the results' shapes.
   virtual Status Judge(const std::vector<Shape>& operands,
                        std::vector<Shape>* results) = 0;
 
-  // Bytes of scratch that Run needs with such an executor.
+  // Returns the bytes of scratch that Run needs with such an executor.
   virtual int64_t WorkspaceBytes(DataType type, const XlaBuffers& buffers,
                                  const XlaExecutor& executor) const = 0;
 
@@ -165,7 +167,7 @@ class OpCall final : public XlaCall {
   static_assert(std::is_trivially_copyable_v<Params> &&
                 sizeof(Params) == kWords * sizeof(int64_t));
 
-  // An unwanted gradient comes out empty.
+  // An unwanted gradient is empty.
   Status GradientShapes(const std::vector<Shape>& operands,
                         std::vector<Shape>* results) const {
     const int number = NumGradients<Op>(num_operands_);

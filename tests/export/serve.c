@@ -6,9 +6,9 @@
 // LIBRARY is what `tf-deform library` prints; "-" loads none. OUTPUT and
 // INPUT are tensors of the signature, as saved_model_cli shows them, like
 // StatefulPartitionedCall:0 and serving_default_image:0. SHAPE is like 2x32x48,
-// FILE has the input's raw bytes in C order. So has what is written: the
-// output's. Exits with 1 and TensorFlow's message if a call fails, with 2 if
-// the arguments are none.
+// FILE has the input's raw bytes in C order. Standard output gets the output's
+// raw bytes in the same order. Exits with 1 and TensorFlow's message if a call
+// fails, with 2 if the arguments are not valid.
 
 #include <errno.h>
 #include <stdarg.h>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// CUDA kernels on the host, for tests on machines without a GPU: what a kernel
-// and cc/core/cuda/device-inl.h take from CUDA.
+// Runs CUDA kernels on the host, for tests on machines without a GPU: defines
+// the parts of CUDA that kernels and cc/core/cuda/device-inl.h use.
 //
 // Included before everything else (g++ -include). Every thread of a block is a
 // fiber with a stack of its own, which runs until it has to wait for others:

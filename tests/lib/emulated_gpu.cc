@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// A GPU for TensorFlow and XLA that is this machine's memory and processor.
+// Gives TensorFlow and XLA a GPU that is this machine's memory and processor.
 //
-// TensorFlow loads it as a pluggable device named GPU:0, whose kernels are
-// those that are registered for GPUs. What launches work for CUDA fails there;
-// a tf_deform built with emulated kernels (tests/lib/emulated_nvcc.py) runs.
-// Work is done at once, so streams and events have nothing to keep in order.
-// Device memory starts as NaN.
+// TensorFlow loads it as a pluggable device named GPU:0, which runs the kernels
+// that are registered for GPUs. Kernels that launch work by CUDA fail there; a
+// tf_deform built with emulated kernels (tests/lib/emulated_nvcc.py) runs. Work
+// is done at once, so streams and events have nothing to keep in order. Device
+// memory starts as NaN.
 
 #include <algorithm>
 #include <cstdint>

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Tiles of columns of a deformable convolution, for one instruction set.
+// Samples tiles of columns of a deformable convolution, for one instruction
+// set.
 //
 // No include guard: see simd-inl.h.
 
@@ -21,7 +22,7 @@ template <typename T>
 struct Operands {
   using E = typename AccumulatorOf<T>::Type;
 
-  // Sums of 16-bit types need a place of their own.
+  // Sums of 16-bit types need memory of their own, of type E.
   static constexpr bool kNarrow = sizeof(T) < sizeof(E);
 
   const T* inputs;

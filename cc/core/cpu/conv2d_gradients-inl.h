@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Deformable convolution on the CPU: adds gradients of columns to the gradients
-// of inputs, offset and mask.
+// Adds gradients of columns to the gradients of inputs, offset and mask of a
+// deformable convolution on the CPU.
 //
 // No include guard: see simd-inl.h.
 
@@ -8,8 +8,8 @@ namespace tf_deform {
 namespace cpu {
 namespace TF_DEFORM_ISA {
 
-// Sums over a run's channels of column gradient times the sample's slopes, and
-// times its value.
+// Sums over a run's channels: column gradient times the sample's slopes, and
+// column gradient times the sample's value.
 template <typename E>
 struct SlopeSums {
   Vector<E, kLanes<E>> dy = {}, dx = {}, value = {};
@@ -23,8 +23,8 @@ struct SlopeSums {
       dx += gradient * along_x;
       value += gradient * sample;
     } else {
-      // Lane after lane: where two products are added, a compiler may contract
-      // either of them, a different one in each variant of the caller, and
+      // Adds lane after lane. If two products were added, a compiler could
+      // contract either product, differently in each variant of the caller, and
       // results would depend on which other gradients are wanted.
       for (int i = 0; i < kN; ++i) {
         rest_dy += gradient[i] * along_y[i];
@@ -48,7 +48,7 @@ static inline __attribute__((always_inline)) void UseColumns(
     using V = Vector<E, kN>;
     const V gradient = Load<kN>(columns + i);
     if constexpr (kSlopes) {
-      // Differences first: a large common value must not drown the slope.
+      // Subtracts first, so that a large common value does not drown the slope.
       const V top_left = Load<kN>(from.top_left + i);
       const V down = Load<kN>(from.bottom_left + i) - top_left;
       const V right = Load<kN>(from.top_right + i) - top_left;
@@ -83,7 +83,8 @@ struct DataTargets {
   E* kernel_sums;  // of the kernel, for the strip's pair
 };
 
-// The gradients that are made from those of columns, decided before the loops.
+// The gradients that are computed from gradients of columns, decided before the
+// loops.
 template <bool kSlopesOf, bool kScatterOf, bool kColumnsOf>
 struct Making {
   static constexpr bool kSlopes = kSlopesOf;    // gradients of offset and mask
@@ -92,9 +93,9 @@ struct Making {
 };
 
 // Writes down that `columns`, the gradients of columns of a sample, wait to be
-// added to corners `others` of the image. The strip's room is counted also
-// where nothing is written (not kScatter): it decides where the tile ends, and
-// so the sums of the kernel's gradient.
+// added to corners `others` of the image. The strip's room is counted also if
+// nothing is written (not kScatter), because the room determines where the tile
+// ends, and so the order of the sums of the kernel's gradient.
 template <bool kScatter, typename E>
 static inline __attribute__((always_inline)) void Defer(
     const Deferred<E>& waiting, const E* columns, Strip* strip) {

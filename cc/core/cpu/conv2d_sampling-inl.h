@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The places where the taps of a deformable convolution read, for one
+// Finds the places where the taps of a deformable convolution read, for one
 // instruction set.
 //
 // No include guard: see simd-inl.h.
@@ -12,7 +12,7 @@ namespace tf_deform {
 namespace cpu {
 namespace TF_DEFORM_ISA {
 
-// Filters whose sums are made together, at most.
+// The largest number of filters whose sums are made together.
 constexpr int64_t kFilterBlock = 1024;
 
 // Sizes derived from the parameters, in elements.
@@ -88,15 +88,15 @@ struct Blocks {
   }
 };
 
-// Rows of a block that one product takes, because they are multiplied by the
-// same part of the kernel: all of them, or the channels of one group at one
+// Rows of a block that one product takes, because the same part of the kernel
+// multiplies them: all rows of the block, or the channels of one group at one
 // tap.
 struct Piece {
   int64_t row, count;  // rows [row, row + count) of the bundle
   int64_t group;
   int64_t kernel_row;   // of the first row: tap, channel within the group
   int64_t kernel_part;  // tap * groups + group, or 0
-  int64_t part_row;     // the first row's, within the part
+  int64_t part_row;     // the first row, within the part
 };
 
 // Calls step(piece) for rows [begin, end) of `bundle`, in order.
@@ -266,7 +266,7 @@ struct Samples {
 
   int32_t flags[kN];
   int32_t top[kN], left[kN];  // pixel of the top left corner
-  E ly[kN], lx[kN];           // distance from it, in [0, 1)
+  E ly[kN], lx[kN];           // distance from there, in [0, 1)
   E mask[kN];
   E top_left[kN], top_right[kN], bottom_left[kN], bottom_right[kN];  // weights
 

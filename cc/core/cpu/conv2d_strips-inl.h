@@ -1,29 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0
-// Deformable convolution on the CPU: the division of the gradient of the
-// inputs.
+// Divides the gradient of the inputs of a deformable convolution on the CPU
+// among workers.
 //
 // No include guard: see simd-inl.h.
 //
 // The output of each image is divided into strips of pixels. While a strip is
 // worked on, it owns the rows of the gradient of the inputs around it.
 // Gradients of these rows are added at once; gradients of other rows are
-// deferred: written down, and added when no strip is worked on. Even strips are
-// worked on together, then odd ones, so that each owns half of its idle
-// neighbours' rows, and only samples far away are deferred. The gradient at a
-// pixel is then a sum in an order that strips, offsets and kDeferredBytes
-// decide, not the workers. So are the sums of a small kernel's gradient, of
-// which each pair of an even and an odd strip has its own.
+// deferred: written down, and added when no strip is worked on. All even strips
+// are worked on together, then all odd strips. So each strip owns half of its
+// idle neighbours' rows, and only samples far away are deferred. The order of
+// the sum at a pixel depends on strips, offsets and kDeferredBytes, not on the
+// number of workers. The same holds for the gradient of a small kernel: each
+// pair of an even and an odd strip has its own sums.
 
 namespace tf_deform {
 namespace cpu {
 namespace TF_DEFORM_ISA {
 
-// Pixels in a tile, at most: a multiple of kMicroRows, and of the 16 rows that
-// AMX reads at a time.
+// The largest number of pixels in a tile: a multiple of kMicroRows, and of the
+// 16 rows that AMX reads at a time.
 constexpr int64_t kDataPixels = kMicroRows == 14 ? 112 : 108;
 static_assert(kMicroRows != 14 || kDataPixels % 16 == 0, "rows of AMX");
 
-// Bytes that one pixel may defer, at most, unless kPanel rows take more.
+// The largest number of bytes that one pixel may defer, unless kPanel rows take
+// more.
 constexpr int64_t kPixelBytes = 4 << 10;
 
 // Bytes for the deferred gradients of all strips that are worked on together. A
@@ -32,15 +33,16 @@ constexpr int64_t kPixelBytes = 4 << 10;
 // within kScratchBytes.
 constexpr int64_t kDeferredBytes = 5 << 19;
 
-// Images that are worked on together, at most, and the strips of all of them.
+// The largest number of images that are worked on together, and of the strips
+// of all these images.
 constexpr int64_t kImagesAtOnce = 64;
 constexpr int64_t kStripsAtOnce = 32;
 
 // The gradient of a kernel of at most kFusedBytes, with at most kFusedFilters
 // filters in a group, is made in the same pass. The corners are then read once
 // instead of twice, which takes 4 to 28 % off the backward pass; but the sums
-// of the kernel leave the caches sooner than in a pass of their own, and from
-// 300 KiB on that costs more.
+// of the kernel leave the caches sooner than in a pass of their own, and for
+// kernels of 300 KiB or more this costs more than it saves.
 constexpr int64_t kFusedBytes = 256 << 10;
 constexpr int64_t kFusedFilters = 256;
 
@@ -48,7 +50,7 @@ constexpr int64_t kFusedFilters = 256;
 // for the kernel alone would keep any number of workers busy.
 constexpr int64_t kFusedPairs = 4;
 
-// Rows of an image's output in a strip, at least.
+// The least number of rows of an image's output in a strip.
 constexpr int64_t kStripRows = 7;
 
 // A header of gradients, one sample's channels, that wait to be added; the

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Deformable convolution on the CPU, for one instruction set: the flow of
-// tiles.
+// Runs deformable convolution on the CPU, for one instruction set, tile by
+// tile.
 //
 // No include guard: see simd-inl.h.
 //
@@ -62,8 +62,9 @@
 //
 // Blocks and strips that decide the order of a sum depend on shapes alone, so
 // that results never depend on the number of workers. The size of a forward
-// tile decides no order, so the tile is as large as the second-level cache
-// allows. conv2d_sampling-inl.h has the names of indices.
+// tile does not affect the order of any sum, so the tile is as large as the
+// second-level cache allows. conv2d_sampling-inl.h defines the names of
+// indices.
 
 #include "cc/core/cpu/simd-inl.h"
 // Each of the next files builds on those before.
@@ -94,9 +95,10 @@ namespace TF_DEFORM_ISA {
 // -----------------------------------------------------------------------------
 // Forward.
 
-// Pixels in a tile, at most: a multiple of kMicroRows. Every tile packs the
-// kernel anew, block by block, which takes about 1 % of the time with as many
-// pixels (4 % with 112), and less than a packed copy in fresh memory.
+// The largest number of pixels in a tile: a multiple of kMicroRows. Every tile
+// packs the kernel anew, block by block. With this many pixels the packing
+// takes about 1 % of the time (4 % with 112), less than a packed copy in fresh
+// memory.
 constexpr int64_t kForwardPixels = kMicroRows == 14 ? 504 : 480;
 
 // Returns the pixels of a tile whose columns leave half of the second-level
@@ -190,11 +192,12 @@ static void ForwardPass(const DeformableConv2DParams& params,
   const int64_t scratch_bytes = ForwardScratch<T, O>::Bytes();
   char* const scratch = static_cast<char*>(workspace);
 
-  // The number of tiles is a multiple of the workers', twice that where tiles
-  // do not get too small, so that all end at about the same time and others
-  // help a late worker. Where there are few pixels, every worker takes some of
-  // the filters instead, because a tile packs the whole kernel that it needs,
-  // and sampling the same again costs less. No sum depends on any of this.
+  // The number of tiles is a multiple of the number of workers, or twice as
+  // large unless tiles get too small, so that all workers end at about the same
+  // time and can help a late worker. If there are few pixels, every worker
+  // takes some of the filters instead: a tile packs the whole kernel that it
+  // needs, so sampling the same pixels again costs less. The division does not
+  // affect any sum.
   const int64_t most = ForwardPixels<O>();
   const int64_t fewest = CeilDiv(g.total_pixels, most);
   const int64_t panels = CeilDiv(g.group_filters, kPanel<E>);
@@ -274,7 +277,7 @@ static void ForwardPass(const DeformableConv2DParams& params,
 template <typename Body>
 static void WithTypes(const DeformableConv2DParams& params, DataType type,
                       const Body& body) {
-  (void)params;  // decides in bfloat16 only
+  (void)params;  // needed for bfloat16 only
   WithType(type, [&](auto zero) {
     using T = decltype(zero);
 #if TF_DEFORM_VECTOR_BYTES == 64

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Deformable convolution on the CPU: one source for every instruction set, and
-// the choice among them at run time.
+// Compiles deformable convolution for every instruction set of the CPU, and
+// chooses among the sets at run time.
 
 #include "cc/core/deformable_conv2d.h"
 

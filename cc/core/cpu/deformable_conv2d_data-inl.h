@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Deformable convolution on the CPU: gradients of inputs, offset and mask, and
-// of small kernels.
+// Computes the gradients of a deformable convolution on the CPU: of inputs,
+// offset and mask, and of small kernels.
 //
 // No include guard: see simd-inl.h.
 
@@ -8,10 +8,10 @@ namespace tf_deform {
 namespace cpu {
 namespace TF_DEFORM_ISA {
 
-// The gradients that a DataPass makes.
+// The gradients that a DataPass computes.
 template <typename T, typename O>
 struct DataWanted {
-  bool columns;  // of columns: from which inputs, offset and mask follow
+  bool columns;  // of columns, for inputs, offset and mask
   bool slopes;   // of offset or mask
   bool kernel;
 
@@ -147,8 +147,8 @@ static void MakeColumnGradients(const DataPlan<T, O>& plan,
   }
 }
 
-// Adds what the first `done` pixels of a tile of columns send to the gradient
-// of the kernel.
+// Adds the share of the first `done` pixels of a tile of columns to the
+// gradient of the kernel.
 template <typename T, typename O, typename E>
 static inline void FinishTile(const Geometry& g, const StripBlock& block,
                               const Operands<T>& operands,

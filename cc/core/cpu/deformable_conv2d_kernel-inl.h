@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Deformable convolution on the CPU: gradient of the kernel.
+// Computes the gradient of the kernel of a deformable convolution on the CPU.
 //
 // No include guard: see simd-inl.h.
 
@@ -141,9 +141,9 @@ static void KernelPass(const DeformableConv2DParams& params,
   const int64_t scratch_bytes = KernelScratch<T, O>::Bytes();
   Zero(parallel_for, sums, size * static_cast<int64_t>(sizeof(E)));
 
-  // A bundle's rows are divided into no more parts than keep the workers busy,
-  // because each part packs grad_output for itself. No sum depends on the
-  // parts.
+  // A bundle's rows are divided into just as many parts as keep the workers
+  // busy, because each part packs grad_output for itself. The parts do not
+  // affect any sum.
   const int64_t bundles = g.Bundles();
   const int64_t parts =
       IsSerial(g) ? 1 : CeilDiv(parallel_for.num_workers, bundles);

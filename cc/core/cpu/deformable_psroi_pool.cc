@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Deformable position-sensitive ROI pooling on the CPU: one source for every instruction set, and
-// the choice among them at run time.
+// Compiles deformable position-sensitive ROI pooling for every instruction set
+// of the CPU, and chooses among the sets at run time.
 
 #include "cc/core/deformable_psroi_pool.h"
 

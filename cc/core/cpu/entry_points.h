@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The entry points of an op on the CPU: judgement, then the code for this
-// processor.
+// Defines the entry points of an op on the CPU: they judge the call, then run
+// the code for this processor.
 
 #ifndef TF_DEFORM_CC_CORE_CPU_ENTRY_POINTS_H_
 #define TF_DEFORM_CC_CORE_CPU_ENTRY_POINTS_H_

@@ -3,8 +3,8 @@
 //
 // An operator's cpu/*.cc defines TF_DEFORM_SOURCE as the name of its *-inl.h
 // and includes this file, once. The functions there are then in the namespaces
-// baseline, avx2 and avx512, and TF_DEFORM_BEST(Function) is the one for this
-// processor.
+// baseline, avx2 and avx512, and TF_DEFORM_BEST(Function) is the function for
+// this processor.
 
 #include <cstdint>
 #include <type_traits>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The instruction set in use, and the cache.
+// Finds the instruction set to use, and the size of the cache.
 
 #include "cc/core/cpu/isa.h"
 
@@ -30,8 +30,8 @@ constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16",
                                   "amx"};
 constexpr int kAvx512BF16 = 3, kAmx = 4;
 
-// Returns the place among kNames of the name that the environment allows; 0 if
-// it is none of them.
+// Returns the index in kNames of the name in the environment variable; the last
+// index if there is no variable, 0 if the name is not in kNames.
 int Allowed() {
   static const int allowed = [] {
     const char* name = std::getenv("TF_DEFORM_MAX_ISA");
@@ -55,8 +55,8 @@ bool MayUseAvx512BF16() {
 }
 
 // Intel's dot products of bfloat16 take twice the time of as many vectors of
-// float32, and the operator 1.5 times as long as with products of float32: they
-// are used only if asked for by name.
+// float32. With them the operator takes 1.5 times as long as with products of
+// float32, so they are used only if they are asked for by name.
 bool Avx512BF16Pays() {
 #if defined(__x86_64__)
   return Allowed() == kAvx512BF16 || !__builtin_cpu_is("intel");

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The instruction set in use, and the cache.
+// Finds the instruction set to use, and the size of the cache.
 
 #ifndef TF_DEFORM_CC_CORE_CPU_ISA_H_
 #define TF_DEFORM_CC_CORE_CPU_ISA_H_
@@ -21,7 +21,7 @@ Isa BestIsa();
 // only if TF_DEFORM_MAX_ISA is "avx512_bf16".
 bool HasBFloat16Products();
 
-// Returns whether AMX makes them.
+// Returns whether AMX makes the products of bfloat16.
 bool HasAmx();
 
 // Returns "baseline", "avx2" or "avx512"; "avx512_bf16" or "amx" where these

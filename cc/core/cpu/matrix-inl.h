@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The matrix product of a tile: C (m x n) = or += A (m x k) B (k x n).
+// Computes the matrix product of a tile: C (m x n) = or += A (m x k) B (k x n).
 //
 // No include guard: see simd-inl.h.
 //
@@ -29,7 +29,7 @@ constexpr int kPanel = 2 * kLanes<E>;
 // the first-level cache, and fixes the order of sums.
 constexpr int64_t kInner = 256;
 
-// A power of two would map all rows to few cache sets.
+// The stride is no power of two, which would map all rows to few cache sets.
 constexpr int64_t kTileStride = kInner + 16;
 
 // Return the columns of a packed B, including those that fill up its last
@@ -140,8 +140,8 @@ template <bool kTransposed, typename E>
 static void MatrixProduct(int64_t m, int64_t n, int64_t k, const E* a,
                           const E* packed_b, E* c, int64_t c_stride,
                           bool accumulate, int64_t a_stride = kTileStride) {
-  // Of nearly equal rows: a short last part would run at a fraction of the
-  // speed.
+  // Parts have nearly equal numbers of rows: a short last part would run at a
+  // fraction of the speed.
   const int64_t parts = CeilDiv(m, kMicroRows);
   for (int64_t column = 0; column < n; column += kPanel<E>) {
     const int64_t columns = Min(kPanel<E>, n - column);

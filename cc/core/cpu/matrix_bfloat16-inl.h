@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The matrix product of a tile in bfloat16: C (m x n) = or += A (m x k) B (k x
-// n), in float.
+// Computes the matrix product of a tile in bfloat16: C (m x n) = or += A (m x
+// k) B (k x n), in float.
 //
 // No include guard: see simd-inl.h. Part of the namespace avx512 alone, and
 // used where HasBFloat16Products().

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Pooling of regions of interest on the CPU, for one instruction set: where the
-// bins of a ROI lie, and which pixels they read.
+// Finds the bins of a ROI and the pixels that the bins read, on the CPU, for
+// one instruction set.
 //
 // No include guard: see simd-inl.h.
 //
@@ -26,7 +26,7 @@
 // All evaluate the same formula, each in the form that suits its hardware, and
 // the tests compare all of them with the same reference.
 //
-// The passes are written for a Rule: what one operator makes of a ROI. A Rule
+// The passes are written for a Rule: how one operator divides a ROI. A Rule
 // has the fields of RoiGeometry and
 //   RoiAxis<E> Axis(E from, E to, bool along_x) const   of these corners
 //   E Displacement(E value, E size) const   map pixels, of an axis of that size
@@ -62,8 +62,8 @@ struct RoiGeometry {
   int64_t Bins() const { return pooled_h * pooled_w; }
   int64_t Pooled(bool along_x) const { return along_x ? pooled_w : pooled_h; }
 
-  // Rows or columns that a bin reads, at most. The last one may come twice, see
-  // AxisWeights.
+  // The largest number of rows or columns that a bin reads. The last row or
+  // column may come twice, see AxisWeights.
   int64_t MaxReads() const {
     return Max(Min(2 * samples_h, height + 1), Min(2 * samples_w, width + 1));
   }
@@ -82,10 +82,9 @@ struct RoiAxis {
   SampleCount samples;  // of a bin
 };
 
-// A product that the compiler may not carry on with more than its own
-// precision, as in a fused multiply-add: whether a sample on the edge counts
-// has to be the same for every instruction set, and for a reader who computes
-// it step by step.
+// A product rounded to its own precision, which the compiler may not take into
+// a fused multiply-add: whether a sample on the edge counts has to be the same
+// for every instruction set, and for a reader who computes it step by step.
 template <typename E>
 static inline E Product(E a, E b) {
   E product = a * b;
@@ -159,7 +158,7 @@ struct AxisWeights {
   int64_t count;    // rows or columns
   int64_t samples;  // that are not skipped
 
-  // Takes room for `most` rows or columns.
+  // Allocates room for `most` rows or columns.
   AxisWeights(int64_t most, Arena* arena)
       : at(arena->Take<int64_t>(Max(most, kWindow))),
         weight(arena->Take<E>(Max(most, kWindow))),
@@ -217,7 +216,8 @@ struct AxisWeights {
           sum += hat > 0 ? hat : V{};
           if constexpr (kSlopes) {
             if (held(place)) continue;
-            // Right-hand: the pixel at `place` falls, the next one rises.
+            // The right-hand derivative: the weight at `place` falls, the next
+            // weight rises.
             const V falls = ((distance >= 0) & (distance < 1)) ? V{} - 1 : V{};
             const V rises = ((distance >= -1) & (distance < 0)) ? V{} + 1 : V{};
             change += falls + rises;

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Pooling of regions of interest on the CPU: narrow classes.
+// Pools narrow classes on the CPU, many channels at once.
 //
 // No include guard: see simd-inl.h.
 //
-// Where few channels share a displacement, the weights of as many channels as a
+// If few channels share a displacement, the weights of as many channels as a
 // vector has lanes are found together, and each lane reads its own pixels.
 // Pooling with a displacement for each of 21 channels takes 0.6 times as long
-// this way, its gradients half. Rules without classes, and rules with
+// this way, its gradients half as long. Rules without classes, and rules with
 // kMeanOfAll, do not need it.
 
 namespace tf_deform {
@@ -27,8 +27,8 @@ struct LaneWeights {
   V samples;  // that are not skipped
   int64_t count;
 
-  // Returns whether a window holds all that a bin of `axis` reads, and E every
-  // pixel's number.
+  // Returns whether a window holds all pixels that a bin of `axis` reads, and
+  // whether E can hold every pixel's number.
   static bool Fit(const RoiAxis<E>& axis, int64_t pixels) {
     return axis.step >= 0 && axis.samples > 0 && 2 * axis.samples <= kWindow &&
            pixels < (1 << 24);
@@ -41,7 +41,8 @@ struct LaneWeights {
     const V least = V{} - static_cast<E>(Rule::kMargin);
     const V most = last + static_cast<E>(Rule::kMargin);
     const E phase = static_cast<E>(Rule::kPhase);
-    // Far from any pixel if the sample does not count, or does not move.
+    // The place is far from any pixel if the sample does not count, or does not
+    // move.
     V place[kWindow], moving[kWindow];
     V first = last, top = {};
     samples = V{};
@@ -57,7 +58,7 @@ struct LaneWeights {
     }
     // Sets row (or column) `a` of each lane.
     const auto set = [&](int64_t a, const I& pixel) {
-      // Past the edge a sample weighs nothing, but its cell ends there.
+      // A row past the edge has no weight, but is the end of a sample's cell.
       Store((pixel < pixels ? pixel : I{} + (pixels - 1)) * stride, at[a]);
       weight[a] = slope[a] = V{};
     };
@@ -67,7 +68,8 @@ struct LaneWeights {
       const V hat = 1 - (distance < 0 ? -distance : distance);
       weight[a] += hat > 0 ? hat : V{};
       if constexpr (kSlopes) {
-        // Right-hand: the pixel at `from` falls, the next one rises.
+        // The right-hand derivative: the weight at `from` falls, the next
+        // weight rises.
         const V from = moving[i] - pixel;
         slope[a] += ((from >= 0) & (from < 1)) ? V{} - 1 : V{};
         slope[a] += ((from >= -1) & (from < 0)) ? V{} + 1 : V{};

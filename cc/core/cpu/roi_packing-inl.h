@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Pooling of regions of interest on the CPU: repacked images.
+// Repacks images for pooling on the CPU.
 //
 // No include guard: see simd-inl.h.
 //
@@ -100,7 +100,7 @@ static void ForEachPackedChunk(const RoiGeometry& g, const T* inputs,
   }
 }
 
-// Bytes that the repacked images of a pass over inputs of T take.
+// Returns the bytes of the repacked images of a pass over inputs of T.
 template <typename T>
 static int64_t PackedBytes(const RoiGeometry& g, int num_workers) {
   if (g.Cells() == 1) return 0;

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Pooling of regions of interest on the CPU: forward and the gradients of both
-// pooling operators.
+// Computes forward and the gradients of both pooling operators on the CPU.
 //
 // No include guard: see simd-inl.h.
 //
@@ -21,7 +20,7 @@ namespace tf_deform {
 namespace cpu {
 namespace TF_DEFORM_ISA {
 
-// Element operations below which a task is not worth handing out.
+// The least number of element operations for which a task is handed out.
 constexpr int64_t kTaskWork = 1 << 15;
 
 // Estimates the element operations of one ROI: four pixels a bin are read, and
@@ -53,8 +52,8 @@ static void ForEachRoi(const RoiGeometry& g, const E* rois, int64_t first_image,
            });
 }
 
-// kN elements, widened, to be summed in a loop. One of them is a plain number:
-// compilers keep vectors of one lane in memory.
+// kN elements, widened, to be summed in a loop. If kN is 1, the type is a plain
+// number: compilers keep vectors of one lane in memory.
 template <int kN, typename T>
 static inline auto LoadSum(const T* from) {
   if constexpr (kN == 1) {
@@ -204,7 +203,7 @@ static inline const E* WideRow(const T* from, int64_t n, E* row) {
   }
 }
 
-// Adds what a bin sends to the gradient of its displacement, `to` (dy, dx).
+// Adds a bin's share to the gradient of its displacement, `to` (dy, dx).
 template <typename Rule, typename T, typename E>
 static inline void DisplaceBin(const Rule& rule, const Roi<E>& roi,
                                const RoiScratch<E>& s, const T* map,
@@ -236,7 +235,7 @@ static inline void DisplaceBin(const Rule& rule, const Roi<E>& roi,
   to[1] += along_x * share * rule.DisplacementSlope(roi.x.size);
 }
 
-// Adds what a ROI on `map` sends to the gradient of its displacements. Never
+// Adds the share of a ROI on `map` to the gradient of its displacements. Never
 // inlined, like PoolRoi.
 template <typename T, typename Rule, typename E>
 static __attribute__((noinline)) void DisplaceRoi(
@@ -281,8 +280,8 @@ static void DisplacePass(const Rule& rule, const T* inputs, const E* rois,
 // -----------------------------------------------------------------------------
 // The gradient of the inputs.
 
-// Returns whether the gradient is summed in a place of its own: where it is
-// narrow or repacked.
+// Returns whether the gradient is summed in scratch: if its type is narrow, or
+// if images are repacked.
 template <typename T>
 static bool HasSums(const RoiGeometry& g) {
   return g.Cells() > 1 || sizeof(T) < sizeof(typename AccumulatorOf<T>::Type);
@@ -326,8 +325,8 @@ struct Owned {
   }
 };
 
-// Adds what `count` channels of a bin send to the pixels that the bin reads,
-// from `map` on.
+// Adds the gradient of `count` channels of a bin to the pixels that the bin
+// reads, from `map` on.
 template <typename T, typename E>
 static inline void ScatterBin(const RoiScratch<E>& s, const T* grad_output,
                               int64_t count, E share, E* map) {
@@ -346,7 +345,7 @@ static inline void ScatterBin(const RoiScratch<E>& s, const T* grad_output,
   }
 }
 
-// Adds what a ROI sends to `part`. `sums` is the part's image, repacked.
+// Adds a ROI's share to `part`. `sums` is the part's image, repacked.
 template <typename T, typename Rule, typename E>
 static void ScatterRoi(const Rule& rule, const Roi<E>& roi, const Owned& part,
                        const E* displacements, const T* grad_output,
@@ -393,8 +392,9 @@ static void ScatterPass(const Rule& rule, const E* rois, const E* displacements,
     }
     Zero(parallel_for, sums,
          images * image_elements * static_cast<int64_t>(sizeof(E)));
-    // Blocks of channels, where there are too few cells to keep all workers
-    // busy; not more, because each block finds all weights for itself.
+    // Divides channels into blocks if there are too few cells to keep all
+    // workers busy; into no more, because each block finds all weights for
+    // itself.
     const int64_t owners = images * rule.Cells();
     const int64_t depth = rule.Depth();
     const int64_t wanted = serial ? 1 : CeilDiv(workers, owners);

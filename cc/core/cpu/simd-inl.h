@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Vectors of any width and conversions of 16-bit types.
+// Defines vectors of any width, and converts 16-bit types.
 //
 // No include guard: *.cc here includes this file once per instruction set, each
 // time in another namespace TF_DEFORM_ISA with another TF_DEFORM_VECTOR_BYTES.
@@ -17,7 +17,7 @@ static inline int64_t RoundUp(int64_t a, int64_t b) {
   return CeilDiv(a, b) * b;
 }
 
-// Sums, coordinates and columns of a tensor of T are in this type.
+// The type of the sums, coordinates and columns of a tensor of T.
 template <typename T>
 struct AccumulatorOf {
   using Type = float;
@@ -97,8 +97,8 @@ static inline Vector<float, kN> Load(const Float16* from) {
 #endif
   const Vector<uint32_t, kN> bits = LoadBits<kN>(&from->bits);
   const Vector<uint32_t, kN> magnitude = (bits & 0x7fffu) << 13;
-  // Exponent bias 15 to 127. Subnormals come out exact because tasks run with
-  // denormals on.
+  // Changes the exponent bias from 15 to 127. Subnormal numbers are exact
+  // because tasks run with denormals on.
   const Vector<uint32_t, kN> finite = BitCast<Vector<uint32_t, kN>>(
       BitCast<Vector<float, kN>>(magnitude) * 0x1p112f);
   const Vector<uint32_t, kN> special =
@@ -140,7 +140,8 @@ static inline void Narrow(float value, Float16* to) {
 static inline void Narrow(float value, float* to) { *to = value; }
 static inline void Narrow(double value, double* to) { *to = value; }
 
-// Returns the sum of a vector's lanes: one half plus the other, and so on.
+// Returns the sum of a vector's lanes: adds the two halves, then the halves of
+// the result, and so on.
 template <typename E, int kN>
 static inline E SumLanes(const Vector<E, kN>& vector) {
   if constexpr (kN == 1) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Scratch, tasks and element types, which the passes of every operator use.
+// Defines scratch, tasks and element types for the passes of every operator.
 //
 // No include guard: see simd-inl.h.
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Columns of a deformable convolution on a GPU: sampled into shared memory, and
-// multiplied there.
+// Samples columns of a deformable convolution into a GPU's shared memory, and
+// multiplies them there.
 //
 // The columns (see deformable_conv2d.cu) exist only as panels in shared
 // memory: a row for each of some pixels, with kInner or more channels of one
@@ -24,7 +24,7 @@ namespace tf_deform {
 namespace cuda {
 
 // The operands, and whether rows of channels or of filters come in whole packs
-// of 16 bytes. `gradient` is that of the inputs, or null.
+// of 16 bytes. `gradient` is the gradient of the inputs, or null.
 template <typename T>
 struct Operands {
   const T* inputs;
@@ -72,7 +72,7 @@ struct PackReader {
   float weights[4], mask;
   Pack<uint32_t, kWords> at[4];  // the corners' pack, 0 outside the image
 
-  // `channel` is the thread's first one.
+  // `channel` is the thread's first channel.
   __device__ __forceinline__ void Locate(const Geometry& g,
                                          const Operands<T>& in,
                                          const Sample<float>& s, int channel) {

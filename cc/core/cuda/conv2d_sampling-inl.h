@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The places where the taps of a deformable convolution read, on a GPU: the
-// same as cpu/conv2d_sampling-inl.h, element by element.
+// Finds the places where the taps of a deformable convolution read, on a GPU:
+// the same as cpu/conv2d_sampling-inl.h, element by element.
 
 #ifndef TF_DEFORM_CC_CORE_CUDA_CONV2D_SAMPLING_INL_H_
 #define TF_DEFORM_CC_CORE_CUDA_CONV2D_SAMPLING_INL_H_
@@ -56,8 +56,8 @@ struct Geometry {
 
 // Returns the quotient of numbers that are not negative. With I = uint32_t both
 // must fit in 32 bits: a division of 64 bits takes a subroutine, which costs
-// time and registers. With uint64_t the subroutine is taken where they do not
-// fit.
+// time and registers. Use uint64_t, with the subroutine, for numbers that do
+// not fit.
 template <typename I>
 __host__ __device__ __forceinline__ int64_t Quotient(int64_t a, int64_t b) {
   if (sizeof(I) == 4 || (a | b) >> 32 == 0) {
@@ -155,8 +155,8 @@ struct Sample {
   }
 
  private:
-  // Finds the pixel at or before a position, and the distance from it. Returns
-  // whether the edge is held there.
+  // Finds the pixel at or before a position, and the distance from that pixel.
+  // Returns whether the edge is held there.
   __host__ __device__ static bool Split(E position, int64_t size, bool clamp,
                                         int32_t* pixel, E* distance) {
     int32_t at = static_cast<int32_t>(position);  // sizes are below 2^31
@@ -168,8 +168,8 @@ struct Sample {
   }
 };
 
-// Bilinear weights of the four corners, and elements from the first corner to
-// each of them.
+// Bilinear weights of the four corners, and the number of elements from the
+// first corner to each corner.
 template <typename E>
 struct Corners {
   E weights[4];

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Deformable convolution on a GPU: the division of the work.
+// Runs deformable convolution on a GPU: divides the work and chooses kernels.
 //
 // The convolution is a matrix product of columns (a row for every output pixel;
 // an entry for every tap and channel: the sample there times its mask) and the
@@ -62,7 +62,7 @@ struct ForwardCursor {
   bool is_new;  // the step has the first of these channels
   int field;
 
-  // Goes to the channels of an offset group, inside the group.
+  // Moves to the channels of an offset group, inside the group.
   __device__ void Enter(int to_tap, int to_offset_group, int to_channel) {
     tap = to_tap;
     offset_group = to_offset_group;
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(ForwardSums<T, kTf32, kN>::kThreads)
   at.first_channel = static_cast<int>(group * g.group_channels);
   at.end_channel = at.first_channel + static_cast<int>(g.group_channels);
   at.Enter(0, at.first_channel / at.offset_channels, at.first_channel);
-  // A pixel is read by the thread that writes it.
+  // Each pixel is read by the thread that writes the pixel.
   if (threadIdx.x < kForwardPixels) {
     shared->pixels[threadIdx.x] =
         Pixel<float>::At<uint32_t>(g, first + threadIdx.x);
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(ForwardSums<T, kTf32, kN>::kThreads)
   });
 }
 
-// A thread makes one element.
+// Each thread computes one element.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     DirectForwardKernel(const Geometry g, const Operands<T> in, T* output) {
@@ -227,7 +227,7 @@ bool IsDirect(const Geometry& g) {
          g.total_pixels > kMost;
 }
 
-// Calls body(tf32), a constant of the language that says what `stream` allows.
+// Calls body(tf32), a compile-time constant: whether `stream` allows tf32.
 template <typename T, typename Body>
 Status WithTf32(const CudaStream& stream, const Body& body) {
   if constexpr (sizeof(T) == 4) {
@@ -373,7 +373,8 @@ Status DataOf(const DeformableConv2DParams& params, const Geometry& g,
       work.first = first;
       work.end = out.end;
       work.slabs = CeilDiv(g.offset_channels, kOrderedThreads);
-      // Enough blocks for the largest GPUs; the sums do not depend on it.
+      // The number of blocks suffices for the largest GPUs, and does not affect
+      // the sums.
       work.strips =
           Max(1, Min(g.height, 1024 / (images * g.offset_groups * work.slabs)));
       TF_DEFORM_RETURN_IF_ERROR(Launch(

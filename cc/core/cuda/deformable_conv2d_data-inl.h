@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Deformable convolution on a GPU: the gradients of inputs, offset and mask.
+// Computes the gradients of inputs, offset and mask of a deformable convolution
+// on a GPU.
 
 #ifndef TF_DEFORM_CC_CORE_CUDA_DEFORMABLE_CONV2D_DATA_INL_H_
 #define TF_DEFORM_CC_CORE_CUDA_DEFORMABLE_CONV2D_DATA_INL_H_
@@ -9,7 +10,7 @@
 namespace tf_deform {
 namespace cuda {
 
-// The gradients that are made. Null: not wanted.
+// The gradients to compute. Null: not wanted.
 template <typename E>
 struct DataGradients {
   E* inputs;       // of some images; added to
@@ -56,7 +57,7 @@ __device__ __forceinline__ void PassOn(const Geometry& g, const Operands<T>& in,
     }
   }
   const Corners<E> corners(g, s);
-  // Read before anything is added: additions are not waited for.
+  // Reads before adding, because nothing waits for additions.
   const bool wants_sums = out.offset != nullptr || out.mask != nullptr;
   E values[4][4];  // [corner][channel]
 #pragma unroll
@@ -171,8 +172,8 @@ struct DataBuffers {
   Sample<float> plan[kDataPixels];
 };
 
-// Returns the sample of one tap at output pixel p; one that lies outside if not
-// `exists`.
+// Returns the sample of one tap at output pixel p; a sample outside the image
+// if not `exists`.
 template <typename T>
 __device__ __forceinline__ Sample<float> LocateSample(const Geometry& g,
                                                       const Operands<T>& in,
@@ -289,7 +290,7 @@ __global__ void __launch_bounds__(DataBuffers<T, kTf32>::Sums::kThreads)
   }
 }
 
-// Does the same without a matrix product: a warp makes the gradient of the
+// Does the same without a matrix product: a warp computes the gradient of the
 // columns of one pixel, tap and offset group.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Deformable convolution on a GPU: the gradient of the kernel.
+// Computes the gradient of the kernel of a deformable convolution on a GPU.
 
 #ifndef TF_DEFORM_CC_CORE_CUDA_DEFORMABLE_CONV2D_KERNEL_INL_H_
 #define TF_DEFORM_CC_CORE_CUDA_DEFORMABLE_CONV2D_KERNEL_INL_H_
@@ -21,8 +21,7 @@ struct KernelParts {
 
   // `blocks` blocks work on a part. A single part needs no sum afterwards.
   KernelParts(const Geometry& g, int64_t blocks, int64_t element_bytes) {
-    // Two rounds of the largest GPUs, which work on 132 blocks at once; not one
-    // block more.
+    // At most two rounds of the largest GPUs, which work on 132 blocks at once.
     constexpr int64_t kBlocks = 264;
     constexpr int64_t kLeast = 512;  // pixels
     constexpr int64_t kWorkspace = int64_t{64} << 20;
@@ -156,7 +155,8 @@ __global__ void __launch_bounds__(KernelSums<T, kTf32, kN>::kThreads)
   });
 }
 
-// Does the same without a matrix product: a thread makes one element of a part.
+// Does the same without a matrix product: a thread computes one element of a
+// part.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     DirectKernelGradientKernel(const Geometry g, const Operands<T> in,

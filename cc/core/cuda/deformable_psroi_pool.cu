@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Deformable position-sensitive ROI pooling on a GPU.
+// Runs deformable position-sensitive ROI pooling on a GPU.
 
 #include "cc/core/checks.h"
 #include "cc/core/cuda/roi_passes-inl.h"

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Deformable ROIAlign on a GPU.
+// Runs deformable ROIAlign on a GPU.
 
 #include "cc/core/checks.h"
 #include "cc/core/cuda/roi_passes-inl.h"

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Element types, launches, and instructions that C++ has no words for: what all
-// CUDA kernels here use.
+// Defines element types, launches, and instructions that C++ cannot express,
+// for all CUDA kernels here.
 //
 // tests/lib/emulated_cuda.h replaces the part inside #ifdef __CUDACC__ on the
-// host: with it a kernel runs, thread by thread, without a GPU.
+// host, so that a kernel runs, thread by thread, without a GPU.
 
 #ifndef TF_DEFORM_CC_CORE_CUDA_DEVICE_INL_H_
 #define TF_DEFORM_CC_CORE_CUDA_DEVICE_INL_H_
@@ -145,8 +145,8 @@ __device__ __forceinline__ void AddAtomically(double* to, double value) {
 #else
 #define TF_DEFORM_ADDS_FOUR 0
 #endif
-// Says whether the device adds four at once. If not, it is faster if the lanes
-// of a warp add to neighbours.
+// Says whether the device adds four numbers at once. If not, kernels are faster
+// if the lanes of a warp add to neighbouring numbers.
 constexpr bool kAddsFour = TF_DEFORM_ADDS_FOUR;
 __device__ __forceinline__ void AddAtomically(float* to,
                                               const float (&values)[4]) {
@@ -169,7 +169,8 @@ __device__ __forceinline__ E SumOfWarp(E value) {
   return value;
 }
 
-// Returns the multiprocessors of the current device; 1 if it does not tell.
+// Returns the number of multiprocessors of the current device; 1 if the driver
+// does not tell.
 inline int Multiprocessors() {
   int device = 0, count = 0;
   if (cudaGetDevice(&device) != cudaSuccess ||
@@ -213,7 +214,7 @@ Status Launch(const char* name, void (*kernel)(Parameters...), int64_t blocks,
   return ToStatus(cudaGetLastError(), name);
 }
 
-// Queues the writing of zeros.
+// Queues a task that writes zeros.
 inline Status Clear(void* memory, int64_t bytes, const CudaStream& stream) {
   if (bytes == 0) return Status();
   return ToStatus(cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes),
@@ -336,8 +337,8 @@ __host__ __device__ constexpr int64_t Max(int64_t a, int64_t b) {
   return a > b ? a : b;
 }
 
-// A number above 0 that kernels divide by often: a division of 64 bits takes a
-// subroutine, about as long as a read from memory; this takes a product.
+// A number above 0 by which kernels divide often. A division of 64 bits takes a
+// subroutine, about as long as a read from memory; a Divider takes one product.
 struct Divider {
   int64_t value;
   uint64_t factor;  // 2^(63 + shift) / value, rounded up

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// The matrix product of a block of threads: sums (kM x kN), in registers, += A
-// (kM x kK) B (kK x kN), in shared memory.
+// Computes the matrix product of a block of threads: sums (kM x kN), in
+// registers, += A (kM x kK) B (kK x kN), in shared memory.
 //
 // Either operand is stored with its inner dimension last, [kM][kK] and
 // [kN][kK], or first, [kK][kM] and [kK][kN]. Rows are padded by 16 bytes, so
-// that eight rows one below the other lie in different banks.
+// that eight consecutive rows lie in different banks.
 //
-// Products of half, bfloat16 and (as tf32) float are left to the tensor cores;
-// float otherwise to multiply-adds.
+// Tensor cores compute products of half, bfloat16 and (as tf32) float;
+// multiply-adds compute other products of float.
 
 #ifndef TF_DEFORM_CC_CORE_CUDA_MATRIX_INL_H_
 #define TF_DEFORM_CC_CORE_CUDA_MATRIX_INL_H_
@@ -241,7 +241,7 @@ struct Product<float, false, kM, kN, kAInnerLast, kBInnerLast, kIsColumns> {
   }
 
  private:
-  // Returns row or column number i of a thread.
+  // Returns the i-th row or column of a thread.
   template <bool kInnerLast>
   __device__ __forceinline__ static int Place(int thread, int i) {
     return kInnerLast ? thread + 16 * i : thread * 4 + i / 4 * 64 + i % 4;

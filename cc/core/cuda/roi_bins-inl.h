@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Pooling of regions of interest on a GPU: where the bins of a ROI lie, and
-// which pixels they read.
+// Finds the bins of a ROI, and the pixels that the bins read, on a GPU.
 //
 // The sums are those of cpu/roi_bins-inl.h: a bin is the weighted sum of the
 // rows and columns that its samples read. A pooling operator flows through
@@ -15,10 +14,10 @@
 //                 channels that lie side by side.
 //   roi_passes    Forward and the two gradients.
 //
-// Where a bin reads more than kWindow rows or columns, these are found window
-// after window; ForEachWindow leads all threads of a block through them.
+// If a bin reads more than kWindow rows or columns, they are found window after
+// window; ForEachWindow leads all threads of a block through the windows.
 //
-// The passes are written for a Rule: what one operator makes of a ROI. A Rule
+// The passes are written for a Rule: how one operator divides a ROI. A Rule
 // has the fields of RoiGeometry and
 //   RoiAxis<E> Axis(E from, E to, bool along_x) const   of these corners
 //   E Displacement(E value, E size) const   map pixels, of an axis of that size
@@ -94,8 +93,8 @@ struct RoiAxis {
   SampleCount samples;  // of a bin
 };
 
-// A product that is not carried on into a fused multiply-add: whether a sample
-// on the edge counts has to be the same as on the CPU.
+// A product that no fused multiply-add takes: whether a sample on the edge
+// counts has to be the same as on the CPU.
 __device__ __forceinline__ float Product(float a, float b) {
   return __fmul_rn(a, b);
 }
@@ -133,8 +132,8 @@ struct RoiRow {
   }
 };
 
-// The rows (or the columns) that the samples of a bin read, and their weights;
-// of those of a window at a time. The rest is the state from which the next
+// The rows (or the columns) that the samples of a bin read, and their weights,
+// for one window at a time. The other fields are the state from which the next
 // window is found.
 template <typename E>
 struct AxisWeights {
@@ -194,7 +193,7 @@ __device__ __forceinline__ void FindWeights(const Rule&, const Span& span,
         continue;  // the other samples are only counted
       }
       here_at = here == top + 1 ? up : append(here);
-      // The last pixel holds what lies behind it.
+      // The last pixel's value holds beyond the edge.
       up = here + 1 < span.pixels ? append(here + 1) : here_at;
       top = here;
     }
@@ -269,7 +268,7 @@ struct Planner {
         (r * rule.part_h + ph * rule.part_h / rule.pooled_h) * rule.part_w +
         pw * rule.part_w / rule.pooled_w;
     const int64_t pair = (part * rule.classes + k) * 2;
-    // All reads are under way before anything is made of them.
+    // Starts all reads before it uses any of them.
     const auto roi = RoiRow<E>::Read(rois, r);
     E moved = 0;
     if (displacements != nullptr) moved = displacements[pair + along_x];
@@ -308,7 +307,7 @@ struct Planner {
       if (bin != nullptr && (along_x || next_rows)) {
         FindWeights<kSlopes>(rule, span, weights);
       }
-      // The lane next to this one has the other axis.
+      // The neighbouring lane has the other axis.
       const uint32_t mine = bin == nullptr     ? 0
                             : Rule::kMeanOfAll ? weights->all
                                                : weights->samples;

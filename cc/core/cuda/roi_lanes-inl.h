@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Pooling of regions of interest on a GPU: how the threads of a block are
-// divided among bins and channels.
+// Divides the threads of a block among bins and channels, for pooling on a GPU.
 
 #ifndef TF_DEFORM_CC_CORE_CUDA_ROI_LANES_INL_H_
 #define TF_DEFORM_CC_CORE_CUDA_ROI_LANES_INL_H_

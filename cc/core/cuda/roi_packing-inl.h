@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Pooling of regions of interest on a GPU: repacked images.
+// Repacks images for pooling on a GPU.
 //
 // The channels of position-sensitive maps are ordered (output channel, cell),
 // but a bin reads all output channels of one cell. As they are, each of those
@@ -38,7 +38,8 @@ struct Packing {
       : depth(0), tile(0), tiles(1), shared_bytes(0) {
     const int64_t channels = g.Cells() * g.Depth();
     image = g.Image();
-    // Compares the reads of bins of nine pixels with a copy of all images.
+    // Compares the cost of reading bins of nine pixels with the cost of copying
+    // all images.
     const double reads = 9.0 * static_cast<double>(g.num_rois) *
                          static_cast<double>(g.Bins()) *
                          static_cast<double>(g.Depth());
@@ -48,7 +49,7 @@ struct Packing {
         channels * bytes <= 2 * kPackBytes &&
         image * bytes <= kScratchBytes / 2 &&
         reads * static_cast<double>(32 - bytes) > copied) {
-      // Filled up to 16 bytes, where that is little.
+      // Fills pixels up to 16 bytes if the filling is small.
       const int64_t full = RoundUp(g.Depth(), 16 / bytes);
       const bool is_little = g.classes == 1 && 4 * full <= 5 * g.Depth();
       depth = is_little ? full : g.Depth();
@@ -133,7 +134,7 @@ __global__ void __launch_bounds__(kPackThreads)
   }
 }
 
-// Bytes that the repacked images of a pass over inputs of T take.
+// Returns the bytes of the repacked images of a pass over inputs of T.
 template <typename T>
 int64_t PackedBytes(const RoiGeometry& g) {
   const Packing packing(g, sizeof(T));

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Pooling of regions of interest on a GPU: forward and the gradients of both
-// pooling operators.
+// Computes forward and the gradients of both pooling operators on a GPU.
 //
 //   PoolPass        A block pools some bins, of one ROI or of several. When
 //                   their weights are found, the threads of a bin each sum up a
@@ -66,7 +65,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
 }
 
-// Adds to the gradient of the inputs, which `sums` is for, by atomics.
+// Adds to the gradient of the inputs, kept in `sums`, by atomic operations.
 template <int kN, typename T, typename Rule, typename E>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     ScatterKernel(Rule rule, Maps maps, Blocking blocking,
@@ -327,8 +326,8 @@ Status DisplacePass(const Rule& rule, const T* inputs, const E* rois,
       });
 }
 
-// Returns whether the gradient of the inputs is summed in a place of its own:
-// where it is narrow or repacked, unless its pixels have owners.
+// Returns whether the gradient of the inputs is summed in the workspace: if its
+// type is narrow or it is repacked, unless its pixels have owners.
 template <typename T>
 bool HasSums(const Packing& packing) {
   return sizeof(T) < sizeof(Accumulator<T>) || packing.depth > 0;
