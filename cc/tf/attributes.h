@@ -28,7 +28,7 @@ inline tensorflow::Status ToTensorFlow(const Status& status) {
 }
 
 // The attributes of an op, specialized for each:
-//   kDefinitions: what an op and its gradient op share, but for types and the
+//   kDefinitions: shared by an op and its gradient op, except types and the
 //       number of optional operands. They are part of every SavedModel: once
 //       released, only attributes with defaults may be added. A list of floats
 //       is a number, see GetDouble.

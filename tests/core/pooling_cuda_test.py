@@ -234,7 +234,7 @@ def test_bad_batch_indices_are_padding(runner, more, dtype):
     )
 
 
-# No gradient of the inputs is computed, so both ways give the same bits.
+# No gradient of the inputs is computed, so both settings run the same code.
 @pytest.mark.parametrize(
     "deterministic",
     [False, pytest.param(True, marks=pytest.mark.slow)],

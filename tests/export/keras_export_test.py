@@ -30,7 +30,7 @@ OTHERS = [name for name in FORMATS if name != "tf_saved_model"]
 
 
 def displace(model):
-    """Sets weights that leave nothing at zero, as new branches are."""
+    """Sets weights that leave nothing at zero. New branches are zero."""
     rng = np.random.default_rng(3)
     for weight in model.weights:
         weight.assign(rng.normal(size=weight.shape) * 0.3)

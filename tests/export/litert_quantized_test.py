@@ -125,7 +125,8 @@ def test_int8_of_large_maps(size, boundary, tmp_path):
     received = run("litert", tmp_path / "model", {"image": image})
     expected = np.asarray(model(image))
     error = received["output_0"] - expected
-    # The mean, not the largest error: single pixels lie where "clamp" jumps.
+    # Compares the root mean square, because single pixels lie where "clamp"
+    # jumps.
     assert np.sqrt(np.mean(error**2) / np.mean(expected**2)) < 0.05
 
 

@@ -38,7 +38,8 @@ def count_control(folder):
         *graph.node,
         *(n for f in graph.library.function for n in f.node_def),
     ]
-    # Keras' own endpoints and ours; what restores variables has none.
+    # Searches all endpoints, Keras' own and ours. The function that restores
+    # variables has no such operations.
     return sum(node.op in CONTROL for node in nodes)
 
 

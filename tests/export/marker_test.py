@@ -20,7 +20,7 @@ ROIS = np.float32([[0, 1, 2, 9, 12], [1, 4, 0, 14, 7], [-1, 0, 0, 9, 9]])
 
 
 def convolve(inputs: tf.Tensor) -> tf.Tensor:
-    """A deformable convolution of images of 4 channels to 4 channels."""
+    """Convolves images of 4 channels to 4 channels, deformably."""
     shape = tf.shape(inputs)
     offset = tf.fill(tf.concat([shape[:3], [18]], 0), 0.3)
     return tf_deform.ops.deformable_conv2d(

@@ -43,7 +43,8 @@ from tf_deform.layers import (
 )
 
 # Kernels take several narrow classes at once, and then sum in another order.
-# The bits equal those of plain pooling with one class, or with wide classes.
+# The bits equal those of plain pooling only with one class, or with wide
+# classes.
 WIDE = {"psroi": {"output_dim": 48}, "pool": {}, "align": {}}
 
 

@@ -27,7 +27,7 @@ from tf_deform.ops import (
 
 
 class Strange:
-    """Is of a type that no library knows, with a long text for itself."""
+    """Belongs to no type that a library knows; has a long `repr`."""
 
     def __repr__(self) -> str:
         return "strange " * 1000

@@ -83,7 +83,7 @@ def assert_close(received, expected, tolerance=CLOSE, name="result"):
 
 
 def randomise(model, scale=0.3):
-    """Sets weights that leave nothing at zero, as new branches are."""
+    """Sets weights that leave nothing at zero. New branches are zero."""
     rng = np.random.default_rng(7)
     for weight in model.weights:
         values = rng.normal(size=weight.shape) * scale

@@ -108,7 +108,7 @@ def _before_a_wall(
 
 
 class Tensor:
-    """Is device memory with the bytes of an array, or full of NaN (0xFF)."""
+    """Holds device memory: the bytes of an array, or only NaN (0xFF)."""
 
     def __init__(
         self, array=None, *, shape=(), dtype=None, alignment=16, offset=0

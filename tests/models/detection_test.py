@@ -428,7 +428,7 @@ def test_writes_everything_that_it_promises(finished):
     }
     for name, differences in metrics["exports"].items():
         assert (out / name).exists()
-        # The values of the boxes are tested in demo_formats_test.py.
+        # The differences themselves are tested in demo_formats_test.py.
         assert set(differences) == {"boxes", "scores", "labels", "valid"}
     saved = metrics["saved_model"]
     assert saved["detections"] > 0

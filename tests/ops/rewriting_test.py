@@ -2,9 +2,9 @@
 """Tests that rewriting graphs to 16 bits leaves positions alone.
 
 TensorFlow may round values to 16 bits if the program asks for it. It may not
-round positions: 600 pixels to the right, a bfloat16 is off by one or two. The
-native ops give the same results for rounded values, because the rewriting never
-touches their positions.
+round positions: 600 pixels to the right, a bfloat16 is off by one or two. A
+branch may compute displacements from rounded values: the native ops, whose
+positions the rewriting never touches, then get the same displacements.
 """
 
 import keras

@@ -236,7 +236,7 @@ struct DataPlan {
   int64_t DeferredBytes() const { return scatter ? pairs * deferred_bytes : 0; }
 };
 
-// Adds a sample's gradient to those corners of the image that `flags` names.
+// Adds a sample's gradient to the corners of the image that `flags` names.
 template <typename E>
 static void AddToCorners(const Sampling<E>& in, int32_t flags, const E* columns,
                          int64_t count, E mask, const Weights<E>& weights,
@@ -265,7 +265,8 @@ static inline int32_t CornersInRows(int32_t flags, int32_t top, int64_t first,
   return flags & mine;
 }
 
-// Adds what `strip` has deferred for rows [first, last) of its image.
+// Adds the gradients that `strip` has deferred for rows [first, last) of its
+// image.
 template <typename E>
 static void AddDeferred(const Sampling<E>& in, const Strip& strip,
                         int64_t first, int64_t last, E* grad_image) {

@@ -166,8 +166,9 @@ static inline void FinishTile(const Geometry& g, const StripBlock& block,
 }
 
 // Works on `strip` until it is done (returns true) or its room for deferred
-// gradients may not hold those of the next pixels (false). Without `packed` no
-// gradients of columns are made. Never inlined: its loops need all registers.
+// gradients may not hold the gradients of the next pixels (false). Without
+// `packed` no gradients of columns are made. Never inlined: its loops need all
+// registers.
 template <typename Makes, typename T, typename O, typename E>
 static __attribute__((noinline)) bool Advance(const DataPlan<T, O>& plan,
                                               const Operands<T>& operands,
@@ -347,7 +348,7 @@ static void SumPairs(const DataPlan<T, O>& plan, const DataMemory<T, O>& memory,
 }
 
 // Writes the wanted gradients of inputs, offset and mask and, if plan.fused,
-// that of the kernel.
+// the gradient of the kernel.
 template <typename T, typename O>
 static void DataPass(const DeformableConv2DParams& params,
                      const DeformableConv2DInputs& inputs,

@@ -32,7 +32,7 @@ constexpr int64_t kInner = 256;
 // The stride is no power of two, which would map all rows to few cache sets.
 constexpr int64_t kTileStride = kInner + 16;
 
-// Return the columns of a packed B, including those that fill up its last
+// Return the columns of a packed B, including the columns that fill up its last
 // panel, and its rows. In bfloat16 a packed B is laid out as
 // matrix_bfloat16-inl.h says.
 template <typename E>
@@ -68,7 +68,7 @@ static inline __attribute__((always_inline)) void StoreSums(
    ...);
 }
 
-// Stores or adds the sums of kRows x kVectors, of which C has `columns`
+// Stores or adds the sums of kRows x kVectors; C has `columns` of these
 // columns.
 template <int kRows, int kVectors, typename E, typename V>
 static inline __attribute__((always_inline)) void StoreTile(const V* sums, E* c,

@@ -31,8 +31,8 @@ static int64_t RoiWork(const RoiGeometry& g) {
 }
 
 // Calls body(row, worker) for every ROI that lies in one of the images
-// [first_image, first_image + images); if first_image is 0, also for those that
-// lie in none.
+// [first_image, first_image + images); if first_image is 0, also for ROIs that
+// lie in no image.
 template <typename E, typename Body>
 static void ForEachRoi(const RoiGeometry& g, const E* rois, int64_t first_image,
                        int64_t images, const ParallelFor& parallel_for,

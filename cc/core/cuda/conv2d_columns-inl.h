@@ -182,7 +182,7 @@ struct ColumnBuffers {
 //   Pixel<float> PixelOf(int i) const, int tap, field    sample i of the plan
 //   bool IsNewPlan() const       the step before had other samples
 //   int PlanRow() const          the first sample that belongs to this step
-//   static constexpr bool kKeepsRows    it stays the same within a plan
+//   static constexpr bool kKeepsRows    PlanRow() is constant within a plan
 //   int channel, count           the panel's channels; kInner further on if
 //                                neither samples nor rows are new
 //   void CopyOther(T* to) const  copies the other operand's panel

@@ -342,10 +342,10 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Adds gradients of columns to those of the inputs in a fixed order. A thread
-// owns a channel of some rows of an image: its block looks through the samples
-// of the image in order, a thread each, lists those that touch its rows, and
-// then goes through the list.
+// Adds gradients of columns to the gradient of the inputs in a fixed order. A
+// thread owns a channel of some rows of an image: its block looks through the
+// samples of the image in order, one sample a thread, lists the samples that
+// touch its rows, and then goes through the list.
 constexpr int kOrderedThreads = 128;
 
 template <typename E>

@@ -39,8 +39,8 @@ struct KernelParts {
   }
 };
 
-// Returns the number of pieces of all channels, each of which belongs to one
-// group and one offset group.
+// Returns the number of pieces of all channels. Each piece belongs to one group
+// and one offset group.
 __host__ __device__ inline int64_t CountChannelPieces(const Geometry& g) {
   int64_t pieces = 0;
   for (int64_t c = 0; c < g.channels; ++pieces) {

@@ -18,7 +18,7 @@ Status Failed(const char* what, cudaError_t error) {
                   cudaGetErrorString(error));
 }
 
-constexpr int kDevices = 64;  // of which good ones are remembered
+constexpr int kDevices = 64;  // whose check is remembered
 
 }  // namespace
 

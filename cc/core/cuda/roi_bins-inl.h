@@ -147,7 +147,8 @@ struct AxisWeights {
   E reach;        // pixels that a displacement of 1 is
 };
 
-// Pixels along an axis, and those whose weights are wanted: [low, high).
+// The number of pixels along an axis, and the range of pixels whose weights are
+// wanted: [low, high).
 struct Span {
   int pixels, low, high;
 };
