@@ -92,7 +92,7 @@ def test_no_kernel_uses_local_memory_by_surprise():
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm, of binutils")
 @pytest.mark.parametrize("library", ["_core.so", "_ops.so"])
 def test_the_cuda_runtime_is_inside_and_hidden(library):
-    """Tests symbols.
+    """Tests that the library hides the symbols of its CUDA runtime.
 
     TensorFlow's CUDA runtime has the same symbols, in another version.
     """

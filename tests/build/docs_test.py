@@ -173,7 +173,7 @@ def test_every_page_can_be_found():
 
 
 def test_the_table_of_exports_is_whole():
-    """Tests all rows.
+    """Tests that the table has every row.
 
     A trial run of benchmarks/export_table.py overwrites the table with the rows
     that it ran.

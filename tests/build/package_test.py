@@ -99,7 +99,7 @@ def test_both_builds_take_the_same_sources():
 
 
 def test_both_builds_compile_with_the_same_flags():
-    """Tests flags.
+    """Tests that setup.py and Bazel use the same flags.
 
     A flag that one build lacks changes its code, and so its results.
     """

@@ -245,7 +245,7 @@ def test_each_gradient_is_the_same_alone(dtype, filters, batch, threads):
 def test_scratch_is_bounded(
     threads, dtype, size, channels, filters, groups, offset_groups
 ):
-    """Tests 4 MiB a worker.
+    """Tests that scratch is at most 4 MiB a worker.
 
     Backward needs a packed kernel and a wide image besides.
     """

@@ -87,9 +87,9 @@ def any_size():
 
 
 def segmenter():
-    """Makes a model like the demo's: bytes in, normalised.
+    """Makes a model like the demo's.
 
-    Scores of pixels out.
+    It normalises images of bytes and returns scores of pixels.
     """
 
     def block(x, layer, filters, **kwargs):

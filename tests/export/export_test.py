@@ -359,7 +359,7 @@ def test_sequential_models_take_any_batch(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_classes(kind, tmp_path):
-    """Tests integers.
+    """Tests outputs that are integers.
 
     The difference is how many of them differ, not by how much.
     """

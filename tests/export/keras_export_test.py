@@ -230,7 +230,7 @@ def test_what_cannot_be_exported_raises(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_conditions(kind, tmp_path):
-    """Tests conditions.
+    """Tests convolutions inside of conditions.
 
     There tf2onnx writes convolutions that no runtime loads, Keras' too.
     """

@@ -191,9 +191,9 @@ def test_int8_of_unknown_sizes_without_padding(layer, tmp_path):
     ],
 )
 def test_int8_of_results_that_are_used(following, tmp_path):
-    """Tests results with a consumer.
+    """Tests results of the model that a later layer also uses.
 
-    The quantizer would lose them behind the rounded copies.
+    The quantizer would lose such results behind their rounded copies.
     """
     inner = small_model((12, 14))
     outputs = {"y": inner.output, "z": following(inner.output)}

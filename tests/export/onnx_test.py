@@ -178,7 +178,7 @@ def test_models_of_fixed_size(tmp_path):
 
 
 def test_resizing_of_bytes(tmp_path):
-    """Tests bytes.
+    """Tests resizing images of bytes.
 
     TensorFlow returns floats, or bytes for the nearest pixel.
     """

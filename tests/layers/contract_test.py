@@ -457,7 +457,7 @@ def test_training_inside_xla(kind, config):
 
 @every_kind
 def test_training_without_the_bridge_to_xla(kind, monkeypatch):
-    """Tests the state beside an older TensorFlow.
+    """Tests a package without XLA, as beside an older TensorFlow.
 
     If asked for XLA, Keras declines.
     """

@@ -184,9 +184,9 @@ GOOD_OFFSET, GOOD_MODULATOR = (2, 7, 8, 36), (2, 7, 8, 18)
     ids=lambda value: str(value)[:40],
 )
 def test_layer_call(inputs, offset, modulator, changes, text, symbolic):
-    """Tests calls.
+    """Tests symbolic and eager calls of the layer.
 
-    While a model is being built, `compute_output_shape` refuses.
+    `compute_output_shape` refuses symbolic calls.
     """
     arguments = {"filters": 8, "kernel_size": 3, "offset_groups": 2, **changes}
     layer = DeformableConv2D(**arguments)

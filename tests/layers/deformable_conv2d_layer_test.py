@@ -254,9 +254,9 @@ def test_taps_of_branch_and_layer_have_one_centre(padding, branch_padding):
 
 
 def test_shapes_of_the_branch():
-    """Tests outputs: offsets, then the mask as the last third; no groups.
+    """Tests the branch: offsets, then the mask as the last third.
 
-    A bias.
+    The branch has a bias and no groups.
     """
     config = {"kernel_size": (2, 3), "groups": 3, "filters": 9}
     layer = displaced(**config, offset_groups=2)

@@ -291,9 +291,9 @@ BAD_OFFSETS = [
 @pytest.mark.parametrize(("shape", "match"), BAD_OFFSETS)
 @pytest.mark.parametrize("kind", DENSE)
 def test_wrong_offset_in_a_symbolic_call(kind, shape, match):
-    """Tests the number of ROIs, which the op judges.
+    """Tests a wrong number of ROIs, which the op judges.
 
-    Its text may say `trans`.
+    The text of the op may say `trans`.
     """
     shapes = {"inputs": (2, 11, 12, 6), "rois": (7, 5), "offset": shape}
     name = "(offset|trans)" if match == "7" else "offset"
