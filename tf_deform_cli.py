@@ -387,7 +387,7 @@ def _print_diagnosis() -> int:
         "Python", f"{platform.python_version()}, expected {expected[0]}"
     )
     results, end = _diagnose()
-    works = True
+    failed = []
     for step in _STEPS:
         result = results.get(step)
         if result is None:
@@ -396,11 +396,17 @@ def _print_diagnosis() -> int:
             _print_line(step, result["finding"])
         else:
             _print_line(step, f"FAILED: {result.get('error', end)}")
-        works = works and result is not None and "finding" in result
+        if result is None or "finding" not in result:
+            failed.append(step)
     for extra, finding in _extras():
         _print_line(extra, finding)
-    _print_line("verdict", f"the native ops {'' if works else 'do not '}work")
-    return 0 if works else 1
+    verdict = "the native ops work"
+    if "ops" in failed:
+        verdict = "the native ops do not work"
+    elif failed:
+        verdict += f", but not all else: {', '.join(failed)}"
+    _print_line("verdict", verdict)
+    return 1 if failed else 0
 
 
 def _print_line(name: str, finding: str) -> None:

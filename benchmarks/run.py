@@ -151,7 +151,12 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
         default="tf_deform",
         help="whose results all others must reproduce (default: %(default)s)",
     )
-    cpu.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    cpu.add_argument(
+        "--threads",
+        nargs="+",
+        type=int,
+        help="(default: 1 and, if there is a second processor, 2)",
+    )
     cpu.add_argument(
         "--dtype",
         choices=[name for name in TOLERANCES if name != "tf32"],
@@ -175,7 +180,10 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
         "--core", help="made by cc/build.py (default: the installed package's)"
     )
     cuda.add_argument(
-        "--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS
+        "--precisions",
+        nargs="+",
+        choices=PRECISIONS,
+        help=f"(default: {' '.join(PRECISIONS)})",
     )
     cuda.add_argument(
         "--eager",
@@ -195,8 +203,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser()
     options = parser.parse_args(arguments)
     on_cpu = options.device == "cpu"
-    if on_cpu and (options.core or options.eager or options.emulate):
-        parser.error("--core, --eager and --emulate go with --device cuda")
+    if on_cpu and (
+        options.core or options.precisions or options.eager or options.emulate
+    ):
+        parser.error(
+            "--core, --precisions, --eager and --emulate go with --device cuda"
+        )
+    if not on_cpu and (options.threads or options.memory_repeats):
+        parser.error("--threads and --memory-repeats are for the CPU only")
+    options.precisions = options.precisions or PRECISIONS
     if not on_cpu and options.against:
         parser.error("--against is for the CPU only")
     options.quick |= options.emulate
@@ -217,6 +232,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         options.timeout = TIMEOUTS[options.device]
         options.timeout *= EMULATION if options.emulate else 1
     available = machine.count_processors()
+    if options.threads is None:
+        options.threads = [1, 2][:available]
     for threads in options.threads:
         if on_cpu and not 1 <= threads <= available:
             parser.error(

@@ -16,16 +16,15 @@ from types import ModuleType
 from typing import Any
 
 _REGISTRY = "tf2onnx.handler"
-_OPS = [
-    "TfDeform>" + name
+# All native ops, with those of their gradients.
+OPS = [
+    f"TfDeform>{name}{suffix}"
     for name in (
         "DeformableConv2D",
-        "DeformableConv2DGrad",
         "DeformablePSROIPool",
-        "DeformablePSROIPoolGrad",
         "DeformableROIAlign",
-        "DeformableROIAlignGrad",
     )
+    for suffix in ("", "Grad")
 ]
 
 
@@ -50,7 +49,7 @@ class _Refusal:
 
 
 def _register(registry: ModuleType) -> None:
-    registry.tf_op(_OPS)(_Refusal)
+    registry.tf_op(OPS)(_Refusal)
 
 
 class _Finder(importlib.abc.MetaPathFinder):

@@ -25,7 +25,7 @@ SKIPPED = {
     "make demo": "takes minutes; segmentation_test and detection_test train",
     "make test": "is what runs this test",
     "pip install": "installs",
-    "python examples/detection/serve.py": "needs a trained detector; "
+    ".venv/bin/python examples/detection/serve.py": "needs a trained detector; "
     "detection_test runs it",
     "tensorflowjs_converter": "needs an environment of its own",
     "from tensorflowjs": "needs an environment of its own",

@@ -79,10 +79,17 @@ def assert_same_bits(
     expected: Mapping[str, np.ndarray],
     case: object = "",
 ) -> None:
-    """Compares arrays by name and byte by byte: -0 is not 0 here."""
+    """Compares types, shapes and bytes, by name: -0 is not 0 here."""
     __tracebackhide__ = True
-    assert actual.keys() == expected.keys(), case
+    assert actual.keys() == expected.keys(), (
+        f"{case}: expected {sorted(expected)}, received {sorted(actual)}"
+    )
     for name, array in actual.items():
+        kinds = [(x.dtype, x.shape) for x in (array, expected[name])]
+        if kinds[0] != kinds[1]:
+            raise AssertionError(
+                f"{case}: {name}: expected {kinds[1]}, received {kinds[0]}"
+            )
         if array.tobytes() != expected[name].tobytes():
             assert_close(array, expected[name], case=case, name=name)
             raise AssertionError(f"{case}: {name}: a sign or a NaN differs")

@@ -206,5 +206,8 @@ def test_bits_are_compared_by_name():
         )
     with pytest.raises(AssertionError, match=r"output\[1\].*off by 1"):
         assert_same_bits({**zeros, "output": np.arange(2.0)}, zeros)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="received .'output'."):
         assert_same_bits({"output": zeros["output"]}, zeros)
+    for other in (zeros["output"].reshape(1, 2), np.zeros(2, np.int64)):
+        with pytest.raises(AssertionError, match="output: expected .*float64"):
+            assert_same_bits({**zeros, "output": other}, zeros)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tf_deform import _tf2onnx
 from tf_deform.export import _frozen, _source
 
 # The newest opset that tf2onnx writes.
@@ -350,15 +351,7 @@ def _refuse_stale(ctx: Any, node: Any, name: str, _: Any) -> None:
 
 
 HANDLERS: dict[str, Callable[[Any, Any, str, Any], None]] = {
-    **{
-        f"{_source.NAMESPACE}{name}{suffix}": _refuse_stale
-        for name in (
-            "DeformableConv2D",
-            "DeformablePSROIPool",
-            "DeformableROIAlign",
-        )
-        for suffix in ("", "Grad")
-    },
+    **dict.fromkeys(_tf2onnx.OPS, _refuse_stale),
     _source.NAMESPACE + "DeformableConv2D": _convert_deformable_conv2d,
     "Select": _convert_where,
     "SelectV2": _convert_where,
