@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 _REGISTRY = "tf2onnx.handler"
-# All native ops, with those of their gradients.
+# Names all native ops, including the gradient ops.
 OPS = [
     f"TfDeform>{name}{suffix}"
     for name in (

@@ -139,7 +139,7 @@ def suppress(
         scores: `(batch, n, classes)`.
         size: number of boxes to choose.
         max_overlap: intersection over union with a better box; a box with a
-            larger one is dropped.
+            larger overlap is dropped.
         min_score: bound that a score must exceed, at least 0.
 
     Returns:
