@@ -222,8 +222,7 @@ def pool(
     count = counts[0] * counts[1]
     share = tf.where(count > 0, 1 / tf.maximum(count, 1), tf.zeros_like(count))
 
-    # Orders the rows of `maps` by image, row, column, cell, class; appends a
-    # row of zeros.
+    # Orders rows by image, row, column, cell, class; adds a row of zeros.
     height, width = (to_index(x) for x in size)
     depth = channels // classes
     maps = _repack(tf.cast(inputs, real), image_size, channels, cells)
