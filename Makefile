@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# `make demo` and `make test` are all that a new user needs. Everything is
-# installed into a virtual environment in this folder.
+# A new user needs only `make demo` and `make test`. Both install everything
+# into a virtual environment in this folder.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -30,8 +30,9 @@ help:
 	@echo "make bazel      build and test the core with Bazel"
 	@echo "make clean      remove what was built (not results in runs/)"
 
-# The package is built against the TensorFlow of the environment, in place, so
-# that Python started in this folder finds it. A changed source builds it anew.
+# Builds the package against the TensorFlow of the environment, in place, so
+# that Python started in this folder finds it. A changed source starts a new
+# build.
 $(INSTALLED): setup.py pyproject.toml cc/build.py $(SOURCES)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --disable-pip-version-check \
@@ -54,21 +55,24 @@ demo-full: $(INSTALLED)
 	$(RUN) examples/detection/train.py --out runs/demo/detection \
 		--data runs/demo/scenes --full
 
-# A warning fails.
+# Builds the documentation; a warning fails.
 docs: $(INSTALLED)
 	$(RUN) docs/api.py build/docs
 
-# In two processes, most tests using one processor; a file's share what it made.
+# Runs the tests in two processes, as most tests use one processor. The tests of
+# a file run in the same process, as they share fixtures.
 test: $(INSTALLED)
 	$(RUN) -m pytest -n 2 --dist loadfile
 
-# With what is marked slow: the rows of grids beyond a cover of all pairs.
+# Also runs the tests marked slow: the rows of grids beyond a cover of all
+# pairs.
 test-full: $(INSTALLED)
 	$(RUN) -m pytest -n 2 --dist loadfile -m ""
 
-# The core without its kernels for GPUs, the ops beside their references, what
-# the layers promise, and the comparisons that all of it rests on. Left out are
-# what compiles, starts other processes or needs gigabytes.
+# Runs the tests of the core without its kernels for GPUs, of the ops against
+# their references, of the layers' contracts, and of the comparisons that all
+# other tests use. Leaves out tests that compile, start other processes or need
+# gigabytes.
 QUICK := $(filter-out tests/core/isa_core_test.py, \
 		$(wildcard tests/core/*_core_test.py)) \
 	tests/ops/arguments_test.py tests/ops/bad_calls_test.py \
@@ -83,7 +87,7 @@ quick: $(INSTALLED)
 benchmark: $(INSTALLED)
 	$(RUN) benchmarks/run.py
 
-# For a machine without TensorFlow: no environment of ours, nothing installed.
+# Runs on a machine without TensorFlow: makes no environment, installs nothing.
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK)
 

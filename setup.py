@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds the core and the TensorFlow ops, and packs them with the Python code.
 
-The ops are built against the TensorFlow that this interpreter imports (in an
-isolated build: the one that pyproject.toml names), and the package then
-requires that minor version: TensorFlow's C++ interface changes with it.
+The ops are built against the TensorFlow that this interpreter imports; in an
+isolated build, this is the TensorFlow that pyproject.toml names. The package
+then requires that minor version, as TensorFlow's C++ interface changes with it.
 """
 
 import functools
@@ -17,7 +17,7 @@ from setuptools.command.build_py import build_py
 
 VERSION = "0.1.0"
 ROOT = os.path.dirname(os.path.abspath(__file__))
-# The same globs as in BUILD: a new op edits no build file.
+# These are the same globs as in BUILD: a new op edits no build file.
 OPS_SOURCES = "cc/tf/*.cc"
 XLA_SOURCES = "cc/xla/*.cc"
 
@@ -34,28 +34,28 @@ except ImportError as error:
         "`pip install 'tensorflow==2.21.*'` first."
     )
 TF_MINOR = ".".join(tf.__version__.split(".")[:2])
-# -isystem: no warnings about headers that are not ours. They also declare
-# deprecated what their own macros use.
+# -isystem suppresses warnings about TensorFlow's headers. Its headers also
+# deprecate names that their own macros use.
 TENSORFLOW_FLAGS = [
     f"-isystem{flag[2:]}" if flag.startswith("-I") else flag
     for flag in tf.sysconfig.get_compile_flags()
 ] + ["-Wno-deprecated-declarations"]
 
 TENSORFLOW_INCLUDE = tf.sysconfig.get_include()
-# The ops inside jit_compile=True: older TensorFlow has no header for that.
+# Older TensorFlow has no header for ops inside jit_compile=True.
 XLA = os.path.exists(os.path.join(TENSORFLOW_INCLUDE, "xla/ffi/api/c_api.h"))
 XLA_FLAGS = [
     f"-isystem{os.path.join(TENSORFLOW_INCLUDE, 'external', folder)}"
     for folder in ("highwayhash", "farmhash_archive/src")
 ]
-# `import tensorflow` has loaded both libraries before.
+# `import tensorflow` loads both libraries before the ops.
 LINK_FLAGS = tf.sysconfig.get_link_flags()
 LINK_FLAGS += ["-l:libtensorflow_cc.so.2"] if XLA else []
 
 
 @functools.cache
 def find_cuda() -> build.Cuda | None:
-    """The CUDA compiler, if there is one; says what will be built."""
+    """Finds the CUDA compiler, if there is one; prints what will be built."""
     cuda = build.find_cuda()
     print(build.describe(cuda), flush=True)
     return cuda
@@ -65,20 +65,22 @@ class BuildExtension(build_ext):
     """Compiles every source once; _core.so is part of _ops.so."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        # Plain names: the libraries do not depend on Python's version.
+        # The names are plain: the libraries do not depend on Python's version.
         return os.path.join(*fullname.split(".")) + ".so"
 
     def build_extensions(self) -> None:
         cuda = find_cuda()
         folder = os.path.abspath(self.build_temp)
-        # The paths of TensorFlow's headers do not tell its version.
+        # The folder names the version, as the paths of TensorFlow's headers do
+        # not.
         ops_folder = os.path.join(folder, f"tensorflow-{tf.__version__}")
         ops = build.cxx_steps(OPS_SOURCES, ops_folder, cuda, TENSORFLOW_FLAGS)
         if XLA:
             flags = [*TENSORFLOW_FLAGS, *XLA_FLAGS]
             ops += build.cxx_steps(XLA_SOURCES, ops_folder, cuda, flags)
         core = build.core_steps(folder, cuda)
-        # XLA's headers take longest: not last, or all else would be waiting.
+        # The ops come first, as XLA's headers take longest to compile: at the
+        # end, all other processors would wait for them.
         objects = build.compile_all([*ops, *core])
         for name, parts, flags in (
             ("tf_deform._core", objects[len(ops) :], ["-lpthread"]),
@@ -111,7 +113,7 @@ class BuildPython(build_py):
 
 
 class BuildWheel(bdist_wheel):
-    """One wheel serves every Python 3 that TensorFlow serves."""
+    """Tags one wheel for every Python 3 that TensorFlow serves."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return ("py3", "none", super().get_tag()[2])
@@ -132,7 +134,8 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["tf_deform", "tf_deform.*"]),
-    # Beside the package, as importing that loads TensorFlow.
+    # The module lies beside the package, as importing the package loads
+    # TensorFlow.
     py_modules=["tf_deform_cli"],
     entry_points={"console_scripts": ["tf-deform = tf_deform_cli:main"]},
     ext_modules=[

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `tf-deform`: where the op library is, and whether it works.
+"""Runs the command `tf-deform`: finds the op library, checks that it works.
 
     tf-deform library
     tf-deform doctor
 
 This module stands beside the package and imports nothing of it, as `import
-tf_deform` loads TensorFlow: help, the version and mistakes on the command line
-are answered at once, and `doctor` also answers where TensorFlow is missing or
-crashes. `python -m tf_deform` runs the same `main`.
+tf_deform` loads TensorFlow. So help, the version and mistakes on the command
+line are answered at once, and `doctor` also answers where TensorFlow is missing
+or crashes. `python -m tf_deform` runs the same `main`.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from typing import Any
 _DISTRIBUTION = "tf-deform"
 _REBUILD = "Run `pip install .` in the project's folder."
 _TIMEOUT = 600  # seconds; TensorFlow on a cold network disk takes minutes
-# Lines of the child that are for the parent: libraries print, too.
+# Begins the child's lines that are for the parent: libraries print, too.
 _MARK = "tf-deform doctor: "
 _LIBRARIES = {"_core.so": "core", "_ops.so": "op"}
 _LIBRARY_HELP = (
@@ -48,15 +48,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Args:
-        arguments: The command line without the program's name; None is that
-            of the process.
+        arguments: The command line without the program's name; None means the
+            command line of the process.
 
     Returns:
-        The exit status: 0, or 1 if the command failed, or 2 if there is none.
+        The exit status: 0, 1 if the command failed, or 2 if there is no
+            command.
 
     Raises:
-        SystemExit: After `--help` and `--version` (0), or where the arguments
-            are wrong (2).
+        SystemExit: After `--help` and `--version` (0), or after wrong arguments
+            (2).
     """
     parser = argparse.ArgumentParser(
         prog="tf-deform",
@@ -74,13 +75,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         commands.add_parser(name, help=text, description=description)
     command = parser.parse_args(arguments).command
     if command is None:
-        # Not to standard output, where a script looks for a path.
+        # Prints to standard error: a script reads a path from standard output.
         parser.print_help(sys.stderr)
         return 2
     return {"library": _print_library, "doctor": _print_diagnosis}[command]()
 
 
-# Facts that need no import of the package.
+# The functions below find facts without an import of the package.
 
 
 def _package() -> str:
@@ -156,8 +157,9 @@ def _print_library() -> int:
     return 0
 
 
-# The steps of `doctor`. They run in a process of their own, in this order; each
-# returns a finding, or raises an error that says why the ops do not work.
+# The functions below are the steps of `doctor`. They run in this order in a
+# child process; each returns a finding, or raises an error that says why the
+# ops do not work.
 
 
 def _check_core() -> str:
@@ -246,8 +248,8 @@ def _compute(wrap: Callable[[Callable], Callable]) -> None:
     """Convolves 0, 1, 2, ... with one tap that reads half a pixel lower.
 
     Raises:
-        ArithmeticError: The outputs or the gradients are not those that the
-            equation gives, exactly, away from the last row and column.
+        ArithmeticError: The outputs or the gradients differ from the exact
+            results of the equation, away from the last row and column.
     """
     import tensorflow as tf
 
@@ -296,13 +298,14 @@ def _run_steps() -> None:
             _tell(step, finding=check())
         except Exception as error:
             _tell(step, error=f"{type(error).__name__}: {error}")
-            # The core and TensorFlow are independent of each other.
+            # The core and TensorFlow are independent of each other, so an error
+            # of the core does not end the steps.
             if check not in (_check_core, _check_gpu):
                 return
 
 
 def _tell(step: str, **result: str) -> None:
-    # A line of its own, also behind something that a library left unfinished.
+    # Begins a new line, as a library may have left a line unfinished.
     line = f"\n{_MARK}{json.dumps({'step': step, **result})}\n"
     os.write(1, line.encode())
 
@@ -311,8 +314,8 @@ def _diagnose() -> tuple[dict[str, dict[str, str]], str]:
     """Runs the steps in a child process.
 
     Returns:
-        The result of every step that began: a "finding", an "error", or, if
-        the child ended within it, neither; and how the child ended, in words.
+        The result of every step that began (a "finding", an "error", or neither
+        if the child ended within the step), and how the child ended, in words.
     """
     code = (
         "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
@@ -338,7 +341,7 @@ def _diagnose() -> tuple[dict[str, dict[str, str]], str]:
 
 
 def _extras() -> Iterator[tuple[str, str]]:
-    """Yields each extra of the distribution, and what it lacks."""
+    """Yields each extra of the distribution, and its missing requirements."""
     try:
         from packaging.requirements import Requirement
     except ImportError:

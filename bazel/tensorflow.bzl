@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The installed TensorFlow as a repository."""
+"""Provides the installed TensorFlow as a repository."""
 
 _QUERY = """
 import os

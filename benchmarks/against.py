@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two builds of this package side by side: `run.py --against FOLDER`.
+"""Compares two builds of this package side by side: `run.py --against FOLDER`.
 
-Each build is in a process of its own, both with the benchmark of this tree.
-They take turns, call by call in random order; one process waits while the
+Each build runs in a process of its own, and both run the benchmark of this
+tree. They take turns, call by call in random order; one process waits while the
 other one runs.
 """
 
@@ -24,11 +24,12 @@ from timing import TOLERANCES, Sampler, agree, take_turns
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BUILDS = ("this", "other")
-# A process has its luck with memory and processors all its life. So each shape
-# is timed in so many pairs of processes, a part of the rounds in each.
+# Memory and processors favour a process by chance for all its life. So each
+# shape is timed in this number of pairs of processes, a part of the rounds in
+# each.
 PAIRS = 3
-# Bounds on times of this tree's build, divided by the other's: of the
-# geometric mean over all rows, and of the lower end of a row's interval.
+# Bounds on the ratios of this tree's times to the other's: on the geometric
+# mean over all rows, and on the lower end of a row's interval.
 MEAN_GOAL = 1.01
 ROW_GOAL = 1.02
 
@@ -37,7 +38,7 @@ def find_trees(folder: str) -> dict[str, str]:
     """Returns both trees by name.
 
     Raises:
-        ValueError: if there is no build in one of them.
+        ValueError: if one of the trees has no build.
     """
     trees = dict(zip(BUILDS, (ROOT, os.path.abspath(folder)), strict=True))
     for tree in trees.values():
@@ -50,7 +51,7 @@ def find_trees(folder: str) -> dict[str, str]:
 
 
 class Build:
-    """A process in which one tree's build computes one shape."""
+    """Holds a process in which one tree's build computes one shape."""
 
     def __init__(self, job: dict[str, Any], stack: contextlib.ExitStack):
         self._job = job
@@ -71,7 +72,7 @@ class Build:
         line = self._process.stdout.readline()
         if not line:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(10)  # it may still be saying why
+                self._process.wait(10)  # it may still be printing the reason
             raise RuntimeError(
                 f"the process ended: {last_lines(self._log)[-1]}"
             )
@@ -92,7 +93,7 @@ class Build:
             return dict(file)
 
     def sampler(self, kind: str) -> Sampler:
-        """Returns what has the process make a call, in milliseconds."""
+        """Returns a function that has the process make a call, in ms."""
 
         def sample() -> float:
             self._process.stdin.write(f"{kind}\n")
@@ -111,7 +112,7 @@ def time_unit(
     """Compares two builds, then times them; a row for each kind of call.
 
     Raises:
-        RuntimeError: if a process ends, or if one pair's time is over.
+        RuntimeError: if a process ends, or a pair takes too long.
     """
     job = job | {"repeats": math.ceil(job["repeats"] / PAIRS)}
     pairs = [_time_pair(job, trees, timeout, seed) for seed in range(PAIRS)]
@@ -142,7 +143,7 @@ def time_unit(
 def _time_pair(
     job: dict[str, Any], trees: dict[str, str], timeout: float, seed: int
 ) -> tuple[dict[str, dict[str, Any]], dict[Any, list[float]]]:
-    """Starts both builds: returns rows by kind of call, and milliseconds."""
+    """Starts both builds; returns rows by kind of call, and milliseconds."""
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         builds = {}
@@ -240,7 +241,7 @@ def name_of(row: dict[str, Any]) -> str:
 
 
 def document(report: dict[str, Any]) -> str:
-    """Returns the table and what it says as Markdown."""
+    """Returns the table and the lines about it as Markdown."""
     header = "shape, threads, kind, this ms, other ms, ratio, 95 % interval"
     header += ", ratio by pair of processes"
     cells = [

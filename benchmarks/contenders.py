@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all contenders of the benchmark have in common.
+"""Defines the interface of all contenders of the benchmark.
 
 `convolution.py` and `roi_pooling.py` each hold a suite: the shapes of one kind
-of operator (`Case`), operands for them (`Operands`), and the contenders, behind
-the same small interface. Every contender lays out the operands of a case for
+of operator (`Case`), operands for them (`Operands`), and the contenders, which
+share a small interface. Every contender lays out the operands of a case for
 itself (`prepare`), is built for them, and then offers `forward()`, `both()`,
-`outputs()` and `gradients()`. What it may do once and ahead of time
-(transposing operands, tracing, building a session) happens in these first two
-steps, outside everything timed.
+`outputs()` and `gradients()`. Work that a contender may do once and ahead of
+time (transposing operands, tracing, building a session) happens in these first
+two steps, which are not timed.
 
-Frameworks are imported when a contender is built, never before: which of them
-is installed, and how many threads it starts, differs from process to process.
-What runs on a GPU is in `contenders_torch.py`.
+A framework is imported when a contender is built, never before: processes
+differ in which frameworks are installed, and in the threads that they start.
+The contenders on a GPU are in `contenders_torch.py`.
 """
 
 import dataclasses
@@ -22,12 +22,12 @@ import numpy as np
 
 
 class Unsupported(Exception):
-    """The contender has no implementation of what the message names."""
+    """Says that the contender has no implementation of a case."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """The settings of a contender besides its case."""
+    """Holds the settings of a contender besides its case."""
 
     threads: int  # on the CPU
     precision: str  # of inputs, kernel and output
@@ -35,18 +35,18 @@ class Setting:
 
 
 class Contender:
-    """A way to compute a case. Results are channels last, in NumPy.
+    """Computes a case in one way. Results are channels last, in NumPy.
 
-    Built from the case, the operands as `prepare` returned them, and the
-    setting.
+    A contender is built from the case, the operands as `prepare` returned them,
+    and the setting.
     """
 
     deformable = True
-    # "required": a contender whose results differ is not timed. "shown": its
-    # difference is in the table. "none": it computes something else.
+    # "required": a contender whose results differ is not timed. "shown": the
+    # difference is in the table. "none": the contender computes something else.
     agreement = "required"
-    both: Callable[[], None] | None = None  # forward + backward, if it has one
-    # Backward alone, if it has one that needs nothing of forward's.
+    both: Callable[[], None] | None = None  # forward + backward, if it trains
+    # Backward alone, if the contender can compute it without forward's results.
     backward: Callable[[], None] | None = None
 
     @classmethod
@@ -78,23 +78,23 @@ class Contender:
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """A kind of operator: its shapes and its contenders."""
+    """Describes a kind of operator: its shapes and its contenders."""
 
     title: str
     case: type
     operands: type
-    # In the order of the table. The packages are what a contender imports.
+    # Contenders in the order of the table, with the packages that they import.
     contenders: dict[str, tuple[type[Contender], tuple[str, ...]]]
     shapes: tuple[str, ...]
     quick_shapes: tuple[str, ...]
-    ratio_to: str  # the contender that all times are divided by
-    # Notes below the table give gains over the best of each group.
+    ratio_to: str  # the contender whose times divide all times
+    # Notes below the table give gains over the best contender of each group.
     peers: tuple[tuple[str, ...], ...]
     # Defaults of options.
     repeats: int
     memory_repeats: int
-    memory_at_all_threads: bool  # or at the largest number only
-    # Computes what all must reproduce, where no contender is the baseline.
+    memory_at_all_threads: bool  # otherwise only at the largest number
+    # Computes the expected results, if no contender is the baseline.
     oracle: type[Contender] | None = None
 
 
@@ -128,8 +128,9 @@ def aligned(array: np.ndarray) -> np.ndarray:
 def _as_tensor(array: np.ndarray) -> Any:
     """Makes a tensor on the array's own memory, which must be aligned.
 
-    `tf.constant` would copy by way of a second buffer and leave that in the
-    allocator's pool, where calls could use it without being seen to.
+    `tf.constant` would copy by way of a second buffer and leave this buffer in
+    the allocator's pool. Calls could then use it, and their memory would not be
+    seen.
     """
     import tensorflow as tf
 
@@ -139,7 +140,7 @@ def _as_tensor(array: np.ndarray) -> Any:
 
 
 class TensorFlow(Contender):
-    """A contender that is a `tf.function` of the operands, `_call`."""
+    """Computes a case by `_call`, a `tf.function` of the operands."""
 
     constants: tuple[str, ...] = ()  # operands that get no gradient
 
@@ -165,8 +166,8 @@ class TensorFlow(Contender):
         cotangent, *tensors = map(_as_tensor, arrays.values())
         _, *names = arrays
 
-        # Each function also returns one number of its result. Fetching it is
-        # what proves that the call has finished, and costs nothing; fetching
+        # Each function also returns one number of its result. Fetching this
+        # number proves that the call has finished, and costs nothing; fetching
         # the result would add a copy that no model makes.
         @tf.function
         def forward(*tensors):
@@ -189,18 +190,18 @@ class TensorFlow(Contender):
             first = tf.reshape(gradients["inputs"], [-1])[0]
             return output, gradients, first
 
-        # The output is returned too: where no gradient needs it, the forward
-        # pass would else be pruned from the graph.
+        # Returns the output, too: otherwise the forward pass would be pruned
+        # from the graph where no gradient needs it.
         @tf.function
         def both(cotangent, *tensors):
             return differentiate(cotangent, *tensors)
 
-        # And here it is pruned.
+        # Leaves the output out, so that the forward pass is pruned.
         @tf.function
         def backward(cotangent, *tensors):
             return differentiate(cotangent, *tensors)[1:]
 
-        # Concrete functions: tracing happens here, not in the first call.
+        # Makes concrete functions: tracing happens here, not in the first call.
         forward = forward.get_concrete_function(*tensors)
         both = both.get_concrete_function(cotangent, *tensors)
         self._forward = lambda: forward(*tensors)
@@ -228,7 +229,7 @@ class TensorFlow(Contender):
 
 
 class OnnxRuntime(Contender):
-    """ONNX Runtime on a graph of one node."""
+    """Runs ONNX Runtime on a graph of one node."""
 
     opset = 22
 
@@ -254,13 +255,15 @@ class OnnxRuntime(Contender):
             helper.make_graph([node], node.op_type, inputs, [output]),
             opset_imports=[helper.make_opsetid("", self.opset)],
             # Opset 22 came with this version of the file format; the onnx
-            # package would write its newest, which a runtime may not know.
+            # package would write its newest version, which a runtime may not
+            # know.
             ir_version=10,
         )
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = setting.threads
         options.inter_op_num_threads = 1
-        # Workers may spin while a call runs, not while others are timed.
+        # Workers may spin while a call runs, but not while other contenders are
+        # timed.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         session = onnxruntime.InferenceSession(
             model.SerializeToString(),
@@ -279,7 +282,7 @@ class OnnxRuntime(Contender):
         self._run = lambda: session.run_with_iobinding(binding)
 
     def _node(self, case: Any) -> Any:
-        """Returns the node; its operands are called as in `prepare`."""
+        """Returns the node; its operands have the names of `prepare`."""
         raise NotImplementedError
 
     def forward(self) -> None:
@@ -291,7 +294,7 @@ class OnnxRuntime(Contender):
 
 
 class OpenVino(Contender):
-    """OpenVINO on a graph of one node."""
+    """Runs OpenVINO on a graph of one node."""
 
     def __init__(
         self, case: Any, arrays: dict[str, np.ndarray], setting: Setting
@@ -311,9 +314,11 @@ class OpenVino(Contender):
             {
                 "PERFORMANCE_HINT": "LATENCY",
                 "INFERENCE_NUM_THREADS": setting.threads,
-                # Without this it computes in bfloat16 where it can.
+                # Without this option OpenVINO computes in bfloat16 where it
+                # can.
                 "INFERENCE_PRECISION_HINT": "f32",
-                # The process is pinned already, the same for everybody.
+                # The process is pinned already, in the same way for all
+                # contenders.
                 "ENABLE_CPU_PINNING": False,
             },
         )

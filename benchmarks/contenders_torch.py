@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who takes part on a GPU: this package's kernels, torchvision, cuDNN.
+"""Runs contenders on a GPU: this package's kernels, torchvision, cuDNN.
 
-All run on PyTorch's tensors and its current stream; this package's kernels are
-called through the core's C entry points, so that TensorFlow is not needed. On
-the device "cpu" they are the emulated kernels of `tests/lib/gpu.py`, which
-tries the harness on a machine without a GPU.
+All contenders run on PyTorch's tensors and its current stream. This package's
+kernels are called through the core's C entry points, so that TensorFlow is not
+needed. On the device "cpu" they are the emulated kernels of `tests/lib/gpu.py`,
+so that the harness can be tried on a machine without a GPU.
 """
 
 import ctypes
@@ -31,25 +31,26 @@ import gpu  # noqa: E402
 
 Arrays = dict[str, np.ndarray]
 
-# By name: the element type, and whether products of float32 may be rounded to
-# tf32.
+# Maps a name to the element type, and to whether products of float32 may be
+# rounded to tf32.
 PRECISIONS = {
     "float32": ("float32", False),
     "tf32": ("float32", True),
     "float16": ("float16", False),
     "bfloat16": ("bfloat16", False),
 }
-# The operands that have the precision's type; the others are coordinates.
+# These operands have the precision's type; all other operands are coordinates.
 OF_TYPE = ("inputs", "kernel", "cotangent")
-# Edge of the matrices whose product gives a GPU's peak; on a CPU, to try it.
+# Edge of the matrices whose product measures a GPU's peak; a CPU only tries it.
 PEAK_SIZE = {"cuda": 8192, "cpu": 128}
 
 
-# Operands that every precision can hold, so that all get the same.
+# The functions below make operands that every precision can hold, so that all
+# contenders get the same operands.
 
 
 def representable(array: np.ndarray) -> np.ndarray:
-    """Rounds to what bfloat16 and float16 can both hold."""
+    """Rounds to numbers that bfloat16 and float16 both hold."""
     import torch
 
     tensor = torch.from_numpy(array)
@@ -63,8 +64,8 @@ class ConvOperands(convolution.Operands):
     def random(cls, case: convolution.Case) -> "ConvOperands":
         """Makes operands whose offsets are odd multiples of 1/8.
 
-        In float16, in which torchvision adds coordinates up, these are then
-        exact too (in images of less than 256 pixels).
+        torchvision adds up coordinates in float16; these offsets make the sums
+        exact there, too (in images of less than 256 pixels).
         """
         operands = super().random(case)
         fields = {
@@ -87,7 +88,7 @@ class PoolingOperands(roi_pooling.Operands):
         )
 
 
-# Operators, as the core names them.
+# The operators have these names in the core.
 
 
 def _is_conv(case: Any) -> bool:
@@ -121,7 +122,7 @@ def _op(case: Any) -> tuple[str, dict[str, Any]]:
 
 
 class _OnDevice(Contender):
-    """A contender of the table: takes all operands, as they are."""
+    """Takes all operands as they are; a contender of the table."""
 
     @classmethod
     def prepare(cls, case: Any, operands: Any) -> Arrays:
@@ -134,7 +135,7 @@ class _OnDevice(Contender):
 
 
 class Core(_OnDevice):
-    """This package on the CPU in float64: what all must reproduce."""
+    """Computes expected results: this package on the CPU in float64."""
 
     def __init__(self, case: Any, arrays: Arrays, setting: Setting):
         del setting
@@ -161,7 +162,7 @@ class Core(_OnDevice):
 
 
 class TfDeform(_OnDevice):
-    """This package's kernels, by the core's C entry points."""
+    """Runs this package's kernels through the core's C entry points."""
 
     def __init__(self, case: Any, arrays: Arrays, setting: Setting):
         import torch
@@ -199,7 +200,8 @@ class TfDeform(_OnDevice):
                 structs, (tensors, self._gradients), strict=True
             )
         )
-        # PS-ROI pooling has a second output, which is not asked for.
+        # PS-ROI pooling has a second output, the counts, which the caller
+        # leaves out.
         counts = [None] if op == "DeformablePSROIPool" else []
         self._outputs = [ctypes.c_void_p(self._output.data_ptr()), *counts]
         self._allocate(setting.device)
@@ -242,7 +244,7 @@ class TfDeform(_OnDevice):
         self._call("Backward", cotangent, self._workspace, self._targets)
 
     def _poison(self) -> None:
-        """Fills what has to be written with NaN, so that a hole shows."""
+        """Fills memory to be written with NaN, so that a gap shows."""
         for tensor in (self._output, *self._gradients.values()):
             tensor.fill_(math.nan)
         self._memory.fill_(255)
@@ -262,10 +264,10 @@ class TfDeform(_OnDevice):
 
 
 class _Torch(_OnDevice):
-    """A function of PyTorch or torchvision, with its own gradients.
+    """Runs a function of PyTorch or torchvision, with its own gradients.
 
-    Subclasses name the operands that they take, those that get a gradient
-    first, and compute `_call` in channels first.
+    Subclasses name the operands that they take, first the operands that get a
+    gradient, and compute `_call` in channels first.
     """
 
     names: tuple[str, ...]
@@ -324,7 +326,7 @@ class _Torch(_OnDevice):
 
 
 class _Torchvision(_Torch):
-    """An operator of torchvision; it has none in bfloat16."""
+    """Runs an operator of torchvision; there is none in bfloat16."""
 
     def __init__(self, case: Any, arrays: Arrays, setting: Setting):
         if setting.precision == "bfloat16":
@@ -332,15 +334,15 @@ class _Torchvision(_Torch):
         if reason := no_torchvision():
             raise Unsupported(f"this installation ({reason})")
         if setting.precision == "float16":
-            # It computes coordinates and sums in 16 bits.
+            # torchvision computes coordinates and sums in 16 bits.
             self.agreement = "shown"
         super().__init__(case, arrays, setting)
 
 
 class TorchvisionConv(_Torchvision):
-    """`torchvision.ops.deform_conv2d`: the same operator.
+    """Runs `torchvision.ops.deform_conv2d`: the same operator.
 
-    Offsets and masks have the same order of channels there.
+    It orders the channels of offsets and masks in the same way.
     """
 
     names = ("inputs", "kernel", "offset", "mask")
@@ -361,7 +363,7 @@ class TorchvisionConv(_Torchvision):
 
 
 class PlainConv(_Torch):
-    """`torch.nn.functional.conv2d`, channels last: cuDNN's convolution."""
+    """Runs cuDNN: `torch.nn.functional.conv2d`, channels last."""
 
     names = ("inputs", "kernel")
     deformable = False
@@ -382,7 +384,7 @@ class PlainConv(_Torch):
 
 
 class TorchvisionPooling(_Torchvision):
-    """`torchvision.ops.ps_roi_align` or `roi_align`: no displacements."""
+    """Runs torchvision's `ps_roi_align` or `roi_align`: no displacements."""
 
     names = ("inputs", "rois")
     constants = ("rois",)
@@ -406,7 +408,7 @@ class TorchvisionPooling(_Torchvision):
         )
 
 
-# PyTorch itself.
+# The functions below are about PyTorch itself.
 
 
 def set_precision(precision: str) -> None:
@@ -421,7 +423,7 @@ def set_precision(precision: str) -> None:
 
 @functools.cache
 def no_torchvision() -> str | None:
-    """Returns why torchvision's operators cannot be used."""
+    """Returns the reason why torchvision cannot be used, or None."""
     try:
         from torchvision import extension
 
@@ -499,7 +501,7 @@ CONV = dataclasses.replace(
         "8x56x56x256->256",
         "2x100x168x256->256",
     ),
-    # Fast enough for emulated kernels.
+    # This shape is small enough for emulated kernels.
     quick_shapes=("2x5x7x8->12,s2,og2",),
     ratio_to="cudnn, plain",
     peers=(("torchvision",),),

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What later conversions of ONNX files do to deformable layers.
+"""Measures the effect of later conversions of ONNX files on deformable layers.
 
     python benchmarks/conversions.py
 
-Writes small models with `tf_deform.export`, converts the files with other
-programs, and prints by how much what they then give differs from the model: the
-largest difference, and the root of the mean square, in percent of the largest
-number. Conversions of packages that are not installed are left out: nncf, and
-onnxconverter-common, are no part of `pip install 'tf-deform[test]'`.
+It writes small models with `tf_deform.export`, converts the files with other
+programs, and prints by how much the outputs of these files differ from the
+model's: the largest difference, and the root of the mean square, in percent of
+the largest number. It leaves out conversions of packages that are not
+installed: nncf and onnxconverter-common are no part of `pip install
+'tf-deform[test]'`.
 """
 
 import argparse
@@ -36,10 +37,10 @@ import openvino_extension  # noqa: E402
 import tf_deform  # noqa: E402
 from tf_deform import export  # noqa: E402
 
-# Arrays by name to the first output.
+# Takes arrays by name; returns the first output.
 Run = Callable[[dict[str, np.ndarray]], np.ndarray]
 Inputs = dict[str, np.ndarray]
-# The names of what computes positions, and reads there.
+# Nodes that compute positions, and read there, have this word in their names.
 DEFORMABLE = "deformable"
 
 
@@ -91,7 +92,7 @@ def make_inputs(kind: str, size: int, seed: int = 0) -> Inputs:
 
 
 class Calibration(quantization.CalibrationDataReader):
-    """Inputs by which a converter chooses its ranges."""
+    """Yields inputs by which a converter chooses its ranges."""
 
     def __init__(self, kind: str, size: int):
         self.batches = iter(
@@ -123,7 +124,7 @@ def layers_nodes(proto: onnx.ModelProto) -> list[str]:
 def convert(
     kind: str, size: int, folder: pathlib.Path
 ) -> Iterator[tuple[str, Callable[[], Run]]]:
-    """Yields the name of each conversion, and what converts and loads."""
+    """Yields each conversion's name, and a function that converts and loads."""
     model = make_model(kind)
     source, portable = folder / "model.onnx", folder / "portable"
     target = folder / "converted.onnx"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deformable convolution: its shapes, its operands, and who computes it."""
+"""Defines shapes, operands and contenders of deformable convolution."""
 
 import dataclasses
 import math
@@ -34,7 +34,7 @@ _SUFFIXES = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A shape to run: a "same" convolution with a square kernel."""
+    """Describes a shape to run: a "same" convolution with a square kernel."""
 
     batch: int
     height: int
@@ -98,7 +98,7 @@ class Case:
 
     @property
     def taps(self) -> int:
-        """Returns how many samples an output pixel takes from each channel."""
+        """Returns the number of an output pixel's samples per channel."""
         return self.kernel * self.kernel
 
     @property
@@ -126,7 +126,7 @@ class Case:
 
     @property
     def product_flop(self) -> int:
-        """Returns operations of the forward product, two a multiply-add.
+        """Returns operations of the forward product; a multiply-add is two.
 
         The backward pass has two more products of the same size.
         """
@@ -149,7 +149,7 @@ class Case:
     def tiny(self) -> "Case":
         """Returns the same convolution on a map that costs nothing."""
         channels, filters = self.channels, self.filters
-        if not self.depthwise:  # which it must stay
+        if not self.depthwise:  # a depthwise convolution keeps its channels
             channels = filters = 8 * self.groups * self.offset_groups
         return dataclasses.replace(
             self, batch=1, height=8, width=8, channels=channels,
@@ -159,7 +159,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Operands:
-    """NumPy operands, channels last, named as in `deformable_conv2d`."""
+    """Holds NumPy operands, channels last, named as in `deformable_conv2d`."""
 
     inputs: np.ndarray
     kernel: np.ndarray
@@ -173,7 +173,7 @@ class Operands:
 
         The seed is fixed. Offsets are odd multiples of 1/128. So every
         coordinate is exact in float32, in whatever order a contender adds it
-        up, and lies between two pixels, where the derivative is the same in
+        up. It also lies between two pixels, where the derivative is the same in
         every convention.
         """
         rng = np.random.default_rng(20)
@@ -223,7 +223,7 @@ class _TensorFlow(TensorFlow):
 
 
 class TfDeform(_TensorFlow):
-    """This package."""
+    """Runs this package."""
 
     def _call(self, inputs, kernel, offset, mask=None):
         import tf_deform
@@ -241,9 +241,9 @@ class TfDeform(_TensorFlow):
 
 
 class Conv2D(_TensorFlow):
-    """The plain convolution: what deforming is measured against.
+    """Runs the plain convolution, to which deforming is compared.
 
-    `tf.nn.conv2d` or, where each channel is a group, the faster
+    It is `tf.nn.conv2d` or, if each channel is a group, the faster
     `tf.nn.depthwise_conv2d`, unless that lacks the strides and dilation.
     """
 
@@ -251,7 +251,7 @@ class Conv2D(_TensorFlow):
 
     @classmethod
     def prepare(cls, case: Case, operands: Operands) -> dict[str, np.ndarray]:
-        """Returns operands; a depthwise kernel in its operator's shape."""
+        """Returns operands; a depthwise kernel has its operator's shape."""
         arrays = super().prepare(case, operands)
         if _has_depthwise_operator(case):
             shape = (case.kernel, case.kernel, case.channels, -1)
@@ -287,10 +287,11 @@ def _has_depthwise_operator(case: Case) -> bool:
 
 
 class Gather(_TensorFlow):
-    """Stock TensorFlow: four gathers, a weighted sum, one matrix product.
+    """Runs stock TensorFlow: four gathers, a weighted sum, a matrix product.
 
-    What one writes without a custom op; the gradient is TensorFlow's own. All
-    taps are gathered at once, which takes less time than one after another.
+    It is the code that a user writes without a custom op; the gradient is
+    TensorFlow's own. All taps are gathered at once, which takes less time than
+    one after another.
     """
 
     def _call(self, inputs, kernel, offset, mask=None):
@@ -300,7 +301,7 @@ class Gather(_TensorFlow):
         places = math.prod(case.output_size)
         groups, taps = case.offset_groups, case.taps
         shape = (case.batch, places, groups, taps)
-        # The order of the columns below: places, taps, offset groups.
+        # Orders offsets as the columns below: positions, taps, offset groups.
         offset = tf.transpose(tf.reshape(offset, (*shape, 2)), (0, 1, 3, 2, 4))
         if mask is not None:
             mask = tf.transpose(tf.reshape(mask, shape), (0, 1, 3, 2))
@@ -311,15 +312,14 @@ class Gather(_TensorFlow):
         fraction = positions - low
         low = tf.cast(low, tf.int32)
 
-        # Rows are pixels, and within a pixel its offset groups.
+        # Makes rows of pixels, and within a pixel of its offset groups.
         flat = tf.reshape(inputs, (case.batch, -1, case.channels // groups))
         samples = []
         for dy, dx in ((0, 0), (0, 1), (1, 0), (1, 1)):
             y, x = low[..., 0] + dy, low[..., 1] + dx
             weight = fraction[..., 0] if dy else 1 - fraction[..., 0]
             weight *= fraction[..., 1] if dx else 1 - fraction[..., 1]
-            # A corner outside the image reads the nearest pixel instead, and
-            # weighs nothing.
+            # A corner outside the image reads the nearest pixel, with weight 0.
             inside = (y >= 0) & (y < case.height) & (x >= 0) & (x < case.width)
             weight = tf.where(inside, weight, tf.zeros_like(weight))
             if mask is not None:
@@ -349,7 +349,7 @@ class Gather(_TensorFlow):
 
 
 def _undeformed_positions(case: Case) -> np.ndarray:
-    """Returns (y, x) of every tap at zero offset: (places, taps, 1, 2)."""
+    """Returns (y, x) of every tap at zero offset: (positions, taps, 1, 2)."""
     axes = []
     for size, (before, _) in zip(case.output_size, case.padding, strict=True):
         starts = np.arange(size) * case.strides - before
@@ -363,7 +363,7 @@ def _undeformed_positions(case: Case) -> np.ndarray:
 
 
 class _ChannelsFirst(Contender):
-    """An inference engine: NCHW, float32, forward alone."""
+    """Runs an inference engine: NCHW, float32, forward alone."""
 
     @classmethod
     def prepare(cls, case: Case, operands: Operands) -> dict[str, np.ndarray]:
@@ -381,10 +381,10 @@ class _ChannelsFirst(Contender):
 
 
 class DeformConv(_ChannelsFirst, OnnxRuntime):
-    """ONNX Runtime's DeformConv, opset 22.
+    """Runs ONNX Runtime's DeformConv, opset 22.
 
-    The kernel is an operand like the others: as a constant of the model it
-    takes the same time, and the session holds on to two copies of it.
+    The kernel is an operand like all others: as a constant of the model it
+    takes the same time, and the session keeps two copies of it.
     """
 
     def _node(self, case: Case) -> Any:
@@ -393,7 +393,7 @@ class DeformConv(_ChannelsFirst, OnnxRuntime):
         (top, bottom), (left, right) = case.padding
         return helper.make_node(
             "DeformConv",
-            # The empty name is the bias, which nobody here has.
+            # The empty name stands for the bias, which no contender has.
             ["inputs", "kernel", "offset"]
             + (["", "mask"] if case.with_mask else []),
             ["output"],
@@ -407,10 +407,10 @@ class DeformConv(_ChannelsFirst, OnnxRuntime):
 
 
 class DeformableConvolution(_ChannelsFirst, OpenVino):
-    """OpenVINO's DeformableConvolution, opset 8.
+    """Runs OpenVINO's DeformableConvolution, opset 8.
 
-    The kernel is a constant of the model, which is how it is served and what
-    lets it be laid out ahead of time.
+    The kernel is a constant of the model, as in serving, so that OpenVINO can
+    lay it out ahead of time.
     """
 
     def __init__(
@@ -461,7 +461,7 @@ SUITE = Suite(
         "16x7x7x512->512",
         "1x32x48x384->96,og4",
     ),
-    # Small, and between them every suffix that all contenders know.
+    # These shapes are small, and have every suffix that all contenders support.
     quick_shapes=("1x28x28x64->64", "2x17x19x32->48,k5,s2,d2,og4"),
     ratio_to="tf.nn.conv2d",
     peers=(("gather",), ("onnxruntime", "openvino")),
@@ -470,8 +470,8 @@ SUITE = Suite(
     memory_at_all_threads=True,
 )
 
-# The same contenders on what is less common, or has little arithmetic for what
-# is sampled.
+# Runs the same contenders on shapes that are less common, or have little
+# arithmetic for their number of samples.
 KINDS_SUITE = dataclasses.replace(
     SUITE,
     title="Kinds of convolution",

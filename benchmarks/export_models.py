@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models of `export_table.py`, and how their files are written."""
+"""Makes the models of `export_table.py`, and writes their files."""
 
 import os
 import pathlib
@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# Two processes at a time, of one thread each.
+# Two processes run at a time, with one thread each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np  # noqa: E402
@@ -21,7 +21,7 @@ MODELS = {
     "recurrent": "recurrent alignment",
     "conditional": "conditional",
 }
-# The file or folder of each format. Keras wants these endings.
+# Maps each format to its file or folder. Keras requires these endings.
 FILES = {
     "native": "native",
     "portable": "portable",
@@ -39,7 +39,7 @@ FILES = {
     "tfjs": "tfjs",
 }
 
-# For each call the inputs, or the outputs, by name.
+# Holds, for each call, the inputs or the outputs by name.
 Cases = list[dict[str, np.ndarray]]
 
 
@@ -48,7 +48,7 @@ def displace(layer: Any, size: float = 1.0) -> None:
 
     Args:
         layer: a layer of this package.
-        size: root mean square of what the branch is given.
+        size: root mean square of the branch's inputs.
     """
     kernel, bias = layer.offset_kernel, layer.offset_bias
     rng = np.random.default_rng(len(layer.name))
@@ -90,11 +90,12 @@ def make_detector() -> tuple[Any, Any, Cases]:
     head = model.get_layer("head")
     displace(head.score_pooling)
     displace(head.box_pooling)
-    # Scores that are far enough apart for rounding not to reorder them.
+    # Spreads the scores far enough apart that rounding does not reorder them.
     for name in ("objectness", "score_maps"):
         kernel = model.get_layer(name).kernel
         kernel.assign(kernel * 10)
-    # Keras exports no dictionary with a tuple in it.
+    # Keras exports no dictionary with a tuple in it, so the tuples are left
+    # out.
     outputs = {name: model.output[name] for name in ("proposals", "logits")}
     network = keras.Model(model.inputs, outputs)
     network.detect = model.detect
@@ -113,7 +114,7 @@ def make_resnet() -> tuple[Any, Any, Cases]:
 
 
 def make_recurrent() -> tuple[Any, Any, Cases]:
-    """Returns a model whose state a deformable layer aligns to each frame."""
+    """Returns a model that aligns its state to each frame by deforming it."""
     import keras
     import tensorflow as tf
 
@@ -151,7 +152,7 @@ def make_recurrent() -> tuple[Any, Any, Cases]:
 
 
 def make_conditional() -> tuple[Any, Any, Cases]:
-    """Returns a model that is deformable or plain, as the input says."""
+    """Returns a model that is deformable or plain, as an input says."""
     import keras
 
     import tf_deform
@@ -189,8 +190,8 @@ def make_conditional() -> tuple[Any, Any, Cases]:
 def make(name: str, folder: pathlib.Path) -> tuple[Any, Any, Cases]:
     """Returns a model, the part of it that is exported, and inputs.
 
-    The first call writes weights, inputs and outputs to the folder; the others
-    read the weights.
+    The first call writes weights, inputs and outputs to the folder; all later
+    calls read the weights.
     """
     import keras
     import tensorflow as tf
@@ -236,7 +237,7 @@ def write(name: str, format_: str, folder: pathlib.Path) -> None:
     (value,) = cases[0].values()
     kind, _, option = format_.partition("-")
     if kind == "keras":
-        model(value)  # That to ONNX wants it.
+        model(value)  # Keras' export to ONNX needs a model that was called.
         formats = {"saved-model": "tf_saved_model"}
         model.export(str(path), format=formats.get(option, option))
         return
@@ -247,7 +248,7 @@ def write(name: str, format_: str, folder: pathlib.Path) -> None:
         export.onnx(source, path, int(kind.removeprefix("onnx")), **arguments)
     else:
         if option:
-            # By how much it differs is for the table to say.
+            # Allows any difference: the table shows it.
             arguments |= {"quantize": option, "tolerance": 1e9}
         if option == "int8":
             given = [value for case in cases for value in case.values()]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The runtimes of `export_table.py`: they run files and compare outputs."""
+"""Runs files in the runtimes of `export_table.py`, and compares outputs."""
 
 import json
 import pathlib
@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from export_models import FILES, ROOT, Cases
 
-# A difference that no rounding in float32 makes.
+# Rounding in float32 never makes a difference as large as this.
 WRONG = 1e-2
 
-# From inputs by name to outputs by name.
+# Takes inputs by name; returns outputs by name.
 Run = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 
 
@@ -27,7 +27,7 @@ def load_tensorflow(path: str, native: bool) -> Run:
         tf.load_op_library(str(ROOT / "tf_deform" / "_ops.so"))
     loaded = tf.saved_model.load(path)
     signatures = loaded.signatures
-    # Keras' has one input, of any name.
+    # Keras' signature has one input, of any name.
     run = signatures["serving_default"]
     (name,) = run.structured_input_signature[1]
     return lambda given: {
@@ -66,11 +66,11 @@ def load_openvino(path: str) -> Run:
     core = openvino.Core()
     if path.endswith(".onnx"):
         core.add_extension(openvino_extension.deform_conv())
-    # Or it computes in bfloat16 where the processor can.
+    # Without this option OpenVINO computes in bfloat16 where the processor can.
     options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
     compiled = core.compile_model(path, "CPU", options)
-    # Keras' export may list what is left over inside beside outputs with such
-    # names.
+    # Keras' export may list tensors that are left over inside beside the
+    # outputs, which have names like this.
     outputs = [
         output
         for output in compiled.outputs
@@ -98,7 +98,7 @@ def load_litert(path: str) -> Run:
 def run_in_node(
     script: str, argument: str, path: pathlib.Path, cases: Cases
 ) -> tuple[Cases, str]:
-    """Runs a file in Node.js: outputs, and what the script noted."""
+    """Runs a file in Node.js; returns outputs and the script's notes."""
     folder = path.parent / f"node_{path.stem}_{pathlib.Path(argument).name}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -146,7 +146,7 @@ def run_in_node(
 
 
 def run(name: str, target: str, folder: pathlib.Path) -> dict[str, Any]:
-    """Runs a file in a runtime, and compares."""
+    """Runs a file in a runtime, and compares its outputs."""
     stored = np.load(folder / "cases.npz")
     cases: Cases = []
     for key in stored:
@@ -164,7 +164,7 @@ def run(name: str, target: str, folder: pathlib.Path) -> dict[str, Any]:
         received, note = run_in_node("onnx.mjs", package, path, cases)
     else:
         if "openvino" in target:
-            # A SavedModel is told from its folder.
+            # A SavedModel is recognised by its folder.
             call = load_openvino(str(path))
         elif "onnx" in target:
             call = load_onnxruntime(str(path))
@@ -213,7 +213,7 @@ def compare(expected: dict, received: dict) -> float:
             f"Expected {len(expected)} outputs. Received: {len(received)}"
         )
     if expected.keys() != received.keys():
-        # Other names: in their order.
+        # Pairs outputs in their order if their names differ.
         received = dict(zip(expected, received.values(), strict=True))
     return max(
         measure(expected[name], np.asarray(received[name])) for name in expected

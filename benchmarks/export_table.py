@@ -6,16 +6,16 @@
     python benchmarks/export_table.py --only detector:onnx22-web resnet
     python benchmarks/export_table.py --only :tfjs --models
 
-Each file is written in a process of its own, and run in another one in which
-tf_deform is not there; what crashes or hangs is one cell's result. The numbers
-are the largest difference from what the model gives here, relative to the
-largest number of an output; of integers the share that differs. Branches are
-random: samples move by one to two pixels.
+Each file is written in a process of its own, and run in another process in
+which tf_deform is not installed. A crash or a hang is the result of one cell
+only. The numbers are the largest difference from the model's output here,
+relative to the largest number of an output; for integers the share of elements
+that differ. Branches are random: samples move by one to two pixels.
 
-Node.js (20 or newer) and npm are needed for what runs in them, and network for
-the first call, which installs those runtimes and tensorflow.js' converter to
-the folder of `--out`. What is there already is not written or run again, unless
-`--again` or a newer version of the file asks for it.
+Some runtimes need Node.js (20 or newer) and npm. The first call needs network:
+it installs these runtimes and tensorflow.js' converter to the folder of
+`--out`. An existing file or result is not made again, unless `--again` or a
+newer version of the file requires it.
 """
 
 import argparse
@@ -44,7 +44,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 PAGE = ROOT / "docs" / "export.md"
 MARKS = "<!-- the table begins -->", "<!-- the table ends -->"
 
-# By target: its row's first cells, the format, the runtime.
+# Maps a target to its row's first cells, the format, the runtime.
 TARGETS = {
     "native": ("`export.saved_model`", "TensorFlow, op library"),
     "portable": ("`export.saved_model`, portable", "TensorFlow"),
@@ -68,8 +68,8 @@ TARGETS = {
     "keras-litert": ("Keras, `litert`", "LiteRT"),
     "keras-torch": ("Keras, `torch`", "PyTorch"),
 }
-# tensorflow.js' converter and packages that it can import: newer versions do
-# not fit it.
+# tensorflow.js' converter needs these versions: it cannot import newer
+# packages.
 CONVERTER = (
     "tensorflowjs==4.22.0",
     "tensorflow==2.19.0",
@@ -77,15 +77,16 @@ CONVERTER = (
     "ydf==0.12.0",
     "setuptools<81",
 )
-# One of its steps takes what is added to a product or a convolution for a bias,
-# whatever its shape, and the wasm backend refuses such a bias: a residual sum
-# of a plain ResNet, too. It runs without that step.
+# One step of the converter takes any term that is added to a product or a
+# convolution for a bias, whatever its shape, and the wasm backend refuses such
+# a bias. A residual sum of a plain ResNet is also affected. So the converter
+# runs without that step.
 CONVERT = """
 from tensorflowjs.converters import converter, normalize_bias_add
 normalize_bias_add.normalize_bias_add_op = lambda graph: graph
 converter.pip_main()
 """
-# Messages of runtimes, in words that tell more.
+# Maps messages of runtimes to words that tell more.
 REASONS = {
     "TensorListReserve": "LiteRT's builtin operations have no lists of "
     "tensors, of which `tf.scan` makes its loop",
@@ -135,7 +136,7 @@ def spawn(
 
 
 def install(out: pathlib.Path) -> dict[str, str]:
-    """Installs what is not there yet; reasons by runtime where that failed."""
+    """Installs missing runtimes; returns reasons where that failed."""
     reasons = {}
     node = out / "node"
     node.mkdir(parents=True, exist_ok=True)
@@ -144,7 +145,8 @@ def install(out: pathlib.Path) -> dict[str, str]:
     if not (node / "node_modules").exists():
         print("installing runtimes for Node.js", flush=True)
         try:
-            # Without scripts: one would fetch libraries for GPUs.
+            # Installs without scripts: one script would download libraries for
+            # GPUs.
             subprocess.run(
                 ["npm", "install", "--ignore-scripts", "--no-package-lock"],
                 cwd=node,
@@ -176,7 +178,7 @@ def converter(out: pathlib.Path) -> pathlib.Path:
 
 
 class Table:
-    """The cells that are known so far; finds out the others."""
+    """Holds the cells that are known so far, and fills in missing cells."""
 
     def __init__(self, out: pathlib.Path, timeout: float):
         self.out, self.timeout = out, timeout
@@ -200,7 +202,7 @@ class Table:
         )
 
     def write(self, model: str, format_: str) -> dict[str, Any]:
-        """Writes a file once, however many ask for it."""
+        """Writes a file once, also if several cells need it."""
         key = model, format_
         with self.lock:
             lock = self.locks.setdefault(key, threading.Lock())
@@ -243,7 +245,7 @@ class Table:
         return done
 
     def fill(self, model: str, target: str) -> None:
-        """Finds out what is in one cell."""
+        """Finds the result of one cell."""
         runtime = "tfjs" if target == "tfjs" else None
         if target.endswith(("-node", "-web", "tfjs")):
             reason = self.reasons.get("node") or self.reasons.get(runtime)
@@ -340,7 +342,7 @@ def versions() -> dict[str, str]:
 
 
 def choose(only: Sequence[str], skip: Mapping[str, Any]) -> list[tuple]:
-    """Returns the cells that `--only` names, or else all unknown ones."""
+    """Returns the cells that `--only` names, or else all unknown cells."""
     chosen = []
     for target in TARGETS:
         for model in MODELS:
@@ -395,7 +397,7 @@ def main() -> None:
             traceback.print_exc()
             result = {"error": f"{type(error).__name__}: {error}"}
         print("\n" + json.dumps(result), flush=True)
-        os._exit(0)  # Runtimes that crash at the end have done their work.
+        os._exit(0)  # A runtime that crashes at the end has done its work.
 
     out.mkdir(parents=True, exist_ok=True)
     table = Table(out, arguments.timeout)
@@ -411,7 +413,7 @@ def main() -> None:
     text = table.render()
     print(f"\n{text}")
     if missing := choose([], table.results):
-        # A trial of a few cells would empty all the others.
+        # Writing a table of a few cells would empty all other cells.
         print(f"{arguments.page} stays as it is: {len(missing)} cells missing")
         return
     page = arguments.page.read_text()

@@ -4,8 +4,8 @@
     python benchmarks/formats.py
 
 Each file is compared with the model when it is written, and here once more for
-every batch, before anything is timed. All take turns in one process, with as
-many threads each.
+every batch, before anything is timed. All formats take turns in one process,
+and have the same number of threads.
 """
 
 import functools
@@ -34,16 +34,17 @@ from xla import make, make_parser  # noqa: E402
 
 from tf_deform import export  # noqa: E402
 
-# Of the largest output; float32 in another order.
+# Bounds the difference relative to the largest output: float32 sums are in
+# another order.
 TOLERANCE = 1e-4
 KERAS = "Keras, tf.function"
 
-# Images to logits.
+# Takes images; returns logits.
 Run = Callable[[np.ndarray], np.ndarray]
 
 
 def displace(model: keras.Model) -> None:
-    """Displaces samples as training does: new layers do not, to begin with."""
+    """Displaces samples as training does: new layers displace none."""
     for variable in model.trainable_variables:
         if "offset" in variable.path:
             variable.assign(tf.random.normal(variable.shape, stddev=0.1))
@@ -73,7 +74,7 @@ def load_openvino(path: str, threads: int) -> Run:
     core = openvino.Core()
     core.add_extension(openvino_extension.deform_conv())
     options = {"INFERENCE_NUM_THREADS": threads}
-    options["INFERENCE_PRECISION_HINT"] = "f32"  # or bfloat16
+    options["INFERENCE_PRECISION_HINT"] = "f32"  # the default may be bfloat16
     compiled = core.compile_model(path, "CPU", options)
     return lambda images: compiled([images])[0]
 
@@ -81,7 +82,7 @@ def load_openvino(path: str, threads: int) -> Run:
 def load_all(
     model: keras.Model, folder: str, threads: int
 ) -> dict[str, tuple[Run, float]]:
-    """Writes and loads every format: what runs it, and the file's MiB."""
+    """Writes and loads every format; returns functions and sizes in MiB."""
     names = ("native", "portable", "model.onnx", "model.tflite")
     native, portable, onnx, litert = (os.path.join(folder, n) for n in names)
     sizes = [

@@ -3,7 +3,7 @@
 
     python3 benchmarks/gpu_check.py --out FOLDER
 
-needs a GPU, nvcc and PyTorch. See "On a GPU" in README.md in this folder.
+It needs a GPU, nvcc and PyTorch. See "On a GPU" in README.md in this folder.
 """
 
 import argparse
@@ -27,10 +27,10 @@ sys.path.append(str(ROOT))
 
 from cc import build  # noqa: E402
 
-# In this order; the profile only if it is asked for.
+# The sections run in this order; the profile runs only if it is asked for.
 SECTIONS = ("table", "tests", "memcheck", "racecheck", "profile")
-# Seconds after which a unit is given up. A unit is a test file; those of the
-# table are shapes, and their limit is run.py's.
+# Seconds after which a unit is ended. A unit of most sections is a test file; a
+# unit of the table is a shape, whose limit is run.py's.
 TIMEOUTS = {
     "build": 300,
     "tests": 120,
@@ -38,20 +38,20 @@ TIMEOUTS = {
     "racecheck": 30,
     "profile": 120,
 }
-EMULATION = 20  # times slower, or so
+EMULATION = 20  # times slower than a GPU, about
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-# The tools slow every kernel down by a factor of ten and more: of a test's
-# parametrised cases they see the first few.
+# The tools slow every kernel down by a factor of ten and more, so they run only
+# the first few of a test's parametrised cases.
 CHECK_CASES = {"memcheck": 2, "racecheck": 1}
-CHECK_FAILED = 86  # compute-sanitizer's exit status for what it finds
+CHECK_FAILED = 86  # compute-sanitizer's exit status if it finds an error
 _FOUND = re.compile(r"=+ (Invalid|Error|Race|.*hazard)", re.MULTILINE)
 
 
-# The machine.
+# The functions below are about the machine.
 
 
 def count_gpus() -> int:
-    """Returns how many GPUs the driver offers; 0 without a driver."""
+    """Returns the number of GPUs the driver offers; 0 without a driver."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -63,7 +63,7 @@ def count_gpus() -> int:
 
 
 def find_missing(options: argparse.Namespace) -> list[str]:
-    """Returns what this machine lacks."""
+    """Returns a list of missing requirements of this machine."""
     found = []
     if not options.emulate:
         if not count_gpus():
@@ -77,7 +77,7 @@ def find_missing(options: argparse.Namespace) -> list[str]:
     return found
 
 
-# Sections and units.
+# The functions below choose and run sections and units.
 
 
 def choose_cases(lines: list[str], each: int) -> list[str]:
@@ -95,11 +95,11 @@ def choose_cases(lines: list[str], each: int) -> list[str]:
 def judge_check(
     status: int | None, printed: str, tests: int
 ) -> tuple[str, bool]:
-    """Returns what compute-sanitizer says, and whether that is a failure."""
+    """Returns compute-sanitizer's findings, and whether they are a failure."""
     if "Device not supported" in printed:
         return "not run: the tool does not support this device", False
     if status is None:
-        # The tool prints what it finds as it finds it.
+        # The tool prints each finding at once.
         found = bool(_FOUND.search(printed))
         text = "errors until then" if found else "nothing found until then"
         return f"not finished in time; {text} ({tests} tests)", found
@@ -109,7 +109,7 @@ def judge_check(
 
 
 class Check:
-    """Runs sections, unit by unit, and notes how each went."""
+    """Runs sections, unit by unit, and notes the outcome of each unit."""
 
     def __init__(self, options: argparse.Namespace):
         self.options = options
@@ -123,7 +123,7 @@ class Check:
         os.environ["TF_DEFORM_TEST_GPU"] = "0" if options.emulate else "1"
 
     def close(self, unit: str, text: str, failed: bool = False) -> None:
-        """Notes how a unit went: a run that is ended leaves it."""
+        """Notes the outcome of a unit, so that a run that is ended keeps it."""
         self.failed |= failed
         line = f"{'FAILED ' if failed else ''}{unit}: {text}"
         self.lines.append(f"- {line}\n")
@@ -137,7 +137,7 @@ class Check:
     def run(
         self, section: str, command: list[str], **environment: str
     ) -> tuple[int | None, str]:
-        """Runs a program for a section's unit; its log is kept."""
+        """Runs a program for a section's unit, and keeps its log."""
         status, output = run_program(
             command,
             self.timeout(section),
@@ -150,7 +150,7 @@ class Check:
         return status, output
 
     def make(self) -> bool:
-        """Makes the core, and emulated kernels, unless they are given."""
+        """Builds the core and emulated kernels, unless they are given."""
         commands = []
         if not self.options.core:
             command = [sys.executable, "cc/build.py", "--output", self.core]
@@ -186,7 +186,8 @@ class Check:
     def tests(self, files: list[str]) -> None:
         """Runs the device tests."""
         command = [*PYTEST, "--maxfail=20"]
-        # Most of the time goes into what is expected, in NumPy.
+        # Uses several processes, as most of the time goes into expected results
+        # in NumPy.
         if importlib.util.find_spec("xdist"):
             command += ["-n", str(min(8, os.cpu_count() or 1))]
         for file in files:
@@ -205,12 +206,14 @@ class Check:
         if program is None:
             self.close(tool, "not run: no compute-sanitizer on this machine")
             return
-        # Without its cache PyTorch gives every tensor an allocation of its
-        # own, whose bounds are known. PyTorch itself asks the driver for what
-        # may not be there: answers to that are no errors.
+        # Turns PyTorch's cache off, so that every tensor gets an allocation of
+        # its own, whose bounds are known. PyTorch itself asks the driver for
+        # features that may not exist, so errors of the driver's interface are
+        # not reported.
         command = [program, "--tool", tool, "--report-api-errors", "no"]
         command += ["--error-exitcode", str(CHECK_FAILED), "--print-limit", "9"]
-        # Tests with tensors of gigabytes would take all the time.
+        # Leaves out tests with tensors of gigabytes, which would take all the
+        # time.
         collect = [*PYTEST, "--collect-only", "-k", "not 32_bits"]
         for file in files:
             status, listed = self.run(tool, [*collect, file])
@@ -228,7 +231,7 @@ class Check:
             self.close(f"{tool}, {file}", text, failed)
 
     def profile(self, arguments: list[str]) -> None:
-        """Shows one call of our kernels to Nsight Compute."""
+        """Runs one call of our kernels under Nsight Compute."""
         import run
 
         program = shutil.which("ncu")
@@ -262,11 +265,12 @@ def choose_units(
 ) -> tuple[list[str], list[str], list[str]]:
     """Returns sections, words about the table, and test files.
 
-    A word is a section, an operator, or a part of a shape or of a test file's
-    name. Without a word about a section, all that have such a unit are run.
+    A word is a section, an operator, or a part of the name of a shape or of a
+    test file. Without a section among the words, all sections that have a unit
+    of these words are run.
 
     Raises:
-        ValueError: if a word is none of them.
+        ValueError: if a word is of none of these kinds.
     """
     sections = [name for name in SECTIONS if name in words]
     words = [word for word in words if word not in SECTIONS]
@@ -361,7 +365,7 @@ def main(arguments: list[str] | None = None) -> int:
     check = Check(options)
     check.out.mkdir(parents=True, exist_ok=True)
     for log in check.out.glob("*.log"):
-        log.unlink()  # of the last run: logs are appended to
+        log.unlink()  # it is the last run's: logs are appended to
     if check.make():
         for section in sections:
             if section in ("table", "profile"):

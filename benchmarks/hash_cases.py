@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lists the cases of `hash_results.py`: shapes, attributes, operands.
 
-`CHOSEN` has every size around which a kernel takes another way: blocks, vectors
-of all instruction sets, strips, windows, repacked images. A new block or switch
-needs a case there. The other cases are random with fixed seeds.
+`CHOSEN` has every size at which a kernel changes its method: blocks, vectors of
+all instruction sets, strips, windows, repacked images. A new block or switch
+needs a case there. All other cases are random with fixed seeds.
 """
 
 import functools
@@ -15,7 +15,7 @@ import numpy as np
 
 RANDOM_CASES = 60
 OPS = ("conv2d", "psroi_pool", "roi_align")
-# Operands that have gradients, in the order of the functions' arguments.
+# These operands have gradients, in the order of the functions' arguments.
 DIFFERENTIABLE = {
     "conv2d": ("inputs", "kernel", "offset", "mask"),
     "psroi_pool": ("inputs", "trans"),
@@ -80,7 +80,7 @@ def psroi(
 ) -> dict:
     """Describes PS-ROI pooling of maps (batch, height, width).
 
-    With 0 classes there is no `trans`.
+    Without classes (0) there is no `trans`.
     """
     output_dim = max(classes, 1) * class_channels
     attributes = {"output_dim": output_dim, "spatial_scale": 0.5} | attributes
@@ -120,9 +120,10 @@ def align(
     )
 
 
-# Sizes around every block, vector and switch of the kernels.
+# Lists sizes around every block, vector and switch of the kernels.
 CHOSEN = [
-    # Rows of the columns: blocks of 256, of what a pixel may defer, pieces.
+    # Rows of the columns: blocks of 256, the rows that a pixel may defer,
+    # pieces.
     *(conv((1, 3, 5, n), (1, 1, 7)) for n in (255, 256, 257)),
     *(conv((2, 4, 3, n), (3, 2, 5), mask=False) for n in (31, 43, 86)),
     # Filters: vectors and panels of all types and instruction sets, 1024.
@@ -142,17 +143,19 @@ CHOSEN = [
     ),
     # Few pixels and many filters: workers share the filters.
     conv((1, 3, 3, 64), (3, 3, 160), padding="same"),
-    # Strips, with samples far away, which are deferred, until there is no room.
+    # Strips, with samples far away, which are deferred until no room is left.
     conv((1, 40, 36, 33), (3, 3, 8), spread=20, padding="same"),
     conv((1, 90, 70, 32), (3, 3, 4), spread=40, padding="same"),
     conv((2, 57, 8, 20), (3, 3, 17), spread=3, padding="same"),
     conv((5, 9, 8, 16), (3, 3, 12), padding="same", boundary="clamp"),
     conv((65, 4, 3, 9), (2, 2, 11), strides=(1, 2)),
-    # The gradient of the kernel in the same pass, and in one of its own.
+    # The kernel's gradient in the same pass as others, and in a pass of its
+    # own.
     conv((4, 8, 9, 24), (3, 3, 256), padding="same", mask=False),
     conv((4, 8, 9, 24), (3, 3, 257), padding="same", mask=False),
     conv((2, 12, 11, 96), (3, 3, 80), padding="same"),
-    # Groups: depthwise, with two filters each, pieces, bundles, bfloat16's.
+    # Groups: depthwise, with two filters each, pieces, bundles, bfloat16's
+    # bundles.
     conv((2, 9, 7, 24), (3, 3, 24), 24, padding="same", offset_groups=3),
     conv((1, 30, 29, 8), (3, 3, 16), 8, padding="same", spread=6),
     conv((2, 7, 8, 12), (3, 2, 18), 3, offset_groups=2),
@@ -169,7 +172,7 @@ CHOSEN = [
         align((1, 40, 37, 5), 9, pooled_size=n, sampling_ratio=m)
         for n, m in ((1, 0), (1, 40), (2, 16), ((2, 3), 1), (4, 0))
     ),
-    # Narrow classes, one to a lane or a few; without displacements.
+    # Narrow classes, one or a few in a lane; pooling without displacements.
     *(
         psroi((2, 9, 8), 7, classes, each, pooled_size=3, group_size=2)
         for classes, each in ((21, 1), (9, 3), (5, 8), (3, 17), (1, 33), (0, 9))
@@ -267,19 +270,20 @@ def cases() -> dict[str, dict]:
                 words += f",{name}={value}"
         for name, value in case["attributes"].items():
             words += f",{name}={value}"
-        # Names have no numbers: a new case changes no name, hence no operand.
+        # Names have no numbers, so that a new case changes no name, and no
+        # operand.
         named[f"{case['op']}/{words.replace(' ', '')}"] = case
     assert len(named) == len(made)
     return named
 
 
 def is_chosen(name: str) -> bool:
-    """Returns whether the case is in the eighth that stands for all."""
+    """Returns whether the case is in the eighth that represents all cases."""
     return zlib.crc32(name.encode()) % 8 == 0
 
 
 def work_of(case: dict) -> int:
-    """Returns about how many multiplications the case takes."""
+    """Returns about the number of multiplications of the case."""
     if case["op"] != "conv2d":
         samples = case["attributes"].get("sample_per_part", 4)
         bins = math.prod(pair(case["attributes"]["pooled_size"]))
@@ -308,7 +312,8 @@ def operands(name: str) -> dict[str, np.ndarray]:
         made["offset"] = offset
         if case["mask"]:
             mask = rng.normal(size=(*shape, taps))
-            # A sample outside is 0 under any mask.
+            # A sample outside is 0 under any mask, so the mask may be NaN
+            # there.
             mask[np.isnan(offset[..., ::2])] = np.nan
             made["mask"] = mask
         shape = (*shape, case["kernel"][3])
@@ -349,7 +354,8 @@ def random_rois(rng: np.random.Generator, case: dict) -> np.ndarray:
     return np.concatenate([image, corners], axis=1)
 
 
-# Class, its arguments, and the shapes of the call's; ROIs are (count,).
+# Lists the class, its arguments, and the shapes of the call's operands; ROIs
+# have the shape (count,).
 LAYERS: list[tuple[str, dict, dict]] = [
     (
         "DeformableConv2D",

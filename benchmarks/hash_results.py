@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hashes results of every kind, to see whether a change has changed a bit.
+"""Hashes results of every kind, to show whether a change has changed a bit.
 
     cd BEFORE && python SCRIPT --out before.txt
     cd AFTER && python SCRIPT --out after.txt
     diff before.txt after.txt
 
-where SCRIPT is the path of this one file for both, BEFORE and AFTER are two
-checkouts that are built in place (`make install`), and the machine is the same.
-The script uses the public functions and layers, the C entry points of the CUDA
-kernels, and environment variables: files may have moved between the two.
+where SCRIPT is the path of this same file in both lines, BEFORE and AFTER are
+two checkouts that are built in place (`make install`), and the machine is the
+same. The script uses the public functions and layers, the C entry points of the
+CUDA kernels, and environment variables, so files may have moved between the two
+checkouts.
 
-It prints one line for each case: its name, the SHA-256 of its results, and the
-first digits of each result's own. The last line is the hash of all lines. The
-names begin with
+It prints one line for each case: its name, the SHA-256 of all its results, and
+the first digits of each single result's hash. The last line is the hash of all
+lines. The names begin with
 
     cpu/ISA/THREADS     functions and gradients, for each instruction set that
                         this processor has, with 1 and 3 threads
@@ -23,8 +24,9 @@ names begin with
     demo                the losses of the examples' first ten training steps
 
 NaNs count as equal whatever their sign and payload: a compiler that exchanges
-the operands of a sum changes them. `--only cpu/avx2/1/roi_align` runs the cases
-whose names match. A whole run takes about three minutes of processor time.
+the operands of a sum changes sign and payload. `--only cpu/avx2/1/roi_align`
+runs the cases whose names match. A whole run takes about three minutes of
+processor time.
 """
 
 import argparse
@@ -76,7 +78,7 @@ def digest(value: Any) -> str:
     array = np.asarray(value)
     kind = f"{array.dtype} {array.shape}".encode()
     if array.dtype.kind not in "iub":
-        # float64 holds all numbers of the four types.
+        # Converts to float64, which holds all numbers of the four types.
         array = array.astype(np.float64)
         array = np.where(np.isnan(array), np.nan, array)
     return hashlib.sha256(kind + array.tobytes()).hexdigest()
@@ -98,7 +100,7 @@ def run_function(
 ) -> Iterator[tuple[str, Any]]:
     """Yields output, count, gradients and, of a small case, each one alone.
 
-    A gradient alone takes another way through the kernels.
+    The kernels compute a single gradient by another method than all gradients.
     """
     import tensorflow as tf
 
@@ -149,7 +151,7 @@ def run_function(
 
 
 def dtypes_of(name: str, isa: str) -> Iterable[str]:
-    if isa in ("avx512_bf16", "amx"):  # as avx512, but for these products
+    if isa in ("avx512_bf16", "amx"):  # avx512 but for bfloat16
         return ("bfloat16",) if name.startswith("conv2d") else ()
     return DTYPES
 
@@ -173,7 +175,7 @@ class Stream(ctypes.Structure):
 
 
 def pointers(arrays: list[np.ndarray | None]) -> ctypes.Array:
-    """Returns the addresses of operands, and zeros for what may follow."""
+    """Returns addresses of operands, and zeros for arguments after them."""
     addresses = [None if a is None else a.ctypes.data for a in arrays]
     return (ctypes.c_void_p * 8)(*addresses)
 
@@ -290,7 +292,7 @@ def run_cuda(
     slots = DIFFERENTIABLE[case["op"]]
     order = slots if case["op"] == "conv2d" else (slots[0], "rois", slots[1])
 
-    # Validate writes sizes behind the attributes.
+    # Validate writes sizes behind the attributes, so there is room for them.
     params = PARAMS[case["op"]](case["attributes"])
     params = ctypes.create_string_buffer(params, len(params) + 128)
     shapes = [
@@ -389,7 +391,7 @@ def run_layer(index: int, policy: str, how: str) -> Iterator[tuple[str, Any]]:
         with tf.GradientTape() as tape:
             tape.watch(sources)
             outputs = layer(**given)
-            # Neighbours have different weights, so no gradients cancel out.
+            # Neighbours get different weights, so that no gradients cancel out.
             ramp = tf.cast(tf.range(tf.size(outputs)) % 17 - 7, outputs.dtype)
             loss = tf.reduce_sum(outputs * tf.reshape(ramp, outputs.shape))
         weights = [weight.value for weight in layer.trainable_weights]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The machine and what is installed: numbers mean nothing without them."""
+"""Describes the machine and the installed packages, for readers of results."""
 
 import ctypes
 import glob
@@ -21,14 +21,14 @@ INSTRUCTION_SETS = re.compile(
 
 
 def count_processors() -> int:
-    """Returns how many processors this process may use."""
+    """Returns the number of processors that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def instruction_set() -> str | None:
-    """Returns what `tf_deform` uses on this processor, in this environment."""
+    """Returns the instruction set of `tf_deform` in this environment."""
     spec = importlib.util.find_spec("tf_deform")
     folders = spec.submodule_search_locations if spec else None
     for folder in folders or []:
@@ -40,7 +40,7 @@ def instruction_set() -> str | None:
 
 
 def describe() -> dict[str, Any]:
-    """Returns what tells about the numbers; nothing that names a host."""
+    """Returns facts that explain the numbers; none names the host."""
     model, flags = platform.processor() or platform.machine(), []
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
@@ -70,7 +70,7 @@ def _memory_gib() -> float | None:
 
 
 def ask_driver(field: str) -> str:
-    """Returns what nvidia-smi tells of the first GPU."""
+    """Returns a field that nvidia-smi prints about the first GPU."""
     query = [f"--query-gpu={field}", "--format=csv"]
     return _first_match(["nvidia-smi", *query], r"\n(.*)")
 
@@ -85,7 +85,7 @@ def describe_cuda() -> dict[str, str]:
 
 
 def _first_match(command: list[str], pattern: str) -> str:
-    """Returns what the pattern's group matches in a program's output."""
+    """Returns the text that the pattern's group matches in an output."""
     try:
         _, output = run_program(command, 60, stderr=subprocess.DEVNULL)
     except OSError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Child processes: started, waited for so long, ended with all of theirs."""
+"""Starts child processes, waits for them, and ends them with their children."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ WORKER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "worker.py")
 
 @contextlib.contextmanager
 def start(command: list[str], **options: Any) -> Iterator[subprocess.Popen]:
-    """Starts a program; nothing is left of it and its children afterwards."""
+    """Starts a program; ends it and all its children afterwards."""
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -40,7 +40,7 @@ def kill(process: subprocess.Popen) -> None:
 def run_program(
     command: list[str], timeout: float, **options: Any
 ) -> tuple[int | None, str]:
-    """Returns the exit status, None if it took too long, and what it says."""
+    """Returns the exit status, None if it took too long, and its output."""
     with start(command, stdin=subprocess.DEVNULL, **options) as process:
         try:
             output, _ = process.communicate(timeout=timeout)
@@ -68,11 +68,11 @@ def worker_environment(job: dict[str, Any]) -> dict[str, str]:
         "TF_ENABLE_ONEDNN_OPTS": "1",
     }
     if job["mode"] == "memory":
-        # Large blocks go back to the system when they are freed, rather
-        # than into a pool whose size depends on what ran before.
+        # Returns large blocks to the system when they are freed, instead of to
+        # a pool whose size depends on earlier calls.
         environment["MALLOC_MMAP_THRESHOLD_"] = str(128 * 1024)
     if "tree" in job:
-        # Before what is installed.
+        # The folders come before installed packages.
         path = os.environ.get("PYTHONPATH", "")
         environment["PYTHONPATH"] = os.pathsep.join(
             filter(None, [job["tree"], path])
@@ -83,7 +83,7 @@ def worker_environment(job: dict[str, Any]) -> dict[str, str]:
 def run_worker(
     job: dict[str, Any], timeout: float
 ) -> tuple[list[dict[str, Any]], str | None]:
-    """Runs one child process: returns its results, and why it failed."""
+    """Runs one child process; returns its results and its failure."""
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         status, output = run_program(
             [sys.executable, WORKER, json.dumps(job)],
@@ -94,7 +94,7 @@ def run_worker(
         last = last_lines(log)
     results = []
     for line in output.splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # cut by its end
+        with contextlib.suppress(json.JSONDecodeError):  # the last may be cut
             results.append(json.loads(line))
     if status == 0:
         return results, None
@@ -105,7 +105,7 @@ def run_worker(
 
 
 def last_lines(log: IO[str]) -> list[str]:
-    """Returns the end of what a program has written, at least one line."""
+    """Returns the end of a program's output, at least one line."""
     log.seek(0)
     return log.read().strip().splitlines()[-20:] or ["no output"]
 

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What quantization does to the demo's models in LiteRT: the table of
-docs/quantization.md.
+"""Measures the effect of LiteRT's quantization on the demo's models.
+
+Makes the table of docs/quantization.md.
 
     make demo
     python benchmarks/quantized.py
 
-Each file is calibrated with scenes that the model learned from, and judged by
-the test scenes. Times are of single images, all files taking turns.
+Each file is calibrated with scenes that the model learned from, and evaluated
+on the test scenes. Times are of single images, and all files take turns.
 """
 
 import argparse
@@ -38,7 +39,7 @@ KINDS = (None, "float16", "dynamic", "int8")
 CALIBRATION_IMAGES = 64
 BATCH = 100
 
-# Images to outputs by name.
+# Takes images; returns outputs by name.
 Run = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 
@@ -68,7 +69,7 @@ def find_mean_iou(outputs: dict[str, np.ndarray], masks: np.ndarray) -> float:
 
 
 class Outputs:
-    """Detections that were made before, for `detection.evaluate`."""
+    """Holds detections that were made before, for `detection.evaluate`."""
 
     def __init__(self, outputs: dict[str, np.ndarray]):
         self._outputs = outputs
@@ -95,14 +96,14 @@ def measure(
     """Returns rows of the table.
 
     Args:
-        name: what the rows are called.
+        name: name of the rows.
         model: a Keras model, or a `tf.function`.
-        output: of which the differences are told.
-        judge: from all outputs to mIoU or AP.
-        calibration: images like those that it learned from.
-        images: those that it is judged by.
-        threads: of LiteRT.
-        calls: how often each file runs to be timed.
+        output: the output whose differences are shown.
+        judge: computes mIoU or AP from all outputs.
+        calibration: images like the images that the model learned from.
+        images: images on which the model is evaluated.
+        threads: number of LiteRT's threads.
+        calls: number of timed calls of each file.
     """
 
     def keras_run(batch: np.ndarray) -> dict[str, np.ndarray]:
@@ -120,7 +121,8 @@ def measure(
                 path,
                 kind,
                 calibration=np.split(calibration, 4),
-                # All test scenes are judged below.
+                # Allows any difference here: all test scenes are evaluated
+                # below.
                 tolerance=float("inf"),
                 verbose=False,
             )

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Goals, ratios, notes and tables of results, for CPU and GPU alike.
+"""Computes goals, ratios, notes and tables of results, for CPU and GPU alike.
 
-A report is the dictionary that `run.py` fills and saves as JSON. A row of it
-is one contender at one shape and one setting: a number of threads on the CPU,
-a precision on a GPU. Files that earlier versions wrote can be read.
+A report is the dictionary that `run.py` fills and saves as JSON. A row of it is
+one contender at one shape and one setting: a number of threads on the CPU, a
+precision on a GPU. Files of earlier versions can be read.
 """
 
 import dataclasses
@@ -22,22 +22,22 @@ from contenders import Suite
 Row = dict[str, Any]
 
 KINDS = ("forward", "both")
-TIMED_KINDS = (*KINDS, "backward")  # the last alone, of whoever can
+TIMED_KINDS = (*KINDS, "backward")  # not all contenders have the last kind
 TITLES = {
     "forward": "forward",
     "both": "forward + backward",
     "backward": "backward alone",
 }
 HEADS = {"forward": "forward", "both": "fwd+bwd", "backward": "backward"}
-NOISE = 0.15  # quartiles this far apart, as a part of the median, are reported
+NOISE = 0.15  # a larger distance of quartiles over the median is reported
 
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
-    """A bound on a ratio, the same for every shape or not."""
+    """Holds a bound on a ratio, which may depend on the shape."""
 
     text: str
-    of: Callable[[Any], float]  # given the case
+    of: Callable[[Any], float]  # takes the case
 
     @classmethod
     def at(cls, bound: float) -> "Goal":
@@ -48,12 +48,12 @@ SAMPLING = Goal(
     "1.1 * (1 + 4 * groups / filters)",
     lambda case: 1.1 * (1 + 4 * case.groups / case.filters),
 )
-# The project's aims, by operator, kind of call, subject and setting. The
-# subject is a "ratio" to the contender that the table's ratios are to (at most
-# the goal, in every row), the "mean" of these ratios (geometric, at most), a
-# peer (at least so many times as fast), or "threads" (at least so many times
-# as fast as one thread). Verdicts are reported and are never a reason to fail:
-# a time is no test.
+# Lists the project's aims, by operator, kind of call, subject and setting. The
+# subject is a "ratio" to the contender that the table's ratios refer to (at
+# most the goal, in every row), the "mean" of these ratios (geometric, at most
+# the goal), a peer (whose time is at least the goal times ours), or "threads"
+# (one thread's time is at least the goal times ours). Verdicts are reported and
+# never fail a run: a time is no test.
 GOAL_THREADS = 2
 TWO = f"threads {GOAL_THREADS}"
 GOALS = {
@@ -80,7 +80,7 @@ for _kind in KINDS:  # on a GPU
     }
 
 
-# Numbers.
+# The functions below compute numbers.
 
 
 def summary(
@@ -95,7 +95,8 @@ def summary(
     }
     if reference:
         result["ratio"] = float(np.median(times) / np.median(reference))
-        # Round by round: noise slower than a round leaves these untouched.
+        # Divides round by round: noise slower than a round does not affect
+        # these ratios.
         result["ratio_by_round"] = _quartiles(times / np.asarray(reference), "")
     return result
 
@@ -112,13 +113,14 @@ def _quartiles(values: np.ndarray, unit: str) -> dict[str, float]:
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Returns a 95 % confidence interval of the median.
 
-    It supposes nothing about how the values are distributed: the k-th value
-    from either end bounds the median unless fewer than k values lie on one of
-    its sides, which a binomial distribution with probability 1/2 tells. Fewer
-    than 6 values have no such interval: the bounds are then infinite.
+    It assumes nothing about the distribution of the values. The k-th value from
+    either end bounds the median unless fewer than k values lie on one side of
+    the median; a binomial distribution with probability 1/2 gives the
+    probability of that. Fewer than 6 values have no such interval: the bounds
+    are then infinite.
     """
     ordered, count = sorted(values), len(values)
-    fewer, outside = 0, 2.0**-count  # probability of `fewer` or less
+    fewer, outside = 0, 2.0**-count  # probability of at most `fewer`
     while outside <= 0.025:
         fewer += 1
         outside += math.comb(count, fewer) * 2.0**-count
@@ -138,7 +140,7 @@ def setting(row: Row) -> str:
     return row["precision"]
 
 
-# Tables.
+# The functions below make tables.
 
 
 def markdown(
@@ -154,7 +156,7 @@ def markdown(
 
 
 def table(report: dict[str, Any], op: str) -> str:
-    """Returns the rows of an operator, without what is not supported."""
+    """Returns the rows of an operator, without unsupported contenders."""
     rows = rows_of(report, op)
     on_gpu = report.get("device") == "cuda"
     peaks = report.get("peaks", {})
@@ -230,16 +232,16 @@ def _rate_cell(kind: str, peaks: Mapping[str, float], row: Row) -> str:
 
 def _difference_cell(row: Row) -> str:
     values = row["disagreement"].values()
-    if None in values:  # JSON has no number for it
+    if None in values:  # JSON has no number for infinity and NaN
         return "not finite"
     return f"{max(values):.1e}" if values else ""
 
 
 def _memory_cell(kind: str, row: Row) -> str:
-    # Nothing that was compared and timed, or measured elsewhere.
+    # The contender was not compared and timed, or its memory not measured.
     if kind not in row or row["extra_mib"] is None:
         return ""
-    # A reading below zero is noise about nothing.
+    # A negative reading is noise around 0.
     readings = [round(max(m, 0)) for m in row["extra_mib"].get(kind, [])]
     if not readings:
         return "n/a"
@@ -248,7 +250,7 @@ def _memory_cell(kind: str, row: Row) -> str:
     return str(round(statistics.median(readings)))
 
 
-# Notes below a table.
+# The functions below write the notes below a table.
 
 
 def errors(report: dict[str, Any]) -> list[str]:
@@ -277,7 +279,7 @@ def notes(report: dict[str, Any], op: str, suite: Suite) -> list[str]:
         }
     )
     tolerances = settings["tolerance"]
-    if not isinstance(tolerances, dict):  # the CPU's, of its one type
+    if not isinstance(tolerances, dict):  # on the CPU there is one type
         tolerances = {settings["dtype"]: tolerances}
     for precision, tolerance in tolerances.items():
         differences = [
@@ -322,9 +324,9 @@ def notes(report: dict[str, Any], op: str, suite: Suite) -> list[str]:
 
 
 def _judge(rows: list[Row], op: str, suite: Suite) -> list[str]:
-    """Compares `tf_deform` at every setting that goals can be about.
+    """Compares `tf_deform` with its goals at every setting that has any.
 
-    On the CPU that is one number of threads.
+    On the CPU a setting is one number of threads.
     """
     found = {setting(row): row.get("threads") for row in rows}
     counts = {
@@ -359,8 +361,8 @@ def comparisons(
 ) -> list[tuple[str, str, dict[str, float]]]:
     """Returns (subject, words, ratios by shape) of `tf_deform`.
 
-    Ratios that are a cost come first, then gains over peers and by a second
-    thread.
+    Ratios that are a cost come first, then gains over peers and the gain by a
+    second thread.
     """
     times: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for row in rows:
@@ -385,7 +387,7 @@ def comparisons(
             if "ratio" in time
         }
         found.append(("ratio", f"times {reference}", ratios))
-    # By operator, if shapes begin with the name of one.
+    # Groups shapes by operator, if they begin with an operator's name.
     for operator in dict.fromkeys(shape.rpartition(":")[0] for shape in ours):
         for names in suite.peers:
             others = {
@@ -413,9 +415,9 @@ def _verdict(
     key: tuple[str, str, str, str],
     suite: Suite,
 ) -> str:
-    """Says how large ratios are, by shape, and if they meet their goal."""
+    """Says how large ratios are, by shape, and whether they meet the goal."""
     op, kind, what, name = key
-    is_cost = what == "ratio"  # those of the table; the others are gains
+    is_cost = what == "ratio"  # a ratio of the table; all others are gains
     superlative = "most" if is_cost else "least"
     worst = (max if is_cost else min)(ratios, key=ratios.get)
     result = (
@@ -439,7 +441,7 @@ def _verdict(
     return result
 
 
-# The whole.
+# The functions below write the whole report.
 
 
 def describe(report: dict[str, Any]) -> list[str]:
@@ -488,7 +490,7 @@ def remarks(report: dict[str, Any]) -> list[str]:
 
 
 def save(path: str, content: str | dict[str, Any]) -> None:
-    """Writes text, or a dictionary as JSON: a whole new file or none."""
+    """Writes text, or a dictionary as JSON: the whole new file or nothing."""
     if isinstance(content, dict):
         content = json.dumps(content, indent=1) + "\n"
     folder = os.path.dirname(os.path.abspath(path))
@@ -498,7 +500,8 @@ def save(path: str, content: str | dict[str, Any]) -> None:
         try:
             file.write(content)
             file.flush()
-            # Temporary files are private; a report is as public as any file.
+            # Temporary files are private; a report has the permissions of any
+            # file.
             mask = os.umask(0)
             os.umask(mask)
             os.chmod(file.name, 0o666 & ~mask)

@@ -4,8 +4,8 @@
     python benchmarks/resnet.py
 
 In the twin the 13 convolutions of 3x3 in the stages conv3 to conv5 are
-deformable. It starts with the plain model's weights and gives what that gives,
-which is tested before anything is timed.
+deformable. The twin starts with the plain model's weights and gives the same
+outputs, which is tested before anything is timed.
 """
 
 import argparse
@@ -25,10 +25,11 @@ from xla import make_step  # noqa: E402
 
 import tf_deform  # noqa: E402
 
-# The 3x3 convolution in the middle of a block.
+# Matches the 3x3 convolution in the middle of a block.
 LAYERS = re.compile(r"conv[345]_block\d+_2_conv")
 NUM_LAYERS = 13
-# Of the largest output; float32 in another order.
+# Bounds the difference relative to the largest output: float32 sums are in
+# another order.
 TOLERANCE = 1e-5
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ROI pooling: its shapes, its operands, and who computes it."""
+"""Defines shapes, operands and contenders of ROI pooling."""
 
 import dataclasses
 import re
@@ -17,8 +17,8 @@ from contenders import (
     numpy_dtype,
 )
 
-STRIDE = 16  # image pixels of a map pixel
-# `trans_std` and `gamma`. A power of two: see `Operands.random`.
+STRIDE = 16  # image pixels per map pixel
+# Sets `trans_std` and `gamma`. It is a power of two: see `Operands.random`.
 REACH = 0.125
 
 _NOTATION = re.compile(
@@ -33,7 +33,7 @@ _DEFAULT_SAMPLES = {"psroi": 4, "align": 2}
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A shape to run: square grids of bins, `pooled` along each axis."""
+    """Describes a shape to run: square grids of `pooled` x `pooled` bins."""
 
     operator: str  # "psroi" or "align"
     batch: int
@@ -43,8 +43,8 @@ class Case:
     num_rois: int
     pooled: int
     output_dim: int
-    num_classes: int  # of displacements; 0 is none
-    samples: int  # of a bin, along each axis
+    num_classes: int  # classes of displacements; 0: no displacements
+    samples: int  # samples of a bin along each axis
     dtype: str = "float32"
 
     @classmethod
@@ -53,8 +53,8 @@ class Case:
 
         The suffixes are optional: `c` displacement classes (default: no
         displacements), `s` samples along each axis of a bin (default: 4 for
-        psroi, 2 for align). As many input as output channels mean one group.
-        There is no mask.
+        psroi, 2 for align). Equal numbers of input and output channels mean one
+        group. There is no mask.
 
         Raises:
             ValueError: if `text` is not in that notation, or if its numbers do
@@ -143,7 +143,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Operands:
-    """NumPy operands, channels last, as the functional ops take them."""
+    """Holds NumPy operands, channels last, as the functional ops take them."""
 
     inputs: np.ndarray
     rois: np.ndarray
@@ -154,11 +154,11 @@ class Operands:
     def random(cls, case: Case) -> "Operands":
         """Makes boxes of any size, anywhere in the image (fixed seed).
 
-        Corners are whole image pixels; a bin is an odd number of them wide and
-        high; displacements, normally distributed, are odd multiples of 1/32. So
-        every coordinate is exact in float32, in whatever order a contender
-        computes it, and displaced samples lie between two pixels, where the
-        derivative is the same in every convention.
+        Corners are whole image pixels, and the width and height of a bin are
+        odd numbers of pixels. Displacements, normally distributed, are odd
+        multiples of 1/32. So every coordinate is exact in float32, in whatever
+        order a contender computes it. Displaced samples lie between two pixels,
+        where the derivative is the same in every convention.
         """
         rng = np.random.default_rng(20)
         coordinate = "float64" if case.dtype == "float64" else "float32"
@@ -205,7 +205,7 @@ class _TensorFlow(TensorFlow):
 
 
 class TfDeform(_TensorFlow):
-    """This package."""
+    """Runs this package."""
 
     def backward(self) -> None:
         self._backward()[-1].numpy()
@@ -238,11 +238,11 @@ class TfDeform(_TensorFlow):
 
 
 class Gather(_TensorFlow):
-    """Stock TensorFlow: one gather, one matrix product.
+    """Runs stock TensorFlow: one gather, one matrix product.
 
-    What one writes without a custom op; the gradient is TensorFlow's own. The
-    samples of a bin lie on a grid, so their rows and columns and the weights of
-    these are computed along one axis at a time.
+    It is the code that a user writes without a custom op; the gradient is
+    TensorFlow's own. The samples of a bin lie on a grid, so rows, columns and
+    their weights are computed along one axis at a time.
     """
 
     def _call(self, inputs, rois, displacement=None):
@@ -253,8 +253,8 @@ class Gather(_TensorFlow):
         y, weight_y, count_y = self._along_axis(0, rois, displacement)
         x, weight_x, count_x = self._along_axis(1, rois, displacement)
 
-        # A row of the table below is what is read at one place: the channels
-        # of one cell and one class.
+        # A row of the table below is read at one position: it holds the
+        # channels of one cell and one class.
         depth = case.output_dim // classes
         table = tf.reshape(
             inputs,
@@ -274,7 +274,8 @@ class Gather(_TensorFlow):
 
         counted = tf.maximum(count_y * count_x, 1)[..., None, None]
         weight = weight_y[..., None] * weight_x[..., None, :] / counted
-        # (rois, bins, bins, classes, pixels of a bin); some axes may be 1.
+        # The shape is (rois, bins, bins, classes, pixels of a bin); some axes
+        # may be 1.
         places = (case.num_rois, bins, bins, classes, (2 * case.samples) ** 2)
         read = tf.gather(table, tf.reshape(index, places))
         weight = tf.cast(tf.reshape(weight, places), inputs.dtype)
@@ -286,9 +287,9 @@ class Gather(_TensorFlow):
 
         Returns:
             pixels: `(rois, bins, bins, classes, 2 * samples)`, two neighbours
-                for each sample; axes along which all is equal may be 1.
+                for each sample; an axis along which all are equal may be 1.
             weights: Of the same shape; 0 where a sample is not read.
-            count: How many samples are averaged, without the last axis.
+            count: Number of averaged samples, without the last axis.
         """
         import tensorflow as tf
 
@@ -303,8 +304,8 @@ class Gather(_TensorFlow):
         start, extent = (
             tf.reshape(value, (-1, 1, 1, 1, 1)) for value in (start, extent)
         )
-        # In bins, from the start of the box; `psroi` samples where the parts
-        # of a bin start, `align` in their middle.
+        # Computes steps in bins, from the start of the box: `psroi` samples at
+        # the start of the parts of a bin, `align` in their middle.
         shift = 0.5 if case.operator == "align" else 0.0
         steps = np.arange(case.pooled)[:, None, None] + (
             (np.arange(case.samples) + shift) / case.samples
@@ -316,7 +317,7 @@ class Gather(_TensorFlow):
                 displacement, (*case.output_shape[:3], case.num_classes, 2)
             )[..., axis, None]
             position += moved * REACH * extent
-        # Not `/`: TensorFlow turns the division by a constant into a product
+        # Avoids `/`: TensorFlow turns the division by a constant into a product
         # with its reciprocal, which is rounded.
         bins = tf.math.divide_no_nan(extent, case.pooled)
         position += bins * tf.constant(steps, position.dtype)
@@ -346,9 +347,10 @@ def _half_away(value):
 
 
 class _ChannelsFirst(Contender):
-    """An inference engine: NCHW, float32, forward alone.
+    """Runs an inference engine: NCHW, float32, forward alone.
 
-    One class for both operators, because a table has one row for each engine.
+    One class serves both operators, because a table has one row for each
+    engine.
     """
 
     @classmethod
@@ -373,7 +375,7 @@ class _ChannelsFirst(Contender):
 
 
 class RoiAlign(_ChannelsFirst, OnnxRuntime):
-    """ONNX Runtime's RoiAlign, opset 16."""
+    """Runs ONNX Runtime's RoiAlign, opset 16."""
 
     opset = 16
 
@@ -401,7 +403,7 @@ class RoiAlign(_ChannelsFirst, OnnxRuntime):
 
 
 class OpenVinoPooling(_ChannelsFirst, OpenVino):
-    """OpenVINO's DeformablePSROIPooling, opset 1, and ROIAlign, opset 9."""
+    """Runs OpenVINO's DeformablePSROIPooling (opset 1), ROIAlign (9)."""
 
     @classmethod
     def prepare(cls, case: Case, operands: Operands) -> dict[str, np.ndarray]:
@@ -468,7 +470,7 @@ SUITE = Suite(
     ),
     ratio_to="tf_deform",
     peers=(("gather",), ("onnxruntime",), ("openvino",)),
-    # Stock TensorFlow takes seconds here.
+    # Repeats are few, as stock TensorFlow takes seconds here.
     repeats=7,
     memory_repeats=1,
     memory_at_all_threads=False,

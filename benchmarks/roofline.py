@@ -4,9 +4,9 @@
     python benchmarks/run.py --ops conv --json results.json
     python benchmarks/roofline.py results.json
 
-Measures the machine's peaks (`peaks.cc`, compiled on the fly), reads times from
-results of `run.py`, which must come from the same machine, and prints Markdown.
-See README.md in this folder.
+It measures the machine's peaks (`peaks.cc`, compiled on the fly), reads times
+from results of `run.py`, which must come from the same machine, and prints
+Markdown. See README.md in this folder.
 """
 
 import argparse
@@ -24,9 +24,10 @@ from convolution import Case
 from report import KINDS, TITLES, markdown
 from worker import pin
 
-# Other guests of the machine can slow it down for seconds; the best counts.
+# Other guests of the machine can slow it down for seconds; the best round
+# counts.
 ROUNDS = 3
-# Vectors of the code that `tf_deform` used.
+# Maps an instruction set of `tf_deform` to the bits of its vectors.
 BITS = {
     "amx": 512,
     "avx512_bf16": 512,
@@ -37,15 +38,15 @@ BITS = {
 
 
 def flop(case: Case, kind: str) -> int:
-    """Returns the floating-point operations of a call, two a multiply-add.
+    """Returns the floating-point operations of a call; a multiply-add is two.
 
-    Counted are the matrix products and what is done for every channel of every
-    sample: forward reads four neighbours and applies the mask, four
+    It counts the matrix products and the work for every channel of every
+    sample. Forward reads four neighbours and applies the mask: four
     multiply-adds and one multiplication. Backward has two more products, adds
-    to the gradient of four neighbours, and multiplies the same four with the
-    sample's gradient for those of offset and mask, eight multiply-adds.
-    Sampling once more for the kernel's gradient is not counted, nor are
-    coordinates and weights, which all channels share.
+    to the gradient of four neighbours, and multiplies the same four neighbours
+    with the sample's gradient for the gradients of offset and mask: eight
+    multiply-adds. It does not count a second sampling for the kernel's
+    gradient, nor coordinates and weights, which all channels share.
     """
     pixels = math.prod(case.output_shape[:3])
     product = case.product_flop
@@ -58,8 +59,9 @@ def flop(case: Case, kind: str) -> int:
 def compulsory_bytes(case: Case, kind: str) -> int:
     """Returns bytes of operands and results, each read or written once.
 
-    Operands of forward + backward are the gradient that arrives at the output
-    and those of forward; results are the output and all gradients.
+    The operands of forward + backward are the gradient that arrives at the
+    output and the operands of forward; the results are the output and all
+    gradients.
     """
     pixels = math.prod(case.output_shape[:3])
     inputs = case.batch * case.height * case.width * case.channels
@@ -86,7 +88,7 @@ def measure_peaks(counts: list[int]) -> dict[int, dict[str, float]]:
                 check=True,
                 stdout=subprocess.PIPE,
                 text=True,
-                # The same processors as in the benchmark.
+                # Uses the same processors as the benchmark.
                 preexec_fn=lambda threads=threads: pin(threads),
             ).stdout
             for name, value in map(str.split, output.splitlines()):
@@ -110,7 +112,7 @@ def last_level_bytes() -> int:
 def reachable(peaks: dict[str, float], instruction_set: str | None) -> str:
     """Names the peak of a matrix microkernel with the code's vectors."""
     name = f"kernel.{BITS.get(instruction_set)}"
-    # Else with the widest, which come first.
+    # Otherwise takes the widest vectors, which come first.
     return name if name in peaks else next(n for n in peaks if "kernel" in n)
 
 

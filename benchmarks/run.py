@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operators next to their peers, on the CPU or a GPU: tables, JSON.
+"""Compares the operators with their peers on the CPU or a GPU: tables, JSON.
 
     python benchmarks/run.py --json results.json
     python benchmarks/run.py --device cuda --core build/_core.so
 
-See README.md in this folder for what is compared and how to read it.
+See README.md in this folder for the comparisons and how to read them.
 """
 
 import argparse
@@ -31,12 +31,12 @@ PACKAGES = (
     "openvino",
     "numpy",
 )
-PRECISIONS = ("float32", "tf32", "float16", "bfloat16")  # of a GPU
-# Seconds after which a shape is given up: it hangs.
+PRECISIONS = ("float32", "tf32", "float16", "bfloat16")  # on a GPU
+# Seconds after which a shape counts as hanging and is ended.
 TIMEOUTS = {"cpu": 900, "cuda": 60}
 EMULATION = 20  # times slower than a GPU, or more: it also compiles
 AGAINST_REPEATS = 21
-# Contenders that can be the baseline: they take part everywhere, and train.
+# The baseline is one of these contenders: they take part everywhere, and train.
 BASELINES = [
     name
     for name in CPU_SUITES["conv"].contenders
@@ -47,15 +47,15 @@ BASELINES = [
         for suite in CPU_SUITES.values()
     )
 ]
-# Variables that limit the instruction set of tf_deform and of oneDNN: part of
-# the command, if they are set.
+# These variables limit the instruction set of tf_deform and of oneDNN. If they
+# are set, they are part of the command in the report.
 ENVIRONMENT = ("TF_DEFORM_MAX_ISA", "ONEDNN_MAX_CPU_ISA")
 
 
 class Unit(NamedTuple):
-    """A shape that one process compares and times.
+    """Describes a shape that one process compares and times.
 
-    A crash or a hang costs no more than that.
+    A crash or a hang of the process costs no more than this unit.
     """
 
     op: str
@@ -199,7 +199,7 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line and checks what can be checked before a run."""
+    """Reads the command line, and finds mistakes before a run."""
     parser = make_parser()
     options = parser.parse_args(arguments)
     on_cpu = options.device == "cpu"
@@ -216,7 +216,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--against is for the CPU only")
     options.quick |= options.emulate
     if options.against and options.repeats is None:
-        # Of fewer calls a confidence interval says little.
+        # A confidence interval needs this number of calls to say much.
         options.repeats = AGAINST_REPEATS
     if options.quick and options.memory_repeats is None:
         options.memory_repeats = 1
@@ -260,13 +260,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def find_units(
     options: argparse.Namespace, chosen: Mapping[str, Suite]
 ) -> list[Unit]:
-    """Returns what is to be run, each shape in its one spelling.
+    """Returns the units to run, each shape in its normal spelling.
 
     Raises:
-        ValueError: if a shape is none, or a word chooses none.
+        ValueError: if a shape is not valid, or a word chooses no unit.
     """
     if options.shapes:
-        # ROI pooling is of several kinds; a shape begins with their name.
+        # There are several kinds of ROI pooling; a shape begins with the kind's
+        # name.
         shapes = [
             ("roi" if shape.strip()[:1].isalpha() else "conv", shape)
             for shape in options.shapes
@@ -294,7 +295,7 @@ def find_units(
     return [u for u in dict.fromkeys(found) if u.is_chosen(options.only)]
 
 
-# The run.
+# The functions below run the units.
 
 
 def make_job(
@@ -395,7 +396,7 @@ def measure_memory(
     options: argparse.Namespace,
     report: dict[str, Any],
 ) -> None:
-    """Fills in a contender's peak memory, in processes of its own."""
+    """Fills in a contender's peak memory, measured in processes of its own."""
     op = row["op"]
     repeats = report["settings"]["memory_repeats"][op]
     if row["errors"] or "unsupported" in row or not repeats:
@@ -407,8 +408,8 @@ def measure_memory(
     unit = Unit(op, row["shape"], row["threads"])
     progress(f"{unit}: memory of {row['contender']}")
     job = jobs[unit] | {"mode": "memory", "contenders": [row["contender"]]}
-    # One process is not enough: what a pooling allocator wastes depends on the
-    # order in which threads happen to come by.
+    # Runs several processes: the memory that a pooling allocator wastes depends
+    # on the order in which threads happen to allocate.
     for _ in range(repeats):
         results, _ = run_worker(job, options.timeout)
         for result in results:
@@ -418,7 +419,7 @@ def measure_memory(
 
 
 def save(options: argparse.Namespace, report: dict[str, Any]) -> None:
-    """Writes what there is so far: a run that is ended leaves it."""
+    """Writes the report so far, so that a run that is ended keeps it."""
     if options.json:
         reports.save(options.json, report)
     if options.out:
@@ -434,7 +435,7 @@ def document(options: argparse.Namespace, report: dict[str, Any]) -> str:
     return reports.document(report, suites(options.device))
 
 
-# The report.
+# The functions below write the report.
 
 
 def new_report(
@@ -451,7 +452,7 @@ def new_report(
     script = shlex.join(["python", "benchmarks/run.py", *arguments])
 
     def of_suites(choice: int | None, name: str) -> dict[str, Any]:
-        """Returns, by operator, the user's choice or the suite's own."""
+        """Returns, by operator, the user's choice or the suite's default."""
         return {
             op: getattr(suite, name) if choice is None else choice
             for op, suite in chosen.items()

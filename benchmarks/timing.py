@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Agreement and time: contenders are compared, then timed in random turns.
+"""Compares contenders' results, then times them in random turns.
 
 `agree` compares results with an oracle's. A clock turns each call into a
 sampler, a function that makes the call and returns its milliseconds, and
@@ -22,9 +22,9 @@ Call = Callable[[], Any]
 Sampler = Callable[[], float]  # returns milliseconds
 
 # Largest difference allowed anywhere, in units of the expected root mean
-# square. One sample read from a wrong pixel is worth about 0.002 or more in
-# the shapes here, so float32's bound finds that with room on both sides. The
-# mantissas of tf32 and float16 are equally long.
+# square. One sample read from a wrong pixel changes a result by about 0.002 or
+# more in the shapes here, so float32's bound finds such a sample with room on
+# both sides. The mantissas of tf32 and float16 have the same length.
 TOLERANCES = {
     "float64": 1e-9,
     "float32": 1e-4,
@@ -33,12 +33,12 @@ TOLERANCES = {
     "bfloat16": 2e-1,
 }
 
-# A call that takes longer than this needs no untimed call before it.
+# A call that takes longer needs no untimed call before it.
 LONG_CALL_MS = 500.0
-# A sample on a GPU has as many launches as take this long.
+# A sample on a GPU has as many launches as take this time.
 SAMPLE_MS = 1.0
 MOST_LAUNCHES = 200
-WARM_UP_S = 0.15  # an idle GPU's clock is low
+WARM_UP_S = 0.15  # seconds; an idle GPU's clock is low
 
 
 def disagreement(result: np.ndarray, expected: np.ndarray) -> float:
@@ -61,7 +61,7 @@ def disagreement(result: np.ndarray, expected: np.ndarray) -> float:
     if not (np.isfinite(result).all() and np.isfinite(expected).all()):
         return math.inf
     scale = np.sqrt(np.mean(expected**2))
-    # A result that should be zero throughout has no scale of its own.
+    # An expected result that is zero throughout has no scale of its own.
     return float(np.max(np.abs(result - expected)) / (scale or 1.0))
 
 
@@ -70,7 +70,7 @@ def agree(
     expected: Mapping[str, np.ndarray],
     tolerance: float,
 ) -> tuple[dict[str, float], str | None]:
-    """Compares results by name: returns (disagreements, error or None)."""
+    """Compares results by name; returns (disagreements, error or None)."""
     differences = {
         name: disagreement(result, expected[name])
         for name, result in results.items()
@@ -88,9 +88,9 @@ def agree(
 class HostClock:
     """Times calls that return when their work is complete.
 
-    The untimed call before each timed one brings an entrant's own threads and
-    data back, after another entrant had the processors and the caches; a call
-    known to be long does so by itself.
+    The untimed call before each timed call brings a contender's own threads and
+    data back, after another contender used the processors and the caches. A
+    call that is known to be long needs no untimed call.
     """
 
     def samplers(self, calls: Mapping[Any, Call]) -> dict[Any, Sampler]:
@@ -111,7 +111,7 @@ class HostClock:
         return sample
 
     def describe(self, key: Any) -> dict[str, Any]:
-        """Returns what a row's reader needs to know of its samples."""
+        """Returns facts about a row's samples for the row's reader."""
         del key
         return {}
 
@@ -119,15 +119,15 @@ class HostClock:
         """Waits for all work, and fails if some of it has failed."""
 
     def free(self) -> None:
-        """Gives memory back that no contender holds any longer."""
+        """Frees memory that no contender holds any longer."""
         gc.collect()
 
 
 class CudaClock(HostClock):
     """Times launches by a GPU's events, as replays of CUDA graphs.
 
-    No launch of a graph waits for the host. If one call cannot be captured,
-    or if `eager`, all calls are launched by the host.
+    No launch of a graph waits for the host. If one call cannot be captured, or
+    if `eager` is set, the host launches all calls.
     """
 
     def __init__(self, eager: bool = False):
@@ -140,7 +140,7 @@ class CudaClock(HostClock):
         if not self._eager:
             calls = self._capture(calls)
         started = time.monotonic()
-        while True:  # at least once
+        while True:  # runs at least once
             for key, call in calls.items():
                 once = max(self._elapsed_ms(call, 1), 1e-6)
                 wanted = math.ceil(SAMPLE_MS / once)
@@ -180,7 +180,7 @@ class CudaClock(HostClock):
         return self._elapsed_ms(call, launches) / launches
 
     def _elapsed_ms(self, call: Call, launches: int) -> float:
-        """Times all launches, one after the other, to the end of the last."""
+        """Times all launches, one after the other, until all have ended."""
         import torch
 
         start = torch.cuda.Event(enable_timing=True)
@@ -210,11 +210,11 @@ class CudaClock(HostClock):
 def take_turns(
     samplers: Mapping[Any, Sampler], repeats: int, seed: int = 0
 ) -> dict[Any, list[float]]:
-    """Returns milliseconds: one sample of each a round, in random order.
+    """Returns milliseconds: one sample of each per round, in random order.
 
-    A disturbance of the machine then falls on neighbours alike, and nobody
-    always runs in the wake of the same other entrant (what it left in the
-    caches, its threads that still look for work).
+    A disturbance of the machine then affects neighbours alike, and no contender
+    always runs after the same other contender, whose data in the caches and
+    whose threads that still look for work would affect it.
     """
     samples: dict[Any, list[float]] = {key: [] for key in samplers}
     order = list(samplers)
@@ -236,8 +236,8 @@ def medians(
 ) -> dict[Any, float]:
     """Returns the median milliseconds of calls that take turns.
 
-    Each call is made `untimed` times before: the first ones trace, compile
-    and allocate.
+    Each call is made `untimed` times before: the first calls trace, compile and
+    allocate.
     """
     for call in calls.values():
         for _ in range(untimed):

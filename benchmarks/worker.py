@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The child process of the benchmark: checks, times, measures memory.
+"""Checks, times and measures memory in a child process of the benchmark.
 
 `run.py` starts it with a JSON job as its only argument. Every result is a line
-of JSON on the standard output, printed as soon as it is known; whatever
-libraries print goes to the standard error.
+of JSON on the standard output, printed as soon as it is known; output of
+libraries goes to the standard error.
 """
 
 import ctypes
@@ -46,7 +46,7 @@ Results = dict[str, np.ndarray]
 
 
 def suites(device: str) -> dict[str, Suite]:
-    """Returns what is compared on a CPU or with CUDA."""
+    """Returns the suites for a CPU or for CUDA."""
     if device == "cpu":
         return CPU_SUITES
     import contenders_torch
@@ -58,8 +58,9 @@ def pin(threads: int) -> None:
     """Keeps this process on `threads` processors, from different cores first.
 
     Pools differ in whether the caller counts as a worker, so the same setting
-    can mean one thread more in one framework than in another; processors mean
-    the same to all. Must come before any framework starts its threads.
+    can mean one thread more in one framework than in another; a number of
+    processors means the same to all frameworks. The function must be called
+    before any framework starts its threads.
     """
     if not hasattr(os, "sched_setaffinity"):
         return
@@ -80,7 +81,7 @@ def pin(threads: int) -> None:
 def start_frameworks(
     suite: Suite, names: list[str], threads: int
 ) -> dict[str, str]:
-    """Imports what the contenders need; returns why some cannot run."""
+    """Imports the contenders' packages; returns reasons why some cannot run."""
     missing = {}
     for name in names:
         for package in suite.contenders[name][1]:
@@ -93,13 +94,14 @@ def start_frameworks(
                     missing[name] = (
                         "not installed: pip install 'tf-deform[benchmark]'"
                     )
-            # A package may do anything on import, such as refuse to load next
-            # to the wrong TensorFlow. The others can still be compared.
+            # A package may raise any error on import: for example, it may
+            # refuse to load next to the wrong TensorFlow. All other contenders
+            # can still be compared.
             except Exception as error:
                 missing[name] = f"cannot be imported: {first_line(error)}"
             else:
                 if package == "tensorflow":
-                    # Both pools as large as TensorFlow's own default.
+                    # Both pools have the size of TensorFlow's own default.
                     configure_tensorflow(threads, threads)
                 continue
             break
@@ -114,7 +116,7 @@ def results_of(contender: Contender, kind: str) -> Results:
 
 
 class Unit:
-    """A shape: its operands, its contenders and the expected results."""
+    """Holds a shape: its operands, contenders and expected results."""
 
     def __init__(self, job: dict[str, Any], names: list[str]):
         self._job, self._names = job, names
@@ -137,7 +139,8 @@ class Unit:
 
     def expected(self, deformable: bool, kind: str) -> Results:
         """Returns the oracle's results; with zero offsets if not deformable."""
-        # Not everybody has a backward pass alone; the gradients are the same.
+        # Not every oracle has a backward pass alone; the gradients are the
+        # same.
         key = deformable, "both" if kind == "backward" else kind
         if key not in self._expected:
             make = self.suite.oracle
@@ -153,7 +156,7 @@ class Unit:
     def check(
         self, contender: Contender, kind: str, precision: str
     ) -> tuple[dict[str, float], str | None]:
-        """Compares a contender: (disagreements by result, error or None)."""
+        """Compares a contender; returns (disagreements, error or None)."""
         if contender.agreement == "none":
             return {}, None
         results = results_of(contender, kind)
@@ -172,10 +175,10 @@ class Unit:
         except Unsupported as reason:
             row["unsupported"] = str(reason)
             return calls
-        # One contender's failure is its row's, not the run's.
+        # A contender's failure ends its row, not the run.
         except Exception as error:
             row["errors"]["forward"] = first_line(error)
-            self.clock.synchronize()  # a dead device ends the process here
+            self.clock.synchronize()  # a failed device ends the process here
             return calls
         if hasattr(contender, "workspace_mib"):
             row["workspace_mib"] = contender.workspace_mib
@@ -214,7 +217,8 @@ class Unit:
             calls |= self.compare(name, rows[name], precision)
         samples = take_turns(self.clock.samplers(calls), self._job["repeats"])
         for (name, kind), times in samples.items():
-            # Backward alone is compared with the same contender's forward.
+            # Divides the time of backward alone by the same contender's
+            # forward.
             alone = kind == "backward"
             reference = (
                 (name, "forward") if alone else (self.suite.ratio_to, kind)
@@ -232,24 +236,24 @@ class Unit:
         return list(rows.values())
 
 
-# Peak extra memory of a contender, in a process of its own.
+# Measures the peak extra memory of a contender, in a process of its own.
 #
-# It is the highest resident size of the process during the calls (VmHWM, its
-# counter set back just before) less the resident size with the operands in
-# place and nothing built (VmRSS). So it contains
+# The peak is the highest resident size of the process during the calls (VmHWM,
+# whose counter is reset just before) minus the resident size with the operands
+# in memory and nothing built (VmRSS). So it contains
 # - the results: the output, and for forward + backward all gradients too;
-# - everything the calls hold at the same time: scratch of the kernels,
-#   intermediate tensors, what autodiff keeps from forward for backward;
-# - what stays of setting up: the traced graph, the session and its buffers;
-# - what allocators and frameworks keep or waste, as far as it is touched;
+# - everything that the calls hold at the same time: scratch of the kernels,
+#   intermediate tensors, data that autodiff keeps from forward for backward;
+# - data that setting up leaves: the traced graph, the session and its buffers;
+# - memory that allocators and frameworks keep or waste, if it is touched;
 # and it does not contain
 # - the operands, in the contender's own layout, the kernel only once;
-# - code, thread stacks and pools, which a call on a tiny map brings in first;
-# - what setting up needs for a moment only.
-# Both counters count touched pages only, in the kernel's own rough steps, and
-# a framework's housekeeping comes and goes: one or two MiB mean nothing.
+# - code, thread stacks and pools, which a call on a tiny map loads first;
+# - memory that setting up needs for a moment only.
+# Both counters count touched pages only, in the kernel's own rough steps, and a
+# framework's housekeeping varies: one or two MiB mean nothing.
 def peak_extra_memory(job: dict[str, Any], name: str) -> dict[str, float]:
-    """Returns MiB by kind, as far as the system tells and nothing fails."""
+    """Returns MiB by kind, if the system tells them and nothing fails."""
     suite = suites(job["device"])[job["op"]]
     case = suite.case.parse(job["shape"], job["dtype"], job["mask"])
     setting = Setting(job["threads"], job["dtype"])
@@ -267,10 +271,10 @@ def peak_extra_memory(job: dict[str, Any], name: str) -> dict[str, float]:
         _return_free_memory()
         before = _status("VmRSS")
         contender = make(case, arrays, setting)
-        del arrays  # an engine with a kernel of its own needs no other
+        del arrays  # an engine with its own copy of the kernel needs no other
         _return_free_memory()
-        # The same start for both: what forward leaves in an allocator's
-        # hands is reused by forward + backward, and must count there again.
+        # Both kinds start alike: forward + backward reuses memory that forward
+        # leaves in an allocator, and this memory must count there again.
         for kind in kinds:
             call = getattr(contender, kind)
             _reset_peak()
@@ -297,14 +301,14 @@ def _reset_peak() -> None:
 
 
 def _return_free_memory() -> None:
-    """Lets go of freed heap, which calls could else reuse uncounted."""
+    """Returns freed heap to the system: calls could reuse it uncounted."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim:
         trim(0)
 
 
-# Jobs, by the mode of the job. `emit` prints a result.
+# The functions below are the jobs, by the job's mode. `emit` prints a result.
 
 
 def describe_gpu(job: dict[str, Any], emit: Callable[..., None]) -> None:
@@ -339,7 +343,7 @@ def measure_memory(job: dict[str, Any], emit: Callable[..., None]) -> None:
 
 
 def run_once(job: dict[str, Any], emit: Callable[..., None]) -> None:
-    """Calls our kernels alone, after a warm-up: for a profiler."""
+    """Calls our kernels alone, after a warm-up, for a profiler."""
     del emit
     unit = Unit(job, job["contenders"])
     make = unit.suite.contenders["tf_deform"][0]
@@ -349,7 +353,7 @@ def run_once(job: dict[str, Any], emit: Callable[..., None]) -> None:
 
 
 def serve(job: dict[str, Any], emit: Callable[..., None]) -> None:
-    """Computes results, then a sample for each line of input: a kind."""
+    """Computes results, then a sample for each kind on a line of input."""
     names = ["tf_deform"]
     suite = suites(job["device"])[job["op"]]
     if missing := start_frameworks(suite, names, job["threads"]):
@@ -385,7 +389,7 @@ MODES = {
 def main() -> None:
     """Does the job that `run.py` describes in the first argument."""
     job = json.loads(sys.argv[1])
-    # Libraries print, too, and would break the lines of JSON.
+    # Keeps the standard output for lines of JSON: libraries print, too.
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as channel:
         os.dup2(2, 1)
 

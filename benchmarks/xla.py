@@ -4,9 +4,9 @@
     python benchmarks/xla.py
 
 XLA on a CPU is slower than TensorFlow for some models, and faster for others.
-What counts for the deformable layers is that they are not worse off than what
-stood in their place: the ratio of a step with `jit_compile=True` to one without
-is divided by the same ratio of the plain twin. Models take turns.
+The deformable layers should not lose more than the plain layers that they
+replace. So the ratio of a step with `jit_compile=True` to a step without it is
+divided by the same ratio of the plain twin. Models take turns.
 """
 
 import argparse
@@ -47,15 +47,15 @@ def make(name: str, deformable: bool) -> keras.Model:
             if deformable
             else keras.layers.Conv2D
         )
-    import segmentation  # needs the examples' packages
+    import segmentation  # it needs the examples' packages
 
     return segmentation.build_model("dcn-v2" if deformable else "plain")
 
 
 def make_step(model: keras.Model, batch: Any) -> Callable[[], Any]:
-    """Returns a step of training of a compiled model; it ends when it is done.
+    """Returns a training step of a compiled model, which waits for its end.
 
-    It computes forward, backward and new weights.
+    The step computes forward, backward and new weights.
     """
     model.make_train_function()
     return lambda: tf.nest.map_structure(
@@ -64,7 +64,7 @@ def make_step(model: keras.Model, batch: Any) -> Callable[[], Any]:
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """Returns the options of all that times one of these models."""
+    """Returns the common options of programs that time one of these models."""
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument(
         "--model",

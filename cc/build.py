@@ -5,9 +5,9 @@ The core needs neither TensorFlow nor setuptools:
 
     python cc/build.py --output build/_core.so
 
-Kernels for the GPU are in it if nvcc is found (see `find_nvcc`). An object is
-compiled anew only if its command, its compiler or the contents of a file that
-it was made from changed.
+The core has kernels for the GPU if nvcc is found (see `find_nvcc`). An object
+is compiled anew only if its command, its compiler or the contents of a file
+that it was made from changed.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import sys
 from collections.abc import Iterable, Mapping
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-# The same globs as in BUILD: a new op edits no build file.
+# These are the same globs as in BUILD: a new op edits no build file.
 CORE_SOURCES = "cc/core/**/*.cc"
 CUDA_SOURCES = "cc/core/cuda/*.cu"  # BUILD has none of CUDA
 FLAGS = ["-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden"]
@@ -33,13 +33,13 @@ FLAGS += ["-ffp-contract=fast", "-g0", "-Wall", "-Wno-psabi", "-I."]
 FLAGS += ["-fwrapv"]  # Python's own flag for extensions: it changes the code
 CUDA_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-I.", "-Xptxas", "-v"]
 CUDA_FLAGS += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wno-psabi"]
-# Machine code for these; PTX of the last one serves what comes after it.
+# nvcc makes machine code for these GPUs; PTX of the last one serves newer GPUs.
 ARCHITECTURES = "80;89;90"
 
 
 @dataclasses.dataclass(frozen=True)
 class Cuda:
-    """A CUDA compiler and what to compile for."""
+    """Describes a CUDA compiler and the GPUs to compile for."""
 
     nvcc: str
     version: str  # as in "13.0"
@@ -49,7 +49,7 @@ class Cuda:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One source, and the command that compiles it, less `-o`."""
+    """Describes one source, and the command that compiles it, without `-o`."""
 
     source: str
     object: str
@@ -57,10 +57,11 @@ class Step:
 
 
 def find_nvcc(environ: Mapping[str, str] = os.environ) -> str | None:
-    """The path of nvcc, or None: build for the CPU only.
+    """Returns the path of nvcc, or None: build for the CPU only.
 
-    The environment variable TF_DEFORM_NVCC names it, or, empty or "0", says
-    that there is to be none. Without it: CUDA_HOME, PATH, /usr/local/cuda.
+    The environment variable TF_DEFORM_NVCC names nvcc, or turns it off if it is
+    empty or "0". Without the variable, nvcc is searched for in CUDA_HOME, PATH
+    and /usr/local/cuda.
     """
     named = environ.get("TF_DEFORM_NVCC")
     if named in ("", "0"):
@@ -99,10 +100,10 @@ def _output(command: list[str]) -> str:
 def find_cuda(
     architectures: str | None = None, environ: Mapping[str, str] = os.environ
 ) -> Cuda | None:
-    """The CUDA compiler, or None: build for the CPU only.
+    """Returns the CUDA compiler, or None: build for the CPU only.
 
-    `architectures` is a list like "80;90". Default: the environment variable
-    TF_DEFORM_CUDA_ARCHITECTURES, or ARCHITECTURES.
+    `architectures` is a list like "80;90". Its default is the environment
+    variable TF_DEFORM_CUDA_ARCHITECTURES, or else ARCHITECTURES.
     """
     nvcc = find_nvcc(environ)
     if nvcc is None:
@@ -111,7 +112,7 @@ def find_cuda(
         architectures = environ.get("TF_DEFORM_CUDA_ARCHITECTURES")
     names = tuple((architectures or ARCHITECTURES).replace(";", " ").split())
     version = re.search(r"release (\d+\.\d+)", _output([nvcc, "--version"]))
-    # `nvcc` may be a script or a link: the installation is where it says.
+    # `nvcc` may be a script or a link, so its own output says where CUDA lies.
     plan = _output([nvcc, "--dryrun", "-shared", "x.o", "-o", "x.so"])
     top = re.search(r"^#\$ TOP=(.*)$", plan, re.MULTILINE)
     folders = [
@@ -133,7 +134,7 @@ def find_cuda(
 
 
 def describe(cuda: Cuda | None) -> str:
-    """One line for the person who builds."""
+    """Returns one line for the person who builds."""
     if cuda is None:
         return (
             "tf_deform: building for the CPU only, without GPU kernels: no "
@@ -160,7 +161,7 @@ def _cxx() -> list[str]:
 def cxx_steps(
     pattern: str, folder: str, cuda: Cuda | None, flags: list[str]
 ) -> list[Step]:
-    """How C++ sources are compiled; objects go to `folder`."""
+    """Returns the steps that compile C++ sources to objects in `folder`."""
     command = [*_cxx(), *FLAGS, *flags]
     if cuda:
         command.append("-DTF_DEFORM_CUDA")
@@ -169,7 +170,7 @@ def cxx_steps(
 
 
 def core_steps(folder: str, cuda: Cuda | None) -> list[Step]:
-    """How the core is compiled; objects go to `folder`."""
+    """Returns the steps that compile the core to objects in `folder`."""
     steps = cxx_steps(CORE_SOURCES, folder, cuda, ["-std=c++17"])
     if cuda is None:
         return steps
@@ -178,15 +179,16 @@ def core_steps(folder: str, cuda: Cuda | None) -> list[Step]:
         command += ["-ccbin", os.environ["CXX"]]
     for name in cuda.architectures:
         command.append(f"-gencode=arch=compute_{name},code=sm_{name}")
-    # A name with a letter, like 90a, is for that one GPU: no PTX of it.
+    # An architecture with a letter, like 90a, fits one GPU only and has no PTX.
     newest = re.sub(r"\D", "", cuda.architectures[-1])
     command.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
     device_steps = _steps(CUDA_SOURCES, folder, command)
-    # Processors that have no source of their own compile for one of the GPUs.
+    # Shares processors that have no source of their own among the GPU sources:
+    # nvcc uses them to compile for several GPUs at once.
     threads = (os.cpu_count() or 1) // max(1, len(device_steps))
     if threads > 1:
         command.append(f"--threads={threads}")
-    # Slowest first: they are what everything else waits for.
+    # The slowest steps come first, as all other steps wait for them.
     return device_steps + steps
 
 
@@ -196,7 +198,7 @@ def _version(compiler: str) -> str:
 
 
 def _fingerprint(step: Step) -> str | None:
-    """Of all that the object was made from; None if that is not known."""
+    """Hashes all files that made the object; None if they are not known."""
     try:
         with open(f"{step.object}.d") as file:
             rule = file.read().replace("\\\n", " ")
@@ -218,7 +220,8 @@ def _read(path: str) -> str | None:
         return file.read()
 
 
-# The file beside the object gets the messages of ptxas about every kernel.
+# Matches the lines of ptxas about kernels, which go to the file beside the
+# object.
 _PTXAS = re.compile(r"ptxas info|\s*\d+ bytes stack frame")
 
 
@@ -258,7 +261,7 @@ def _compile(step: Step) -> str:
 def compile_all(steps: Iterable[Step]) -> list[str]:
     """Runs the steps, as many at once as there are processors.
 
-    Returns the paths of the objects. What the compilers print is kept beside
+    Returns the paths of the objects. The output of the compilers is kept beside
     each object, in `.txt`.
     """
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -276,15 +279,17 @@ def link(
     """Makes a shared object."""
     command = [*_cxx(), "-shared", *objects]
     if cuda:
-        # TensorFlow brings a CUDA runtime of its own, of another version: this
-        # one is inside, found before TensorFlow's libraries (which have the
-        # same symbols), and nobody else sees it.
+        # TensorFlow brings a CUDA runtime of another version, with the same
+        # symbols. The static runtime is linked into the library, so that it is
+        # found before TensorFlow's libraries, and its symbols are hidden from
+        # all other libraries.
         command += [cuda.runtime, "-Wl,--exclude-libs,ALL"]
         command += ["-ldl", "-lrt", "-lpthread"]
     command += flags
     command += shlex.split(os.environ.get("LDFLAGS", ""))
     os.makedirs(os.path.dirname(os.path.abspath(output)), exist_ok=True)
-    # A process that has the old file open keeps it whole.
+    # The library replaces the old file by a rename, so that a process that has
+    # the old file open keeps it whole.
     subprocess.run([*command, "-o", f"{output}.new"], check=True)
     os.replace(f"{output}.new", output)
 

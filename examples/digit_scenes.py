@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scenes of real handwritten digits on real pictures, written to disk.
+"""Writes scenes of real handwritten digits on real pictures to disk.
 
-The digits are the 1797 scans that scikit-learn carries, the backgrounds the
-photographs and textures that scikit-image carries in its wheel; nothing is
+The digits are the 1797 scans that scikit-learn contains. The backgrounds are
+photographs and textures that scikit-image contains in its wheel. Nothing is
 downloaded. Every part (train, val, test) has digits and pictures of its own.
 
     python examples/digit_scenes.py --out scenes --seed 0
 
-writes for each part
+It writes for each part
 
     scenes/<part>/images/000000.png   grayscale scene, 64 x 64
     scenes/<part>/masks/000000.png    class of each pixel: 0 is background,
@@ -15,7 +15,7 @@ writes for each part
     scenes/<part>/voc/000000.xml      Pascal VOC boxes
     scenes/<part>/instances.json      COCO boxes, areas and RLE masks
 
-and `scenes/scenes.json`, which says what was asked for.
+and `scenes/scenes.json`, which holds the arguments of the call.
 """
 
 import argparse
@@ -45,7 +45,7 @@ IMAGE_SIZE = 64
 NUM_CLASSES = 11  # The background and ten digits.
 DEFAULT_COUNTS = {"train": 8000, "val": 300, "test": 1000}
 
-# Raise it whenever the same arguments give other files than before.
+# Raise the version whenever the same arguments give other files than before.
 _VERSION = 1
 
 # The scans are stored roughly by writer, so contiguous blocks keep most writers
@@ -56,8 +56,8 @@ _DIGITS = {
     "test": range(1497, 1797),
 }
 
-# Pictures with lettering (page, text, clock, astronaut, motorcycle) are left
-# out: unlabelled glyphs would be wrong answers that look right.
+# Leaves out pictures with lettering (page, text, clock, astronaut, motorcycle):
+# unlabelled glyphs would count as wrong answers.
 _PICTURES = {
     "train": (
         "brick.png",
@@ -77,7 +77,7 @@ _STROKE = 0.4  # A pixel with more ink than this belongs to the digit.
 
 @dataclasses.dataclass
 class Scene:
-    """One scene.
+    """Holds one scene.
 
     Attributes:
         image: `(64, 64)` uint8, the gray values.
@@ -108,7 +108,7 @@ def _scans() -> tuple[np.ndarray, np.ndarray]:
 @functools.cache
 def _picture(name: str) -> np.ndarray:
     """Returns a picture of scikit-image, gray in [0, 1], at half its size."""
-    # Read by path: `skimage.data` would fetch a file that is missing.
+    # Reads the file by its path: `skimage.data` would download a missing file.
     path = pathlib.Path(skimage.__file__).parent / "data" / name
     picture = skimage.io.imread(path)
     if picture.ndim == 3:
@@ -125,7 +125,7 @@ def _background(rng: np.random.Generator, name: str) -> np.ndarray:
     crop = picture[top : top + IMAGE_SIZE, left : left + IMAGE_SIZE]
     if rng.random() < 0.5:
         crop = crop[:, ::-1]
-    # The ink is added to the background: leave room for it.
+    # The ink is added to the background, so the background leaves room for it.
     return 0.3 * np.rot90(crop, rng.integers(4))
 
 
@@ -133,12 +133,12 @@ def _deform(rng: np.random.Generator, scan: np.ndarray) -> np.ndarray | None:
     """Returns a scan deformed and placed in an empty scene.
 
     Args:
-        rng: source of the deformation and the place.
+        rng: source of the deformation and the position.
         scan: `(12, 12)`, ink in [0, 1].
 
     Returns:
-        `(64, 64)` ink in [0, 1], or None where the digit came out too large
-        for the scene.
+        `(64, 64)` ink in [0, 1], or None if the digit is too large for the
+        scene.
     """
     scale = np.exp(rng.uniform(np.log(1.2), np.log(5.0)))
     stretch = np.exp(rng.uniform(-0.5, 0.5) * np.log(1.6))
@@ -171,7 +171,7 @@ def compose(part: str, index: int, seed: int = 0) -> Scene:
     Args:
         part: "train", "val" or "test".
         index: number of the scene within its part. A scene depends on `seed`,
-            `part` and `index` alone, not on how many others there are.
+            `part` and `index` alone, not on the number of scenes.
         seed: seed of the whole set.
 
     Returns:
@@ -185,8 +185,8 @@ def compose(part: str, index: int, seed: int = 0) -> Scene:
     taken = np.zeros((IMAGE_SIZE, IMAGE_SIZE), bool)
     instances, digits = [], []
     wanted = rng.integers(2, 5)
-    # Where a digit finds no place, another, likely smaller one, is tried; a
-    # crowded scene stays with fewer.
+    # Tries another digit, likely a smaller one, if a digit does not fit; a
+    # crowded scene keeps fewer digits.
     tries = 12
     while len(instances) < wanted and (tries > 0 or not instances):
         tries -= 1
@@ -277,7 +277,7 @@ def _write_part(folder: pathlib.Path, part: str, count: int, seed: int) -> None:
         for category, pixels in scene.instances:
             annotations.append(
                 {
-                    # From 1: COCO's evaluation reads 0 as "no match".
+                    # Ids count from 1: COCO's evaluation reads 0 as "no match".
                     "id": len(annotations) + 1,
                     "image_id": index,
                     "category_id": category,
@@ -312,8 +312,8 @@ def write(
 ) -> pathlib.Path:
     """Writes the scenes, or finds that they are already there.
 
-    The folder appears under its name only when it is complete, so that what an
-    interrupted call left is never taken for a set.
+    The folder appears under its name only when it is complete, so that no call
+    takes the leftovers of an interrupted call for a set of scenes.
 
     Args:
         out: folder to write; its parents are made.
@@ -326,7 +326,7 @@ def write(
         The folder.
 
     Raises:
-        ValueError: if `out` holds something else, or a count is negative.
+        ValueError: if `out` holds something else, or a number is negative.
     """
     out = pathlib.Path(out)
     counts = {"train": train, "val": val, "test": test}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the examples share: models written for other programs, and run there."""
+"""Writes models for other programs and runs them, for all examples."""
 
 import functools
 import pathlib
@@ -14,7 +14,7 @@ import numpy as np
 
 from tf_deform import export
 
-# The file or folder that each writes.
+# Maps each format to its file or folder.
 FORMATS = {
     "native": "saved_model",
     "portable": "saved_model_portable",
@@ -33,14 +33,14 @@ def export_all(
 
     Args:
         model: a model of one input, or a `tf.function`.
-        images: its input, for which all of them are compared.
+        images: its input, for which all formats are compared.
         folder: receives the files.
-        formats: which of `FORMATS`.
+        formats: the chosen keys of `FORMATS`.
 
     Returns:
-        For each file and each output the largest absolute difference from
-        what the model gives here, relative to the largest number; of integers
-        the share that differs.
+        For each file and each output the largest absolute difference from the
+        model's output here, relative to the largest number; for integers the
+        share of elements that differ.
     """
     outputs = model(images)
     if not isinstance(outputs, dict):
@@ -84,7 +84,7 @@ def difference(expected: np.ndarray, received: np.ndarray) -> float:
 
 
 def report(differences: dict[str, dict[str, float]]) -> str:
-    """Returns a table of what `export_all` returned."""
+    """Returns a table of the differences that `export_all` returned."""
     if not differences:
         return "(none)"
     keys = list(next(iter(differences.values())))

@@ -4,8 +4,8 @@
     python examples/openvino_extension.py model.onnx images.npy outputs.npz
 
 OpenVINO has the operation, but does not look for it in ONNX files:
-`deform_conv` tells it how to read ONNX's DeformConv. Nothing but OpenVINO is
-needed.
+`deform_conv` tells OpenVINO how to read ONNX's DeformConv. The module needs
+nothing but OpenVINO.
 """
 
 import argparse
@@ -17,9 +17,9 @@ from openvino.frontend.onnx import ConversionExtension
 
 
 def _convert(node) -> list[openvino.Output]:
-    """ONNX's DeformConv as an operation of OpenVINO."""
+    """Converts ONNX's DeformConv to an operation of OpenVINO."""
     given = [node.get_input(i) for i in range(node.get_input_size())]
-    # What is optional may be there, and be nothing.
+    # An optional input may exist and be empty.
     given = [
         None if value.get_node().get_type_name() == "NullNode" else value
         for value in given
@@ -37,7 +37,7 @@ def _convert(node) -> list[openvino.Output]:
         mask=mask,
         group=node.get_attribute("group", 1),
         deformable_group=node.get_attribute("offset_group", 1),
-        # Pixels outside of the image are zeros.
+        # The standard defines pixels outside of the image as zeros.
         bilinear_interpolation_pad=True,
     )
     if bias is not None:
@@ -47,7 +47,7 @@ def _convert(node) -> list[openvino.Output]:
 
 
 def deform_conv() -> ConversionExtension:
-    """What `openvino.Core.add_extension` needs to read such files."""
+    """Returns the extension for `openvino.Core.add_extension`."""
     return ConversionExtension("DeformConv", _convert)
 
 
@@ -61,7 +61,8 @@ def main() -> None:
     args = parser.parse_args()
     core = openvino.Core()
     core.add_extension(deform_conv())
-    # It would compute in bfloat16 where the processor can, and round places.
+    # Without this option OpenVINO computes in bfloat16 where the processor can,
+    # and rounds positions.
     compiled = core.compile_model(
         args.model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
     )

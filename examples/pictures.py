@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of what a model predicts and of where its convolutions look."""
+"""Draws predictions of models, and where their convolutions sample."""
 
 import pathlib
 
@@ -14,13 +14,13 @@ except ModuleNotFoundError as error:
         f"Received: {error}. Run `pip install 'tf-deform[examples]'`."
     ) from error
 
-matplotlib.use("Agg")  # Pictures go to files: no display is needed.
+matplotlib.use("Agg")  # It writes pictures to files, and needs no display.
 
 import matplotlib.pyplot as plt
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch, Rectangle
 
-# Background and ten digits.
+# The colours stand for the background and ten digits.
 _COLORS = ListedColormap(["black", *plt.get_cmap("tab10").colors])
 
 
@@ -37,14 +37,13 @@ def draw_predictions(
     truth: np.ndarray,
     predictions: dict[str, np.ndarray],
 ) -> None:
-    """Draws, a column per scene: image, true classes, each model's classes.
+    """Draws one column per scene: image, true classes, each model's classes.
 
     Args:
         path: PNG file to write.
         images: `(batch, height, width, 1)`, gray values 0 to 255.
         truth: `(batch, height, width, 1)`, classes 0 to 10.
-        predictions: for each model's name its classes,
-            `(batch, height, width)`.
+        predictions: classes by the model's name, `(batch, height, width)`.
     """
     rows = {"truth": truth[..., 0], **predictions}
     shape = (1 + len(rows), len(images))
@@ -82,11 +81,11 @@ def sampling_locations(
     cell: tuple[int, int],
     layer_names: tuple[str, ...],
 ) -> np.ndarray:
-    """Returns where successive convolutions of stride 1 look for one output.
+    """Returns where successive convolutions of stride 1 sample for one output.
 
-    The last layer looks at its input at `K` locations, the one before it, to
-    compute each of these, at `K` further ones, and so on. At a location between
-    cells the offsets of the nearest cell stand in.
+    The last layer reads its input at `K` locations; the layer before it reads
+    at `K` further locations to compute each of these, and so on. At a location
+    between cells the offsets of the nearest cell are used.
 
     Args:
         model: a model with one input.
@@ -96,8 +95,9 @@ def sampling_locations(
             with stride 1, "same" padding and one offset group.
 
     Returns:
-        `(n, 2)`, (y, x) in cells of the first layer's input; `n` is `K` to the
-        number of layers, less what starts from locations outside of the map.
+        `(n, 2)`, (y, x) in cells of the first layer's input. `n` is `K` to the
+        power of the number of layers, without samples that start outside of the
+        map.
     """
     layers = [model.get_layer(name) for name in layer_names]
     inputs = keras.Model(model.input, [layer.input for layer in layers])
@@ -122,7 +122,8 @@ def sampling_locations(
             )
             branch = branch + layer.offset_bias
             branch = keras.ops.convert_to_numpy(branch)
-            # Displacements first, (dy, dx) per tap; a modulation may follow.
+            # The displacements come first, (dy, dx) per tap; a modulation may
+            # follow.
             offset = branch[0, ..., : 2 * len(base)].reshape(offset.shape)
         nearest = np.rint(locations).astype(int)
         inside = np.all((nearest >= 0) & (nearest < (height, width)), axis=1)
@@ -138,15 +139,15 @@ def draw_sampling(
     models: dict[str, keras.Model],
     layer_names: tuple[str, ...],
 ) -> None:
-    """Draws where models look for the centre of a box; a row per model.
+    """Draws where models sample for the centre of a box; a row per model.
 
     Args:
         path: PNG file to write.
         images: `(batch, height, width, 1)`, gray values 0 to 255.
         boxes: for each image one box `(x, y, width, height)` in pixels.
         models: models by name.
-        layer_names: see `sampling_locations`. Their input must come from two
-            3x3 convolutions of stride 2 with "same" padding.
+        layer_names: see `sampling_locations`. The input of these layers must
+            come from two 3x3 convolutions of stride 2 with "same" padding.
     """
     figure, grid = plt.subplots(
         len(models),
@@ -159,9 +160,9 @@ def draw_sampling(
             axes, images, boxes, strict=True
         ):
             center = np.array((y + (height - 1) / 2, x + (width - 1) / 2))
-            # With an even size TensorFlow pads "same" at the end only, so that
-            # cell i of such a convolution has its middle at pixel 2 i + 1, and
-            # of two at 2 (2 i + 1) + 1.
+            # For an even size TensorFlow pads "same" at the end only. So cell i
+            # of such a convolution has its centre at pixel 2 i + 1, and cell i
+            # of two convolutions at pixel 2 (2 i + 1) + 1.
             cell = np.rint((center - 3) / 4).astype(int)
             cell = np.clip(cell, 0, np.array(image.shape[:2]) // 4 - 1)
             points = 4 * sampling_locations(model, image, cell, layer_names) + 3
@@ -178,7 +179,8 @@ def draw_sampling(
             )
             ax.plot(points[:, 1], points[:, 0], "o", color="red", markersize=2)
             ax.plot(4 * cell[1] + 3, 4 * cell[0] + 3, "+", color="cyan")
-            # Points outside of the image read zeros; show that they are there.
+            # Leaves a margin to show points outside of the image, which read
+            # zeros.
             ax.set_xlim(-8.5, image.shape[1] + 7.5)
             ax.set_ylim(image.shape[0] + 7.5, -8.5)
     figure.tight_layout()

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the examples share: runs that resume, and comparisons of arms.
+"""Runs and resumes training, and compares arms, for all examples.
 
-An example trains each of its arms (models that differ in one thing) with the
+An example trains each of its arms (models that differ in one property) with the
 same seeds for the same number of steps on the same batches. A run, one arm with
-one seed, has a folder of its own. An interrupted call, repeated, resumes: a run
-that is done is not trained again, another one goes on from its last epoch.
+one seed, has a folder of its own. A call that was interrupted resumes when it
+is repeated: a run that is done is not trained again, and any other run
+continues from its last epoch.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 
-# TensorFlow's start-up notes would bury the table.
+# TensorFlow's messages at start-up would bury the table.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import digit_scenes
@@ -29,12 +30,12 @@ import tensorflow as tf
 
 BATCH_SIZE = 32
 WARMUP_STEPS = 50
-# Offsets move every sample of a kernel at once: they learn more slowly.
+# Offsets move every sample of a kernel at once, so they learn at a lower rate.
 OFFSET_RATE = 0.2
 
 
 def make_optimizer(rate: float, steps: int) -> keras.optimizers.Optimizer:
-    """Returns Adam with a slower one for the variables of offset branches.
+    """Returns Adam, with a lower rate for the variables of offset branches.
 
     Args:
         rate: highest learning rate, reached after `WARMUP_STEPS`.
@@ -66,7 +67,7 @@ def stream(scenes: tf.data.Dataset, seed: int, start: int) -> tf.data.Dataset:
     """Returns endless batches of shuffled scenes.
 
     The order depends on the seed alone: it is the same for every arm, and a
-    resumed run skips what it has seen.
+    resumed run skips the batches that it has seen.
 
     Args:
         scenes: scenes to learn from.
@@ -82,7 +83,7 @@ def stream(scenes: tf.data.Dataset, seed: int, start: int) -> tf.data.Dataset:
 
 
 def write_json(path: pathlib.Path, value: object) -> None:
-    """Writes a JSON file that is either complete or not there."""
+    """Writes a JSON file that is complete or does not exist."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(value, indent=2) + "\n")
     partial.replace(path)
@@ -99,7 +100,7 @@ class EpochTimer(keras.callbacks.Callback):
 
 
 class Validate(keras.callbacks.Callback):
-    """Adds what `validate(model)` returns to the logs of each epoch."""
+    """Adds the result of `validate(model)` to the logs of each epoch."""
 
     def __init__(self, validate: Callable[[keras.Model], dict[str, float]]):
         super().__init__()
@@ -110,18 +111,18 @@ class Validate(keras.callbacks.Callback):
 
 
 class SaveState(keras.callbacks.Callback):
-    """Saves after each epoch all that resuming needs, in one file.
+    """Saves, after each epoch, all data that resuming needs in one file.
 
-    `state.weights.h5` holds the variables of the model and of its optimizer
-    and the logs of all epochs, hence the best score too.
-    `keras.callbacks.BackupAndRestore` keeps the epoch in a second file, and a
-    stop between the two would leave a state that never was. `log.csv` is for
-    people, `best-<epoch>.weights.h5` the state of the epoch that the logs name
-    as the best one.
+    `state.weights.h5` holds the variables of the model and of its optimizer and
+    the logs of all epochs, and so also the best score.
+    `keras.callbacks.BackupAndRestore` keeps the epoch in a second file, so a
+    stop between the two files would leave an inconsistent state. `log.csv` is
+    for people; `best-<epoch>.weights.h5` holds the state of the epoch with the
+    best score in the logs.
 
     Args:
         folder: folder of the run.
-        monitor: log of which the largest value is the best, or None.
+        monitor: the log whose largest value is the best, or None.
     """
 
     def __init__(self, folder: pathlib.Path, monitor: str | None = None):
@@ -132,7 +133,7 @@ class SaveState(keras.callbacks.Callback):
         self.history = []
 
     def restore(self, model: keras.Model) -> None:
-        """Takes up the run where it was, if it has been started."""
+        """Restores the state of the run, if it has been started."""
         if self._state.exists():
             model.load_weights(self._state)
             with h5py.File(self._state) as file:
@@ -150,8 +151,8 @@ class SaveState(keras.callbacks.Callback):
         )
         partial = self._folder / "partial.weights.h5"
         self.model.save_weights(partial)
-        # What the state refers to is written before it, and what it no longer
-        # refers to is removed after it.
+        # Writes files that the state refers to before the state, and removes
+        # files that it no longer refers to after it.
         if self._monitor:
             best = self.best()
             if best.name == f"best-{epoch}.weights.h5":
@@ -171,7 +172,7 @@ class SaveState(keras.callbacks.Callback):
                     path.unlink()
 
     def remove(self) -> None:
-        """Removes the state of a run that is done."""
+        """Removes the saved state of a run that is done."""
         for path in self._folder.glob("*.weights.h5"):
             path.unlink()
 
@@ -181,7 +182,7 @@ def claim(folder: pathlib.Path, settings: dict) -> None:
 
     Args:
         folder: folder of the run, made where missing.
-        settings: everything that the result depends on, as JSON holds it.
+        settings: all settings that the result depends on, as JSON holds them.
 
     Raises:
         ValueError: if the folder belongs to a run with other settings.
@@ -213,7 +214,7 @@ def train(
     validate: Callable[[keras.Model], dict[str, float]] | None = None,
     monitor: str | None = None,
 ) -> dict:
-    """Trains one arm, or goes on with it, or finds that it is done.
+    """Trains one arm, resumes its training, or finds that it is done.
 
     Args:
         arm: name of the arm.
@@ -224,12 +225,12 @@ def train(
             `model.keras` and `result.json`.
         build_model: makes the untrained model of an arm.
         rate: highest learning rate.
-        batches: makes an endless dataset, less the batches before a step.
+        batches: makes an endless dataset, without the batches before a step.
         measure: evaluates the trained model.
         loss: loss to compile the model with.
         validate: evaluates the model after each epoch.
-        monitor: which of the logs says how good an epoch is: the best epoch's
-            model is kept. None: the last epoch's.
+        monitor: the log that tells how good an epoch is: the best epoch's model
+            is kept. None: the last epoch's model is kept.
 
     Returns:
         The content of `result.json`.
@@ -254,13 +255,14 @@ def train(
         initial_epoch=start // epoch_steps,
         epochs=steps // epoch_steps,
         steps_per_epoch=epoch_steps,
-        shuffle=False,  # The batches are.
+        shuffle=False,  # The batches are shuffled already.
         callbacks=[
             EpochTimer(),
             *([Validate(validate)] if validate else []),
             saver,
         ],
-        # A bar redraws itself on a terminal; a file gets one line per epoch.
+        # Prints a bar on a terminal, where it redraws itself, and lines to a
+        # file.
         verbose=1 if sys.stdout.isatty() else 2,
     )
     if monitor:
@@ -292,14 +294,14 @@ def differences(
     """Compares arms seed by seed.
 
     Args:
-        results: what `train` returned.
-        metric: which of the measures to compare.
-        pairs: which arms to compare, and with which.
+        results: results of `train`.
+        metric: the measure to compare.
+        pairs: pairs of arms to compare.
 
     Returns:
-        For each pair the differences per seed, their mean and, from two seeds
-        on, their standard deviation and the two ends of their 95 % confidence
-        interval (Student's t).
+        For each pair the differences per seed, their mean and, for two or more
+        seeds, their standard deviation and the two ends of their 95 %
+        confidence interval (Student's t).
     """
     scores = {}
     for result in results:
@@ -331,9 +333,9 @@ def report(
     """Returns the table of results and a line for each comparison.
 
     Args:
-        results: what `train` returned.
+        results: results of `train`.
         metrics: the title of each measure to show.
-        compared: what `differences` returned.
+        compared: results of `differences`.
         part: name of the evaluated part.
     """
     titles = " | ".join(f"{title}, {part}" for title in metrics.values())
@@ -374,11 +376,11 @@ def parse_arguments(
     """Returns the command line of an example.
 
     Args:
-        description: what the example does.
+        description: text that tells what the example does.
         arms: all arms.
-        few: the arms that are trained if nothing is said.
-        steps: number of training steps if nothing is said.
-        out: folder for results if nothing is said.
+        few: the arms that are trained by default.
+        steps: number of training steps by default.
+        out: folder for results by default.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
@@ -436,7 +438,7 @@ def parse_arguments(
         )
     args = parser.parse_args()
     args.arms = args.arms or (arms if args.full else few)
-    args.arms = list(dict.fromkeys(args.arms))  # Each once, in this order.
+    args.arms = list(dict.fromkeys(args.arms))  # It removes repeated arms.
     args.seeds = sorted(set(args.seeds or ((0, 1, 2) if args.full else (0,))))
     args.data = args.data or args.out / "scenes"
     args.epoch_steps = min(args.epoch_steps, args.steps)
@@ -469,7 +471,7 @@ def prepare(args: argparse.Namespace) -> dict[tuple[str, int], pathlib.Path]:
 
 
 def read_settings(args: argparse.Namespace) -> dict:
-    """Returns what was asked for when the scenes were composed."""
+    """Returns the arguments with which the scenes were composed."""
     return json.loads((args.data / "scenes.json").read_text())
 
 

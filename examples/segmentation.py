@@ -3,8 +3,8 @@
 
     python examples/segmentation.py --out runs/segmentation
 
-composes scenes of handwritten digits (see `digit_scenes.py`), trains each arm
-for the same number of steps on the same batches, and leaves in the folder:
+It composes scenes of handwritten digits (see `digit_scenes.py`), trains each
+arm for the same number of steps on the same batches, and leaves in the folder:
 
     metrics.json        every number that was printed
     predictions.png     predictions beside the truth
@@ -13,8 +13,8 @@ for the same number of steps on the same batches, and leaves in the folder:
                         the deformable model, for serving (see `serve.py`)
     runs/               one folder per arm and seed
 
-An interrupted call, repeated, resumes: an arm that is done is not trained
-again, another one goes on from its last complete epoch.
+A call that was interrupted resumes when it is repeated: an arm that is done is
+not trained again, and any other arm continues from its last complete epoch.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import json
 import os
 import pathlib
 
-# TensorFlow's start-up notes would bury the table.
+# TensorFlow's messages at start-up would bury the table.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import digit_scenes
@@ -47,16 +47,17 @@ ARMS = (
 )
 
 LEARNING_RATE = 0.016
-# Nine pixels in ten are background: at full weight it would drown the digits.
+# Nine of ten pixels are background: at full weight it would outweigh the
+# digits.
 BACKGROUND_WEIGHT = 0.5
 
 
 @keras.saving.register_keras_serializable(package="tf_deform_examples")
 class Enlarge(keras.layers.UpSampling2D):
-    """Bilinear enlargement of maps of which the graph does not know the size.
+    """Enlarges maps bilinearly, also if the graph does not know their size.
 
-    Keras 3.15's own layer asks whether the new size is positive, which has no
-    answer while a graph is made (keras-team/keras#22079).
+    Keras 3.15's own layer tests whether the new size is positive, which is
+    unknown while a graph is made (keras-team/keras#22079).
     """
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
@@ -68,10 +69,10 @@ def build_model(
 ) -> keras.Model:
     """Returns an untrained model of one arm.
 
-    All arms are one network: two convolutions of stride 2, three more at a
-    quarter of the size, a 1x1 score, bilinear enlargement. They differ in the
-    last two of the convolutions alone, "plain-wide" in the number of filters,
-    "plain-deep" in one convolution more.
+    All arms have the same structure: two convolutions of stride 2, three more
+    convolutions at a quarter of the size, a 1x1 score, bilinear enlargement.
+    They differ in the last two convolutions alone, except "plain-wide", which
+    has more filters, and "plain-deep", which has one convolution more.
 
     Args:
         arm: one of `ARMS`.
@@ -83,7 +84,7 @@ def build_model(
         A model from `(batch, height, width, 1)` uint8 gray values to
         `(batch, height, width, 11)` float32 logits.
     """
-    # The wide arm has at least as many parameters as any deformable one.
+    # The wide arm has at least as many parameters as any deformable arm.
     narrow, wide = (28, 56) if arm == "plain-wide" else (24, 48)
     convolution = {
         "plain-dilated": functools.partial(
@@ -152,7 +153,7 @@ def weigh(image: tf.Tensor, mask: tf.Tensor) -> tuple[tf.Tensor, ...]:
 
 
 def mean_iou(model: keras.Model, scenes: tf.data.Dataset) -> float:
-    """Returns the intersection over union, mean over the 11 classes."""
+    """Returns the mean intersection over union of the 11 classes."""
     metric = keras.metrics.MeanIoU(
         digit_scenes.NUM_CLASSES, sparse_y_pred=False
     )
@@ -166,7 +167,7 @@ def is_deformable(arm: str) -> bool:
 
 
 def pairs(arms: list[str]) -> list[tuple[str, str]]:
-    """Returns every deformable arm with every other one."""
+    """Returns pairs of every deformable arm with every other arm."""
     return [
         (arm, base)
         for arm, base in itertools.product(arms, arms)
@@ -181,7 +182,7 @@ def draw(
     annotations: list[dict],
     folder: pathlib.Path,
 ) -> None:
-    """Draws what models predict and where they look.
+    """Draws the models' predictions and where the models sample.
 
     Args:
         models: models by name.
@@ -199,7 +200,7 @@ def draw(
             for name, model in models.items()
         },
     )
-    # Six digits from small to large.
+    # Chooses six digits from small to large.
     by_size = sorted(annotations, key=lambda item: max(item["bbox"][2:]))
     ranks = np.linspace(0.1, 1, 6) * (len(by_size) - 1)
     chosen = [by_size[int(rank)] for rank in ranks]
@@ -239,7 +240,8 @@ def run(
     table = runs.report(results, {"miou": "mIoU"}, compared, args.part)
     print("\n" + table, flush=True)
 
-    # One plain model, or whatever came first, beside the most deformable one.
+    # Draws one plain model, or else the first one, beside the most deformable
+    # one.
     models = {
         arm: keras.saving.load_model(
             folders[arm, args.seeds[0]] / "model.keras", compile=False

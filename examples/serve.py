@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs an exported model in a process that knows nothing else of it.
+"""Runs an exported model in a process that reads nothing else of it.
 
     python examples/serve.py model.onnx images.npy outputs.npz
 
@@ -54,7 +54,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.native:
-        import tf_deform  # noqa: F401  Registers the ops.
+        import tf_deform  # noqa: F401  It registers the ops.
     run = {".onnx": run_onnx, ".tflite": run_litert}.get(
         pathlib.Path(args.model).suffix, run_saved_model
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The file or folder that appears whole or not at all: every writer uses it."""
+"""Writes a file or folder so that it appears whole or not at all."""
 
 import contextlib
 import ctypes
@@ -14,14 +14,15 @@ import tempfile
 from collections.abc import Iterator
 from stat import S_ISDIR
 
-# A folder beside what is written, with at most these in it: a file that its
-# process holds locked, what is being written, and, where the file system cannot
-# exchange, what was there before. The last two hold one thing each, under the
-# name that it has at its place.
+# The staging folder lies beside the path that is written. It holds at most
+# three entries: a lock file that the writing process holds locked, the new file
+# or folder, and, where the file system cannot exchange two folders, the
+# previous one. The last two are folders with one entry each, under its final
+# name.
 _PREFIX = ".tf_deform-partial-"
 _LOCK, _NEW, _BEFORE = "lock", "new", "before"
 
-# What says that a file system has no locks.
+# Errors that say that a file system has no locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 
 _AT_FDCWD = -100
@@ -30,11 +31,11 @@ _SYS_RENAMEAT2 = 316  # x86-64
 
 
 def to_path(value: str | os.PathLike) -> pathlib.Path:
-    """A path that a caller gave.
+    """Returns the path that a caller gave.
 
     Raises:
-        TypeError: It is neither text nor a path of text.
-        ValueError: It has a character that no path has.
+        TypeError: The value is neither text nor a path of text.
+        ValueError: The value has a character that no path has.
     """
     text = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(text, str):
@@ -54,19 +55,21 @@ def to_path(value: str | os.PathLike) -> pathlib.Path:
 def writing(
     path: str | os.PathLike, folder: str | None = None
 ) -> Iterator[pathlib.Path]:
-    """A path to write to; what is there takes the place of `path` at the end.
+    """Yields a path to write to, and moves the result to `path` at the end.
 
-    It does so at one stroke: whoever looks at `path`, at any time, finds what
-    was there before or what is new. An error, or a kill at any time, leaves
-    what was there before. What killed processes left beside `path` is removed.
-    A file system that cannot exchange two folders (network ones cannot) has
-    none at `path` for a moment; after a kill in it, the next writer to the same
-    parent puts back what was there.
+    The move is one step: a process that looks at `path`, at any time, finds
+    either the previous file or folder or the new one. An error, or a kill at
+    any time, leaves the previous one in place. The leftovers of killed
+    processes beside `path` are removed. A file system that cannot exchange two
+    folders (network file systems cannot) has no folder at `path` for a moment;
+    after a kill in that moment, the next writer to the same parent puts the
+    previous folder back.
 
     Args:
-        path: What will be written. Links are followed.
-        folder: None for a file. For a folder, the name of a file in it: one
-            that holds it is replaced, as is an empty one, but no other.
+        path: The file or folder to write. Links are followed.
+        folder: None for a file. For a folder, the name of a file in it: a
+            folder that holds this file is replaced, and so is an empty folder,
+            but no other folder.
 
     Raises:
         OSError: `path` cannot be written, or is something else.
@@ -75,7 +78,8 @@ def writing(
     _check_replaceable(path, folder)
     _clear_dead(path.parent)
     try:
-        # Beside it, so that it can be moved there in one step.
+        # The staging folder lies beside `path`, so that one step moves its
+        # content there.
         staging, lock = _stage(path.parent)
     except OSError as error:
         raise _explain(
@@ -87,7 +91,7 @@ def writing(
         try:
             _put(staging, path)
         except OSError as error:
-            # Such as a mount point.
+            # A mount point, for example, cannot be replaced.
             raise _explain(error, "one that can be replaced", path) from error
     finally:
         _remove(staging, lock)
@@ -113,10 +117,11 @@ def _check_replaceable(path: pathlib.Path, folder: str | None) -> None:
 
 
 def _is_replaceable_folder(path: pathlib.Path, name: str) -> bool:
-    """Whether nothing is at `path`, or a folder that is empty or has `name`.
+    """Checks that `path` is free, an empty folder, or a folder with `name`.
 
-    Another process may exchange the folder between two looks at it: what is
-    refused is judged again until it is the same one before and after.
+    Another process may exchange the folder between two looks at it: a folder
+    that is refused is judged again until it is the same folder before and
+    after.
     """
     while path.exists():
         try:
@@ -141,11 +146,11 @@ def _stage(parent: pathlib.Path) -> tuple[pathlib.Path, int | None]:
             try:
                 lock = _lock(staging)
             except (BlockingIOError, FileNotFoundError):
-                continue  # Another process came between and removes it.
+                continue  # Another process came between and removed the folder.
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     raise
-                lock = None  # So that nobody can take it for a dead one's.
+                lock = None  # Nobody may take the folder for a dead process's.
             (staging / _NEW).mkdir()
             (staging / _BEFORE).mkdir()
         except BaseException:
@@ -157,17 +162,17 @@ def _stage(parent: pathlib.Path) -> tuple[pathlib.Path, int | None]:
 def _lock(staging: pathlib.Path) -> int:
     """Locks a staging folder until the file that it returns is closed.
 
-    The system closes it when the process ends, however it ends.
+    The system closes the file when the process ends, however it ends.
 
     Raises:
-        BlockingIOError: Another process holds it.
-        FileNotFoundError: Another process has removed it.
+        BlockingIOError: Another process holds the lock.
+        FileNotFoundError: Another process has removed the folder.
         OSError: The file system has no locks, or something else.
     """
     lock = os.open(staging / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # It may have been removed between opening and locking.
+        # The folder may have been removed between opening and locking the file.
         os.stat(staging / _LOCK)
     except BaseException:
         os.close(lock)
@@ -176,7 +181,7 @@ def _lock(staging: pathlib.Path) -> int:
 
 
 def _put(staging: pathlib.Path, path: pathlib.Path) -> None:
-    """Moves what is new to its place, and what is there into `staging`."""
+    """Moves the new entry to `path`, and the previous one into `staging`."""
     new, before = (staging / name / path.name for name in (_NEW, _BEFORE))
     while True:
         try:
@@ -185,8 +190,8 @@ def _put(staging: pathlib.Path, path: pathlib.Path) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-        # Whatever goes wrong in the first way, goes right in the second one,
-        # or says there why not. In both, another process may be faster.
+        # If the exchange fails for any reason, moving twice succeeds or says
+        # why it cannot. Another process may be faster in both.
         try:
             _exchange(new, path)
             return
@@ -197,10 +202,10 @@ def _put(staging: pathlib.Path, path: pathlib.Path) -> None:
 
 
 def _exchange(one: pathlib.Path, other: pathlib.Path) -> None:
-    """Exchanges two things at one stroke.
+    """Exchanges two files or folders in one step.
 
     Raises:
-        OSError: They or the system or the file system do not allow it.
+        OSError: The paths, the system or the file system do not allow it.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     arguments = [
@@ -231,7 +236,7 @@ def _clear_dead(parent: pathlib.Path) -> None:
 
 
 def _is_staging(path: pathlib.Path) -> bool:
-    """Whether it is a staging folder of this user, judged by all of it."""
+    """Checks by all its content that `path` is this user's staging folder."""
     if not re.fullmatch(re.escape(_PREFIX) + "[a-z0-9_]{8}", path.name):
         return False
     with contextlib.suppress(OSError):
@@ -246,7 +251,7 @@ def _is_staging(path: pathlib.Path) -> bool:
 
 
 def _remove(staging: pathlib.Path, lock: int | None) -> None:
-    """Removes a staging folder, but never the only copy of what was before."""
+    """Removes a staging folder, but never the only copy of the old entry."""
     try:
         for before in (staging / _BEFORE).glob("*"):
             path = staging.parent / before.name
@@ -259,7 +264,8 @@ def _remove(staging: pathlib.Path, lock: int | None) -> None:
         for name in (_NEW, _BEFORE):
             shutil.rmtree(staging / name, ignore_errors=True)
     finally:
-        # First: NFS keeps a removed file until it is closed.
+        # The lock file is closed first: NFS keeps a removed file until it is
+        # closed.
         if lock is not None:
             os.close(lock)
     shutil.rmtree(staging, ignore_errors=True)

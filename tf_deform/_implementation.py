@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which implementation of the ops runs: native, or stock TensorFlow's ops."""
+"""Chooses the implementation that runs: the native ops, or stock TensorFlow."""
 
 import contextlib
 import contextvars
@@ -12,19 +12,20 @@ import tensorflow as tf
 
 from tf_deform import _loader
 
-# Or, while a model is exported to another runtime, what stands for an op there,
-# by the native op's name; stock ops stand for all others.
+# Holds the implementation that is asked for. While a model is exported to
+# another runtime, it holds the functions that replace ops, by the native op's
+# name; stock ops replace all other ops.
 _asked_for: contextvars.ContextVar[str | Mapping[str, Callable] | None] = (
     contextvars.ContextVar("tf_deform_implementation", default=None)
 )
-# The graphs that have the marker, inside `explaining`; otherwise None.
+# Holds the graphs that have the marker, inside `explaining`; otherwise None.
 _explained: contextvars.ContextVar[set[tf.Graph] | None] = (
     contextvars.ContextVar("tf_deform_explained", default=None)
 )
 
-# Where Keras traces a model for runtimes that have no native ops. TensorFlow's
-# converters refuse them there, but the one to ONNX only logs that it does not
-# know them, and writes a file that nothing loads.
+# Keras traces a model for runtimes that have no native ops in these modules.
+# TensorFlow's converters refuse native ops there. The converter to ONNX only
+# logs that it does not know them, and writes a file that no runtime loads.
 _KERAS_ONNX = "keras.src.export.onnx"
 _KERAS_EXPORTERS = (
     _KERAS_ONNX,
@@ -34,7 +35,7 @@ _KERAS_EXPORTERS = (
 
 
 def check_implementation(implementation: Any) -> str:
-    # A string tensor or an array could equal one.
+    # A string tensor or an array could be equal to a name.
     if (
         not isinstance(implementation, str)
         or implementation not in _loader.IMPLEMENTATIONS
@@ -65,18 +66,19 @@ def implementation(implementation: str) -> Iterator[None]:
         model.export("runs_without_tf_deform")
     ```
 
-    It wins over the argument `implementation` of functions and layers. What
-    is traced inside (`tf.function`, a functional model that is exported) keeps
-    it; what was traced before stays as it is.
+    It wins over the argument `implementation` of functions and layers. A
+    function that is traced inside (`tf.function`, a functional model that is
+    exported) keeps the implementation; a function that was traced before stays
+    as it is.
 
     Args:
-        implementation: "native" (C++ and CUDA), or "portable": the same in
-            stock TensorFlow ops, which are slower and take more memory, but
-            run where tf_deform is not installed.
+        implementation: "native" (C++ and CUDA), or "portable": the same
+            functions in stock TensorFlow ops, which are slower and take more
+            memory, but run where tf_deform is not installed.
 
     Raises:
-        ValueError: Another value.
-        RuntimeError: "native" where there are no native ops.
+        ValueError: `implementation` has another value.
+        RuntimeError: It is "native" where there are no native ops.
     """
     check_implementation(implementation)
     if implementation == "native":
@@ -99,18 +101,20 @@ def for_other_runtime(functions: Mapping[str, Callable]) -> Iterator[None]:
 
 
 def is_for_other_runtime() -> bool:
-    """Whether what is traced now will be run by something else."""
+    """Tells whether the graph that is traced now is for another runtime."""
     return isinstance(_asked_for.get(), Mapping) or _is_keras_exporting()
 
 
 def _is_keras_exporting() -> bool:
-    """Whether `keras.Model.export` traces for a runtime without native ops.
+    """Tells whether `keras.Model.export` traces for another runtime.
 
-    Keras tells no layer what it traces for: the callers do.
+    Keras tells no layer for which runtime it traces, so the modules of the
+    callers on the stack decide.
 
     Raises:
-        ValueError: To ONNX inside of a condition, of which tf2onnx forgets the
-            shapes: no runtime loads a convolution that it writes there.
+        ValueError: Keras exports to ONNX inside of a condition. tf2onnx forgets
+            the shapes there, and no runtime loads a convolution that it writes
+            without them.
     """
     if tf.executing_eagerly():
         return False
@@ -143,9 +147,9 @@ def _is_in_condition() -> bool:
 def explaining() -> Iterator[None]:
     """Marks every graph traced inside that has native ops.
 
-    The first of them comes after an op whose name tells what to do: it is what
-    TensorFlow names where the graph is loaded without the library. See
-    cc/tf/marker_op.h.
+    The first native op of a graph comes after a marker op whose name tells the
+    user what to do. TensorFlow names the marker in its error where the graph is
+    loaded without the library. See cc/tf/marker_op.h.
     """
     token = _explained.set(set())
     try:
@@ -165,7 +169,7 @@ def _mark(library: ModuleType) -> None:
 
 
 def choose(implementation: Any, name: str, portable: Callable) -> Callable:
-    """The native op of this name, or the portable function.
+    """Returns the native op of this name, or the portable function.
 
     Both are called alike, with the op's inputs and attributes.
     """

@@ -26,23 +26,23 @@ _AN_OP = "tf_deform_deformable_conv2d"
 
 
 def is_built_with_cuda() -> bool:
-    """Whether this package has kernels for GPUs.
+    """Tells whether this package has kernels for GPUs.
 
-    If not, it was built without nvcc, and a model on a GPU runs its deformable
-    layers on the CPU.
+    A package without them was built without nvcc, and a model on a GPU runs its
+    deformable layers on the CPU.
 
     Returns:
-        True or False. It says nothing about this machine: a package with GPU
-        kernels also works where there is no GPU.
+        True or False. The answer says nothing about this machine: a package
+        with GPU kernels also works where there is no GPU.
     """
     return _build_info.CUDA_VERSION is not None and os.path.exists(LIBRARY)
 
 
 def supports_jit() -> bool:
-    """Whether the ops compile inside `jit_compile=True` on this machine.
+    """Tells whether the ops compile inside `jit_compile=True` on this machine.
 
-    Where there is a GPU, XLA compiles for it, and cannot leave an op to the
-    CPU: the package must have GPU kernels then. Portable ops always compile.
+    On a machine with a GPU, XLA compiles for the GPU and cannot leave an op to
+    the CPU, so the package must have GPU kernels. Portable ops always compile.
     """
     if op_library() is None:
         return True
@@ -56,10 +56,10 @@ def _minor(version: str) -> str:
 
 
 def check_version(built: str, installed: str) -> None:
-    """Raises ImportError unless both are of one minor version.
+    """Raises ImportError unless both versions have the same minor version.
 
     TensorFlow's C++ interface changes between minor versions: a shared object
-    built against another one would crash at best.
+    that was built against another minor version would crash at best.
     """
     if _minor(built) != _minor(installed):
         raise ImportError(
@@ -73,7 +73,7 @@ def check_version(built: str, installed: str) -> None:
 
 @functools.cache
 def forced() -> str | None:
-    """The implementation that the environment asks for, or None."""
+    """Returns the implementation that the environment asks for, or None."""
     value = os.environ.get(VARIABLE) or None
     if value not in (None, *IMPLEMENTATIONS):
         raise ValueError(
@@ -85,13 +85,15 @@ def forced() -> str | None:
 
 def _load() -> ModuleType:
     """Loads the library, or takes the ops of a copy that was loaded before."""
-    # An error of the registration is that of an unlike version: see below.
+    # The registration fails with this error if a copy of another version was
+    # loaded; see below.
     with contextlib.suppress(tf.errors.FailedPreconditionError):
         module = tf.load_op_library(LIBRARY)
         if hasattr(module, _AN_OP):
             return module
-    # TensorFlow makes functions only of what a file registers at that moment,
-    # and hands them out again by the name that the file was loaded by then.
+    # TensorFlow generates Python functions only for the ops that a file
+    # registers while it is loaded, and returns the same functions later only
+    # for the name by which the file was loaded then.
     library = ctypes.CDLL(LIBRARY)
     path, version = (
         ctypes.CFUNCTYPE(ctypes.c_char_p)((name, library))().decode()
@@ -115,9 +117,9 @@ def _load() -> ModuleType:
 
 @functools.cache
 def op_library() -> ModuleType | None:
-    """The module of the ops' generated Python wrappers.
+    """Returns the module of the ops' generated Python wrappers, or None.
 
-    None where the portable implementation stands in for them: on a platform
+    It is None where the portable implementation replaces the ops: on a platform
     for which there is no binary, or because the environment says so.
     """
     if forced() == "portable":

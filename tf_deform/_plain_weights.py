@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights of a plain model, taken over by its deformable twin."""
+"""Loads the weights of a plain model into its deformable twin."""
 
 import collections
 import contextlib
@@ -28,13 +28,14 @@ _MOST_PROBLEMS = 5
 
 @dataclasses.dataclass(frozen=True)
 class LoadedLayer:
-    """What became of a layer.
+    """Describes how a layer was loaded.
 
     Attributes:
-        name: Its name, behind those of the models and layers that hold it.
-        source: Where in the file its weights are, or None.
+        name: The layer's name, behind the names of the models and layers that
+            hold it.
+        source: Where the file has the layer's weights, or None.
         loaded: Names of the weights that were loaded.
-        stayed: Names of those that stayed as they were.
+        stayed: Names of the weights that stayed as they were.
     """
 
     name: str
@@ -53,12 +54,12 @@ class LoadedLayer:
 
 @dataclasses.dataclass(frozen=True)
 class LoadedWeights:
-    """What `load_plain_weights` did.
+    """Describes the result of `load_plain_weights`.
 
     Attributes:
         path: The file.
-        matched_by: "name" or "order" of the layers.
-        layers: Each layer that has weights.
+        matched_by: "name" or "order": how layers were found in the file.
+        layers: One entry for each layer that has weights.
     """
 
     path: pathlib.Path
@@ -76,15 +77,17 @@ class LoadedWeights:
 
 @dataclasses.dataclass
 class _Target:
-    """A layer that has weights; "" is the path and name of the model itself.
+    """Describes a layer that has weights; path and name "" stand for the model.
 
     Attributes:
         layer: The layer.
-        path: Where a plain model's file has its weights.
-        name: Its name.
-        label: The same behind the names of what holds it.
-        weights: By the file's key, those of a branch as well.
-        branch: Keys of those that a plain model does not have.
+        path: The path at which a plain model's file has the layer's weights.
+        name: The layer's name.
+        label: The name behind the names of the models and layers that hold the
+            layer.
+        weights: The weights by the file's key, including the weights of a
+            branch.
+        branch: Keys of the weights that a plain model does not have.
     """
 
     layer: keras.layers.Layer
@@ -96,11 +99,11 @@ class _Target:
 
     @property
     def is_plain(self) -> bool:
-        """Whether a plain model's file has something for it."""
+        """Tells whether a plain model's file has weights for this layer."""
         return len(self.branch) < len(self.weights)
 
 
-# What goes together, and what is wrong with it.
+# The pairs of a layer and its entry, and the texts of all mismatches.
 _Match = tuple[list[tuple[_Target, Entry]], list[str]]
 
 
@@ -110,20 +113,21 @@ def load_plain_weights(
     """Loads the weights of a plain model into its deformable twin.
 
     The twin has `DeformableConv2D` where the plain model has `Conv2D`, and
-    besides may have layers that pool regions. `load_weights` cannot do it:
-    weight files number the layers of each class, so that one exchanged layer
-    gives its plain neighbours the weights of others. It raises an error; but
-    with `skip_mismatch=True` it does so in silence, and nothing can be done
-    about it here, as plain layers are not ours.
+    besides may have layers that pool regions. `load_weights` cannot load such a
+    file: weight files number the layers of each class, so that one exchanged
+    layer shifts the numbers of its plain neighbours, which then get the weights
+    of other layers. `load_weights` raises an error; but with
+    `skip_mismatch=True` it loads wrong weights in silence, and this package
+    cannot prevent that, as the plain layers are Keras' own.
 
-    Layers are found by name. Where names are missing (older files have none)
-    or occur twice, or where the two models' differ, they are found by order,
-    plain and deformable convolutions counted as one class. Either way every
-    layer, key and shape has to fit, or nothing is loaded. Branches, which the
-    file does not hold, stay as they are: zero in a new model, which then gives
-    what the plain one gives (with `modulation` None or "2sigmoid"). A
-    deformable model's file whose names fit is taken, too, branches included.
-    The state of optimizers is not read.
+    Layers are found by name. Where names are missing (older files have none) or
+    occur twice, or where the names of the two models differ, layers are found
+    by order, with plain and deformable convolutions counted as one class.
+    Either way every layer, key and shape has to fit, or nothing is loaded. The
+    file does not hold the weights of branches, which stay as they are: zero in
+    a new model, which then gives the same output as the plain model (with
+    `modulation` None or "2sigmoid"). A deformable model's file whose names fit
+    is also loaded, branches included. The state of optimizers is not read.
 
     Args:
         model: The deformable model, built.
@@ -132,13 +136,13 @@ def load_plain_weights(
             Numbers are cast to the model's types. No code in it is run.
 
     Returns:
-        What became of each layer; `print` it.
+        A description of each layer; `print` it.
 
     Raises:
         OSError: The file cannot be read.
         TypeError: `model` is not a Keras model, or `path` not a path.
-        ValueError: It is not built, or the file is none of these or does not
-            fit. The model is then as it was.
+        ValueError: `model` is not built, or the file is of another kind or does
+            not fit. The model is then as it was.
     """
     if not isinstance(model, keras.Model):
         raise TypeError(
@@ -151,11 +155,11 @@ def load_plain_weights(
         )
     path = _files.to_path(path)
     with open(path, "rb"):
-        pass  # Says what is wrong with the path.
+        pass  # Reading the file below says what is wrong with the path.
     with contextlib.ExitStack() as stack:
         try:
             entries, legacy = open_file(path, stack)
-        except FileNotFoundError:  # of a shard
+        except FileNotFoundError:  # A shard is missing.
             raise
         except Exception as error:
             raise ValueError(
@@ -215,12 +219,13 @@ def _raise(
 def _find_targets(
     root: keras.layers.Layer, legacy: bool, name: str = ""
 ) -> list[_Target]:
-    """All layers with weights in a model or layer, itself included.
+    """Finds all layers with weights in a model or layer, itself included.
 
     Args:
         root: The model, or one of its layers.
-        legacy: Whether weights are wanted by name.
-        name: "" for the model, else the layer's.
+        legacy: Whether the keys of the weights are their names, as in a legacy
+            file.
+        name: "" for the model, else the layer's name.
     """
     targets = []
     for path, label, found in _walk(root, name, name, set()):
@@ -252,7 +257,7 @@ def _find_targets(
 def _walk(
     layer: keras.layers.Layer, path: str, label: str, visited: set[int]
 ) -> Iterator[tuple[str, str, keras.layers.Layer]]:
-    """Layers as Keras goes through them to save, with path and label."""
+    """Yields layers in the order of Keras' files, with path and label."""
     if id(layer) in visited:
         return
     visited.add(id(layer))
@@ -295,10 +300,11 @@ def _snake_case(kind: type) -> str:
 def _match_names(
     targets: list[_Target], entries: list[Entry], depth: int = 1
 ) -> _Match:
-    """Goes by names, which have to be there, once, and in both.
+    """Matches layers by names, which have to occur once in both.
 
     Args:
-        depth: Of how many names, those of what holds a layer before its own.
+        depth: The number of trailing names to compare: a layer's own name, and
+            before it the names of the layers that hold it.
     """
     if any(entry.name is None for entry in entries):
         return [], ["a file without the layers' names"]
@@ -335,7 +341,7 @@ def _match_names(
 
 
 def _match_paths(targets: list[_Target], entries: list[Entry]) -> _Match:
-    """Goes by Keras' paths, which count the layers of each class."""
+    """Matches layers by Keras' paths, which count the layers of each class."""
     by_path = {entry.path: entry for entry in entries}
     paths = {target.path for target in targets}
     problems = [
@@ -359,10 +365,10 @@ def _match_paths(targets: list[_Target], entries: list[Entry]) -> _Match:
 def _match_groups(
     model: keras.Model, entries: list[Entry]
 ) -> tuple[list[tuple[_Target, Entry]], str, list[str]]:
-    """Goes by a legacy file's groups, in each by names; where not, by order.
+    """Matches a legacy file's groups, in each by names, otherwise by order.
 
     Returns:
-        What goes together, whether by "name" or "order", and what is wrong.
+        The pairs, "name" or "order", and the texts of all mismatches.
     """
     groups = collections.defaultdict(list)
     for entry in entries:
@@ -395,7 +401,7 @@ def _match_groups(
         layers.values(), layers if by_name else groups, strict=True
     ):
         found = groups[name]
-        for depth in (1, 2):  # An LSTM's cell is called so in each of them.
+        for depth in (1, 2):  # Every LSTM's cell has the same name.
             matched, others = _match_names(targets, found, depth)
             if not others:
                 pairs += matched
@@ -409,7 +415,8 @@ def _match_groups(
                     f"an order of the layers in {name!r} that may not be "
                     "theirs: frozen ones are written last"
                 )
-            # One layer in one of the same name needs no name of its own.
+            # A single layer in a group of the same name needs no name of its
+            # own.
             alone = by_name and len(found) == 1
             for pair in zip(targets, found, strict=False):
                 (pairs if alone else ordered).append(pair)
@@ -418,7 +425,7 @@ def _match_groups(
 
 
 def _count_up(entries: list[Entry]) -> bool:
-    """Whether names are Keras' own, numbered in the order of the layers."""
+    """Checks that names are Keras' own, numbered in the order of the layers."""
     last = {}
     for entry in entries:
         name = entry.name.split("/")[-1]
@@ -431,10 +438,10 @@ def _count_up(entries: list[Entry]) -> bool:
 
 
 def _find_contradictions(pairs: list[tuple[_Target, Entry]]) -> list[str]:
-    """Layers that get by order what the file has for another name.
+    """Lists layers that get by order the weights that have another name.
 
-    Names that Keras made up say nothing: it counts plain and deformable
-    convolutions apart.
+    Names that Keras made up are no contradiction: Keras counts plain and
+    deformable convolutions apart.
     """
     names = {target.name for target, _ in pairs}
     problems = []
@@ -456,7 +463,7 @@ def _find_contradictions(pairs: list[tuple[_Target, Entry]]) -> list[str]:
 def _plan(
     target: _Target, entry: Entry, legacy: bool
 ) -> tuple[dict[str, str], list[str]]:
-    """Which array is which weight, and what is wrong with it."""
+    """Assigns the arrays of an entry to weights, and lists all mismatches."""
     given = list(entry.arrays)
     branch = target.branch & set(given)
     if branch and branch != target.branch:

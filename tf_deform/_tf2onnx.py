@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tells tf2onnx to refuse native ops.
 
-It logs what it does not know and what a handler raises, and writes a file that
-nothing loads. Keras' `model.export` and others call it out of our sight, for
-graphs that were traced before, too.
+tf2onnx only logs an op that it does not know and an error that a handler
+raises, and then writes a file that no runtime loads. Keras' `model.export` and
+other programs call tf2onnx without a call to this package, also for graphs that
+were traced before.
 """
 
 import importlib.abc
@@ -15,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 _REGISTRY = "tf2onnx.handler"
-# All native ops, with those of their gradients.
+# Names all native ops, including the gradient ops.
 OPS = [
     f"TfDeform>{name}{suffix}"
     for name in (
@@ -28,7 +29,7 @@ OPS = [
 
 
 class _Refusal:
-    """Handlers by version of the standard, as tf2onnx wants them."""
+    """Holds handlers by version of the standard, as tf2onnx wants them."""
 
     @classmethod
     def version_1(cls, ctx: Any, node: Any, **kwargs: Any) -> None:
@@ -42,8 +43,8 @@ class _Refusal:
                 'tf_deform.implementation("portable")'
             )
 
-        # What a handler raises is only logged; what is raised where the node
-        # is written is not.
+        # tf2onnx only logs an error that a handler raises, but passes on an
+        # error that is raised while the node is written.
         node.update_proto = refuse
 
 
@@ -76,7 +77,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def watch() -> None:
-    """Registers the handlers as soon as there is a tf2onnx."""
+    """Registers the handlers now, or as soon as tf2onnx is imported."""
     if _REGISTRY in sys.modules:
         _register(sys.modules[_REGISTRY])
     else:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the weight files of Keras, of all kinds, as lists of layers' arrays."""
+"""Reads Keras' weight files, of all kinds, as lists of layers' arrays."""
 
 import contextlib
 import dataclasses
@@ -16,19 +16,21 @@ import h5py
 
 _MEMBER = "model.weights.h5"  # of a .keras file
 TOP = "top_level_model_weights"  # of a legacy file
-# Parts of paths to what has variables and is no layer.
+# Parts of paths to objects that have variables and are no layers.
 _NO_LAYERS = {"optimizer", "metrics", "seed_generator", "random_generator"}
 
 
 @dataclasses.dataclass
 class Entry:
-    """A layer's arrays in a file; "" is the path and name of the model's own.
+    """Holds a layer's arrays of a file; path and name "" stand for the model.
 
     Attributes:
-        path: Where they are.
+        path: The path of the arrays in the file.
         name: The layer's name, if the file says it.
-        arrays: By key: a number, or, in a legacy file, the weight's name.
-        group: In a legacy file, the model's layer that this one is or is in.
+        arrays: The arrays by key: a number, or, in a legacy file, the weight's
+            name.
+        group: In a legacy file, the model's layer that is this layer or holds
+            it.
     """
 
     path: str
@@ -40,7 +42,7 @@ class Entry:
 def open_file(
     path: pathlib.Path, stack: contextlib.ExitStack
 ) -> tuple[list[Entry], bool]:
-    """Lists what the file holds, and tells whether it is a legacy one."""
+    """Lists the file's entries, and tells whether it is a legacy file."""
     if path.suffix == ".json":
         shards = []
         for names in json.loads(path.read_text())["weight_map"].values():
@@ -65,11 +67,11 @@ def open_file(
 
 
 def _list_entries(files: Sequence[h5py.File]) -> list[Entry]:
-    """Entries of `.weights.h5` files: a group "vars" for each layer."""
+    """Lists entries of `.weights.h5` files: a group "vars" for each layer."""
     entries = {}
 
     def add(path: str, item: Any) -> None:
-        # Keras 2.12 and 2.13 had another name for it.
+        # Keras 2.12 and 2.13 named this group differently.
         path = path.replace("_layer_checkpoint_dependencies", "layers")
         parts = ["", *path.split("/")]
         if not _NO_LAYERS.isdisjoint(parts):
@@ -94,9 +96,9 @@ def _list_entries(files: Sequence[h5py.File]) -> list[Entry]:
 
 
 def _list_legacy_entries(root: h5py.Group) -> list[Entry]:
-    """Entries of a legacy file: a group for each layer of the model.
+    """Lists entries of a legacy file: a group for each layer of the model.
 
-    In it are the weights of all layers inside, named like
+    A group holds the weights of all layers inside that layer, named like
     "outer/inner/kernel" (Keras 3) or "inner/kernel:0" (Keras 2).
     """
     entries = []
@@ -123,7 +125,7 @@ def _has_attribute(group: h5py.Group, name: str) -> bool:
 
 
 def _read_attribute(group: h5py.Group, name: str) -> list[str]:
-    """A list of texts, which Keras cuts in pieces if it is long."""
+    """Reads a list of texts, which Keras cuts into pieces if it is long."""
     if name in group.attrs:
         return [_as_text(item) for item in group.attrs[name]]
     texts = []

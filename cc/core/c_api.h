@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The C entry points of the core, for callers without a framework.
+// Defines the C entry points of the core, for callers without a framework.
 //
 // Every entry point that can fail returns a Status::Code and, if that is not
 // 0, writes the text of the error to `message` (message_size bytes, may be 0).
@@ -26,8 +26,8 @@ inline int Report(const Status& status, char* message, int64_t message_size) {
 }  // namespace tf_deform
 
 // Defines the C entry points of `Op`, named TfDeformOpCpuForward and so on, on
-// every device of this build. The arguments after `Op` name the output that
-// Forward has besides `output`, if there is one. `data_type` is a DataType.
+// every device of this build. The arguments after `Op` name the second output
+// of Forward, if it has one. `data_type` is a DataType.
 #define TF_DEFORM_C_ENTRY_POINTS(Op, ...)                                   \
   TF_DEFORM_C_API int64_t TfDeform##Op##CpuWorkspaceBytes(                  \
       const Op::Params* params, int data_type, int num_threads) {           \
@@ -62,7 +62,7 @@ inline int Report(const Status& status, char* message, int64_t message_size) {
 #define TF_DEFORM_C_CUDA_ENTRY_POINTS(Op, ...)
 #endif
 
-// Forward and Backward on one device, which run on `executor`.
+// Defines Forward and Backward on one device, which run on `executor`.
 #define TF_DEFORM_C_RUN(Op, Device, device, executor_parameter, executor, ...) \
   TF_DEFORM_C_API int TfDeform##Op##Device##Forward(                           \
       const Op::Params* params, int data_type, const Op::Inputs* operands,     \

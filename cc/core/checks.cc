@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Judgements of attributes and shapes that operators have in common.
+// Checks attributes and shapes, for all operators.
 
 #include "cc/core/checks.h"
 
@@ -62,8 +62,8 @@ Status CheckGradOutput(const Shape& grad_output, const char* axes,
 }
 
 Status CheckBytes(const char* name, std::initializer_list<int64_t> dims) {
-  int64_t bytes = 64;  // 8 bytes an element, and the alignment and padding that
-                       // scratch copies add
+  int64_t bytes = 64;  // counts 8 bytes an element, and the alignment and
+                       // padding that copies in scratch memory add
   bool empty = false;
   for (int64_t dim : dims) empty = empty || dim == 0;
   if (empty) return Status();

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Judgements of attributes and shapes that operators have in common.
+// Checks attributes and shapes, for all operators.
 
 #ifndef TF_DEFORM_CC_CORE_CHECKS_H_
 #define TF_DEFORM_CC_CORE_CHECKS_H_
@@ -12,36 +12,37 @@ namespace tf_deform {
 
 using LongLong = long long;  // what %lld prints
 
-// Attributes and image sizes stay below this, so that the product of any two
-// fits in int64_t.
+// Attributes and image sizes are at most this number, so that the product of
+// any two of them fits in int64_t.
 constexpr int64_t kMaxExtent = (int64_t{1} << 31) - 1;
 
-// An integer attribute, in [least, kMaxExtent].
+// Checks that an integer attribute is in [least, kMaxExtent].
 Status CheckAttribute(int64_t value, int64_t least, const char* name);
 
-// A tensor of rank `rank`, or of unknown rank. `axes` names its dimensions.
+// Checks that a tensor has the rank `rank`, or an unknown rank. `axes` names
+// its dimensions.
 Status CheckRank(const Shape& shape, int rank, const char* name,
                  const char* axes);
 
-// The dimension `expected` (unknown if < 0) against one axis of a shape.
-// `meaning` says where the number comes from.
+// Checks that one dimension of a shape is `expected`; a dimension < 0 is
+// unknown and fits. `meaning` says where the expected number comes from.
 Status CheckDimension(const Shape& shape, int axis, int64_t expected,
                       const char* name, const char* quantity,
                       const char* meaning);
 
-// Height and width of `inputs`, (batch, height, width, channels).
+// Checks height and width of `inputs`, (batch, height, width, channels).
 Status CheckImageSize(const Shape& inputs);
 
-// The output's dimensions (unknown if < 0) against the gradient's.
+// Checks the gradient's dimensions against the output's (unknown if < 0).
 Status CheckGradOutput(const Shape& grad_output, const char* axes,
                        const int64_t (&output)[4]);
 
-// A tensor, in bytes of the widest type, fits in int64_t. Unknown dimensions
-// are taken as 1.
+// Checks that a tensor's size, in bytes of the widest type, fits in int64_t.
+// Unknown dimensions count as 1.
 Status CheckBytes(const char* name, std::initializer_list<int64_t> dims);
 
-// One of the four element types, and parameters that Validate completed:
-// all of `sizes` known.
+// Checks that the type is one of the four element types, and that Validate
+// filled the parameters: all of `sizes` are known.
 Status CheckCall(DataType type, std::initializer_list<int64_t> sizes);
 
 }  // namespace tf_deform

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Status and shape texts, and the plain threads that stand in for a framework's
-// pool behind the C entry points.
+// Implements status and shape texts.
 
 #include "cc/core/common.h"
 

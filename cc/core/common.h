@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Status, element types, shapes and the caller's threads, which all operators
-// of the core share.
+// Defines status, element types, shapes and the caller's threads for all
+// operators of the core.
 
 #ifndef TF_DEFORM_CC_CORE_COMMON_H_
 #define TF_DEFORM_CC_CORE_COMMON_H_
@@ -10,8 +10,8 @@
 
 namespace tf_deform {
 
-// Outcome of a call. The core never throws, prints or exits: the caller decides
-// what an error becomes.
+// Tells the outcome of a call. The core never throws, prints or exits: the
+// caller decides what to do about an error.
 struct Status {
   enum Code : int {
     kOk = 0,
@@ -26,7 +26,7 @@ struct Status {
   bool ok() const { return code == kOk; }
 };
 
-// Return a status of that code with a message from a printf format.
+// Returns a status of that code with a message from a printf format.
 Status InvalidArgument(const char* format, ...)
     __attribute__((format(printf, 1, 2)));
 Status Internal(const char* format, ...) __attribute__((format(printf, 1, 2)));
@@ -37,9 +37,9 @@ Status Internal(const char* format, ...) __attribute__((format(printf, 1, 2)));
     if (!status_of_call.ok()) return status_of_call;         \
   } while (false)
 
-// Element type of inputs, kernel and output. Coordinates (offset, mask, rois)
-// are kFloat64 when this is kFloat64, else kFloat32. The numbers are part of
-// the C interface.
+// Names the element type of inputs, kernel and output. Coordinates (offset,
+// mask, rois) are kFloat64 if the element type is kFloat64, else kFloat32. The
+// numbers are part of the C interface.
 enum class DataType : int {
   kFloat16 = 0,
   kBFloat16 = 1,
@@ -47,27 +47,27 @@ enum class DataType : int {
   kFloat64 = 3
 };
 
-// Tensor shape, outermost dimension first; -1 stands for an unknown rank or
-// dimension (graphs are judged before all is known).
+// Holds a tensor's shape, outermost dimension first; -1 stands for an unknown
+// rank or dimension (graphs are checked before all sizes are known).
 struct Shape {
   static constexpr int kMaxRank = 8;
 
   int rank = -1;
-  int64_t dims[kMaxRank] = {};  // only the first kMaxRank are kept
+  int64_t dims[kMaxRank] = {};  // only the first kMaxRank dimensions are kept
 
   int64_t dim(int axis) const { return rank < 0 ? -1 : dims[axis]; }
 };
 
-// The shape as Python prints a tuple, unknown dimensions as None.
+// Prints the shape as Python prints a tuple, unknown dimensions as None.
 struct ShapeText {
   explicit ShapeText(const Shape& shape);
   char text[160];
 };
 
-// The caller's threads. `run` calls task(argument, index, worker) once for
-// every index in [0, num_tasks), in any order, and returns when all are done.
-// `worker` is in [0, num_workers); two calls that overlap in time have
-// different workers, so a worker's scratch needs no lock.
+// Runs tasks on the caller's threads. `run` calls task(argument, index, worker)
+// once for every index in [0, num_tasks), in any order, and returns when all
+// tasks are done. `worker` is in [0, num_workers); two calls that overlap in
+// time have different workers, so a worker's scratch memory needs no lock.
 struct ParallelFor {
   using Task = void (*)(void* argument, int64_t index, int worker);
 
@@ -93,9 +93,9 @@ struct ParallelFor {
   }
 };
 
-// The caller's stream on a GPU, and the arithmetic that the caller allows. All
-// pointers of a call are then the device's, all work is queued on the stream,
-// and nothing waits.
+// Holds the caller's stream on a GPU, and the arithmetic that the caller
+// allows. All pointers of a call then point to memory of the device, all work
+// is queued on the stream, and no function waits for it.
 struct CudaStream {
   void* stream = nullptr;      // a cudaStream_t of the current device
   bool allow_tf32 = false;     // float32 operands of products may be rounded

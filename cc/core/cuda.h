@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Checks that the GPU's driver is new enough for this build. Only in a build
-// with nvcc (TF_DEFORM_CUDA).
+// Checks that the GPU's driver is new enough for this build. Exists only in a
+// build with nvcc (TF_DEFORM_CUDA).
 
 #ifndef TF_DEFORM_CC_CORE_CUDA_H_
 #define TF_DEFORM_CC_CORE_CUDA_H_
@@ -11,8 +11,8 @@ namespace tf_deform {
 namespace cuda {
 
 // Checks that a driver for CUDA `driver` runs code whose CUDA runtime is
-// `runtime` (1000 * major + 10 * minor, 0: there is none). The error names
-// both.
+// `runtime` (1000 * major + 10 * minor; 0 if there is no driver). The error
+// names both versions.
 Status JudgeDriver(int driver, int runtime);
 
 // Checks that a GPU of that compute capability runs this build's code.

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The GPU's driver: C entry points, for callers without a framework.
+// Defines C entry points about the GPU's driver, for callers without a
+// framework.
 
 #ifdef TF_DEFORM_CUDA
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Deformable convolution: the judgement of attributes and shapes, the same for
-// every device and framework.
+// Checks attributes and shapes of deformable convolution, for every device and
+// framework.
 
 #include "cc/core/deformable_conv2d.h"
 
@@ -10,7 +10,8 @@
 namespace tf_deform {
 namespace {
 
-// Output size along one axis and, for kValid and kSame, the padding.
+// Computes the output's size along one axis and, for kValid and kSame, the
+// padding.
 Status OutputSize(const char* axis, int64_t size, int64_t kernel,
                   int64_t stride, int64_t dilation, Padding padding,
                   int64_t* before, int64_t* after, int64_t* out) {
@@ -43,7 +44,7 @@ Status OutputSize(const char* axis, int64_t size, int64_t kernel,
   return Status();
 }
 
-// Judges what the caller sets.
+// Checks the attributes that the caller sets.
 Status CheckAttributes(const DeformableConv2DParams& p) {
   TF_DEFORM_RETURN_IF_ERROR(CheckAttribute(p.stride_h, 1, "strides"));
   TF_DEFORM_RETURN_IF_ERROR(CheckAttribute(p.stride_w, 1, "strides"));
@@ -86,8 +87,8 @@ Status CheckRanks(const DeformableConv2DShapes& shapes) {
   return Status();
 }
 
-// Judges the channels, groups and filters of inputs and kernel, and fills
-// `p.groups`, -1 if a shape does not tell.
+// Checks the channels, groups and filters of inputs and kernel, and fills
+// `p.groups`, -1 if a shape does not tell it.
 Status CheckChannels(const Shape& inputs, const Shape& kernel,
                      DeformableConv2DParams& p) {
   const int64_t group_channels = kernel.dim(2);
@@ -136,8 +137,8 @@ Status CheckChannels(const Shape& inputs, const Shape& kernel,
   return Status();
 }
 
-// Computes how many channels a mask and an offset have, -1 if the kernel's
-// shape does not tell.
+// Computes the number of channels of a mask and of an offset, -1 if the
+// kernel's shape does not tell it.
 Status FieldChannels(const Shape& kernel, const DeformableConv2DParams& p,
                      int64_t* mask_channels, int64_t* offset_channels) {
   *mask_channels = *offset_channels = -1;
@@ -155,7 +156,7 @@ Status FieldChannels(const Shape& kernel, const DeformableConv2DParams& p,
   return Status();
 }
 
-// Judges an offset or a mask, which differ in their last dimension alone.
+// Checks an offset or a mask, which differ in their last dimension alone.
 Status CheckField(const Shape& shape, const char* name, int64_t channels,
                   const char* factor, const DeformableConv2DParams& p) {
   TF_DEFORM_RETURN_IF_ERROR(
@@ -225,8 +226,8 @@ Status Validate(const DeformableConv2DShapes& shapes,
   TF_DEFORM_RETURN_IF_ERROR(
       CheckBytes("output", {p.batch, p.out_h, p.out_w, p.filters}));
 
-  // Another operand may tell a size that one leaves open: output and gradients
-  // have these sizes in common.
+  // Reads a size that is still unknown from the offset, which has the batch,
+  // height and width of the output.
   if (p.batch < 0) p.batch = offset.dim(0);
   if (p.out_h < 0) p.out_h = offset.dim(1);
   if (p.out_w < 0) p.out_w = offset.dim(2);

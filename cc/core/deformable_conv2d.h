@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Deformable convolution on plain pointers: forward and backward.
+// Computes deformable convolution on plain pointers, forward and backward.
 //
 // For output pixel (i, j), tap (kh, kw), and input channel c in offset group g:
 //   y = i * stride_h - pad_top + kh * dilation_h + dy,   x likewise,
@@ -36,13 +36,13 @@ enum class Padding : int { kValid = 0, kSame = 1, kExplicit = 2 };
 
 // kZeros: a sample counts where -1 < y < height and -1 < x < width, and pixels
 // outside the image are 0.
-// kClamp: a sample counts where 0 <= y < height and 0 <= x < width, and the last
-// row and column are held.
+// kClamp: a sample counts where 0 <= y < height and 0 <= x < width, and samples
+// behind the last row and column read the last row and column.
 enum class Boundary : int { kZeros = 0, kClamp = 1 };
 
-// The parameters of a call. The caller sets the first part; Validate checks it
-// and fills the second. Plain int64 fields, in this order, are what the C entry
-// points take.
+// Holds the parameters of a call. The caller sets the first part; Validate
+// checks it and fills the second part. The C entry points take the parameters
+// as int64 numbers in this order.
 struct DeformableConv2DParams {
   int64_t stride_h = 1, stride_w = 1;
   int64_t dilation_h = 1, dilation_w = 1;
@@ -52,13 +52,13 @@ struct DeformableConv2DParams {
   Padding padding = Padding::kValid;
   Boundary boundary = Boundary::kZeros;
 
-  // Set by Validate; -1 where a shape did not tell.
+  // Validate sets these sizes; -1 if no shape tells the size.
   int64_t batch = -1, height = -1, width = -1, channels = -1;
   int64_t kernel_h = -1, kernel_w = -1, filters = -1, groups = -1;
   int64_t out_h = -1, out_w = -1;
 };
 
-// The shapes of one call. `mask` and `grad_output` are null when there is none.
+// Holds the shapes of one call. `mask` and `grad_output` may be null.
 struct DeformableConv2DShapes {
   const Shape* inputs = nullptr;
   const Shape* kernel = nullptr;
@@ -67,13 +67,13 @@ struct DeformableConv2DShapes {
   const Shape* grad_output = nullptr;
 };
 
-// Judges attributes and shapes and fills `params`. Unknown ranks and dimensions
-// are taken to fit; with all known, ok means that every size and byte count
+// Checks attributes and shapes and fills `params`. Unknown ranks and dimensions
+// fit. If all dimensions are known, ok means that every size and byte count
 // below fits in int64_t.
 Status Validate(const DeformableConv2DShapes& shapes,
                 DeformableConv2DParams* params);
 
-// Operands of the forward pass.
+// Holds the operands of the forward pass.
 struct DeformableConv2DInputs {
   const void* inputs = nullptr;
   const void* kernel = nullptr;
@@ -81,13 +81,13 @@ struct DeformableConv2DInputs {
   const void* mask = nullptr;  // null: all ones
 };
 
-// Judges the type, and that Validate filled `params` from shapes that were all
-// known.
+// Checks the type, and that Validate filled `params` from shapes without
+// unknown dimensions.
 Status CheckOperands(const DeformableConv2DParams& params, DataType type,
                      const DeformableConv2DInputs& operands);
 
-// Memory for the gradients, each shaped and typed like its operand and
-// overwritten whole. Null: not wanted, not computed.
+// Holds memory for the gradients. Each gradient has its operand's shape and
+// type, and is overwritten as a whole. A gradient that is null is not computed.
 struct DeformableConv2DGradients {
   void* inputs = nullptr;
   void* kernel = nullptr;
@@ -95,7 +95,7 @@ struct DeformableConv2DGradients {
   void* mask = nullptr;
 };
 
-// The op, from which glue is made; see op.h.
+// Describes the op for the templates that make its glue; see op.h.
 struct DeformableConv2D
     : OpTypes<DeformableConv2DParams, DeformableConv2DShapes,
               DeformableConv2DInputs, DeformableConv2DGradients> {
@@ -122,29 +122,30 @@ struct DeformableConv2D
 
 namespace cpu {
 
-// Bytes of scratch that Forward needs: at most 4 MiB a worker, and never less
-// for more workers. `params` validated.
+// Returns the bytes of scratch memory that Forward needs: at most 4 MiB for
+// each worker, and never less for more workers. `params` must be validated.
 int64_t WorkspaceBytes(const DeformableConv2DParams& params, DataType type,
                        int num_workers);
 
-// Bytes of scratch that Backward needs for the gradients that are non-null in
-// `wanted`, which also needs one packed copy of the kernel; for 16-bit types
-// also the float32 image of one accumulated gradient (the kernel's, or one
-// image of the inputs').
+// Returns the bytes of scratch memory that Backward needs for the gradients
+// that are non-null in `wanted`. Backward also needs one packed copy of the
+// kernel and, for 16-bit types, the float32 image of one gradient that is
+// summed up (the kernel's, or the inputs' of one image).
 int64_t BackwardWorkspaceBytes(const DeformableConv2DParams& params,
                                DataType type,
                                const DeformableConv2DGradients& wanted,
                                int num_workers);
 
-// Writes `output`. `workspace` is aligned to 64 bytes and as large as
-// WorkspaceBytes(params, type, parallel_for.num_workers) says. The result does
-// not depend on the number of workers, to the bit.
+// Writes `output`. `workspace` is aligned to 64 bytes and has
+// WorkspaceBytes(params, type, parallel_for.num_workers) bytes. The result is
+// the same to the bit for any number of workers.
 Status Forward(const DeformableConv2DParams& params, DataType type,
                const DeformableConv2DInputs& operands, void* workspace,
                void* output, const ParallelFor& parallel_for);
 
-// Writes the wanted gradients of sum(grad_output * output). Nothing is read or
-// computed for the others. Workspace and determinism as above.
+// Writes the wanted gradients of sum(grad_output * output), and neither reads
+// nor computes anything for other gradients. Workspace and determinism are as
+// in Forward.
 Status Backward(const DeformableConv2DParams& params, DataType type,
                 const DeformableConv2DInputs& operands, const void* grad_output,
                 void* workspace, const DeformableConv2DGradients& gradients,
@@ -152,27 +153,29 @@ Status Backward(const DeformableConv2DParams& params, DataType type,
 
 }  // namespace cpu
 
-// The entry points on a GPU, only in a build with nvcc (TF_DEFORM_CUDA). Sums
-// are made in float, in double for double. An error of the device, or a driver
-// that is too old, is kInternal.
+// Contains the entry points on a GPU, only in a build with nvcc
+// (TF_DEFORM_CUDA). Sums are computed in float, for double in double. An error
+// of the device, or a driver that is too old, is kInternal.
 namespace cuda {
 
 int64_t WorkspaceBytes(const DeformableConv2DParams& params, DataType type);
 
-// At most 64 MiB; for 16-bit types also the float32 image of the inputs'
-// gradient, of one image if that of all is larger.
+// Returns at most 64 MiB; for 16-bit types it adds the float32 image of the
+// inputs' gradient, or of one image's gradient if all images need more than
+// that.
 int64_t BackwardWorkspaceBytes(const DeformableConv2DParams& params,
                                DataType type,
                                const DeformableConv2DGradients& wanted,
                                const CudaStream& stream);
 
-// `workspace` is aligned to 256 bytes.
+// Writes `output`. `workspace` is aligned to 256 bytes.
 Status Forward(const DeformableConv2DParams& params, DataType type,
                const DeformableConv2DInputs& operands, void* workspace,
                void* output, const CudaStream& stream);
 
-// The gradient of the inputs is summed in no fixed order unless
-// stream.deterministic; all others always are.
+// Writes the wanted gradients. The gradient of the inputs is summed up in no
+// fixed order unless stream.deterministic is set; all other gradients always
+// have a fixed order.
 Status Backward(const DeformableConv2DParams& params, DataType type,
                 const DeformableConv2DInputs& operands, const void* grad_output,
                 void* workspace, const DeformableConv2DGradients& gradients,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Deformable position-sensitive ROI pooling: the judgement of attributes and
-// shapes, the same for every device and framework.
+// Checks attributes and shapes of deformable position-sensitive ROI pooling,
+// for every device and framework.
 
 #include "cc/core/deformable_psroi_pool.h"
 

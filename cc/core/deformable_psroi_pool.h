@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Deformable position-sensitive ROI pooling on plain pointers: forward and
-// backward.
+// Computes deformable position-sensitive ROI pooling on plain pointers, forward
+// and backward.
 //
-// With one group cell (group_h = group_w = 1): deformable ROI pooling. For ROI
-// (n, x1, y1, x2, y2), bin (ph, pw) and output channel o, along y (x likewise):
+// With one group cell (group_h = group_w = 1) it is deformable ROI pooling. For
+// ROI (n, x1, y1, x2, y2), bin (ph, pw) and output channel o, along y (x
+// likewise):
 //   start = round(y1) * spatial_scale - 0.5      round: half away from zero
 //   end   = (round(y2) + 1) * spatial_scale - 0.5
 //   size  = max(end - start, 0.1),  bin = size / pooled_h
@@ -12,12 +13,12 @@
 //   dy = trans[r, ph * part_h // pooled_h, pw * part_w // pooled_w, 2 * class]
 //        * trans_std * size            (dx: 2 * class + 1)
 //   class = o // (output_dim // num_classes)
-// A sample counts if -0.5 <= y <= height - 0.5 (x likewise); it is clamped to
-// [0, height - 1] and read bilinearly from input channel
+// A sample counts if -0.5 <= y <= height - 0.5 (x likewise). Its coordinates
+// are clamped to [0, height - 1], and it is read bilinearly from input channel
 //   (o * group_h + ph * group_h // pooled_h) * group_w
 //       + pw * group_w // pooled_w
-// The output is the mean over the samples that count, 0 if none does. Dai et
-// al. 2017, arXiv:1703.06211, Eq. 5 and 6.
+// The output is the mean over the samples that count, or 0 if no sample counts.
+// Dai et al. 2017, arXiv:1703.06211, Eq. 5 and 6.
 //
 // A ROI with a negative batch index (padding) or a corner that is not finite
 // gives 0, count 0 and no gradient. At integers the derivative is the
@@ -44,9 +45,9 @@
 
 namespace tf_deform {
 
-// The parameters of a call. The caller sets the first part; Validate checks it
-// and fills the second. The fields, in this order, are what the C entry points
-// take.
+// Holds the parameters of a call. The caller sets the first part; Validate
+// checks it and fills the second part. The C entry points take the fields in
+// this order.
 struct DeformablePSROIPoolParams {
   double spatial_scale = 1;  // map pixels per image pixel
   double trans_std = 0.1;
@@ -56,13 +57,12 @@ struct DeformablePSROIPoolParams {
   int64_t part_h = 1, part_w = 1;
   int64_t sample_per_part = 4;  // along each axis
 
-  // Set by Validate; -1 where a shape did not tell.
+  // Validate sets these sizes; -1 if no shape tells the size.
   int64_t batch = -1, height = -1, width = -1, channels = -1;
   int64_t num_rois = -1, num_classes = -1;  // 1 without displacements
 };
 
-// The shapes of one call. `trans` and `grad_output` are null when there is
-// none.
+// Holds the shapes of one call. `trans` and `grad_output` may be null.
 struct DeformablePSROIPoolShapes {
   const Shape* inputs = nullptr;
   const Shape* rois = nullptr;
@@ -70,35 +70,36 @@ struct DeformablePSROIPoolShapes {
   const Shape* grad_output = nullptr;
 };
 
-// Judges attributes and shapes and fills `params`. Unknown ranks and dimensions
-// are taken to fit; with all known, ok means that every size and byte count
+// Checks attributes and shapes and fills `params`. Unknown ranks and dimensions
+// fit. If all dimensions are known, ok means that every size and byte count
 // fits in int64_t.
 Status Validate(const DeformablePSROIPoolShapes& shapes,
                 DeformablePSROIPoolParams* params);
 
-// Operands of the forward pass.
+// Holds the operands of the forward pass.
 struct DeformablePSROIPoolInputs {
   const void* inputs = nullptr;
   const void* rois = nullptr;
   const void* trans = nullptr;  // null: no displacement
-  // A ROI whose batch index is no integer or not below batch counts as padding,
-  // as always on a GPU; otherwise it is an error.
+  // If true, a ROI whose batch index is not an integer below batch counts as
+  // padding, as it always does on a GPU; otherwise it is an error.
   bool bad_rois_are_padding = false;
 };
 
-// Judges the type, that Validate filled `params` from shapes that were all
-// known and, unless bad ROIs are padding, the batch indices.
+// Checks the type, that Validate filled `params` from shapes without unknown
+// dimensions and, unless bad ROIs are padding, the batch indices.
 Status CheckOperands(const DeformablePSROIPoolParams& params, DataType type,
                      const DeformablePSROIPoolInputs& operands);
 
-// Memory for the gradients, each shaped and typed like its operand and
-// overwritten whole. Null: not wanted, not computed. ROIs have none.
+// Holds memory for the gradients. Each gradient has its operand's shape and
+// type, and is overwritten as a whole. A gradient that is null is not computed.
+// ROIs have no gradient.
 struct DeformablePSROIPoolGradients {
   void* inputs = nullptr;
   void* trans = nullptr;
 };
 
-// The op, from which glue is made; see op.h.
+// Describes the op for the templates that make its glue; see op.h.
 struct DeformablePSROIPool
     : OpTypes<DeformablePSROIPoolParams, DeformablePSROIPoolShapes,
               DeformablePSROIPoolInputs, DeformablePSROIPoolGradients> {
@@ -123,32 +124,32 @@ struct DeformablePSROIPool
 
 namespace cpu {
 
-// Bytes of scratch that Forward needs: with more than one group cell, as many
-// images as fit in 4 MiB a worker, but at least one, repacked so that a cell's
-// channels lie side by side; and less than 4 MiB a worker. Never less for more
-// workers. `params` validated.
+// Returns the bytes of scratch memory that Forward needs: less than 4 MiB for
+// each worker, and never less for more workers. With more than one group cell
+// it adds the repacked images, in which a cell's channels lie side by side: as
+// many images as fit in 4 MiB for each worker, but at least one. `params` must
+// be validated.
 int64_t WorkspaceBytes(const DeformablePSROIPoolParams& params, DataType type,
                        int num_workers);
 
-// Bytes of scratch that Backward needs for the gradients that are non-null in
-// `wanted`; the images are then the repacked ones or their gradients (float32
-// for 16-bit types).
+// Returns the bytes of scratch memory that Backward needs for the gradients
+// that are non-null in `wanted`. The images are then the repacked images or
+// their gradients (float32 for 16-bit types).
 int64_t BackwardWorkspaceBytes(const DeformablePSROIPoolParams& params,
                                DataType type,
                                const DeformablePSROIPoolGradients& wanted,
                                int num_workers);
 
 // Writes `output` and, if it is not null, `count`. `workspace` is aligned to 64
-// bytes and as large as WorkspaceBytes(params, type, parallel_for.num_workers)
-// says. The result does not depend on the number of workers, to the bit. An
-// error if a batch index is no integer or not below batch, unless such ROIs are
-// padding.
+// bytes and has WorkspaceBytes(params, type, parallel_for.num_workers) bytes.
+// The result is the same to the bit for any number of workers. Returns an error
+// if a batch index is not an integer below batch, unless such ROIs are padding.
 Status Forward(const DeformablePSROIPoolParams& params, DataType type,
                const DeformablePSROIPoolInputs& operands, void* workspace,
                void* output, float* count, const ParallelFor& parallel_for);
 
 // Writes the wanted gradients of sum(grad_output * output). Workspace,
-// determinism and errors as above.
+// determinism and errors are as in Forward.
 Status Backward(const DeformablePSROIPoolParams& params, DataType type,
                 const DeformablePSROIPoolInputs& operands,
                 const void* grad_output, void* workspace,
@@ -157,30 +158,31 @@ Status Backward(const DeformablePSROIPoolParams& params, DataType type,
 
 }  // namespace cpu
 
-// The entry points on a GPU, only in a build with nvcc (TF_DEFORM_CUDA). A ROI
-// whose batch index is no integer or not below batch counts as padding: values
-// cannot be judged in time. An error of the device, or a driver that is too
-// old, is kInternal.
+// Contains the entry points on a GPU, only in a build with nvcc
+// (TF_DEFORM_CUDA). A ROI whose batch index is not an integer below batch
+// counts as padding, as the host cannot check values without waiting for the
+// device. An error of the device, or a driver that is too old, is kInternal.
 namespace cuda {
 
-// Bytes of scratch that Forward needs.
+// Returns the bytes of scratch memory that Forward needs.
 int64_t WorkspaceBytes(const DeformablePSROIPoolParams& params, DataType type);
 
-// Bytes of scratch that Backward needs: at most 64 MiB; for 16-bit types also
-// the float32 image of the inputs' gradient, of one image if that of all is
-// larger.
+// Returns the bytes of scratch memory that Backward needs: at most 64 MiB; for
+// 16-bit types it adds the float32 image of the inputs' gradient, or of one
+// image's gradient if all images need more than that.
 int64_t BackwardWorkspaceBytes(const DeformablePSROIPoolParams& params,
                                DataType type,
                                const DeformablePSROIPoolGradients& wanted,
                                const CudaStream& stream);
 
-// `workspace` is aligned to 256 bytes.
+// Writes `output` and `count`. `workspace` is aligned to 256 bytes.
 Status Forward(const DeformablePSROIPoolParams& params, DataType type,
                const DeformablePSROIPoolInputs& operands, void* workspace,
                void* output, float* count, const CudaStream& stream);
 
-// The gradient of the inputs is summed in no fixed order unless
-// stream.deterministic; that of trans always is.
+// Writes the wanted gradients. The gradient of the inputs is summed up in no
+// fixed order unless stream.deterministic is set; the gradient of trans always
+// has a fixed order.
 Status Backward(const DeformablePSROIPoolParams& params, DataType type,
                 const DeformablePSROIPoolInputs& operands,
                 const void* grad_output, void* workspace,

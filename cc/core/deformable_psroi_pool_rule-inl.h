@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Says where deformable position-sensitive ROI pooling samples: its Rule
-// (cpu/roi_bins-inl.h, cuda/roi_bins-inl.h), for the CPU and a GPU.
+// Places the samples of deformable position-sensitive ROI pooling: defines its
+// Rule (cpu/roi_bins-inl.h, cuda/roi_bins-inl.h), for the CPU and a GPU.
 //
-// No include guard: see cpu/simd-inl.h.
+// The file has no include guard: see cpu/simd-inl.h.
 
 namespace tf_deform::TF_DEFORM_RULE_NAMESPACE {
 
@@ -50,9 +50,9 @@ struct PSROIPoolRule : RoiGeometry {
   }
 
  private:
-  // To the nearest integer, halves away from zero.
+  // Rounds to the nearest integer, halves away from zero.
   TF_DEFORM_RULE_FUNCTION static E RoundHalfAway(E value) {
-    // From 2^62 on there are no fractions, and no int64_t either.
+    // Numbers from 2^62 on have no fractions, and do not fit in int64_t.
     if (!(value > E(-4e18) && value < E(4e18))) return value;
     const E whole = static_cast<E>(static_cast<int64_t>(value));
     const E rest = value - whole;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Deformable ROIAlign: the judgement of attributes and shapes, the same for
-// every device and framework.
+// Checks attributes and shapes of deformable ROIAlign, for every device and
+// framework.
 
 #include "cc/core/deformable_roi_align.h"
 

@@ -1,18 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// Deformable ROIAlign on plain pointers: forward and backward.
+// Computes deformable ROIAlign on plain pointers, forward and backward.
 //
-// Without displacements: ROIAlign. For ROI (n, x1, y1, x2, y2) and bin (ph,
-// pw), along y (x likewise):
+// Without displacements it is ROIAlign. For ROI (n, x1, y1, x2, y2) and bin
+// (ph, pw), along y (x likewise):
 //   start = y1 * spatial_scale - 0.5,  size = (y2 - y1) * spatial_scale
 //   bin   = size / pooled_h
 //   y_i   = ph * bin + start + gamma * size * offset[r, ph, pw, 0]
 //           + (i + 0.5) * bin / n          (dx: offset[r, ph, pw, 1])
-// for i in [0, n), n = sampling_ratio or, where that is not positive,
+// for i in [0, n), where n is sampling_ratio or, if that is not positive,
 // ceil(size / pooled_h) but at most ceil(2 * height / pooled_h). A sample
-// outside of [-1, height] is 0; the others are clamped to [0, height - 1] and
-// read bilinearly. The output is the mean over all samples, 0 if there is none.
-// He et al. 2017, "Mask R-CNN", arXiv:1703.06870, section 3; displacements: Dai
-// et al. 2017, arXiv:1703.06211, Eq. 6.
+// outside of [-1, height] is 0; the coordinates of other samples are clamped to
+// [0, height - 1], and the samples are read bilinearly. The output is the mean
+// over all samples, or 0 if there is no sample. He et al. 2017, "Mask R-CNN",
+// arXiv:1703.06870, section 3; displacements: Dai et al. 2017,
+// arXiv:1703.06211, Eq. 6.
 //
 // A ROI with a negative batch index (padding) or a corner that is not finite
 // gives 0 and no gradient. At integers the derivative is the right-hand one; it
@@ -37,22 +38,21 @@
 
 namespace tf_deform {
 
-// The parameters of a call. The caller sets the first part; Validate checks it
-// and fills the second. The fields, in this order, are what the C entry points
-// take.
+// Holds the parameters of a call. The caller sets the first part; Validate
+// checks it and fills the second part. The C entry points take the fields in
+// this order.
 struct DeformableROIAlignParams {
   double spatial_scale = 1;  // map pixels per image pixel
   double gamma = 0.1;
   int64_t pooled_h = 1, pooled_w = 1;
   int64_t sampling_ratio = 0;  // samples along each axis of a bin
 
-  // Set by Validate; -1 where a shape did not tell.
+  // Validate sets these sizes; -1 if no shape tells the size.
   int64_t batch = -1, height = -1, width = -1, channels = -1;
   int64_t num_rois = -1;
 };
 
-// The shapes of one call. `offset` and `grad_output` are null when there is
-// none.
+// Holds the shapes of one call. `offset` and `grad_output` may be null.
 struct DeformableROIAlignShapes {
   const Shape* inputs = nullptr;
   const Shape* rois = nullptr;
@@ -60,35 +60,36 @@ struct DeformableROIAlignShapes {
   const Shape* grad_output = nullptr;
 };
 
-// Judges attributes and shapes and fills `params`. Unknown ranks and dimensions
-// are taken to fit; with all known, ok means that every size and byte count
+// Checks attributes and shapes and fills `params`. Unknown ranks and dimensions
+// fit. If all dimensions are known, ok means that every size and byte count
 // fits in int64_t.
 Status Validate(const DeformableROIAlignShapes& shapes,
                 DeformableROIAlignParams* params);
 
-// Operands of the forward pass.
+// Holds the operands of the forward pass.
 struct DeformableROIAlignInputs {
   const void* inputs = nullptr;
   const void* rois = nullptr;
   const void* offset = nullptr;  // null: no displacement
-  // A ROI whose batch index is no integer or not below batch counts as padding,
-  // as always on a GPU; otherwise it is an error.
+  // If true, a ROI whose batch index is not an integer below batch counts as
+  // padding, as it always does on a GPU; otherwise it is an error.
   bool bad_rois_are_padding = false;
 };
 
-// Judges the type, that Validate filled `params` from shapes that were all
-// known and, unless bad ROIs are padding, the batch indices.
+// Checks the type, that Validate filled `params` from shapes without unknown
+// dimensions and, unless bad ROIs are padding, the batch indices.
 Status CheckOperands(const DeformableROIAlignParams& params, DataType type,
                      const DeformableROIAlignInputs& operands);
 
-// Memory for the gradients, each shaped and typed like its operand and
-// overwritten whole. Null: not wanted, not computed. ROIs have none.
+// Holds memory for the gradients. Each gradient has its operand's shape and
+// type, and is overwritten as a whole. A gradient that is null is not computed.
+// ROIs have no gradient.
 struct DeformableROIAlignGradients {
   void* inputs = nullptr;
   void* offset = nullptr;
 };
 
-// The op, from which glue is made; see op.h.
+// Describes the op for the templates that make its glue; see op.h.
 struct DeformableROIAlign
     : OpTypes<DeformableROIAlignParams, DeformableROIAlignShapes,
               DeformableROIAlignInputs, DeformableROIAlignGradients> {
@@ -114,30 +115,31 @@ struct DeformableROIAlign
 
 namespace cpu {
 
-// Bytes of scratch that Forward needs: less than 4 MiB a worker unless bins
-// have more than 100000 samples along an axis; never less for more workers.
-// `params` validated.
+// Returns the bytes of scratch memory that Forward needs: less than 4 MiB for
+// each worker unless bins have more than 100000 samples along an axis, and
+// never less for more workers. `params` must be validated.
 int64_t WorkspaceBytes(const DeformableROIAlignParams& params, DataType type,
                        int num_workers);
 
-// Bytes of scratch that Backward needs for the gradients that are non-null in
-// `wanted`; for 16-bit types also as many float32 images of the inputs'
-// gradient as fit in 4 MiB a worker, but at least one.
+// Returns the bytes of scratch memory that Backward needs for the gradients
+// that are non-null in `wanted`. For 16-bit types it adds float32 images of the
+// inputs' gradient: as many images as fit in 4 MiB for each worker, but at
+// least one.
 int64_t BackwardWorkspaceBytes(const DeformableROIAlignParams& params,
                                DataType type,
                                const DeformableROIAlignGradients& wanted,
                                int num_workers);
 
-// Writes `output`. `workspace` is aligned to 64 bytes and as large as
-// WorkspaceBytes(params, type, parallel_for.num_workers) says. The result does
-// not depend on the number of workers, to the bit. An error if a batch index is
-// no integer or not below batch, unless such ROIs are padding.
+// Writes `output`. `workspace` is aligned to 64 bytes and has
+// WorkspaceBytes(params, type, parallel_for.num_workers) bytes. The result is
+// the same to the bit for any number of workers. Returns an error if a batch
+// index is not an integer below batch, unless such ROIs are padding.
 Status Forward(const DeformableROIAlignParams& params, DataType type,
                const DeformableROIAlignInputs& operands, void* workspace,
                void* output, const ParallelFor& parallel_for);
 
 // Writes the wanted gradients of sum(grad_output * output). Workspace,
-// determinism and errors as above.
+// determinism and errors are as in Forward.
 Status Backward(const DeformableROIAlignParams& params, DataType type,
                 const DeformableROIAlignInputs& operands,
                 const void* grad_output, void* workspace,
@@ -146,30 +148,31 @@ Status Backward(const DeformableROIAlignParams& params, DataType type,
 
 }  // namespace cpu
 
-// The entry points on a GPU, only in a build with nvcc (TF_DEFORM_CUDA). A ROI
-// whose batch index is no integer or not below batch counts as padding: values
-// cannot be judged in time. An error of the device, or a driver that is too
-// old, is kInternal.
+// Contains the entry points on a GPU, only in a build with nvcc
+// (TF_DEFORM_CUDA). A ROI whose batch index is not an integer below batch
+// counts as padding, as the host cannot check values without waiting for the
+// device. An error of the device, or a driver that is too old, is kInternal.
 namespace cuda {
 
-// Bytes of scratch that Forward needs.
+// Returns the bytes of scratch memory that Forward needs.
 int64_t WorkspaceBytes(const DeformableROIAlignParams& params, DataType type);
 
-// Bytes of scratch that Backward needs: at most 64 MiB; for 16-bit types also
-// the float32 image of the inputs' gradient, of one image if that of all is
-// larger.
+// Returns the bytes of scratch memory that Backward needs: at most 64 MiB; for
+// 16-bit types it adds the float32 image of the inputs' gradient, or of one
+// image's gradient if all images need more than that.
 int64_t BackwardWorkspaceBytes(const DeformableROIAlignParams& params,
                                DataType type,
                                const DeformableROIAlignGradients& wanted,
                                const CudaStream& stream);
 
-// `workspace` is aligned to 256 bytes.
+// Writes `output`. `workspace` is aligned to 256 bytes.
 Status Forward(const DeformableROIAlignParams& params, DataType type,
                const DeformableROIAlignInputs& operands, void* workspace,
                void* output, const CudaStream& stream);
 
-// The gradient of the inputs is summed in no fixed order unless
-// stream.deterministic; that of offset always is.
+// Writes the wanted gradients. The gradient of the inputs is summed up in no
+// fixed order unless stream.deterministic is set; the gradient of offset always
+// has a fixed order.
 Status Backward(const DeformableROIAlignParams& params, DataType type,
                 const DeformableROIAlignInputs& operands,
                 const void* grad_output, void* workspace,

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Says where deformable ROIAlign samples: its Rule (cpu/roi_bins-inl.h,
-// cuda/roi_bins-inl.h), for the CPU and a GPU.
+// Places the samples of deformable ROIAlign: defines its Rule
+// (cpu/roi_bins-inl.h, cuda/roi_bins-inl.h), for the CPU and a GPU.
 //
-// No include guard: see cpu/simd-inl.h.
+// The file has no include guard: see cpu/simd-inl.h.
 
 namespace tf_deform::TF_DEFORM_RULE_NAMESPACE {
 
@@ -41,7 +41,7 @@ struct ROIAlignRule : RoiGeometry {
     int64_t samples = sampling_ratio;
     if (samples <= 0) {
       const int64_t most = along_x ? samples_w : samples_h;
-      // Written so that NaN gives none.
+      // The comparison is written so that NaN gives no samples.
       samples = bin < static_cast<E>(most) ? static_cast<int64_t>(bin) : most;
       if (!(bin > 0)) samples = 0;
       if (samples < most && static_cast<E>(samples) < bin) ++samples;
@@ -59,8 +59,8 @@ struct ROIAlignRule : RoiGeometry {
   }
 
  private:
-  // Samples of a bin along an axis, at most; where no ratio is given their
-  // number follows from the size of the ROI.
+  // Returns the largest number of samples of a bin along an axis; without a
+  // given ratio, the number of samples depends on the size of the ROI.
   static int64_t MaxSamples(int64_t ratio, int64_t pixels, int64_t pooled) {
     return ratio > 0 ? ratio : CeilDiv(2 * pixels, pooled);
   }

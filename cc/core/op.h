@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The description of an op, from which templates make all glue.
+// Defines the description of an op, from which templates make all glue.
 //
 // Every contract ends with a struct that describes its op once:
 //
@@ -14,8 +14,8 @@
 //     static std::array<Dimension, 4> OutputShape(const Params& params);
 //   };
 //
-// Operands stand in the order in which every caller passes them. At most one is
-// optional, and it comes last.
+// Operands have the order in which every caller passes them. At most one
+// operand is optional, and it comes last.
 
 #ifndef TF_DEFORM_CC_CORE_OP_H_
 #define TF_DEFORM_CC_CORE_OP_H_
@@ -32,7 +32,8 @@ enum OperandKind { kValue, kCoordinate };
 
 enum OperandPresence { kRequired, kOptional };
 
-// One operand: its name, and its places in the structs of the contract.
+// Describes one operand: its name, and its fields in the structs of the
+// contract.
 template <typename Shapes, typename Inputs, typename Gradients>
 struct OperandOf {
   const char* name;
@@ -43,14 +44,14 @@ struct OperandOf {
   void* Gradients::* gradient;  // null: the operand has no gradient
 };
 
-// One dimension of the output: its size, or -1 if that is not known, and the
-// axis of an operand that has the same size.
+// Describes one dimension of the output: its size, or -1 if the size is not
+// known, and the axis of an operand that has the same size.
 struct Dimension {
   int64_t size;
   int operand = 0, axis = 0;
 };
 
-// The types of an op, and what holds for ops that do not say otherwise.
+// Defines the types of an op, and defaults for ops that do not override them.
 template <typename ParamsOf, typename ShapesOf, typename InputsOf,
           typename GradientsOf>
 struct OpTypes {
@@ -60,9 +61,10 @@ struct OpTypes {
   using Gradients = GradientsOf;
   using Operand = OperandOf<Shapes, Inputs, Gradients>;
 
-  // Names of further outputs, which are float and shaped like the output.
+  // Names further outputs, which are float and have the output's shape.
   static constexpr std::array<const char*, 0> kExtraOutputs = {};
-  // Set where the values of ROIs cannot be judged; null: the op has no ROIs.
+  // Points to the field that a caller sets if it cannot check the values of
+  // ROIs; null: the op has no ROIs.
   static constexpr bool Inputs::* kBadRoisArePadding = nullptr;
 };
 

@@ -14,7 +14,7 @@ template <typename E>
 Status CheckIndices(const E* rois, int64_t num_rois, int64_t batch) {
   for (int64_t r = 0; r < num_rois; ++r) {
     const E index = rois[5 * r];
-    // Written so that NaN does not pass.
+    // The comparison is written so that NaN does not pass.
     if (index < static_cast<E>(batch) && index == std::floor(index)) continue;
     return InvalidArgument(
         "Expected the batch indices in `rois` to be integers below %lld, "
@@ -45,8 +45,8 @@ Status CheckDisplacementShape(const Shape& shape, const char* name,
 }
 
 Status CheckFactor(double value, bool zero_allowed, const char* name) {
-  // A float32 below its normal numbers is 0 on some threads of a program and
-  // not on others.
+  // Refuses float32 numbers below the normal numbers, as they are 0 on some
+  // threads of a program and not on others.
   if (std::isfinite(value) &&
       (value >= kLeastFactor || (zero_allowed && value == 0))) {
     return Status();

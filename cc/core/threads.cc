@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Plain threads as a ParallelFor.
+// Implements a ParallelFor on plain threads.
 
 #include "cc/core/threads.h"
 

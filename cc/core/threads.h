@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Plain threads as a ParallelFor, for callers that have no pool of their own.
+// Runs a ParallelFor on plain threads, for callers without a thread pool.
 
 #ifndef TF_DEFORM_CC_CORE_THREADS_H_
 #define TF_DEFORM_CC_CORE_THREADS_H_
@@ -8,8 +8,8 @@
 
 namespace tf_deform {
 
-// A ParallelFor that starts num_threads - 1 threads for every loop and joins
-// them at its end.
+// Returns a ParallelFor that starts num_threads - 1 threads for every loop and
+// joins them at its end.
 ParallelFor Threads(int num_threads);
 
 }  // namespace tf_deform

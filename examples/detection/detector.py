@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small Deformable R-FCN: network, losses, detections.
+"""Defines a small Deformable R-FCN: network, losses, detections.
 
 Source: Dai et al. 2016, "R-FCN", arXiv:1605.06409; Dai et al. 2017,
 "Deformable Convolutional Networks", arXiv:1703.06211.
 
 One graph trains, evaluates, compiles with XLA and exports to ONNX and LiteRT:
-an image has as many proposals as any other, and those that are missing are
-padding. Boxes are `(x1, y1, x2, y2)` in pixels, x2 and y2 beyond the last
-pixel; a padding box is -1 throughout, as Keras pads boxes.
+all images have the same number of proposals, and missing proposals are padding.
+Boxes are `(x1, y1, x2, y2)` in pixels, where x2 and y2 lie beyond the last
+pixel. A padding box is -1 throughout, as Keras pads boxes.
 """
 
 import functools
@@ -18,7 +18,7 @@ from keras.utils import bounding_boxes
 
 import tf_deform
 
-# A dimension: an integer where the graph knows it, else a scalar tensor.
+# A dimension is an integer where the graph knows it, else a scalar tensor.
 Size = int | tf.Tensor
 
 ARMS = ("plain", "dcn", "dpool", "both")
@@ -29,21 +29,22 @@ STRIDE = 4  # Pixels per cell of the feature map, down and across.
 ANCHORS = ((9, 11), (14, 18), (22, 28))
 BINS = 3  # Bins of a region, down and across.
 
-# Proposals: the best by score, less those that overlap a better one.
+# Proposals are the best anchors by score; anchors that overlap a better anchor
+# are left out.
 CANDIDATES = 128
 PROPOSALS = 32
-# Whole pixels rarely overlap by just that share, of which runtimes think
-# differently.
+# Whole pixels rarely overlap by exactly this share. Runtimes would decide
+# differently about an overlap that equals the bound.
 PROPOSAL_OVERLAP = 0.6999
-# Of the proposals of an image, those with the largest loss are learned from.
+# The model learns from the proposals of an image that have the largest loss.
 HARD_EXAMPLES = 16
-# An anchor is an object's from the first overlap on, background below the
-# second; a proposal is an object's from the third on.
+# An anchor belongs to an object from the first overlap on, and is background
+# below the second overlap; a proposal belongs to an object from the third on.
 ANCHOR_OBJECT, ANCHOR_BACKGROUND, PROPOSAL_OBJECT = 0.5, 0.4, 0.5
-# What boxes are learned in: shifts in tenths of the size, logarithms of the
-# size in fifths.
+# The model learns boxes in these units: shifts in tenths of the size,
+# logarithms of the size in fifths.
 VARIANCE = (0.1, 0.1, 0.2, 0.2)
-MAX_DELTA = 10.0  # In these units: exp(2) times the size.
+MAX_DELTA = 10.0  # In the units of `VARIANCE`: exp(2) times the size.
 
 MAX_DETECTIONS = 20
 DETECTION_OVERLAP = 0.4999
@@ -126,35 +127,36 @@ def suppress(
     max_overlap: float,
     min_score: float = 0.0,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Chooses the best boxes, less those that overlap a better of their class.
+    """Chooses the best boxes of each class that overlap no better box much.
 
-    What `tf.image.combined_non_max_suppression` does, which XLA, LiteRT and
-    ONNX do not have, but for boxes of no area, which are dropped. It has one
-    step for each box to choose and no loop, so that every runtime gives the
-    same. Of equal scores the first class's comes first.
+    It does the same as `tf.image.combined_non_max_suppression`, which XLA,
+    LiteRT and ONNX do not have, but drops boxes of no area. It has one step for
+    each box to choose and no loop, so that every runtime chooses the same
+    boxes. Among equal scores the score of the first class comes first.
 
     Args:
         boxes: `(batch, n, 4)` boxes, the same for all classes.
         scores: `(batch, n, classes)`.
         size: number of boxes to choose.
-        max_overlap: intersection over union with a better box beyond which a
-            box is dropped.
-        min_score: what a score must exceed, at least 0.
+        max_overlap: intersection over union with a better box; a box with a
+            larger overlap is dropped.
+        min_score: bound that a score must exceed, at least 0.
 
     Returns:
         `(batch, size, 4)` boxes, `(batch, size)` scores and int32 classes, the
-        best first, and int32 `(batch,)`, how many there are: the rest is 0.
+        best first, and int32 `(batch,)`, the number of chosen boxes: all others
+        are 0.
     """
     _, count, classes = keras.ops.shape(scores)
     x1, y1, x2, y2 = tf.unstack(boxes, axis=-1)
     area = tf.maximum(x2 - x1, 0.0) * tf.maximum(y2 - y1, 0.0)
-    # Not `greater`, which a NaN is in OpenVINO.
+    # Avoids `greater`, which is true of NaN in OpenVINO.
     real = tf.less(min_score, scores) & (area > 0)[..., None]
     scores = tf.where(real, scores, 0.0)
     scores = tf.reshape(tf.transpose(scores, (0, 2, 1)), (-1, classes * count))
 
-    # Without a division, which has no answer for boxes of no area. A box goes
-    # when it is chosen, too.
+    # Avoids a division, which is undefined for boxes of no area. This also
+    # drops a box once it is chosen.
     width, height = (
         tf.minimum(end[:, :, None], end[:, None])
         - tf.maximum(start[:, :, None], start[:, None])
@@ -171,7 +173,7 @@ def suppress(
         best = tf.argmax(scores, axis=-1, output_type="int32")
         chosen.append(best)
         best_scores.append(tf.reduce_max(scores, axis=-1))
-        # `tf.one_hot` of a single class is beyond tensorflow.js.
+        # tensorflow.js cannot run `tf.one_hot` of a single class.
         of_class = tf.equal(best[:, None] // count, tf.range(classes))
         of_class = tf.cast(of_class, scores.dtype)
         of_box = tf.gather(goes, best % count, batch_dims=1)
@@ -190,7 +192,7 @@ def suppress(
 
 @keras.saving.register_keras_serializable(package="tf_deform_examples")
 class Proposals(keras.layers.Layer):
-    """Boxes where objects may be: the best anchors, moved and thinned out."""
+    """Proposes boxes that may hold objects: the best anchors, moved."""
 
     def compute_output_shape(self, objectness_shape, deltas_shape):
         return (objectness_shape[0], PROPOSALS, 4)
@@ -225,7 +227,7 @@ class Proposals(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(package="tf_deform_examples")
 class RegionHead(keras.layers.Layer):
-    """Position-sensitive pooling of regions, and the mean of their bins.
+    """Pools regions position-sensitively, and averages their bins.
 
     Args:
         num_classes: number of classes, background included.
@@ -257,13 +259,13 @@ class RegionHead(keras.layers.Layer):
         features: tf.Tensor,
         boxes: tf.Tensor,
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Judges regions.
+        """Classifies regions and refines their boxes.
 
         Args:
             score_maps: `(batch, rows, columns, num_classes * BINS**2)`.
             box_maps: `(batch, rows, columns, 4 * BINS**2)`.
             features: `(batch, rows, columns, channels)`, from which the
-                displacements of bins are made.
+                displacements of bins are predicted.
             boxes: `(batch, n, 4)` regions.
 
         Returns:
@@ -286,7 +288,7 @@ class RegionHead(keras.layers.Layer):
 
 
 def to_rois(boxes: tf.Tensor) -> tf.Tensor:
-    """Returns boxes as the pooling takes them, with its padding.
+    """Converts boxes to regions as the pooling takes them, with its padding.
 
     Args:
         boxes: `(batch, n, 4)`.
@@ -304,14 +306,15 @@ def to_rois(boxes: tf.Tensor) -> tf.Tensor:
 
 @keras.saving.register_keras_serializable(package="tf_deform_examples")
 class Detector(keras.Model):
-    """A Deformable R-FCN for small images.
+    """Detects objects in small images by a Deformable R-FCN.
 
-    The backbone is two convolutions of stride 2 and three more; in the arms
-    "dcn" and "both" the last two of them are deformable. In the arms "dpool"
-    and "both" the bins of a region move. All else is the same.
+    The backbone has two convolutions of stride 2 and three more convolutions;
+    in the arms "dcn" and "both" the last two are deformable. In the arms
+    "dpool" and "both" the bins of a region move. The arms are alike in all
+    other respects.
 
-    Called with `(batch, height, width, 1)` uint8 gray values, it returns what
-    the losses need; see `detect` for detections.
+    The model is called with `(batch, height, width, 1)` uint8 gray values and
+    returns the operands of the losses; see `detect` for detections.
 
     Args:
         arm: one of `ARMS`.
@@ -372,7 +375,7 @@ class Detector(keras.Model):
         features = block(x, convolution, 48, "conv5")
 
         x = block(features, keras.layers.Conv2D, 48, "rpn")
-        # Few anchors are an object's: start from there.
+        # Few anchors belong to an object, so the first scores are low.
         rarely = keras.initializers.Constant(-4.0)
         objectness = score(
             x, len(ANCHORS), "objectness", bias_initializer=rarely
@@ -401,7 +404,7 @@ class Detector(keras.Model):
         self.arm = arm
         self.num_classes = num_classes
         self.image_size = image_size
-        # `_detect`, which see, as one graph for any number of images.
+        # Traces `_detect` as one graph for any number of images.
         self.detect = tf.function(
             self._detect,
             [tf.TensorSpec((None, image_size, image_size, 1), "uint8")],
@@ -432,11 +435,11 @@ class Detector(keras.Model):
             x: not used.
             y: `{"boxes": (batch, m, 4), "labels": (batch, m)}`, the objects:
                 boxes and classes from 1 on, padded with -1.
-            y_pred: what the model returned.
+            y_pred: outputs of the model.
             sample_weight: not used.
             training: not used.
         """
-        # What lies outside of the image altogether becomes padding.
+        # Boxes that lie outside of the image altogether become padding.
         _, rows, columns, _ = keras.ops.shape(y_pred["maps"][0])
         objects = bounding_boxes.clip_to_image_size(
             y, STRIDE * rows, STRIDE * columns
@@ -454,14 +457,16 @@ class Detector(keras.Model):
     def _anchor_losses(
         self, anchors: tf.Tensor, truth: tf.Tensor, y_pred: dict
     ) -> dict:
-        """Focal loss of all anchors, box loss of those that are an object's.
+        """Returns focal loss of all anchors, box loss of the objects' anchors.
 
-        Both are sums, divided by the number of anchors that are an object's.
+        Both are sums, divided by the number of anchors that belong to an
+        object.
         """
         overlaps, overlap, index = match(
             tf.repeat(anchors[None], tf.shape(truth)[0], axis=0), truth
         )
-        # An object that no anchor overlaps enough has those that come nearest.
+        # An object that no anchor overlaps enough gets the anchors that overlap
+        # it most.
         nearest = tf.reduce_max(overlaps, axis=1, keepdims=True)
         nearest = (overlaps == nearest) & (overlaps > 0)
         positive = (overlap >= ANCHOR_OBJECT) | tf.reduce_any(nearest, axis=-1)
@@ -487,7 +492,7 @@ class Detector(keras.Model):
     def _proposal_losses(
         self, truth: tf.Tensor, labels: tf.Tensor, y_pred: dict
     ) -> dict:
-        """Losses of the proposals on which the sum of both is largest."""
+        """Returns losses of the proposals on which their sum is largest."""
         proposals = y_pred["proposals"]
         logits, deltas = y_pred["logits"], y_pred["box_deltas"]
         _, overlap, index = match(proposals, truth)
@@ -519,7 +524,8 @@ class Detector(keras.Model):
         Returns:
             "boxes" `(batch, MAX_DETECTIONS, 4)` in pixels, "scores" and int32
             "labels" `(batch, MAX_DETECTIONS)`, the best first, and int32
-            "valid" `(batch,)`: how many of them are detections, the rest is 0.
+            "valid" `(batch,)`: the number of detections; the rest of the rows
+            is 0.
         """
         _, height, width, _ = keras.ops.shape(images)
         outputs = self(images, training=False)

@@ -20,10 +20,10 @@ def fit_image(data: tf.Tensor, size: int) -> tuple[tf.Tensor, ...]:
 
     Returns:
         `(size, size, 1)` uint8 gray values, 0 where the image does not reach;
-        `(2,)` float32 height and width of the image, and of the same in the
+        `(2,)` float32 height and width of the image, and of its copy in the
         square.
     """
-    # All formats decode to three channels, gray ones without a loss.
+    # All formats decode to three channels; gray images lose nothing.
     pixels = tf.io.decode_image(data, channels=3, expand_animations=False)
     pixels = tf.image.rgb_to_grayscale(tf.ensure_shape(pixels, (None, None, 3)))
     full = tf.cast(tf.shape(pixels)[:2], "float32")
@@ -37,27 +37,27 @@ def fit_image(data: tf.Tensor, size: int) -> tuple[tf.Tensor, ...]:
 def make_server(
     model: detector.Detector, categories: list[dict]
 ) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
-    """Returns the function that is served.
+    """Returns the function that serves the model.
 
     Args:
         model: trained model.
         categories: the `"categories"` of the COCO file that it learned from.
 
     Returns:
-        A function of a `(batch,)` string tensor of JPEG or PNG files, of which
-        every one may have another size. It returns, padded with 0 and "" to
-        the same number for each image,
+        A function of a `(batch,)` string tensor of JPEG or PNG files, each of
+        any size. It returns, padded with 0 and "" to the same number for each
+        image,
 
         - "boxes": `(batch, n, 4)` float32, x1, y1, x2, y2 in pixels of the
-          image that was given;
+          given image;
         - "scores": `(batch, n)` float32, the best first;
         - "class_ids": `(batch, n)` int32, ids of COCO categories;
         - "labels": `(batch, n)` string, their names;
-        - "valid": `(batch,)` int32, how many of the `n` are detections.
+        - "valid": `(batch,)` int32, the number of detections among the `n`.
 
     Raises:
-        ValueError: if the model takes images of any size, and so gives none to
-            fit images into.
+        ValueError: if the model takes images of any size, so that there is no
+            size to fit images into.
     """
     if model.image_size is None:
         raise ValueError(
@@ -79,8 +79,8 @@ def make_server(
                 tf.TensorSpec((2,), "float32"),
             ),
         )
-        # Without an image TensorFlow's convolutions give the wrong shape: with
-        # none, detect in a blank one.
+        # Detects in a blank image where there is no image: TensorFlow's
+        # convolutions return a wrong shape for an empty batch.
         count = tf.shape(images)[0]
         blank = tf.cast(count == 0, "int32")
         found = model.detect(
@@ -112,7 +112,7 @@ def export(
     Args:
         model: trained model.
         categories: the `"categories"` of the COCO file that it learned from.
-        folder: folder to write; a SavedModel that is there is replaced.
+        folder: folder to write; an existing SavedModel is replaced.
     """
     archive = keras.export.ExportArchive()
     archive.track(model)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of what detectors find and of how their pooling moves its bins."""
+"""Draws detections of models, and how their pooling moves its bins."""
 
 import pathlib
 
@@ -25,13 +25,13 @@ def _draw_box(axes, box: np.ndarray, **style) -> None:
 
 
 def _draw_objects(axes, boxes, labels, scores=None) -> None:
-    """Draws boxes with the digits they are said to hold."""
+    """Draws boxes with the digits of their labels."""
     for i, (box, label) in enumerate(zip(boxes, labels, strict=True)):
         # Class 0 is the background.
         digit = int(label) - 1
         _draw_box(axes, box, edgecolor=_COLORS[digit])
         text = f"{digit}" if scores is None else f"{digit} {scores[i]:.2f}"
-        # Above the box, or inside where there is no room.
+        # Writes above the box, or inside where there is no room.
         x, y = box[0] - 0.5, box[1] - 0.5
         axes.text(
             x,
@@ -50,7 +50,7 @@ def draw_detections(
     truth: dict[str, np.ndarray],
     models: dict[str, detector.Detector],
 ) -> None:
-    """Draws, a column per scene: the true boxes, each model's detections.
+    """Draws one column per scene: true boxes, then each model's detections.
 
     Args:
         path: PNG file to write.
@@ -75,7 +75,7 @@ def draw_detections(
         found = {
             key: value.numpy() for key, value in model.detect(images).items()
         }
-        # Detections come best first.
+        # The detections are sorted, the best first.
         shown = np.sum(found["scores"] >= _LEAST_SCORE, axis=1)
         rows[name] = {**found, "valid": shown}
     for axes, (name, found) in zip(grid, rows.items(), strict=True):
@@ -102,12 +102,12 @@ def shifted_bins(
     """Returns the bins of a region, and where the model moves them.
 
     Args:
-        model: a model of which the bins move.
+        model: a model whose bins move.
         image: `(size, size, 1)` uint8 gray values.
         box: `(4,)` the region.
 
     Returns:
-        Twice `(bins, bins, 4)` boxes in pixels.
+        Regular and moved bins, both `(bins, bins, 4)` boxes in pixels.
     """
     layer = model.get_layer("head").score_pooling
     *_, features = model(image[None], training=False)["maps"]
@@ -140,16 +140,16 @@ def draw_parts(
     truth: dict[str, np.ndarray],
     model: detector.Detector,
 ) -> None:
-    """Draws, for an object of each image, regular bins and where they moved.
+    """Draws regular and moved bins for an object of each image.
 
-    The region is the proposal that overlaps the object most, dotted; bins have
-    the corners that the pooling makes of it, rounded to pixels.
+    The region is the proposal that overlaps the object most, drawn dotted. The
+    bins have the corners that the pooling uses, rounded to pixels.
 
     Args:
         path: PNG file to write.
         images: `(batch, size, size, 1)` uint8 gray values.
-        truth: the objects; of each image the largest is drawn.
-        model: a model of which the bins move.
+        truth: the objects; the largest object of each image is drawn.
+        model: a model whose bins move.
     """
     proposals = model(images, training=False)["proposals"]
     overlaps = bounding_boxes.compute_iou(truth["boxes"], proposals, "xyxy")
@@ -174,7 +174,7 @@ def draw_parts(
             _draw_box(ax, region.numpy(), edgecolor="white", linestyle=":")
             for box, color in zip(bins.reshape(-1, 4), colors, strict=True):
                 _draw_box(ax, box, edgecolor=color)
-            # A square window, so that all pictures have one size.
+            # Draws a square window, so that all pictures have the same size.
             x1, y1, x2, y2 = region.numpy()
             reach = 0.75 * max(x2 - x1, y2 - y1)
             x, y = (x1 + x2) / 2, (y1 + y2) / 2

@@ -3,8 +3,8 @@
 
     python examples/detection/serve.py runs/detection/saved_model photo.jpg ...
 
-prints, for each file, the boxes in its own pixels as JSON. The process knows
-nothing of the model but its folder.
+It prints, for each file, the boxes in the file's own pixels as JSON. The
+process reads nothing of the model but its folder.
 """
 
 import argparse
@@ -17,7 +17,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import tensorflow as tf
 
-import tf_deform  # noqa: F401  Registers the ops that the model calls.
+import tf_deform  # noqa: F401  It registers the ops that the model calls.
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
     model = tf.saved_model.load(args.saved_model)
     answers = {}
     for path in args.images:
-        # One by one, so that an error names its file.
+        # Reads files one by one, so that an error names its file.
         try:
             found = model.serve(tf.constant([path.read_bytes()]))
         except (OSError, tf.errors.InvalidArgumentError) as error:

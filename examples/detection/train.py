@@ -3,7 +3,7 @@
 
     python examples/detection/train.py --out runs/detection
 
-composes scenes of handwritten digits (see `../digit_scenes.py`), trains each
+It composes scenes of handwritten digits (see `../digit_scenes.py`), trains each
 arm (see `detector.py`) for the same number of steps on the same batches, and
 leaves in the folder:
 
@@ -15,7 +15,8 @@ leaves in the folder:
                       the same from arrays of pixels (see `../serve.py`)
     runs/             one folder per arm and seed
 
-An interrupted call, repeated, resumes with the same numbers to the bit.
+A call that was interrupted resumes when it is repeated, with the same numbers
+to the bit.
 """
 
 import argparse
@@ -29,9 +30,9 @@ import subprocess
 import sys
 import tempfile
 
-# TensorFlow's start-up notes would bury the table.
+# TensorFlow's messages at start-up would bury the table.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# What this example shares with the other ones lies one folder above.
+# The modules that this example shares with other examples lie one folder above.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import exports
@@ -44,7 +45,7 @@ from detection import detector, export, pictures
 
 LEARNING_RATE = 0.016
 METRICS = {"ap": "AP", "ap50": "AP50", "ap75": "AP75"}
-# Below it a difference between detectors says nothing.
+# A difference between detectors with a lower AP says nothing.
 LEAST_AP50 = 0.5
 
 
@@ -58,7 +59,7 @@ def read_scenes(folder: pathlib.Path) -> tuple[tf.data.Dataset, dict]:
         A dataset, in the order of the COCO file, of pairs: `(64, 64, 1)` uint8
         gray values; and, padded with -1, float32 "boxes" `(m, 4)` (x1, y1, x2,
         y2 in pixels) and int32 "labels" `(m,)` (categories counted from 1, in
-        the order of their ids). And the COCO file's content.
+        the order of their ids). The second value is the COCO file's content.
     """
     coco = json.loads((folder / "instances.json").read_text())
     files = [
@@ -90,9 +91,9 @@ def read_scenes(folder: pathlib.Path) -> tuple[tf.data.Dataset, dict]:
 def renumber(coco: dict) -> dict:
     """Returns a COCO file's content with ids that count from 1.
 
-    The evaluation takes an annotation 0 for none, one of two with the same id
-    for the other, and no texts. Categories are numbered in the order of their
-    ids, as labels are.
+    The evaluation takes an annotation with id 0 for a missing one, confuses
+    annotations with the same id, and accepts no texts as ids. Categories are
+    numbered in the order of their ids, as labels are.
     """
     numbers = {
         "images": [image["id"] for image in coco["images"]],
@@ -125,8 +126,8 @@ def evaluate(
 
     Args:
         model: model to evaluate.
-        scenes: what `read_scenes` returned.
-        coco: what `read_scenes` returned.
+        scenes: dataset that `read_scenes` returned.
+        coco: COCO file's content that `read_scenes` returned.
     """
     coco = renumber(coco)
     images = iter(coco["images"])
@@ -211,7 +212,7 @@ def run(
     args: argparse.Namespace, folders: dict[tuple[str, int], pathlib.Path]
 ) -> None:
     """Trains, compares, draws and exports."""
-    # Without it sums may depend on which thread came first.
+    # Without determinism, sums may depend on which thread came first.
     tf.config.experimental.enable_op_determinism()
     training, _ = read_scenes(args.data / "train")
     validation = read_scenes(args.data / "val")
@@ -251,7 +252,8 @@ def run(
             + ", ".join(poor)
         )
 
-    # One plain model, or whatever came first, beside the most deformable one.
+    # Draws one plain model, or else the first one, beside the most deformable
+    # one.
     models = {
         arm: keras.saving.load_model(
             folders[arm, args.seeds[0]] / "model.keras", compile=False

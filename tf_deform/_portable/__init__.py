@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops in stock TensorFlow, one function for each, called as the native one.
+"""Implements the ops in stock TensorFlow, with the native ops' arguments.
 
-They are slower and take more memory, but run wherever TensorFlow (or what a
-model is exported to) runs, and can be differentiated any number of times by
-TensorFlow itself. So that every derivative is the one that the native op
-promises, nothing here relies on the derivative of a clip or a rounding:
-positions are split with `tf.floor`, which has no gradient, and what does not
-count is replaced with `tf.where` before it enters any arithmetic.
+The functions are slower and take more memory than the native ops, but run
+wherever TensorFlow (or the runtime that a model is exported to) runs, and
+TensorFlow itself can differentiate them any number of times. Every derivative
+has to be the one that the native op promises, so nothing here relies on the
+derivative of a clip or a rounding: `tf.floor`, which has no gradient, splits
+positions, and `tf.where` replaces values that do not count before they enter
+any arithmetic.
 
-Only ops that also exist elsewhere (ONNX, LiteRT) are used, no loops, and
-nothing but sizes of kernels and attributes has to be known in a graph.
+The functions use no loops and only ops that also exist elsewhere (ONNX,
+LiteRT). In a graph, only attributes and the sizes of kernels have to be known.
 """

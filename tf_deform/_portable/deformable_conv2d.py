@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deformable convolution in stock TensorFlow."""
+"""Implements deformable convolution in stock TensorFlow."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -33,7 +33,7 @@ def _out_size(
     padding: str,
     pads: Sequence[int],
 ) -> tuple[Size, Size]:
-    """Output size along one axis, and the padding before it."""
+    """Returns the output's size along one axis, and the padding before it."""
     span = dilation * (kernel - 1) + 1
     if padding == "SAME":
         out = (size + stride - 1) // stride
@@ -52,7 +52,7 @@ def _check(
     dilations: Sequence[int],
     offset_groups: int,
 ) -> tuple[Shape, Shape, Shape]:
-    """The shapes of inputs, kernel and offset."""
+    """Checks the operands; returns the shapes of inputs, kernel and offset."""
     check_attribute(strides, 1, "strides")
     check_attribute(dilations, 1, "dilation_rate")
     check_attribute([*pads[0], *pads[1]], 0, "padding")
@@ -152,10 +152,10 @@ def _positions(
     """Places samples without offset, along both axes.
 
     Returns:
-        For each axis the positions, which broadcast to (out_h, out_w, offset
-        groups * taps), group major, and the output's size. What the inputs and
-        the kernel say about that size is laid out as `offset` is (`given`), and
-        does not go in where the two disagree.
+        For each axis the positions and the output's size. Positions broadcast
+        to (out_h, out_w, offset groups * taps), group major. They are reshaped
+        to the size of `offset` (`given`), which fails where the inputs and the
+        kernel give another size.
     """
     positions = []
     taps = kernel_size[0] * kernel_size[1]
@@ -187,12 +187,12 @@ def _bilinear(
     width: Size,
     boundary: str,
 ) -> tuple[tf.Tensor, tf.Tensor, tuple[tf.Tensor, ...]]:
-    """Returns row and column of top left corners, and weights of all four."""
+    """Returns row and column of top left corners, and all corners' weights."""
     real = y.dtype
     last_y, last_x = tf.cast(height - 1, real), tf.cast(width - 1, real)
     if boundary == "zeros":
         inside = (y > -1) & (y < last_y + 1) & (x > -1) & (x < last_x + 1)
-        # An image without pixels has nothing inside.
+        # No sample lies inside an image without pixels.
         if not (isinstance(height, int) and isinstance(width, int)):
             inside &= (height > 0) & (width > 0)
         elif height * width == 0:
@@ -200,18 +200,19 @@ def _bilinear(
     else:
         inside = (y >= 0) & (y < last_y + 1) & (x >= 0) & (x < last_x + 1)
 
-    # Samples outside read (-2, -2): zeros there, see `rows`.
+    # Samples outside read (-2, -2), where `rows` has zeros.
     outside = tf.constant(-2, real)
     y, x = tf.where(inside, y, outside), tf.where(inside, x, outside)
     row, col = tf.floor(y), tf.floor(x)
     y, x = y - row, x - col
     if boundary == "clamp":
-        # The last row and column are held: no weight for what lies behind.
+        # Samples in the last row or column give no weight to the pixels behind
+        # it.
         y = tf.where(row >= last_y, tf.zeros_like(y), y)
         x = tf.where(col >= last_x, tf.zeros_like(x), x)
     upper, lower = 1 - y, y
     for factor in mask:
-        # The old `where` takes no mask of another shape.
+        # TensorFlow 1's `where` takes no mask of another shape.
         factor = tf.compat.v1.where(inside, factor, tf.zeros_like(factor))
         upper, lower = upper * factor, lower * factor
     weights = (upper * (1 - x), upper * x, lower * (1 - x), lower * x)
@@ -247,7 +248,7 @@ def _corners(
 def _taps(
     index: tf.Tensor, weights: tf.Tensor, kernel: tf.Tensor, taps: Size
 ) -> Iterable[tuple[tf.Tensor, tf.Tensor, tf.Tensor]]:
-    """Splits by tap; returns all in one if their number is not known."""
+    """Splits by tap; returns all taps in one if their number is not known."""
     if isinstance(taps, int):
         return zip(
             # LiteRT does not unstack 64-bit integers.
@@ -273,7 +274,7 @@ def deformable_conv2d(
     offset_groups: int,
     boundary: str,
 ) -> tf.Tensor:
-    """See `tf_deform.ops.deformable_conv2d`; called as the op is."""
+    """Computes `tf_deform.ops.deformable_conv2d`, called as the op is."""
     inputs = with_shape(inputs, None, None, None, None)
     kernel = with_shape(kernel, None, None, None, None)
     offset = with_shape(offset, None, None, None, None)
@@ -300,7 +301,8 @@ def deformable_conv2d(
     groups = channels // group_channels
     real = offset.dtype
 
-    # (batch, out_h, out_w, offset groups * taps), group major.
+    # The positions have (batch, out_h, out_w, offset groups * taps), group
+    # major.
     (y, out_h), (x, out_w) = _positions(
         (height, width),
         (kernel_h, kernel_w),
@@ -318,16 +320,17 @@ def deformable_conv2d(
     y, x = y + pairs[..., 0], x + pairs[..., 1]
     row, col, weights = _bilinear(y, x, mask, height, width, boundary)
 
-    # The image with two rows and columns of zeros before it and one behind,
-    # each pixel cut into the channels of the offset groups. Summing in 16 bits
-    # would not do, neither here nor in the gradient.
+    # Pads the image with two rows and columns of zeros before it and one
+    # behind, and cuts each pixel into the channels of the offset groups. The
+    # cast is needed because 16 bits are too few for sums, both here and in the
+    # gradient.
     rows = tf.pad(tf.cast(inputs, real), ((0, 0), (2, 1), (2, 1), (0, 0)))
     rows = tf.reshape(rows, (-1, channels // offset_groups))
     corners = _corners(
         row, col, (batch, height, width), given[0], offset_groups, taps
     )
 
-    # Tap by tap, so that all columns are never there at once.
+    # Reads tap by tap, so that the columns of all taps never exist at once.
     pixels = batch * out_h * out_w
     known = isinstance(taps, int)
     kernel = tf.reshape(tf.cast(kernel, real), (taps, group_channels, filters))
@@ -368,7 +371,7 @@ def _product(
     group_channels: Size,
     filters: Size,
 ) -> tf.Tensor:
-    """Columns by kernel: (pixels, filters), with the groups before it."""
+    """Multiplies columns by kernel: (pixels, filters), the groups before it."""
     depth = taps * group_channels
     if _is_one(groups):
         return tf.matmul(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deformable position-sensitive ROI pooling in stock TensorFlow."""
+"""Implements deformable position-sensitive ROI pooling in stock TensorFlow."""
 
 from collections.abc import Sequence
 
@@ -30,7 +30,7 @@ def _check(
     group_size: Sequence[int],
     part_size: Sequence[int],
 ) -> tuple[Shape, Shape, Shape]:
-    """The shapes of inputs, rois and trans."""
+    """Checks the operands; returns the shapes of inputs, rois and trans."""
     inputs_shape = check_inputs(
         inputs, "batch, height, width, output_dim * group_h * group_w"
     )
@@ -64,7 +64,7 @@ def _check(
 
 
 def _half_away(values: tf.Tensor) -> tf.Tensor:
-    """To the nearest integers, halves away from zero."""
+    """Rounds to the nearest integers, halves away from zero."""
     whole = tf.where(values < 0, tf.math.ceil(values), tf.floor(values))
     rest = values - whole
     up = tf.cast(rest >= 0.5, values.dtype)
@@ -84,7 +84,7 @@ def deformable_psroi_pool(
     sample_per_part: int,
     trans_std: Sequence[float],
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """See `tf_deform.ops.deformable_psroi_pool`; called as the op is."""
+    """Computes `tf_deform.ops.deformable_psroi_pool`, called as the op is."""
     inputs = with_shape(inputs, None, None, None, None)
     rois = with_shape(rois, None, 5)
     trans = [with_shape(tensor, None, *part_size, None) for tensor in trans]
@@ -121,7 +121,7 @@ def deformable_psroi_pool(
             tf.ones_like(size) * sample_per_part,
         )
 
-    # Cells and parts of the bins, in integers.
+    # Computes the cells and parts of the bins in integers.
     def scaled(to: Sequence[int]) -> np.ndarray:
         row, col = np.indices(pooled_size).reshape(2, -1)
         row = row * to[0] // pooled_size[0]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deformable ROIAlign in stock TensorFlow."""
+"""Implements deformable ROIAlign in stock TensorFlow."""
 
 from collections.abc import Sequence
 
@@ -33,10 +33,10 @@ def deformable_roi_align(
     sampling_ratio: int,
     gamma: Sequence[float],
 ) -> tf.Tensor:
-    """See `tf_deform.ops.deformable_roi_align`; called as the op is.
+    """Computes `tf_deform.ops.deformable_roi_align`, called as the op is.
 
-    With a number of samples that depends on the ROI, all bins read as many
-    pixels as the largest one needs.
+    If the number of samples depends on the ROI, all bins read as many pixels as
+    the bin that needs most.
     """
     inputs = with_shape(inputs, None, None, None, None)
     rois = with_shape(rois, None, 5)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gradients of the native gradient ops, by differentiating twice."""
+"""Computes gradients of native gradient ops, by differentiating twice."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,20 +13,20 @@ def second_gradients(
     function: Callable[..., tf.Tensor],
     sources: Sequence[int],
 ) -> list[tf.Tensor | None]:
-    """Gradients of a gradient op's operands, the last of them `grad_output`.
+    """Returns gradients of a gradient op's operands, `grad_output` as the last.
 
     Args:
         op: The gradient op, which has an attribute `wanted`.
-        output_gradients: One for each of its outputs.
-        function: From the other operands to the output that `grad_output` is
-            the gradient of, in ops that can be differentiated twice.
-        sources: Of which operands the op's outputs are the gradients.
+        output_gradients: One gradient for each of the op's outputs.
+        function: Computes the output whose gradient is `grad_output` from the
+            other operands, in ops that can be differentiated twice.
+        sources: The operands whose gradients are the op's outputs.
     """
-    # Each operand is a tensor of its own: a derivative is one by a tensor, and
-    # somebody's single tensor may stand in several places.
+    # Makes each operand a tensor of its own: TensorFlow differentiates by a
+    # tensor, and a caller may pass the same tensor for several operands.
     operands = [tf.identity(tensor) for tensor in op.inputs]
     *arguments, grad_output = operands
-    # The outputs of gradients that are not wanted hold nothing.
+    # Gradients that are not wanted have empty outputs.
     firsts, seconds = [], []
     for source, wanted, gradient in zip(
         sources, op.get_attr("wanted"), output_gradients, strict=True

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pooling of regions of interest in stock TensorFlow.
+"""Implements pooling of regions of interest in stock TensorFlow.
 
-A bin's samples form a grid, and whether a sample counts is decided along each
-axis alone. So the sum of its bilinear samples is a sum over rows and columns,
+The samples of a bin form a grid, and each axis alone decides whether a sample
+counts. So the sum of the bin's bilinear samples is a sum over rows and columns,
 
     weight(row) * weight(column) * pixel
 
-with weight(row) the sum of the bilinear weights of that row over the samples.
-Where samples lie less than a pixel apart, many share a row: a bin of 4x4
-samples, 2 pixels wide, reads 16 pixels so, not 64.
+where weight(row) is the sum of that row's bilinear weights over the samples.
+Samples that lie less than a pixel apart share rows: a bin of 4x4 samples, 2
+pixels wide, reads 16 pixels in this way instead of 64.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ from tf_deform._portable.shapes import Size, to_index
 
 
 class Axis(NamedTuple):
-    """One axis of the regions, in map pixels; tensors are (num_rois,)."""
+    """Describes one axis of the regions, in map pixels; all (num_rois,)."""
 
     start: tf.Tensor  # Of the first bin.
     size: tf.Tensor
@@ -32,7 +32,7 @@ class Axis(NamedTuple):
 
 
 class _AxisWeights(NamedTuple):
-    """Rows (or columns) that bins read; tensors are (bins, reads)."""
+    """Holds rows (or columns) that bins read, as (bins, reads) tensors."""
 
     place: tf.Tensor  # The row; -1 for none.
     weight: tf.Tensor
@@ -40,7 +40,7 @@ class _AxisWeights(NamedTuple):
 
 
 def constant(parts: Sequence[float], dtype: tf.DType) -> tf.Tensor:
-    """A number from the float32s that sum up to it."""
+    """Returns the number that is the sum of these float32s."""
     total = sum(float(np.float32(part)) for part in parts)
     return tf.constant(total, dtype)
 
@@ -52,9 +52,9 @@ def finite(values: tf.Tensor) -> tf.Tensor:
 def _place_rois(
     rois: tf.Tensor, image_size: Sequence[Size]
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns regions, and which of them lie in an image.
+    """Returns regions, and a mask of the regions that lie in an image.
 
-    A region without a place becomes the corner of an image.
+    A region without an image becomes the corner of the first image.
     """
     batch, *size = image_size
     image = rois[:, 0]
@@ -72,34 +72,35 @@ def _find_weights(
     """Finds the rows (or columns) that bins read, and their weights.
 
     Args:
-        place: `(bins, samples)`: where samples lie.
-        exists: Of this shape: which of them there are.
-        size: Pixels of the axis.
+        place: `(bins, samples)`: the positions of the samples.
+        exists: `(bins, samples)`: the samples that exist.
+        size: Number of pixels of the axis.
         margin: A sample counts up to this far outside of `[0, size - 1]`.
     """
     last = tf.cast(size - 1, place.dtype)
     counts = exists & (place >= -margin) & (place <= last + margin)
-    # Elsewhere the coordinate is clamped, and has no derivative.
+    # Outside of this range the coordinate is clamped, and has no derivative.
     moves = counts & (place >= 0) & (place < last)
     distance = tf.where(moves, place, tf.zeros_like(place))
     low = tf.floor(distance)
     distance -= low
     low = tf.where(counts & (place >= last), last, low)
 
-    # Reads are numbered from the bin's first row to its last if these are
-    # fewer than two for each sample, else two for each sample.
+    # Numbers the reads from the bin's first row to its last if that takes at
+    # most two reads for each sample; otherwise numbers two reads for each
+    # sample.
     first = tf.reduce_min(tf.where(counts, low, last + 1), 1, keepdims=True)
     end = tf.reduce_max(tf.where(counts, low, -1), 1, keepdims=True) + 2
     pairs = 2 * tf.range(tf.shape(place)[1])
     most = tf.cast(2 * tf.shape(place)[1], place.dtype)
     dense = end - first <= most
     slot = tf.where(dense, low - first, tf.cast(pairs, place.dtype))
-    # One more, as the largest of no numbers is not one everywhere.
+    # Appends 1, as not every runtime has a maximum of no numbers.
     reads = tf.reshape(tf.where(dense, end - first, most), (-1,))
     reads = tf.reduce_max(tf.concat([reads, [1]], 0))
     read = tf.range(reads)
 
-    # (bins, samples, reads): which sample reads what.
+    # (bins, samples, reads): tells which sample reads which row.
     below = (tf.expand_dims(slot, -1) == read) & tf.expand_dims(counts, -1)
     above = (tf.expand_dims(slot, -1) + 1 == read) & tf.expand_dims(moves, -1)
     low, distance = tf.expand_dims(low, -1), tf.expand_dims(distance, -1)
@@ -144,7 +145,7 @@ def pool(
     margin: float,
     mean_of_all: bool,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Means over the samples of bins, and how many samples count.
+    """Returns means over the samples of bins, and counts of the samples.
 
     Args:
         inputs: `(batch, height, width, channels * cells)`, the cell last.
@@ -152,22 +153,23 @@ def pool(
         displacements: `(num_rois, parts, classes, 2)`, or None.
         image_size: Batch, height, width.
         num_rois: Number of ROIs.
-        channels: Of the output.
-        pooled_size: Bins of a ROI.
-        cells: Of position-sensitive maps.
+        channels: Number of the output's channels.
+        pooled_size: Number of a ROI's bins along each axis.
+        cells: Number of cells of position-sensitive maps.
         cell_of_bin: The cell that each bin reads.
-        part_of_bin: Which displacements each bin has.
-        locate: Where the bins of ROIs are that begin and end there, along
+        part_of_bin: The part whose displacements each bin has.
+        locate: Returns the `Axis` of ROIs with these beginnings and ends, along
             axis 0 (y) or 1 (x).
-        displace: From displacements, and sizes of ROIs, to map pixels.
-        samples: Of a bin along each axis; None: the ROIs say it.
-        phase: Of a bin's first sample, in steps.
+        displace: Converts displacements, with the sizes of ROIs, to map pixels.
+        samples: Samples of a bin along each axis; None: each ROI has its own
+            number.
+        phase: Position of a bin's first sample, in steps.
         margin: A sample counts up to this far outside of the map.
         mean_of_all: Whether samples outside count, as zeros.
 
     Returns:
-        Twice `(num_rois, pooled_h, pooled_w, channels)`, of the coordinate
-        type.
+        Means and counts, both `(num_rois, pooled_h, pooled_w, channels)`, of
+        the coordinate type.
     """
     real = rois.dtype
     batch, *size = image_size
@@ -186,7 +188,7 @@ def pool(
     axes, counts = [], []
     for axis in (0, 1):
         where = locate(rois[:, 2 - axis], rois[:, 4 - axis], axis)
-        # A ROI too large for its type: no sample would lie inside.
+        # No sample would lie inside a ROI that is too large for its type.
         fits = finite(where.size)
         where = Axis(*(tf.where(fits, x, tf.zeros_like(x)) for x in where))
         index = np.indices(pooled_size)[axis].reshape(1, bins, 1)
@@ -197,7 +199,7 @@ def pool(
         if displacements is not None:
             place += displace(displacements[..., axis], roi_size)
         most = samples
-        if most is None:  # One more, as some ROIs may have none.
+        if most is None:  # Appends 1, as there may be no ROI.
             most = tf.reduce_max(tf.concat([where.samples, [1]], 0))
             most = tf.cast(most, tf.int32)
         sample = tf.cast(tf.range(most), real)
@@ -205,7 +207,7 @@ def pool(
         place += (sample + phase) * tf.expand_dims(step, -1)
         there = tf.reshape(exists & fits, shape)
         there &= sample < tf.expand_dims(number, -1)
-        # For every bin, displaced or not.
+        # Broadcasts to every bin, displaced or not.
         there |= tf.zeros((1, bins, classes, 1), tf.bool)
         there = tf.reshape(there, (total, most))
         place = tf.reshape(place, (total, most))
@@ -220,7 +222,7 @@ def pool(
     count = counts[0] * counts[1]
     share = tf.where(count > 0, 1 / tf.maximum(count, 1), tf.zeros_like(count))
 
-    # Rows of `maps`: image, row, column, cell, class; a last one of zeros.
+    # Orders rows by image, row, column, cell, class; adds a row of zeros.
     height, width = (to_index(x) for x in size)
     depth = channels // classes
     maps = _repack(tf.cast(inputs, real), image_size, channels, cells)

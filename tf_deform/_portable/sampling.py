@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all ops have in common: reading rows, and adding them up."""
+"""Reads rows of images and adds them up, for all portable ops."""
 
 import tensorflow as tf
 
@@ -7,13 +7,14 @@ from tf_deform._implementation import is_for_other_runtime
 
 
 def unrounded(tensor: tf.Tensor) -> tf.Tensor:
-    """The tensor, with what is computed from it kept in its type.
+    """Returns the tensor so that results computed from it keep its type.
 
     TensorFlow's automatic mixed precision rewrites a graph so that additions,
-    products and much else after a convolution are computed in 16 bits, which
-    is too little for positions. It ends at an op that it does not know, which
-    this is: one that can be differentiated, vectorized and compiled like any
-    other. Other runtimes would only have more to do.
+    products and most other ops after a convolution are computed in 16 bits,
+    which are too few for positions. The rewriting ends at an op that it does
+    not know. This function adds such an op, which can be differentiated,
+    vectorized and compiled like any other. It adds none for other runtimes,
+    where the op would only cost time.
     """
     if (
         tensor.dtype != tf.float32
@@ -27,19 +28,20 @@ def unrounded(tensor: tf.Tensor) -> tf.Tensor:
 def weighted_sum(
     rows: tf.Tensor, index: tf.Tensor, weights: tf.Tensor
 ) -> tf.Tensor:
-    """For each sample, the sum of the rows that it reads.
+    """Returns, for each sample, the sum of the rows that it reads.
 
     Args:
         rows: `(number of rows, channels)`.
-        index: `(samples, reads)`, int64: which rows.
+        index: `(samples, reads)`, int64: the rows to read.
         weights: `(samples, reads)`, of the type of `rows`.
 
     Returns:
         `(samples, channels)`.
     """
-    # Unlike that of `tf.gather`, the gradient is a dense tensor at once: sums
-    # over several calls then need no list of all that each of them read.
+    # Unlike the gradient of `tf.gather`, the gradient of `tf.gather_nd` is a
+    # dense tensor at once, so sums over several calls need no list of all their
+    # reads.
     read = tf.gather_nd(rows, tf.expand_dims(index, -1))
-    # A product of matrices, as the product of two tensors would be as large as
-    # `read` once more.
+    # Multiplies matrices, as the product of two tensors would take as much
+    # memory as `read` once more.
     return tf.squeeze(tf.matmul(tf.expand_dims(weights, 1), read), 1)

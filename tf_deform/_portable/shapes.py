@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Judgements of attributes and shapes, with the texts of the native ops.
+"""Checks attributes and shapes, with the messages of the native ops.
 
-Only the mistakes that people make: what fits in 64 bits is judged in C++.
+It finds only the mistakes that people make: C++ checks what fits in 64 bits.
 """
 
 import math
@@ -12,17 +12,18 @@ import numpy as np
 import tensorflow as tf
 
 MAX_EXTENT = 2**31 - 1
-# Of float32's normal numbers: smaller ones are 0 on some threads.
+# The smallest normal number of float32: some threads flush smaller numbers to
+# 0.
 LEAST_FACTOR = 2.0**-126
 
-# A size: known, or found when the graph runs.
+# A size is a number, or a tensor if it is found when the graph runs.
 Size = int | tf.Tensor
-# A shape as far as it is known.
+# A shape has None for each size that is not known.
 Shape = tuple[int | None, ...]
 
 
 def fail(text: str) -> None:
-    """Raises what the native op would: its kernel, or its shape function."""
+    """Raises the error of the native op's kernel, or of its shape function."""
     if tf.executing_eagerly():
         raise tf.errors.InvalidArgumentError(None, None, text)
     raise ValueError(text)
@@ -38,7 +39,7 @@ def check_attribute(values: Sequence[int], least: int, name: str) -> None:
 
 
 def check_factor(parts: Sequence[float], zero_allowed: bool, name: str) -> None:
-    # Attributes are float32.
+    # Attributes are float32, so each part is rounded to float32 here.
     value = math.fsum(float(np.float32(part)) for part in parts)
     zero = zero_allowed and value == 0
     if not (math.isfinite(value) and (value >= LEAST_FACTOR or zero)):
@@ -49,7 +50,7 @@ def check_factor(parts: Sequence[float], zero_allowed: bool, name: str) -> None:
 
 
 def with_shape(tensor: tf.Tensor, *expected: int | None) -> tf.Tensor:
-    """Leaves the judgement of what is not known yet to the graph that runs."""
+    """Sets a shape; the graph that runs checks the sizes not known yet."""
     shape = tensor.shape
     if shape.rank is None:
         return tf.ensure_shape(tensor, expected)
@@ -63,7 +64,7 @@ def with_shape(tensor: tf.Tensor, *expected: int | None) -> tf.Tensor:
 
 
 def check_rank(tensor: tf.Tensor, name: str, axes: str) -> Shape:
-    """The shape of a tensor with as many dimensions as `axes` names."""
+    """Returns a tensor's shape with as many dimensions as `axes` names."""
     rank = len(axes.split(": ")[0].split(", "))
     shape = tuple(tensor.shape.as_list())
     if len(shape) != rank:
@@ -90,7 +91,7 @@ def check_dimension(
 
 
 def check_inputs(inputs: tf.Tensor, axes: str) -> Shape:
-    """The shape of `inputs`, with height and width that fit in 32 bits."""
+    """Returns the shape of `inputs`; height and width fit in 32 bits."""
     shape = check_rank(inputs, "inputs", axes)
     if max(size or 0 for size in shape[1:3]) > MAX_EXTENT:
         fail(
@@ -131,7 +132,7 @@ def check_displacements(
 
 
 def sizes(tensor: tf.Tensor, shape: Shape) -> list[Size]:
-    """Dimensions as numbers where known, else as scalar int32 tensors."""
+    """Returns known dimensions as numbers, others as scalar int32 tensors."""
     if None not in shape:
         return list(shape)
     dynamic = tf.shape(tensor)
@@ -142,7 +143,7 @@ def sizes(tensor: tf.Tensor, shape: Shape) -> list[Size]:
 
 
 def either(*candidates: Any) -> Any:
-    """The first that is a number, or the first of all."""
+    """Returns the first candidate that is a number, or the first of all."""
     known = [size for size in candidates if isinstance(size, int)]
     return known[0] if known else candidates[0]
 
@@ -154,5 +155,5 @@ def at_least(value: Size, least: int) -> Size:
 
 
 def to_index(value: Size) -> Size:
-    """A size that is about to be multiplied by others, in 64 bits."""
+    """Returns a size in 64 bits, to be multiplied by other sizes."""
     return value if isinstance(value, int) else tf.cast(value, tf.int64)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all exports share: the file, and its comparison with the model."""
+"""Writes an export's file, and compares it with the model, for all exports."""
 
 import contextlib
 import dataclasses
@@ -18,27 +18,27 @@ import tensorflow as tf
 from tf_deform import _files
 from tf_deform.export._source import Source, find_source
 
-# Inputs or outputs by name.
+# Maps names to inputs or outputs.
 Arrays = dict[str, np.ndarray]
-# Tells what is being done inside of it.
+# Enters a step of the export and tells the user about it.
 Stage = Callable[[str], contextlib.AbstractContextManager[None]]
 
-# Sizes to try where a dimension may be any: of batches, heights, widths, and
-# of what comes after.
+# Sizes to try for unknown dimensions: of batches, heights, widths, and of the
+# dimensions after them.
 _BATCHES, *_SIZES = (2, 3), (64, 96), (96, 64), (5, 6)
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What an export wrote, and how it was checked.
+    """Describes an exported file, and how it was compared with the model.
 
     Attributes:
-        path: File or folder that was written.
+        path: The file or folder.
         size: Its size in bytes.
         differences: For each output, the largest absolute difference between
-            what was written and the model, divided by the output's largest
-            magnitude, over all inputs that were tried. Of integers, truth
-            values and strings: the share of those that differ.
+            the exported model and the model, divided by the output's largest
+            magnitude, over all inputs that were tried. For integers, truth
+            values and strings, the share of the elements that differ.
         shapes: Shapes of the inputs that were tried.
     """
 
@@ -56,7 +56,7 @@ class Report:
 
 
 class Sample(NamedTuple):
-    """Inputs that were tried, and what the model makes of them; by name."""
+    """Holds inputs that were tried, and the model's outputs; both by name."""
 
     given: Arrays
     expected: Arrays
@@ -67,11 +67,11 @@ def run_model(
 ) -> list[Sample]:
     """Runs the model on the user's inputs, or on random ones.
 
-    Random ones have two sizes where a dimension may have any. `declared` says
-    that the user gave the signature, which is then named in errors.
+    Random inputs have two sizes where a dimension is unknown. `declared` says
+    that the user gave the signature; errors then name it.
 
     Raises:
-        ValueError: Inputs that do not fit, or that the model does not take.
+        ValueError: The inputs do not fit, or the model does not take them.
     """
     specs = source.inputs
     if sample is None:
@@ -133,7 +133,7 @@ def _read_sample(
 
 
 def _cast(value: Any, spec: tf.TensorSpec) -> np.ndarray:
-    """The value in the type of an input, if it has a place there."""
+    """Returns the value in the type of an input, if the type can hold it."""
     value = np.asarray(value)
     if spec.dtype == tf.string:
         array, fits = value.astype(object), value.dtype.kind in "OSU"
@@ -179,19 +179,20 @@ def compare(
     path: pathlib.Path,
     tolerance: float,
 ) -> dict[str, float]:
-    """Compares what was written with the model.
+    """Compares the exported model with the model.
 
     Args:
-        samples: What the model made of which inputs.
-        run: Runs what was written.
-        path: Where it will be, for errors.
+        samples: Inputs, and the model's outputs for them.
+        run: Runs the exported model.
+        path: Final path of the export, for errors.
         tolerance: Largest difference allowed.
 
     Returns:
         `Report.differences`.
 
     Raises:
-        RuntimeError: They differ by more, or it does not run.
+        RuntimeError: The outputs differ by more, or the exported model does not
+            run.
     """
     differences: dict[str, float] = {}
     worst, text = -1.0, ""
@@ -206,7 +207,7 @@ def compare(
             ) from error
         for name, array in expected.items():
             if received[name].shape != array.shape:
-                # No tolerance helps, nor other inputs.
+                # Neither a tolerance nor other inputs would help.
                 raise RuntimeError(
                     f"Expected {path} to give {name!r} the shape "
                     f"{array.shape}, as the model does. Received: "
@@ -242,20 +243,21 @@ def export(
     tolerance: float | None,
     verbose: bool,
 ) -> Report:
-    """What the public functions have in common.
+    """Checks, writes and compares, for all public functions of this package.
 
     Args:
         write: Writes the model to a path.
-        load: From that path to a function that runs what was written.
-        folder: Whether a folder is written, not a file.
-        in_tensorflow: Whether TensorFlow will run it, as it runs the model: on
-            the same device, and with mixed precision.
+        load: Takes that path; returns a function that runs the exported model.
+        folder: Whether `write` writes a folder, not a file.
+        in_tensorflow: Whether TensorFlow will run the exported model as it runs
+            the model: on the same device, and with mixed precision.
     """
     if tolerance is not None and not isinstance(tolerance, int | float):
         raise TypeError(
             f"Expected `tolerance` to be a number. Received: {tolerance!r}"
         )
-    # Where links lead, and where "." is.
+    # Resolves links and relative paths, so that a later chdir cannot move the
+    # target.
     path = pathlib.Path(os.path.realpath(_files.to_path(path)))
     source = find_source(model, input_signature)
     stage = functools.partial(_stage, verbose=verbose)
@@ -292,9 +294,9 @@ def export(
 
 @contextlib.contextmanager
 def _explaining_full_disk(path: pathlib.Path) -> Iterator[None]:
-    """Says what is wrong in one way, whoever writes, and names `path`.
+    """Raises one error for a full disk, whichever library writes; names `path`.
 
-    TensorFlow raises an error of its own, that names the staging folder.
+    TensorFlow raises another error, which names the staging folder.
     """
     try:
         yield
@@ -309,14 +311,15 @@ def _explaining_full_disk(path: pathlib.Path) -> Iterator[None]:
 
 
 def measure_difference(expected: np.ndarray, received: Any) -> float:
-    """Largest difference, relative to the largest number; inf: not alike.
+    """Returns the largest difference over the largest number; inf if unlike.
 
-    Of integers, truth values and strings, the share of those that differ.
+    For integers, truth values and strings, it returns the share of the elements
+    that differ.
     """
     received = np.asarray(received)
     if expected.shape != received.shape:
         return np.inf
-    if expected.dtype.kind in "OSU":  # One has bytes where the other has text.
+    if expected.dtype.kind in "OSU":  # One array may hold bytes, one text.
         pairs = zip(expected.flat, received.flat, strict=True)
         different = [
             tf.compat.as_str(a) != tf.compat.as_str(b) for a, b in pairs
@@ -341,7 +344,7 @@ def _measure_size(path: pathlib.Path) -> int:
 
 
 def describe_difference(expected: np.ndarray, received: Any) -> str:
-    """What `measure_difference` found, in words where it is no number."""
+    """Returns `measure_difference`, in words where it is no number."""
     received = np.asarray(received)
     difference = measure_difference(expected, received)
     if np.isfinite(difference):
@@ -366,7 +369,7 @@ def describe_difference(expected: np.ndarray, received: Any) -> str:
 
 @contextlib.contextmanager
 def _stage(text: str, verbose: bool) -> Iterator[None]:
-    """Tells what is being done, and how long it took."""
+    """Tells which step is being done, and how long it took."""
     if verbose:
         print(f"{text} ... ", end="", flush=True)
     start = time.perf_counter()
@@ -384,7 +387,8 @@ def require(extra: str, *modules: str) -> list[Any]:
     """Imports optional packages.
 
     Raises:
-        ImportError: One is missing; names the extra that brings it.
+        ImportError: A package is missing; the error names the extra that brings
+            it.
     """
     found = []
     for module in modules:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Traced models as graphs without variables, for converters."""
+"""Makes graphs without variables of traced models, for converters."""
 
 import itertools
 from collections.abc import Iterator, Mapping
@@ -11,8 +11,8 @@ from tensorflow.python.framework.function_def_to_graph import (
     function_def_to_graph,
 )
 
-# The functions of an operation, and how many of its inputs come before those
-# that they are called with.
+# Maps an operation that calls functions to the names of their attributes, and
+# to the number of inputs before the functions' arguments.
 _CALLS = {
     "If": (("then_branch", "else_branch"), 1),
     "StatelessIf": (("then_branch", "else_branch"), 1),
@@ -22,16 +22,16 @@ _CALLS = {
 
 
 def keep_captures(graph_def: Any, concrete: Any) -> bool:
-    """Makes constants of the tensors that a function took from around it.
+    """Makes constants of tensors that a function captures from outside.
 
-    Freezing does so with variables alone.
+    Freezing does this with variables alone.
 
     Args:
-        graph_def: The function, frozen. Changed in place.
-        concrete: The function as it was.
+        graph_def: The frozen function. Changed in place.
+        concrete: The function before freezing.
 
     Returns:
-        Whether there was any.
+        Whether the function has such a tensor.
     """
     found = False
     captures = {
@@ -55,10 +55,10 @@ def _constant(name: str, value: Any) -> Any:
 
 
 def keep_shapes(graph: tf.Graph, traced: tf.Graph) -> None:
-    """Tells a frozen graph the shapes that were known when it was traced.
+    """Gives a frozen graph the shapes that were known when it was traced.
 
-    Python code knows some that TensorFlow's inference does not find again, such
-    as those of what a loop leaves in a list.
+    Python code knows some shapes that TensorFlow's inference does not find
+    again, such as the shapes of elements that a loop leaves in a list.
     """
     known = {operation.name: operation for operation in traced.get_operations()}
     for operation in graph.get_operations():
@@ -71,12 +71,13 @@ def keep_shapes(graph: tf.Graph, traced: tf.Graph) -> None:
 
 
 def specialise(graph_def: Any) -> None:
-    """Tells the functions of conditions and loops what they are called with.
+    """Gives functions of conditions and loops their arguments' shapes.
 
     Each call gets a function of its own, which knows its arguments' shapes and
-    holds the constants among them: a converter that looks at the function has
-    no other way to know. (tf2onnx tells it shapes, but takes a condition's
-    first argument for the condition, and every other for the one before it.)
+    holds the constants among them: a converter that looks at the function
+    cannot find them in any other way. (tf2onnx tells the function the shapes,
+    but takes a condition's first argument for the condition, and every other
+    argument for the one before it.)
 
     Args:
         graph_def: A frozen function. Changed in place.
@@ -95,7 +96,7 @@ def specialise(graph_def: Any) -> None:
 
 
 def _find_called(nodes: Any, library: Mapping[str, Any]) -> dict[str, None]:
-    """The names of all functions that nodes call, and that those call."""
+    """Returns the names of all functions that nodes call, also indirectly."""
     called = {}
     for node in nodes:
         for value in node.attr.values():
@@ -113,7 +114,7 @@ def _specialise(
     library: Mapping[str, Any],
     number: Iterator[int],
 ) -> Iterator[Any]:
-    """The new functions; `nodes`, of which `graph` is, then call them."""
+    """Returns new functions; `nodes`, the nodes of `graph`, then call them."""
     for node in nodes:
         if node.op not in _CALLS:
             continue
@@ -147,7 +148,8 @@ def _specialise(
 def _rename(function: Any, suffix: str) -> None:
     """Gives nodes and arguments names that no other function has.
 
-    To ONNX, what is inside of a loop and what is around it are one namespace.
+    ONNX has one namespace for the names inside of a loop and the names around
+    it.
     """
     owned = [*function.node_def, *function.signature.input_arg]
     names = {item.name: item.name + suffix for item in owned}
@@ -161,14 +163,14 @@ def _rename(function: Any, suffix: str) -> None:
         item.name = names[item.name]
     for node in function.node_def:
         node.input[:] = [follow(reference) for reference in node.input]
-        node.attr.pop("_class", None)  # Names nodes to be placed next to.
+        node.attr.pop("_class", None)  # It names nodes to be placed next to.
     for results in (function.ret, function.control_ret):
         for key, reference in list(results.items()):
             results[key] = follow(reference)
 
 
 def _find_constant(tensor: tf.Tensor) -> Any:
-    """The value of a tensor that is a constant, as TensorProto, or None."""
+    """Returns a constant tensor's value as TensorProto, otherwise None."""
     operation = tensor.op
     while operation.type == "Identity":
         operation = operation.inputs[0].op
@@ -176,7 +178,7 @@ def _find_constant(tensor: tf.Tensor) -> Any:
 
 
 def _find_invariants(body: Any) -> list[bool]:
-    """For each argument of a loop's body whether it is returned as it came."""
+    """Tells for each argument of a loop's body whether it is returned as is."""
     nodes = {node.name: node for node in body.node_def}
     kept = []
     for given, returned in zip(
@@ -203,9 +205,9 @@ def _tell_shapes(function: Any, shapes: list[tf.TensorShape]) -> None:
 
 
 def _hold_constants(function: Any, values: list[Any], loop: bool) -> None:
-    """Puts a constant where an argument is used; the argument stays.
+    """Replaces the uses of an argument by a constant; the argument stays.
 
-    A loop returns its arguments as they came, constant or not.
+    A loop returns its arguments as they came, whether they are constant or not.
     """
     taken = {node.name for node in function.node_def}
     taken.update(argument.name for argument in function.signature.input_arg)

@@ -1,27 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of images, decoded in a graph as viewers show them.
+"""Decodes image files in a graph to the images that viewers show.
 
-TensorFlow's `decode_image` leaves photographs as the camera lay, and gives a
-BMP file's indices in place of the colours of its palette.
+TensorFlow's `decode_image` does not turn photographs as their EXIF orientation
+says, and returns the indices of a BMP file instead of its palette's colours.
 """
 
 from collections.abc import Callable
 
 import tensorflow as tf
 
-# The tag is in one of the first segments, none of which is larger than 64 KiB.
+# The orientation is in one of the first segments, which have at most 64 KiB
+# each.
 _HEAD = 1 << 18
 _ORIENTATION = 0x112
 
-# From a position, or several, and a number of bytes to the number there.
+# Reads numbers: takes one or several positions, and the number of bytes of
+# each.
 _Read = Callable[..., tf.Tensor]
 
 
 def decode(data: tf.Tensor, channels: int) -> tf.Tensor:
     """Decodes a JPEG, PNG, GIF or BMP file.
 
-    JPEG files are turned as their EXIF orientation says. Of a GIF file it is
-    the first image.
+    JPEG files are turned as their EXIF orientation says. GIF files give their
+    first image.
 
     Args:
         data: scalar string.
@@ -32,7 +34,7 @@ def decode(data: tf.Tensor, channels: int) -> tf.Tensor:
     """
     head = tf.cast(tf.io.decode_raw(data, "uint8")[:_HEAD], "int32")
     size = tf.shape(head)[0]
-    head = tf.pad(head, ((0, 1),))  # Behind the end are zeros.
+    head = tf.pad(head, ((0, 1),))  # Reads behind the end find zeros.
 
     def read(position: tf.Tensor, count: int, big: bool | tf.Tensor = False):
         places = tf.expand_dims(position, -1) + tf.range(count)
@@ -60,9 +62,9 @@ def decode(data: tf.Tensor, channels: int) -> tf.Tensor:
 def _decode_palette(
     data: tf.Tensor, channels: int, head: tf.Tensor, read: _Read
 ) -> tf.Tensor:
-    """The colours of a BMP file that has indices of colours."""
+    """Returns the colours of a BMP file that holds indices of colours."""
     check = tf.debugging.Assert(
-        # Header of Windows 3 or later; bits; compression.
+        # Checks for a header of Windows 3 or later, 8 bits, and no compression.
         (read(14, 4) >= 40) & (read(28, 2) == 8) & (read(30, 4) == 0),
         ["Expected a BMP file of 8, 24 or 32 bits, not compressed."],
     )
@@ -81,17 +83,17 @@ def _decode_palette(
 
 
 def _read_orientation(read: _Read) -> tf.Tensor:
-    """The EXIF orientation of a JPEG file, 1 (upright) where it has none."""
+    """Reads the EXIF orientation of a JPEG file; 1 (upright) if it has none."""
 
     def is_exif(segment: tf.Tensor) -> tf.Tensor:
-        # APP1, and "Exif" behind its size.
+        # An APP1 segment has "Exif" behind its size.
         return (read(segment, 2) == 0xE1FF) & (
             read(segment + 4, 4) == 0x66697845
         )
 
     def has_next(segment: tf.Tensor) -> tf.Tensor:
-        # Segments before the image data begin with 0xff and a kind, and have a
-        # size of at least its own two bytes.
+        # Each segment before the image data begins with 0xff and a kind, and
+        # then has its size, which counts its own two bytes.
         kind = read(segment + 1, 1)
         return (
             (read(segment, 1) == 0xFF)

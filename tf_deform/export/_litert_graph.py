@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a LiteRT file may be quantized: all that does not decide places."""
+"""Finds operations of a LiteRT file that may be quantized: not positions."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-# What is quantized if its weights are constants, by LiteRT's name, and what
-# the quantizer calls it. All else stays float.
+# Maps LiteRT's names of operations that are quantized if their weights are
+# constants to the quantizer's names. All other operations stay float.
 _WEIGHTED = {
     "BATCH_MATMUL": "BATCH_MATMUL",
     "CONV_2D": "CONV_2D",
@@ -13,12 +13,12 @@ _WEIGHTED = {
     "FULLY_CONNECTED": "FULLY_CONNECTED",
     "TRANSPOSE_CONV": "CONV_2D_TRANSPOSE",
 }
-# What reads where its second operand says.
+# These operations read at the positions that their second operand holds.
 _READS = ("GATHER", "GATHER_ND")
-# What depends on sizes, not on values.
+# The outputs of these operations depend on sizes, not on values.
 _SIZES = ("RANK", "SHAPE", "ZEROS_LIKE")
 
-# A tensor: its graph's number and its own.
+# Identifies a tensor by the number of its graph and its own number.
 _Tensor = tuple[int, int]
 
 
@@ -26,8 +26,8 @@ class _Node(NamedTuple):
     kind: str
     inputs: list[_Tensor | None]  # None is a constant.
     outputs: list[_Tensor]
-    name: str  # Of the first output.
-    graphs: list[int]  # That it runs: branches, conditions and bodies.
+    name: str  # Name of the first output.
+    graphs: list[int]  # Graphs that it runs: branches, conditions and bodies.
 
     @property
     def has_weights(self) -> bool:
@@ -35,11 +35,11 @@ class _Node(NamedTuple):
 
 
 class Quantizable(NamedTuple):
-    """What a quantizer has to be told.
+    """Holds the operations that a quantizer has to be told.
 
     Attributes:
         kinds: Kinds of operations that have weights.
-        places: Outputs of those of them that have to compute in float32.
+        places: Outputs of such operations that have to compute in float32.
         products: Outputs of operations of these kinds that have no weights.
     """
 
@@ -49,13 +49,15 @@ class Quantizable(NamedTuple):
 
 
 def find_quantizable(content: bytes) -> Quantizable:
-    """Finds what of a file in float32 may be quantized.
+    """Finds operations of a file in float32 that may be quantized.
 
-    That is what has weights. But on the way back from every place at which
-    something is read, nothing may be in 8 bits up to the first operation with
-    weights, its output included. Nor in loops and branches, of which the
-    quantizer does not find the ranges. Nor next to a result of the model that
-    is used further on: the quantizer would put a copy in its place.
+    These are the operations that have weights, with three exceptions. On the
+    way back from each position at which an operation reads, nothing may be in 8
+    bits up to the first operation with weights, whose output also has to stay
+    in float32. Operations in loops and branches stay float, as the quantizer
+    does not find their ranges. So do operations next to a result of the model
+    that other operations also use: the quantizer would replace that result by a
+    copy.
     """
     nodes, outputs = _read(content)
     makers = {tensor: node for node in nodes for tensor in node.outputs}
@@ -69,7 +71,8 @@ def find_quantizable(content: bytes) -> Quantizable:
         seen.add(tensor)
         node = makers.get(tensor)
         if node is None:
-            # An input: of a graph that another runs, whatever that gives it.
+            # An input of a graph that another graph runs may be any operand of
+            # that call.
             if tensor[0] in callers:
                 waiting += callers[tensor[0]].inputs
         elif not node.has_weights and node.kind not in _SIZES:
@@ -97,10 +100,11 @@ def find_quantizable(content: bytes) -> Quantizable:
 
 
 def set_sizes(content: bytes, shapes: Mapping[str, Sequence[int]]) -> bytes:
-    """The file with these sizes of its inputs until others are asked for.
+    """Returns the file with these sizes of its inputs, until a caller resizes.
 
-    Unknown sizes are 1 there, with which the quantizer loads a file: too small
-    for convolutions without padding. The first dimension, which counts, stays.
+    Unknown sizes are 1 in the file, and the quantizer loads it with these
+    sizes: they are too small for convolutions without padding. The first
+    dimension stays, as it counts the batch.
     """
     import flatbuffers
     from ai_edge_litert import schema_py_generated as schema
@@ -123,7 +127,7 @@ def set_sizes(content: bytes, shapes: Mapping[str, Sequence[int]]) -> bytes:
 
 
 def _read(content: bytes) -> tuple[list[_Node], list[list[_Tensor]]]:
-    """The operations of all graphs, and the outputs of each graph."""
+    """Returns the operations of all graphs, and the outputs of each graph."""
     from ai_edge_litert import schema_py_generated as schema
 
     model = schema.ModelT.InitFromPackedBuf(content, 0)
@@ -139,12 +143,12 @@ def _read(content: bytes) -> tuple[list[_Node], list[list[_Tensor]]]:
             tensor
             for tensor, item in enumerate(graph.tensors)
             if model.buffers[item.buffer].data is not None
-            or model.buffers[item.buffer].offset > 1  # Behind the file's end.
+            or model.buffers[item.buffer].offset > 1  # It lies behind the file.
         }
         for operator in graph.operators or []:
             code = model.operatorCodes[operator.opcodeIndex]
             code = max(code.builtinCode, code.deprecatedBuiltinCode)
-            # An operand that is left out is -1.
+            # The number -1 stands for an operand that is left out.
             given = [tensor for tensor in operator.inputs if tensor >= 0]
             made = list(operator.outputs)
             options = operator.builtinOptions

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Changes of ONNX models that are written already."""
+"""Changes ONNX models after they are written."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -8,23 +8,24 @@ import numpy as np
 
 from tf_deform.export import _openvino
 
-# What opset 18 writes otherwise than a newer one; tf2onnx writes none of them.
-# (`onnx.version_converter` knows no private domains inside of conditions.)
+# Operators that opset 18 writes differently than a newer opset; tf2onnx writes
+# none of them. (`onnx.version_converter` knows no private domains inside of
+# conditions.)
 CHANGED = ("DFT", "GridSample", "GroupNormalization")
 
 
 def walk(graph: Any) -> Iterator[Any]:
-    """The nodes of a graph and of the graphs inside of it."""
+    """Yields the nodes of a graph and of the graphs inside of it."""
     for part in _graphs(graph):
         yield from part.node
 
 
 def _graphs(graph: Any) -> Iterator[Any]:
-    """A graph and all the graphs inside of it."""
+    """Yields a graph and all the graphs inside of it."""
     yield graph
     for node in graph.node:
         for attribute in node.attribute:
-            # Writing to an unset graph would set it.
+            # Reading the graph of an attribute that has none would set it.
             if attribute.HasField("g"):
                 yield from _graphs(attribute.g)
             for inner in attribute.graphs:
@@ -32,10 +33,11 @@ def _graphs(graph: Any) -> Iterator[Any]:
 
 
 def _pad_same(graph: Any) -> None:
-    """Pads explicitly where "same" is not what an operator makes of it.
+    """Pads explicitly where an operator does not pad "same" as TensorFlow does.
 
-    DeformConv does not have it; onnxruntime's Conv not with dilations, and with
-    a stride beyond the kernel it cuts pixels off where it should leave them.
+    DeformConv has no such padding. onnxruntime's Conv has none with dilations,
+    and with a stride larger than the kernel it cuts off pixels that it should
+    keep.
     """
     from onnx import helper
 
@@ -61,7 +63,7 @@ def _pad_same(graph: Any) -> None:
             ]
             if max(strides) == 1:
                 before = [(span - 1) // 2 for span in spans]
-                after = [span // 2 for span in spans]  # Together span - 1.
+                after = [span // 2 for span in spans]  # The sum is span - 1.
                 pads = helper.make_attribute("pads", before + after)
                 node.attribute.append(pads)
             else:
@@ -74,10 +76,11 @@ def _pad_same(graph: Any) -> None:
 def _pad_unknown_size(
     node: Any, spans: Sequence[int], strides: Sequence[int]
 ) -> list[Any]:
-    """Operators that pad a node's inputs as "same" says.
+    """Adds operators that pad a node's inputs as "same" says.
 
-    Of `size` pixels the last stride begins at the last multiple of `stride`
-    below `size`, `rest` pixels before the end: it lacks `span - rest`.
+    Among `size` pixels the last window begins at the last multiple of `stride`
+    below `size`, `rest` pixels before the end, and so lacks `span - rest`
+    pixels.
     """
     from onnx import helper, numpy_helper
 
@@ -107,18 +110,18 @@ def _pad_unknown_size(
 
 
 def raise_opset(proto: Any, opset: int) -> Any:
-    """The model in a newer opset, with DeformConv as the standard's."""
+    """Returns the model in a newer opset, with the standard's DeformConv."""
     import onnx
 
     for graph in _graphs(proto.graph):
         _pad_same(graph)
-        # The types and shapes of what is between nodes: tf2onnx does not know
-        # all, and the checker infers them.
+        # Removes types and shapes of tensors between nodes: tf2onnx does not
+        # know all of them, and the checker infers them.
         del graph.value_info[:]
     _openvino.adapt(list(_graphs(proto.graph)))
     for node in walk(proto.graph):
         if node.op_type == "DeformConv":
-            node.domain = ""  # Inside of conditions tf2onnx has lost it.
+            node.domain = ""  # tf2onnx has lost it inside of conditions.
         elif node.op_type in CHANGED:
             raise ValueError(
                 f"Expected operations that mean the same in opset {opset}. "

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tf2onnx is told beyond what it knows."""
+"""Extends tf2onnx by handlers for operations that it does not convert well."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,22 +12,22 @@ from tf_deform.export import _frozen, _source
 
 # The newest opset that tf2onnx writes.
 OPSET = 18
-# Where DeformConv is until the model has been raised to a newer opset.
+# DeformConv has this domain until the model is raised to a newer opset.
 DOMAIN = "tf_deform"
 
 
 class Refused(ValueError):
-    """What ONNX, or tf2onnx, cannot hold, in words for the user."""
+    """Says in words for the user that ONNX or tf2onnx cannot hold something."""
 
 
 def convert(concrete: Any) -> Any:
-    """A function as a model in `OPSET`, with DeformConv in `DOMAIN`.
+    """Converts a function to a model in `OPSET`, with DeformConv in `DOMAIN`.
 
-    What tf2onnx does not know it leaves as it is.
+    Operations that tf2onnx does not know stay as they are.
 
     Raises:
-        Refused: By one of `HANDLERS`.
-        Exception: What one of them, or tf2onnx, raises.
+        Refused: A handler of `HANDLERS` refuses an operation.
+        Exception: A handler or tf2onnx fails.
     """
     from tf2onnx import optimizer
 
@@ -36,7 +36,7 @@ def convert(concrete: Any) -> Any:
 
 
 def _run(concrete: Any) -> Any:
-    """The graph that tf2onnx makes of a function."""
+    """Returns the graph that tf2onnx makes of a function."""
     from onnx import helper
     from tf2onnx import convert as tf2onnx_convert
     from tf2onnx import tf_loader, tfonnx
@@ -74,7 +74,7 @@ def _run(concrete: Any) -> Any:
 
 
 def _tell(handler: Callable, errors: list[Exception]) -> Callable:
-    """The handler, which keeps what it raises: tf2onnx only logs that."""
+    """Wraps a handler to keep the errors it raises: tf2onnx only logs them."""
 
     def run(ctx: Any, node: Any, name: str, arguments: Any) -> None:
         try:
@@ -87,7 +87,7 @@ def _tell(handler: Callable, errors: list[Exception]) -> Callable:
 
 
 def _convert_deformable_conv2d(ctx: Any, node: Any, name: str, _: Any) -> None:
-    """Puts DeformConv, channels first, in the place of the native op."""
+    """Replaces the native op by DeformConv, channels first."""
 
     def transpose(tensor: str, *axes: int) -> str:
         made = ctx.make_node(
@@ -99,7 +99,7 @@ def _convert_deformable_conv2d(ctx: Any, node: Any, name: str, _: Any) -> None:
         return list(node.get_attr(attribute).ints)
 
     if node.get_attr_str("boundary") != "zeros":
-        _refuse_stale(ctx, node, name, _)  # Not from `export.onnx`.
+        _refuse_stale(ctx, node, name, _)  # `export.onnx` did not trace it.
     inputs, kernel, offset, *mask = node.input
     kernel_h, kernel_w, group_channels, _ = ctx.get_shape(kernel)
     attributes = {
@@ -110,12 +110,12 @@ def _convert_deformable_conv2d(ctx: Any, node: Any, name: str, _: Any) -> None:
         "offset_group": node.get_attr("offset_groups").i,
     }
     if node.get_attr_str("padding") == "SAME":
-        attributes["auto_pad"] = "SAME_UPPER"  # `_pad_same` takes it away.
+        attributes["auto_pad"] = "SAME_UPPER"  # `_pad_same` replaces it.
     else:
         paddings = integers("explicit_paddings") or (0, 0, 0, 0)
         top, bottom, left, right = paddings
         attributes["pads"] = [top, left, bottom, right]
-    # Between offset and mask: no bias. The offsets' order is the same.
+    # There is no bias between offset and mask. Both ops order offsets alike.
     operands = [
         transpose(inputs, 0, 3, 1, 2),
         transpose(kernel, 3, 2, 0, 1),
@@ -140,7 +140,7 @@ def _convert_deformable_conv2d(ctx: Any, node: Any, name: str, _: Any) -> None:
 
 
 def _convert_erfc(ctx: Any, node: Any, name: str, _: Any) -> None:
-    """1 - Erf, of which gelu is made."""
+    """Writes 1 - Erf, as gelu uses it."""
     dtype, shape = ctx.get_dtype(node.output[0]), ctx.get_shape(node.output[0])
     outputs, inputs = node.output, list(node.input)
     ctx.remove_node(node.name)
@@ -158,9 +158,10 @@ def _convert_erfc(ctx: Any, node: Any, name: str, _: Any) -> None:
 
 
 def _convert_where(ctx: Any, node: Any, name: str, _: Any) -> None:
-    """Chooses, where tf2onnx would add products with 0 and 1.
+    """Writes a choice, where tf2onnx would add products with 0 and 1.
 
-    What is not chosen may be NaN or infinite: zero times that is NaN.
+    The values that are not chosen may be NaN or infinite, and their product
+    with zero is NaN.
     """
     from tf2onnx.onnx_opset import controlflow
 
@@ -179,8 +180,9 @@ def _refuse_area(ctx: Any, node: Any, name: str, _: Any) -> None:
 def _convert_resize_bilinear(ctx: Any, node: Any, name: str, _: Any) -> None:
     """Writes the size that is asked for.
 
-    Where it knows the image's size, tf2onnx would write their ratio instead,
-    in float32, of which the product with the old size may be a pixel short.
+    If tf2onnx knows the image's size, it would write the ratio of the two sizes
+    instead, in float32. The product of this ratio with the old size may be a
+    pixel short.
     """
     from onnx import TensorProto
     from tf2onnx.onnx_opset import nn
@@ -194,7 +196,7 @@ def _convert_resize_bilinear(ctx: Any, node: Any, name: str, _: Any) -> None:
 
 
 def _maker(ctx: Any, name: str) -> Callable[..., str]:
-    """What makes a node of tensors and constants; it returns its output."""
+    """Returns a function that makes a node and returns the node's output."""
     from tf2onnx import utils
 
     def make(kind: str, *inputs: Any, **attributes: Any) -> str:
@@ -211,10 +213,11 @@ def _maker(ctx: Any, name: str) -> Callable[..., str]:
 
 
 def _convert_resize_bicubic(ctx: Any, node: Any, name: str, _: Any) -> None:
-    """Resizes all channels of all images as those of one.
+    """Resizes all channels of all images as channels of one image.
 
-    Between the transposed, which onnxruntime would move behind it, where it
-    then finds itself unable to make images smaller.
+    Without this, the operator would stand between two transpositions.
+    onnxruntime would move the first one behind the operator, and then cannot
+    make images smaller.
     """
     from onnx import TensorProto
 
@@ -247,7 +250,7 @@ def _convert_resize_bicubic(ctx: Any, node: Any, name: str, _: Any) -> None:
         else "align_corners"
         if corners
         else "asymmetric",
-        # TensorFlow has had another curve before it had half pixels.
+        # TensorFlow without half pixels uses another, older curve.
         cubic_coeff_a=-0.5 if half else -0.75,
         exclude_outside=int(half),
     )
@@ -266,8 +269,9 @@ def _convert_resize_bicubic(ctx: Any, node: Any, name: str, _: Any) -> None:
 def _convert_resize_nearest(ctx: Any, node: Any, name: str, _: Any) -> None:
     """Takes the rows, then the columns, that TensorFlow takes.
 
-    With the ratio of the sizes in float32, as TensorFlow has it. What runtimes
-    make of `Resize` is another pixel for 3 % of all pairs of sizes up to 64.
+    It uses the ratio of the sizes in float32, as TensorFlow does. The operator
+    `Resize` of other runtimes takes another pixel for 3 % of all pairs of sizes
+    up to 64.
     """
     from onnx import TensorProto
 
@@ -288,14 +292,14 @@ def _convert_resize_nearest(ctx: Any, node: Any, name: str, _: Any) -> None:
         new = make("Gather", sizes, np.int64(axis - 1))
         last = make("Sub", old, np.int64(1))
         steps = (old, new)
-        if align_corners:  # Of a single pixel it is the first.
+        if align_corners:  # A single output pixel takes the first pixel.
             rest = make("Sub", new, np.int64(1))
             steps = (last, make("Max", rest, np.int64(1)))
         ratio = make("Div", *(cast(x, TensorProto.FLOAT) for x in steps))
         place = make("Range", np.int64(0), new, np.int64(1))
         place = make("Add", cast(place, TensorProto.FLOAT), half)
         place = make("Mul", place, ratio)
-        if align_corners:  # Half is rounded up.
+        if align_corners:  # TensorFlow rounds halves up.
             place = cast(place, TensorProto.DOUBLE)
             place = make("Add", place, np.float64(0.5))
         place = cast(make("Floor", place), TensorProto.INT64)
@@ -314,7 +318,7 @@ def _convert_resize_nearest(ctx: Any, node: Any, name: str, _: Any) -> None:
 
 
 def _convert_crop(ctx: Any, node: Any, name: str, _: Any) -> None:
-    """Refuses the nearest pixel: ONNX takes another one of two."""
+    """Refuses the nearest pixel: of two pixels, ONNX takes the other one."""
     from tf2onnx.onnx_opset import nn
 
     if node.get_attr_str("method") != "bilinear":
@@ -326,9 +330,9 @@ def _convert_crop(ctx: Any, node: Any, name: str, _: Any) -> None:
 
 
 def _convert_suppression(ctx: Any, node: Any, name: str, _: Any) -> None:
-    """Refuses what is not hard suppression, which is what ONNX has.
+    """Refuses all suppression but hard suppression, which is all that ONNX has.
 
-    tf2onnx rounds a sigma below 1 to 0.
+    tf2onnx would round a sigma below 1 to 0.
     """
     from tf2onnx.onnx_opset import tensor
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What OpenVINO needs to read an ONNX file that ONNX Runtime reads as it is."""
+"""Changes ONNX files for OpenVINO; ONNX Runtime reads them without changes."""
 
 import collections
 from collections.abc import Sequence
@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 
-# What tf2onnx writes for "to the end".
+# tf2onnx writes this number for "to the end".
 _OPEN = np.iinfo("int32").max
 
 
 def adapt(graphs: Sequence[Any]) -> None:
-    """Writes graphs as OpenVINO wants them.
+    """Writes graphs as OpenVINO needs them.
 
     Args:
-        graphs: `onnx.GraphProto`s, changed in place: a model's graph, and those
-            inside of it.
+        graphs: `onnx.GraphProto`s, changed in place: a model's graph, and the
+            graphs inside of it.
     """
     for graph in graphs[1:]:
         _copy_unchanged(graph)
@@ -24,7 +24,7 @@ def adapt(graphs: Sequence[Any]) -> None:
 
 
 def _copy_unchanged(graph: Any) -> None:
-    """Gives what a loop hands on unchanged a name of its own.
+    """Gives tensors that a loop hands on unchanged a name of their own.
 
     OpenVINO loses an input of the loop's body that is also an output.
     """
@@ -42,9 +42,9 @@ def _copy_unchanged(graph: Any) -> None:
 def _open_slices(graphs: Sequence[Any]) -> None:
     """Ends slices that have no end at the largest int64, not int32.
 
-    OpenVINO takes the end for the most that an unknown size may be. With the
-    padding of a convolution added it is too large for an int32, of which
-    TensorFlow's sizes are, and shapes no longer fit.
+    OpenVINO takes the end for the largest value of an unknown size. With the
+    padding of a convolution added, this value is too large for an int32, the
+    type of TensorFlow's sizes, and the shapes no longer fit.
     """
     from onnx import numpy_helper
 
@@ -73,7 +73,7 @@ def _open_slices(graphs: Sequence[Any]) -> None:
             uses[old] -= 1
             if not uses[old]:
                 unused.add(old)
-    # onnxruntime warns of what nobody uses.
+    # Removes unused initializers, as onnxruntime warns of them.
     for graph in graphs:
         kept = [x for x in graph.initializer if x.name not in unused]
         del graph.initializer[:]

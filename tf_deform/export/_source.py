@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is exported: a model as a function, and what its tensors are called."""
+"""Turns a model into a function to export, and names its tensors."""
 
 import contextlib
 import dataclasses
@@ -12,13 +12,13 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-# What the names of this package's ops begin with.
+# The names of this package's ops begin with this prefix.
 NAMESPACE = "TfDeform>"
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What is exported: a function of tensors, and the tensors' names.
+    """Holds the function of tensors to export, and the tensors' names.
 
     Attributes:
         run: The function, called with one tensor for each of `inputs`.
@@ -31,19 +31,21 @@ class Source:
     model: keras.Model | None
 
     def flat(self, *arguments: Any) -> dict[str, tf.Tensor]:
-        """The outputs by name, which `name_outputs` makes."""
+        """Returns the outputs by name, see `name_outputs`."""
         return name_outputs(self.run(*arguments))
 
     def trace(self, function: Callable[..., Any], inline: bool) -> Any:
-        """A `tf.function`, traced once, of `inputs` as arguments.
+        """Traces a `tf.function` once, with `inputs` as arguments.
 
         Args:
-            function: What is traced.
+            function: The function to trace.
             inline: Whether functions inside become part of it, as other
-                runtimes want them: traced anew, whatever they hold, and not
-                compiled by XLA (Keras' convolutions with groups are).
+                runtimes need it. The functions inside are then traced anew,
+                whatever graphs they hold, and not compiled by XLA (Keras
+                compiles convolutions with groups).
         """
-        # As the user's own tf.function would be; Keras' layers need none.
+        # Uses Autograph for the user's own tf.function; Keras' layers need
+        # none.
         traced = tf.function(function, self.inputs, self.model is None)
         if inline:
             before = tf.config.functions_run_eagerly()
@@ -52,7 +54,7 @@ class Source:
                 traced.get_concrete_function()
                 return traced
             except tf.errors.OperatorNotAllowedInGraphError:
-                pass  # A function inside lives by Autograph: it has to stay.
+                pass  # A function inside needs Autograph: it has to stay.
             finally:
                 tf.config.run_functions_eagerly(before)
         try:
@@ -63,19 +65,20 @@ class Source:
         return traced
 
     def layers(self) -> list[keras.layers.Layer]:
-        # Also those inside of layers, which `keras.Model.layers` leaves out.
+        # Includes layers inside of layers, which `keras.Model.layers` leaves
+        # out.
         return self.model._flatten_layers() if self.model is not None else []
 
     def tolerance(self) -> float:
-        """Largest difference to expect, relative to the largest number."""
+        """Returns the largest difference to expect, over the largest number."""
         sixteen = ("float16", "bfloat16")
         if any(layer.compute_dtype in sixteen for layer in self.layers()):
-            return 3e-2  # A few roundings of bfloat16, 2^-8 each.
-        return 1e-3  # Float32 in another order, through many layers.
+            return 3e-2  # A few roundings of bfloat16 add up, 2^-8 each.
+        return 1e-3  # Float32 sums in another order, through many layers.
 
     @contextlib.contextmanager
     def in_float32(self) -> Iterator[None]:
-        """Layers of any real type compute in float32 inside of it.
+        """Makes layers of any real type compute in float32 inside of it.
 
         Their variables stay as they are and are cast when they are read.
         """
@@ -85,11 +88,12 @@ class Source:
                 policy = layer._dtype_policy
                 if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
                     policy = policy[layer.path]
-                # Not of quantized layers, nor of those for integers.
+                # Leaves out quantized layers, and layers for integers.
                 plain = type(policy).__name__ in _FLOAT_POLICIES
                 if plain and policy.compute_dtype in _OTHER_REALS:
                     kept.append((layer, layer._dtype_policy))
-                    # The setter would leave an entry in a map.
+                    # Sets the attribute, as the setter would leave an entry in
+                    # a map.
                     layer._dtype_policy = _InFloat32(policy.variable_dtype)
             yield
         finally:
@@ -98,12 +102,12 @@ class Source:
 
 
 _FLOAT_POLICIES = ("DTypePolicy", "FloatDTypePolicy")
-# What LiteRT and most runtimes of ONNX do not compute in.
+# LiteRT and most runtimes of ONNX do not compute in these types.
 _OTHER_REALS = ("float16", "bfloat16", "float64")
 
 
 class _InFloat32(keras.DTypePolicy):
-    """Computes in float32 with variables of any real type."""
+    """Makes a layer compute in float32 with variables of any real type."""
 
     def __init__(self, variable_dtype: str):
         super().__init__("float32")
@@ -111,22 +115,23 @@ class _InFloat32(keras.DTypePolicy):
 
 
 def _find_layer(error: BaseException | None) -> keras.layers.Layer | None:
-    """The innermost layer that was called when an error was raised."""
+    """Returns the innermost layer that was called when an error was raised."""
     layer = None
     while error is not None and layer is None:
         for frame, _ in traceback.walk_tb(error.__traceback__):
             found = frame.f_locals.get("self")
             if isinstance(found, keras.layers.Layer):
                 layer = found
-        error = error.__cause__ or error.__context__  # Autograph's own.
+        error = error.__cause__ or error.__context__  # Autograph wraps errors.
     return layer
 
 
 def _explain_python(traced: Any) -> None:
-    """Raises a ValueError if a layer keeps a function from being traced.
+    """Raises a ValueError if a layer prevents a function from being traced.
 
-    One that needs values while a graph is made: it is found by tracing once
-    more, as Keras cuts its layers' frames off otherwise.
+    Such a layer needs values while a graph is made. A second trace finds the
+    layer, with Keras' filter of frames off: the filter removes the frames of
+    layers.
     """
     filtering = keras.config.is_traceback_filtering_enabled()
     keras.config.disable_traceback_filtering()
@@ -161,7 +166,7 @@ def _explain_python(traced: Any) -> None:
 
 
 def explain_stale(op: str, node: str) -> ValueError:
-    """The error for a native op that tracing anew did not reach."""
+    """Returns the error for a native op that tracing anew did not reach."""
     return ValueError(
         "Expected a model of which all functions can be traced anew. Received: "
         f"one with {op} in {node!r}, inside a tf.function that was traced "
@@ -171,10 +176,11 @@ def explain_stale(op: str, node: str) -> ValueError:
 
 
 def name_outputs(outputs: Any) -> dict[str, Any]:
-    """A flat dictionary: keys joined by "_", "output_0" for a lone tensor.
+    """Returns outputs by name: keys joined by "_", or "output_0" for one.
 
     Raises:
-        ValueError: No outputs, none of a name, or two of one name.
+        ValueError: There are no outputs, or outputs have no name or the same
+            name.
     """
     structure = outputs
     if not isinstance(outputs, Mapping):
@@ -189,7 +195,7 @@ def name_outputs(outputs: Any) -> dict[str, Any]:
                 f"{name!r} {'twice' if name in named else 'is None'} in "
                 f"{structure!r}"
             )
-        # Of its own, also if it is one of the inputs.
+        # Makes a tensor of its own, also if the output is one of the inputs.
         named[name] = tf.identity(value)
     if not named:
         raise ValueError(
@@ -201,10 +207,10 @@ def name_outputs(outputs: Any) -> dict[str, Any]:
 def find_source(
     model: Any, input_signature: Sequence[tf.TensorSpec] | None
 ) -> Source:
-    """The function that a model is.
+    """Returns the function of a model.
 
     Raises:
-        TypeError: Neither a Keras model nor a `tf.function`.
+        TypeError: `model` is neither a Keras model nor a `tf.function`.
         ValueError: The shapes of its arguments are not known.
     """
     if isinstance(model, tf.types.experimental.PolymorphicFunction):
@@ -246,14 +252,15 @@ def find_source(
             tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in known
         ]
         if sequential:
-            # Its batch is that of the first call.
+            # The known batch is the batch of the first call, so it is left out.
             spec = input_signature[0]
             shape = [None, *spec.shape[1:]]
             input_signature = [tf.TensorSpec(shape, spec.dtype)]
 
     inputs = _name_inputs(input_signature, names)
     if known is not None:
-        # Keras' models take any batch.
+        # Keras' models take any batch, so only the other dimensions are
+        # checked.
         _check_signature(inputs, known, 1)
 
     def run(*arguments: tf.Tensor) -> Any:
@@ -267,15 +274,15 @@ def find_source(
 def _check_signature(
     signature: Sequence[tf.TensorSpec], known: Sequence[Any], first: int
 ) -> None:
-    """Judges a signature by what the model itself says of its inputs.
+    """Checks a signature against the inputs that the model itself declares.
 
     Args:
-        signature: What the user gave.
-        known: What the model says, with shapes and types.
-        first: First of the dimensions that have to fit.
+        signature: The user's signature.
+        known: The model's own inputs, with shapes and types.
+        first: The first dimension that has to fit.
 
     Raises:
-        ValueError: The model does not take all that the signature describes.
+        ValueError: The signature describes inputs that the model does not take.
     """
     fits = len(signature) == len(known)
     for spec, other in zip(signature, known, strict=False):
@@ -311,7 +318,7 @@ def _check_signature(
 def _name_inputs(
     signature: Sequence[Any], names: Sequence[str]
 ) -> list[tf.TensorSpec]:
-    """The signature with names that can be argument names, all different."""
+    """Returns the signature with distinct names that can be argument names."""
     if not isinstance(signature, list | tuple) or not signature:
         raise TypeError(
             "Expected `input_signature` to be a list of tf.TensorSpec. "

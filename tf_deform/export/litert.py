@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models for LiteRT (TensorFlow Lite), of its builtin operations alone."""
+"""Writes models for LiteRT (TensorFlow Lite), with builtin operations only."""
 
 import contextlib
 import functools
@@ -20,10 +20,10 @@ from tf_deform import _implementation
 from tf_deform.export import _common, _litert_graph, _source
 from tf_deform.export.saved_model import check_portable, write
 
-# Largest difference to expect of each kind of numbers, relative to the largest
-# number of an output: some pixels lie where samples jump.
+# Largest difference to expect for each kind of quantization, relative to the
+# largest number of an output: some pixels lie where samples jump.
 _TOLERANCES = {None: None, "float16": 0.25, "dynamic": 0.5, "int8": 0.5}
-# As many images, at least, show the ranges of activations.
+# Calibration needs at least this many images to show the ranges of activations.
 MIN_IMAGES = 32
 
 
@@ -41,39 +41,40 @@ def litert(
     """Writes a model as a LiteRT file, and compares it with the model.
 
     The file holds builtin operations alone: it runs wherever LiteRT does. Its
-    signature "serving_default" takes and returns tensors by name, of any size
-    where the model does, and of any batch from 1. Deformable layers become
-    gathers and products, which take more time and memory than native ops. A
-    Keras model's layers with a policy in 16 bits or float64 are exported in
-    float32.
+    signature "serving_default" takes and returns tensors by name. Their sizes
+    may vary where the model's may, and the batch is any number from 1.
+    Deformable layers become gathers and products, which take more time and
+    memory than native ops. A Keras model's layers with a policy in 16 bits or
+    float64 are exported in float32.
 
-    Quantized files are smaller. Positions in 8 bits would be off by pixels,
-    and beyond 128 of them do not run at all: only convolutions and products
-    with weights become int8, and none that decides where something is read, as
-    the branches of deformable layers do. Inputs and outputs keep their types.
+    Quantized files are smaller. Positions in 8 bits would be off by pixels, and
+    positions beyond 128 pixels do not run at all. So only convolutions and
+    products with weights become int8, and no operation that decides where
+    another operation reads, as the branches of deformable layers do. Inputs and
+    outputs keep their types.
 
     Args:
         model: A Keras model, or a `tf.function` of tensors.
-        path: File to write. One that is there is replaced, at the end and in
-            one step.
-        quantize: None: float32. "float16": weights in 16 bits, which are made
-            float32 when the file is loaded. "dynamic": weights in 8 bits,
-            activations too, in ranges found at run time. "int8": both, in
-            ranges found by `calibration`.
-        calibration: For "int8": batches of inputs like those that the model
-            will see, each an array, list or dictionary as `sample` is. They
-            are taken one by one, and once. None: `sample`, if that has at least
-            32 images.
-        input_signature: Shape, type and name of the model's inputs. None: as
-            the model says, which a subclassed one does not.
+        path: File to write. An existing file is replaced, at the end and in one
+            step.
+        quantize: None: float32. "float16": weights in 16 bits, which become
+            float32 when the file is loaded. "dynamic": weights in 8 bits, and
+            activations in 8 bits with ranges found at run time. "int8": weights
+            and activations in 8 bits, with ranges found by `calibration`.
+        calibration: For "int8": batches of inputs like the inputs that the
+            model will see, each an array, list or dictionary as `sample` is.
+            They are read one by one, and once. None: `sample`, if it has at
+            least 32 images.
+        input_signature: Shape, type and name of the model's inputs. None: the
+            model's own inputs; a subclassed model does not declare them.
         sample: Values for the inputs, an array, list or dictionary, with which
             the file is compared with the model. None: the first batch of
-            `calibration`, or else random ones, from 0 to 1 or, for uint8, to
+            `calibration`, or else random values, from 0 to 1 or, for uint8, to
             255; of two sizes where sizes are unknown.
         tolerance: Largest difference allowed, relative to the largest number
             of an output. None: 1e-3; .25 for "float16", .5 for "dynamic" and
             "int8", as single pixels may lie where samples jump.
-        verbose: Whether to print what is being done, and the report.
+        verbose: Whether to print each step, and the report.
 
     Returns:
         The report: path, size in bytes, differences by output.
@@ -81,10 +82,10 @@ def litert(
     Raises:
         ImportError: ai-edge-litert is missing: `pip install
             'tf-deform[litert]'`.
-        TypeError, ValueError: A model that cannot be exported, or an argument
-            that does not fit.
+        TypeError, ValueError: The model cannot be exported, or an argument does
+            not fit.
         OSError: `path` cannot be written.
-        RuntimeError: What was written differs from the model.
+        RuntimeError: The exported model differs from the model.
     """
     if quantize not in tuple(_TOLERANCES):
         raise ValueError(
@@ -98,7 +99,8 @@ def litert(
     batches = None
     if calibration is not None:
         batches = _read_batches(source.inputs, calibration)
-        # An error of the first one comes before any work is done.
+        # Reads the first batch here, so that its error comes before any other
+        # work.
         first = next(batches, None)
         if first is None:
             raise ValueError(
@@ -134,11 +136,11 @@ def litert(
 def _read_batches(
     specs: Sequence[tf.TensorSpec], calibration: Any
 ) -> Iterator[_common.Arrays]:
-    """The batches by name, one by one.
+    """Yields the batches by name, one by one.
 
     Raises:
-        TypeError: Not an iterable of batches.
-        ValueError: A batch that does not fit.
+        TypeError: `calibration` is not an iterable of batches.
+        ValueError: A batch does not fit.
     """
     whole = isinstance(calibration, str | bytes | Mapping) or hasattr(
         calibration, "shape"
@@ -186,10 +188,10 @@ def _read_batch(
 def _read_sample(
     specs: Sequence[tf.TensorSpec], sample: Any
 ) -> Iterator[_common.Arrays]:
-    """`sample` as the only batch.
+    """Returns `sample` as the only batch.
 
     Raises:
-        ValueError: It is too small.
+        ValueError: `sample` has too few images.
     """
     found = "neither"
     if sample is not None:
@@ -215,8 +217,8 @@ def _write(
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
         with stage("Tracing"), _implementation.for_other_runtime({}):
-            # By way of a SavedModel, of which the converter freezes the
-            # variables: of a function it made wrong numbers.
+            # Converts by way of a SavedModel, as the converter freezes a
+            # SavedModel's variables: from a function it made wrong numbers.
             write(source, pathlib.Path(folder), inline=True)
         check_portable(pathlib.Path(folder))
         converter = tf.lite.TFLiteConverter.from_saved_model(
@@ -238,8 +240,8 @@ def _convert(converter: Any) -> bytes:
     try:
         return converter.convert()
     except Exception as error:
-        # The converter's text is pages long and names each operation like
-        # this; and again, with the types of its operands.
+        # The converter's text is pages long. It names each operation in this
+        # form, and then again with the types of the operands.
         text = str(error)
         names = sorted(set(re.findall(r"'(?:tf|tfl)\.(\w+)' op", text)))
         found = ", ".join(names) or text.strip().splitlines()[0]
@@ -264,7 +266,7 @@ def _convert(converter: Any) -> bytes:
         ) from error
 
 
-# What LiteRT has, unless the number of channels is unknown.
+# LiteRT has these operations, unless the number of channels is unknown.
 _NEEDS_CHANNELS = {"Conv2D", "DepthwiseConv2dNative"}
 _TYPES = {"bf16": "bfloat16", "f16": "float16", "f64": "float64"}
 
@@ -272,7 +274,7 @@ _TYPES = {"bf16": "bfloat16", "f16": "float16", "f64": "float64"}
 def _quantize(
     content: bytes, kind: str, batches: Iterator[_common.Arrays] | None
 ) -> bytes:
-    """A file with int8 weights and activations, where that is safe.
+    """Returns a file with int8 weights and activations, where that is safe.
 
     Args:
         content: The file in float32.
@@ -292,7 +294,7 @@ def _quantize(
     recipe = recipe_manager.RecipeManager()
     for name in found.kinds:
         if kind == "int8":
-            # LiteRT takes one range for all of a stack of matrices.
+            # LiteRT takes one range for a whole stack of matrices.
             granularity = (
                 QuantGranularity.TENSORWISE
                 if name == "BATCH_MATMUL"
@@ -301,7 +303,7 @@ def _quantize(
             recipe.add_static_config(".*", name, 8, 8, granularity)
         else:
             recipe.add_dynamic_config(".*", name, 8)
-        # Later ones go before.
+        # Later entries of the recipe win over earlier ones.
         if found.places:
             recipe.add_weight_only_config(_one_of(found.places), name, 8)
         if found.products:
@@ -313,7 +315,7 @@ def _quantize(
         first = next(batches)
         shapes = {name: value.shape for name, value in first.items()}
         content = _litert_graph.set_sizes(content, shapes)
-        # Without a copy of every tensor, of which deformable layers have many.
+        # This mode copies no tensors: deformable layers have many tensors.
         calibration = calibrator.Calibrator(
             content,
             os.cpu_count() or 1,
@@ -332,13 +334,13 @@ def _quantize(
 
 
 def _one_of(names: Sequence[str]) -> str:
-    """A regular expression for operations with these outputs alone."""
+    """Returns a regular expression for operations with these outputs alone."""
     return f"^(?:{'|'.join(map(re.escape, names))});$"
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps the quantizer's bars and warnings from the user."""
+    """Hides the quantizer's bars and warnings from the user."""
     with (
         contextlib.redirect_stderr(io.StringIO()),
         warnings.catch_warnings(),

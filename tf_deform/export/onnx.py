@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models as ONNX files, with the standard's deformable convolution."""
+"""Writes models as ONNX files, with the standard's deformable convolution."""
 
 import collections
 import os
@@ -18,7 +18,8 @@ from tf_deform.export import (
     _source,
 )
 
-# The first version of the standard with DeformConv, and the last one tried.
+# The first version of the standard with DeformConv, and the last version
+# tested.
 MIN_OPSET, MAX_OPSET = 19, 22
 _NAME = "tf_deform_deformable_conv2d"
 
@@ -35,29 +36,29 @@ def onnx(
 ) -> _common.Report:
     """Writes a model as an ONNX file, and compares it with the model.
 
-    A deformable convolution becomes the standard's `DeformConv`; one with
-    `boundary="clamp"`, and the pooling of regions, which the standard does not
-    have, are made of its other operators. Inputs and outputs keep TensorFlow's
-    layout, channels last, and their names; batch and sizes may be any where
-    the model's may. onnxruntime runs the file as it is; OpenVINO needs the
-    extension in `examples/openvino_extension.py`, and the option
-    `INFERENCE_PRECISION_HINT` "f32", or it rounds. A Keras model's layers with
-    a mixed policy are exported in float32.
+    A deformable convolution becomes the standard's `DeformConv`. A convolution
+    with `boundary="clamp"`, and the pooling of regions, are not in the standard
+    and are made of its other operators. Inputs and outputs keep TensorFlow's
+    layout, channels last, and their names; batch and sizes may vary where the
+    model's may. onnxruntime runs the file as it is. OpenVINO needs the
+    extension in `examples/openvino_extension.py`, and rounds unless its option
+    `INFERENCE_PRECISION_HINT` is "f32". A Keras model's layers with a mixed
+    policy are exported in float32.
 
     Args:
         model: A Keras model, or a `tf.function` of tensors.
-        path: File to write. One that is there is replaced, at the end and in
-            one step.
+        path: File to write. An existing file is replaced, at the end and in one
+            step.
         opset: Version of the standard, 19 to 22.
         input_signature: Shape, type and name of the model's inputs, such as
-            uint8 images for a model of float ones. None: as the model says,
-            which a subclassed one does not.
+            uint8 images for a model of float images. None: the model's own
+            inputs; a subclassed model does not declare them.
         sample: Values for the inputs, an array, list or dictionary, with which
-            the file is compared with the model. None: random ones, from 0 to 1
-            or, for uint8, to 255; of two sizes where sizes are unknown.
+            the file is compared with the model. None: random values, from 0 to
+            1 or, for uint8, to 255; of two sizes where sizes are unknown.
         tolerance: Largest difference allowed, relative to the largest number
             of an output. None: 1e-3, or .03 for a model in 16 bits.
-        verbose: Whether to print what is being done, and the report.
+        verbose: Whether to print each step, and the report.
 
     Returns:
         The report: path, size in bytes, differences by output.
@@ -65,10 +66,10 @@ def onnx(
     Raises:
         ImportError: onnx, onnxruntime or tf2onnx is missing: `pip install
             'tf-deform[onnx]'`.
-        TypeError, ValueError: A model that cannot be exported, or an argument
-            that does not fit.
+        TypeError, ValueError: The model cannot be exported, or an argument does
+            not fit.
         OSError: `path` cannot be written.
-        RuntimeError: What was written differs from the model; or there are no
+        RuntimeError: The exported model differs from the model; or there are no
             native ops, without which a model cannot be traced for ONNX.
     """
     if not isinstance(opset, int) or not MIN_OPSET <= opset <= MAX_OPSET:
@@ -127,16 +128,16 @@ def _standard(
     mask: Sequence[tf.Tensor],
     **attributes: Any,
 ) -> tf.Tensor:
-    """The native op as DeformConv can express it, or else stock ops.
+    """Calls the native op where DeformConv can express it, or else stock ops.
 
-    DeformConv has the boundary "zeros", and one type for everything.
+    DeformConv has the boundary "zeros", and one type for all operands.
     """
     known = kernel.shape.is_fully_defined() and inputs.shape[3] is not None
     if attributes["boundary"] != "zeros" or not known:
         return deformable_conv2d(inputs, kernel, offset, mask, **attributes)
     dtype = inputs.dtype
-    # Shapes that TensorFlow's own inference will not find again, as those of
-    # what a loop takes from a list.
+    # Fixes shapes that TensorFlow's own inference will not find again, such as
+    # the shape of an element that a loop takes from a list.
     kernel = tf.ensure_shape(kernel, kernel.shape)
     inputs = tf.ensure_shape(inputs, (None, None, None, inputs.shape[3]))
     inputs, kernel = (tf.cast(x, offset.dtype) for x in (inputs, kernel))
@@ -147,7 +148,7 @@ def _standard(
 
 
 def _convert(source: _source.Source, function: Any) -> Any:
-    """The model in opset 18, and DeformConv in a domain of its own."""
+    """Returns the model in opset 18, with DeformConv in a domain of its own."""
     import onnx
 
     concrete = function.get_concrete_function()
@@ -173,13 +174,13 @@ def _convert(source: _source.Source, function: Any) -> Any:
         raise ValueError(
             f"Expected a model that tf2onnx converts. Received: {text}"
         ) from error
-    # What it does not know it leaves as it is.
+    # tf2onnx leaves operations that it does not know as they are.
     unknown = collections.defaultdict(list)
     for node in _onnx_graph.walk(proto.graph):
         if node.domain in ("", "ai.onnx") and not onnx.defs.has(node.op_type):
             unknown[node.op_type].append(node.name)
     if unknown:
-        if "_SwitchN" in unknown:  # Freezing has taken it apart.
+        if "_SwitchN" in unknown:  # Freezing has split up the Case operation.
             unknown = {"Case": ["tf.switch_case or keras.ops.switch"]}
         found = ", ".join(
             f"{kind} ({', '.join(names[:3])})"
@@ -193,7 +194,7 @@ def _convert(source: _source.Source, function: Any) -> Any:
 
 
 def _name_types(proto: Any) -> str:
-    """What a model computes in besides float32, for an error."""
+    """Names a model's types of numbers besides float32, for an error."""
     import onnx
 
     inferred = onnx.shape_inference.infer_shapes(proto).graph

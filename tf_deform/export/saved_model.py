@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models as SavedModels, with native ops or with stock TensorFlow's alone."""
+"""Writes models as SavedModels, with native ops or stock TensorFlow's alone."""
 
 import os
 import pathlib
@@ -27,49 +27,50 @@ def saved_model(
 ) -> _common.Report:
     """Writes a model as a SavedModel, and compares it with the model.
 
-    Its endpoints are "serve", which returns what the model returns; the
-    signature "serving_default", which takes and returns tensors by name; and,
-    for a model of one image, "serve_image_bytes", which takes a `(batch,)`
-    string tensor of JPEG, PNG, GIF or BMP files; photographs are turned upright
-    as their EXIF orientation says.
+    Its endpoints are "serve", which returns the model's outputs; the signature
+    "serving_default", which takes and returns tensors by name; and, for a model
+    of one image, "serve_image_bytes", which takes a `(batch,)` string tensor of
+    JPEG, PNG, GIF or BMP files and turns photographs upright as their EXIF
+    orientation says.
 
     A program that loads a native SavedModel needs the ops: `import tf_deform`;
     or, where the package is not installed, `tf.load_op_library` (in C,
-    `TF_LoadLibrary`) with the path that `tf-deform library` prints. Without
-    them TensorFlow's error names the op
-    `TfDeform>ImportTfDeformOrLoadItsOpLibrary`. A portable one needs nothing
-    but TensorFlow; it is slower and takes more memory. OpenVINO reads it, too,
-    and rounds places unless its option `INFERENCE_PRECISION_HINT` is "f32".
+    `TF_LoadLibrary`) with the path that `tf-deform library` prints. Without the
+    ops TensorFlow's error names the op
+    `TfDeform>ImportTfDeformOrLoadItsOpLibrary`. A portable SavedModel needs
+    nothing but TensorFlow; it is slower and takes more memory. OpenVINO also
+    reads a portable SavedModel, and rounds positions unless its option
+    `INFERENCE_PRECISION_HINT` is "f32".
 
     Args:
         model: A Keras model, or a `tf.function` of tensors.
-        path: Folder to write. A SavedModel that is there is replaced at the
-            end; nothing else is.
-        implementation: "native" or "portable"; of all layers and functions in
+        path: Folder to write. An existing SavedModel is replaced at the end; no
+            other folder or file is.
+        implementation: "native" or "portable", for all layers and functions in
             the model, whatever their own arguments say.
-        input_signature: Shape, type and name of the model's inputs. None: as
-            the model says, which a subclassed one does not.
+        input_signature: Shape, type and name of the model's inputs. None: the
+            model's own inputs; a subclassed model does not declare them.
         image_bytes: How an image becomes the model's input: a function from
-            `(height, width, channels)` uint8 to one element of its batch.
-            True (or None, for a model with one input `(batch, height, width, 1
-            or 3)`): resized to the model's size if it has one (bilinear,
-            antialiased), else all images of a batch must have one size;
-            numbers from 0 to 255. False: no such endpoint.
+            `(height, width, channels)` uint8 to one element of its batch. True
+            (or None, for a model with one input `(batch, height, width, 1 or
+            3)`): the image is resized to the model's size if it has one
+            (bilinear, antialiased), else all images of a batch must have one
+            size; its numbers range from 0 to 255. False: no such endpoint.
         sample: Values for the inputs, an array, list or dictionary, with which
-            the SavedModel is compared with the model. None: random ones, from
+            the SavedModel is compared with the model. None: random values, from
             0 to 1 or, for uint8, to 255; of two sizes where sizes are unknown.
         tolerance: Largest difference allowed, relative to the largest number
             of an output. None: 1e-3, or .03 for a model in 16 bits.
-        verbose: Whether to print what is being done, and the report.
+        verbose: Whether to print each step, and the report.
 
     Returns:
         The report: path, size in bytes, differences by output.
 
     Raises:
-        TypeError, ValueError: A model that cannot be exported, or an argument
-            that does not fit.
+        TypeError, ValueError: The model cannot be exported, or an argument does
+            not fit.
         OSError: `path` cannot be written.
-        RuntimeError: What was written differs from the model.
+        RuntimeError: The exported model differs from the model.
     """
     _implementation.check_implementation(implementation)
 
@@ -118,7 +119,7 @@ def saved_model(
 def _find_fit(
     source: _source.Source, image_bytes: bool | Callable | None
 ) -> Callable[[tf.Tensor], tf.Tensor] | None:
-    """From the pixels of an image to an element of the model's batch."""
+    """Returns a function from an image's pixels to an element of the batch."""
     if image_bytes is False:
         return None
     if not (image_bytes in (None, True) or callable(image_bytes)):
@@ -160,15 +161,17 @@ def write(
 ) -> None:
     """Traces the endpoints, and writes the folder; see `Source.trace`."""
     serve = source.trace(source.run, inline)
-    # A signature takes no nested outputs.
+    # A signature takes no nested outputs, so this endpoint has flat ones.
     flat = source.trace(
         lambda *inputs: _source.name_outputs(serve(*inputs)), inline=False
     )
-    # As Keras' own export does: tf.Module has properties of such names.
+    # Uses the class that Keras' own export uses: tf.Module has properties of
+    # the same names.
     holder = tf.__internal__.tracking.AutoTrackable()
     holder.serve = serve
     endpoint = serve.get_concrete_function()
-    # The graph keeps its variables in a set, and their handles in order.
+    # The graph keeps its variables in an unordered set, but their handles in
+    # order.
     captures = endpoint.graph.captures
     order = {id(handle): index for index, (handle, _) in enumerate(captures)}
     used = sorted(
@@ -192,10 +195,11 @@ def write(
 def _list_variables(
     source: _source.Source, used: Sequence[tf.Variable]
 ) -> dict[str, list[tf.Variable]]:
-    """What a loaded model offers, by the names that Keras' own export uses.
+    """Lists a loaded model's variables by the names that Keras' export uses.
 
-    Each variable is in a list once: the model's own in its order, then those
-    that the endpoint uses besides, in functions of which Keras does not know.
+    Each list holds a variable once: first the model's own variables in their
+    order, then the other variables that the endpoint uses, in functions that
+    Keras does not know.
     """
     lists = {
         "weights": [],
@@ -257,7 +261,7 @@ def _check_image_bytes(
     shape: Sequence[int],
     source: _source.Source,
 ) -> None:
-    """Compares the endpoint for files with the one for tensors."""
+    """Compares the endpoint for files with the endpoint for tensors."""
     pixels = np.random.default_rng(0).integers(0, 256, shape, "uint8")
     files = tf.stack([tf.io.encode_png(image) for image in pixels])
     received = _source.name_outputs(loaded.serve_image_bytes(files))

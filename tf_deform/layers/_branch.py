@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the layers' own branches have in common."""
+"""Convolves and checks NaN, for the branches of all layers."""
 
 import math
 from collections.abc import Sequence
@@ -19,13 +19,14 @@ def convolve(
     padding: str | Sequence[Pair],
     dilations: Pair,
 ) -> tf.Tensor:
-    """`tf.nn.conv2d` that is trained wherever it runs, on whatever comes.
+    """Convolves as `tf.nn.conv2d`, but with gradients everywhere.
 
-    TensorFlow's own has no gradient on a CPU when it is dilated: the pixels are
-    dealt out to smaller images, on which it is not. Nor when it is vectorized
-    with explicit padding: zeros are added before, which takes less time, too.
-    With oneDNN its result has a wrong shape where there is no image or no
-    pixel: it gets a black one then. In a graph for another runtime, where
+    `tf.nn.conv2d` has three gaps that this function fills. It has no gradient
+    on a CPU when it is dilated, so pixels are split into smaller images, which
+    are convolved without dilation. It has no gradient when it is vectorized
+    with explicit padding, so zeros are added before, which also takes less
+    time. With oneDNN its result has a wrong shape where there is no image or no
+    pixel, so it gets a black image then. In a graph for another runtime, where
     nothing is trained, the convolution is left as it is.
 
     Args:
@@ -33,7 +34,7 @@ def convolve(
         kernel: `(kernel_h, kernel_w, channels, filters)`.
         strides: (height, width), in pixels.
         padding: "same", or ((top, bottom), (left, right)), in pixels; negative
-            ones are cut off.
+            numbers cut pixels off.
         dilations: (height, width), in pixels.
 
     Returns:
@@ -53,8 +54,8 @@ def convolve(
         given = "SAME" if padding == "same" else [[0, 0], *added, [0, 0]]
         known = None not in inputs.shape[1:3]
         if padding == "same" and max(dilations) > 1 and not known:
-            # Keras' export leaves "same" to ONNX Runtime where sizes are
-            # unknown, which refuses it with dilations.
+            # Pads here where sizes are unknown: Keras' export leaves "same" to
+            # ONNX Runtime, which refuses it with dilations.
             reaches = [
                 rate * (taps - 1)
                 for rate, taps in zip(dilations, kernel.shape[:2], strict=True)
@@ -88,9 +89,9 @@ def convolve(
         if as_it_is:
             before = after = 0
         after += _if_none(out, reach + 1)
-        # Pixels between those that any tap reads are left out. Where that does
-        # not do, each of the parts that the rest is dealt out to is convolved
-        # everywhere, and with strides some results are not needed.
+        # Leaves out pixels between the pixels that any tap reads. If dilation
+        # remains, the pixels are split into parts that are convolved
+        # everywhere; with strides, some of their results are not needed.
         step = math.gcd(stride, rate)
         part = rate // step
         rest = at_least(pixels - cut, 0) + before + after
@@ -107,7 +108,7 @@ def convolve(
     if any(not isinstance(n, int) or n for side in paddings for n in side):
         outputs = tf.pad(outputs, (*paddings, (0, 0)))
         if None in outputs.shape.as_list():
-            # Converters need to know the channels at least.
+            # Converters need to know at least the number of channels.
             outputs = tf.reshape(outputs, padded + [channels])
     if max(steps) > 1:
         outputs = outputs[:, :: steps[0], :: steps[1]]
@@ -129,7 +130,7 @@ def convolve(
 def _pad_same(
     inputs: tf.Tensor, reaches: Sequence[int], strides: Pair
 ) -> tf.Tensor:
-    """What "same" pads, for kernels that reach so many pixels further."""
+    """Pads as "same", for kernels that span `reaches` + 1 pixels."""
     _, *size, channels = sizes(inputs, tuple(inputs.shape.as_list()))
     paddings, padded = [(0, 0)], [-1]
     for pixels, reach, stride in zip(size, reaches, strides, strict=True):
@@ -137,12 +138,12 @@ def _pad_same(
         spare = at_least((out - 1) * stride + reach + 1 - pixels, 0)
         paddings.append((spare // 2, spare - spare // 2))
         padded.append(pixels + spare)
-    # Converters need to know the channels at least.
+    # Converters need to know at least the number of channels.
     return tf.reshape(tf.pad(inputs, (*paddings, (0, 0))), (*padded, channels))
 
 
 def _if_none(size: Size, value: int) -> Size:
-    """`value` where `size` is not positive, and otherwise 0."""
+    """Returns `value` where `size` is not positive, and otherwise 0."""
     if isinstance(size, int):
         return 0 if size > 0 else value
     return tf.where(size > 0, 0, value)
@@ -151,26 +152,27 @@ def _if_none(size: Size, value: int) -> Size:
 def hand_on_nan(
     outputs: tf.Tensor, fields: tf.Tensor, axis: int | Sequence[int] = -1
 ) -> tf.Tensor:
-    """Makes outputs NaN where what a branch predicted for them is NaN.
+    """Makes outputs NaN where a branch predicted NaN for them.
 
     To an op, a displacement that is NaN lies outside of the image, as infinity
-    does: a branch that has become NaN would go unseen.
+    does. Without this function, NaN of a branch would not show in the outputs.
 
     Args:
-        outputs: `(batch, height, width, channels)`: what an op made of
+        outputs: `(batch, height, width, channels)`, computed by an op from
             `fields`.
-        fields: What the branch predicted, of the same rank, before anything
+        fields: The branch's predictions, of the same rank, before any operation
             that could hide a NaN.
-        axis: Axes of `fields` that speak for the same outputs; the others
-            have to be those of `outputs`, or 1.
+        axis: Axes of `fields` over which one NaN counts for all; the other axes
+            have to have the size of the axis of `outputs`, or 1.
 
     Returns:
-        `outputs`, or NaN.
+        `outputs`, with NaN added.
     """
-    # How many are NaN; and the root of minus that many, which is NaN or -0. A
-    # NaN among the constants would alarm who looks for NaN in a graph, zero
-    # times a field would be NaN for infinity as well, and LiteRT does not load
-    # what becomes of a choice between fields and zero in 8 bits.
+    # Counts NaN, and adds the root of minus the count, which is NaN or -0.
+    # Other ways fail: a constant NaN would alarm users who search a graph for
+    # NaN, zero times a field would be NaN for infinity as well, and LiteRT does
+    # not load the 8-bit operation that a choice between fields and zero
+    # becomes.
     count = tf.reduce_sum(
         tf.cast(tf.math.is_nan(fields), fields.dtype), axis, keepdims=True
     )

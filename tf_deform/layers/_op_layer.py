@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all layers have in common: their calls' arguments, and data formats."""
+"""Checks arguments of calls, and converts data formats, for all layers."""
 
 import contextlib
 import inspect
@@ -14,7 +14,7 @@ import tensorflow as tf
 from tf_deform._implementation import is_for_other_runtime
 from tf_deform.ops._arguments import coordinate_type, option, to_tensor
 
-# What arguments of `call` are made of: maps may be images of integers.
+# These arguments of `call` are maps, which may be images of integers.
 _MAPS = ("inputs", "trans_inputs")
 _COORDINATES = ("offset", "modulator", "trans")
 
@@ -23,7 +23,7 @@ def check_data_format(data_format: Any) -> str:
     if data_format is None:
         return keras.config.image_data_format()
     if isinstance(data_format, str):
-        data_format = data_format.lower()  # As Keras does.
+        data_format = data_format.lower()  # Keras does this, too.
     return option(
         data_format, "data_format", ("channels_last", "channels_first")
     )
@@ -32,7 +32,7 @@ def check_data_format(data_format: Any) -> str:
 def _with_known_sizes(maps: tf.Tensor) -> tf.Tensor:
     """Gives maps of an empty batch the sizes that the graph says they have.
 
-    A convolution of TensorFlow with oneDNN hands on its input's sizes, channels
+    With oneDNN, a convolution of TensorFlow returns its input's sizes, channels
     included, where the batch is empty. Any other batch is left as it is, and
     nothing is copied.
     """
@@ -40,14 +40,14 @@ def _with_known_sizes(maps: tf.Tensor) -> tf.Tensor:
     if known.rank != 4 or known[0] is not None or is_for_other_runtime():
         return maps
     if math.prod(size or 1 for size in known[1:]) > tf.int32.max:
-        return maps  # No memory would hold the image that is added.
+        return maps  # The image that is added would not fit in memory.
     batch, *found = tf.unstack(tf.shape(maps))
     sizes = [
         size if size is not None else dynamic
         for size, dynamic in zip(known[1:], found, strict=True)
     ]
-    # Grappler would remove a reshaping alone, as nothing seems to change: an
-    # image is added where there is none, and taken away again.
+    # Adds an image where there is none, and takes it away again: Grappler would
+    # remove a reshaping alone, as nothing seems to change.
     values = tf.reshape(maps, (-1,))
     added = tf.where(batch > 0, 0, math.prod(sizes))
     values = tf.pad(values, ((0, added),))
@@ -55,12 +55,12 @@ def _with_known_sizes(maps: tf.Tensor) -> tf.Tensor:
 
 
 class OpLayer(keras.layers.Layer):
-    """A layer whose `call` hands its arguments to an op.
+    """Hands the arguments of its `call` to an op.
 
     Attributes of subclasses:
-        _AXES: The axes of every tensor that `call` takes, by its name; those
-            of maps, which are four, in channels last.
-        _OP_NAMES: What the op calls an argument that has another name here.
+        _AXES: The axes of every tensor that `call` takes, by its name; maps
+            have four axes, named in channels last.
+        _OP_NAMES: The op's names of arguments that have another name here.
     """
 
     _AXES: Mapping[str, str] = {}
@@ -68,8 +68,9 @@ class OpLayer(keras.layers.Layer):
     data_format = "channels_last"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # Keras, and casts, would take up what no op can use, or fail with
-        # texts that do not say which argument they mean.
+        # Checks before Keras does: Keras and its casts would take arguments
+        # that no op can use, or raise errors that do not say which argument
+        # they mean.
         parameters = inspect.signature(self.call).parameters
         names = list(parameters)
         args = [
@@ -88,7 +89,7 @@ class OpLayer(keras.layers.Layer):
         return super().__call__(*args, **kwargs)
 
     def _operand(self, value: Any, name: str | None = None) -> Any:
-        """An argument of a call, as a tensor of a type that its op can use."""
+        """Returns an argument of a call as a tensor of the op's type."""
         if name not in self._AXES:
             return value
         if value is None and name not in ("inputs", "rois"):
@@ -124,7 +125,7 @@ class OpLayer(keras.layers.Layer):
     def rematerialized_call(
         self, layer_call: Callable, *args: Any, **kwargs: Any
     ) -> Callable:
-        """Inside `keras.RematScope`, which takes no keywords in a graph."""
+        """Adapts to `keras.RematScope`, which takes no keywords in graphs."""
         rematerialize = super().rematerialized_call
         signature = inspect.signature(layer_call)
 
@@ -160,7 +161,7 @@ class OpLayer(keras.layers.Layer):
     def _shape_to_channels_last(
         self, shape: Any, name: str
     ) -> tuple[int | None, ...] | None:
-        """The shape of a map, as the op takes it."""
+        """Returns the shape of a map in channels last."""
         if shape is None:
             return None
         shape = tf.TensorShape(shape)
@@ -171,7 +172,7 @@ class OpLayer(keras.layers.Layer):
         return (shape[0], *shape[2:], shape[1])
 
     def _to_channels_last(self, value: Any, name: str) -> Any:
-        """A map, laid out as the op takes it."""
+        """Returns a map in channels last."""
         if value is None:
             return None
         value = to_tensor(value, name)
@@ -184,7 +185,7 @@ class OpLayer(keras.layers.Layer):
         return tf.transpose(value, (0, 2, 3, 1))
 
     def _to_data_format(self, value: Any) -> Any:
-        """The op's result, or the shape of it, laid out as the layer's."""
+        """Returns the op's result, or its shape, in the layer's data format."""
         if self.data_format == "channels_last":
             return value
         if isinstance(value, list | tuple):
@@ -193,7 +194,7 @@ class OpLayer(keras.layers.Layer):
 
     @contextlib.contextmanager
     def _own_words(self) -> Iterator[None]:
-        """Lets errors of the op speak of what the layer was called with."""
+        """Makes errors of the op name the arguments of the layer's call."""
         try:
             yield
         except (ValueError, TypeError, tf.errors.InvalidArgumentError) as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the layers that pool regions of interest have in common."""
+"""Implements the common parts of the layers that pool regions of interest."""
 
 import math
 from collections.abc import Sequence
@@ -35,20 +35,20 @@ def check_factor(value: Any, name: str, zero_allowed: bool = True) -> float:
 
 
 def branch_value(weight: keras.Variable, dtype: str) -> tf.Tensor:
-    """A weight of a branch; no gradient of a frozen one.
+    """Returns a weight of a branch; a frozen weight has no gradient.
 
-    Tapes watch frozen variables too: spare the gradient of displacements that
-    come from nothing else.
+    Tapes also watch frozen variables. Without a gradient here, the gradient of
+    displacements that depend on frozen weights alone is not computed.
     """
     value = tf.cast(weight, dtype)
     return value if weight.trainable else tf.stop_gradient(value)
 
 
 class ROILayer(OpLayer):
-    """What all three layers have: bins, a scale, a layout, an implementation.
+    """Holds the arguments of all three layers, and computes shapes.
 
     Subclasses define `_pool(inputs, rois, displacements)` on maps in channels
-    last, where the last may be None.
+    last, where `displacements` may be None.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class ROILayer(OpLayer):
         implementation: str,
         **kwargs: Any,
     ):
-        # Keras would cast regions to the compute dtype: `call` casts itself.
+        # Keras would cast regions to the compute dtype, so `call` casts itself.
         kwargs["autocast"] = False
         super().__init__(**kwargs)
         self.pooled_size = positive_pair(pooled_size, "pooled_size")
@@ -73,7 +73,7 @@ class ROILayer(OpLayer):
         self.supports_jit = _loader.supports_jit()
 
     def _channels_of(self, shape: Sequence[int | None], name: str) -> int:
-        """The channels of a map, which have to be known."""
+        """Returns the number of a map's channels, which has to be known."""
         channels = self._shape_to_channels_last(shape, name)[-1]
         if channels is None:
             raise ValueError(
@@ -97,7 +97,7 @@ class ROILayer(OpLayer):
         shape: Sequence[int | None] | None,
         name: str,
     ) -> tuple[int | None, ...]:
-        """The output's shape; `shape` is that of displacements `name`."""
+        """Returns the output's shape; displacements `name` have `shape`."""
         inputs_shape = self._shape_to_channels_last(inputs_shape, "inputs")
         shape = self._shape_to_channels_last(shape, name)
         with self._own_words():
@@ -116,15 +116,15 @@ class ROILayer(OpLayer):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "ROILayer":
-        # What was saved before there was a `data_format` is in channels last,
-        # whatever Keras' setting is where it is loaded.
+        # A layer that was saved before there was a `data_format` is in channels
+        # last, whatever Keras' setting is where it is loaded.
         if "implementation" in config:
             config = {"data_format": "channels_last", **config}
         return super().from_config(config)
 
 
 class DisplacedROILayer(ROILayer):
-    """Pooling whose bins are displaced one by one, as given or by a branch."""
+    """Pools with bins displaced one by one, as given or by a branch."""
 
     _AXES = {
         "inputs": "batch, height, width, channels",
@@ -195,15 +195,16 @@ class DisplacedROILayer(ROILayer):
             return tf.matmul(x, kernel) + bias
 
         x = self._pool(inputs, rois, None)
-        # In channels last, whatever the layer's format: so its weights are
-        # the same in both.
+        # Flattens channels last, whatever the layer's format is, so that the
+        # weights are the same in both formats.
         x = tf.reshape(x, (-1, math.prod(x.shape[1:])))
         for kernel, bias in self._hidden:
             x = tf.nn.relu(dense(x, kernel, bias))
         offset = dense(x, self.offset_kernel, self.offset_bias)
         coordinates = coordinate_type(inputs.dtype)
         offset = tf.cast(offset, coordinates)
-        # Padding stays 0 even where weights are NaN, as 0 times NaN is not.
+        # Keeps padding at 0 also where weights are NaN: 0 times NaN would be
+        # NaN.
         rois = tf.cast(rois, coordinates)
         exists = tf.reduce_all(tf.abs(rois) <= coordinates.max, 1, True)
         exists &= rois[:, :1] >= 0

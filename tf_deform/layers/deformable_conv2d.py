@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deformable convolution as a Keras layer that stands where Conv2D stood."""
+"""Implements deformable convolution as a Keras layer that replaces Conv2D."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,7 +29,7 @@ from tf_deform.ops.deformable_conv2d import (
 )
 
 MODULATIONS = (None, "sigmoid", "2sigmoid")
-# What to do if a file does not have a layer's weights.
+# Tells the user what to do if a file does not have a layer's weights.
 _OF_PLAIN = (
     ". If the file is that of a model with `Conv2D` in its place: "
     "`tf_deform.load_plain_weights(model, path)`"
@@ -39,10 +39,10 @@ _OF_PLAIN = (
 def _shape_of_inputs(
     method: str, shape: Any, keywords: Mapping[str, Any]
 ) -> Any:
-    """The shape given by position or as `inputs_shape`, or Conv2D's way.
+    """Returns the shape that `build` is given, by position or by either name.
 
-    Keras names the arguments of `build` after those of `call`, while Conv2D's
-    is called `input_shape`.
+    Keras names the arguments of `build` after the arguments of `call`
+    (`inputs_shape`), while Conv2D's is called `input_shape`.
     """
     given = {
         name: value
@@ -59,7 +59,7 @@ def _shape_of_inputs(
 
 @keras.saving.register_keras_serializable(package="tf_deform")
 class DeformableConv2D(OpLayer, keras.layers.Conv2D):
-    """`keras.layers.Conv2D` that learns where to look.
+    """Convolves like `keras.layers.Conv2D`, but learns where to sample.
 
     A branch of the layer, one convolution that starts at zero, predicts for
     every output pixel and tap a displacement `(dy, dx)` in input pixels and,
@@ -70,9 +70,9 @@ class DeformableConv2D(OpLayer, keras.layers.Conv2D):
         outputs = activation(
             deformable_conv2d(inputs, kernel, offset, modulator) + bias)
 
-    A new layer with `modulation` None or "2sigmoid" therefore gives what
-    `Conv2D` gives with the same kernel and bias, and takes them over:
-    `layer.set_weights(conv2d.get_weights())`.
+    A new layer with `modulation` None or "2sigmoid" therefore returns the same
+    outputs as `Conv2D` with the same kernel and bias, and can take these
+    weights: `layer.set_weights(conv2d.get_weights())`.
 
     Source: Dai et al. 2017, "Deformable Convolutional Networks",
     arXiv:1703.06211, Eq. 2 to 4; modulation: Zhu et al. 2018, "Deformable
@@ -87,10 +87,10 @@ class DeformableConv2D(OpLayer, keras.layers.Conv2D):
         offset_bias: `(2 * n or 3 * n,)`.
 
     Here and below `n` is `offset_groups * kernel_h * kernel_w`. Only a layer
-    that is not given `offset` has the last two. They are not subject to the
-    kernel's and bias' regularizers and constraints. To give them a learning
-    rate of their own, see `keras.optimizers.MultiOptimizer` with the pattern
-    `.*/offset_(kernel|bias)`.
+    that is called without `offset` has the last two weights. The regularizers
+    and constraints of the kernel and bias do not apply to them. To give them a
+    learning rate of their own, see `keras.optimizers.MultiOptimizer` with the
+    pattern `.*/offset_(kernel|bias)`.
 
     Args:
         filters, kernel_size: As in `keras.layers.Conv2D`.
@@ -109,8 +109,9 @@ class DeformableConv2D(OpLayer, keras.layers.Conv2D):
             displacements of their own; divides the input channels.
         modulation: None (displacements only), "sigmoid" or "2sigmoid".
         boundary: "zeros" or "clamp", see `tf_deform.ops.deformable_conv2d`.
-        offset_dilation_rate: Dilation of the branch's convolution; None is
-            `dilation_rate`. Its taps are centred where the layer's are.
+        offset_dilation_rate: Dilation of the branch's convolution; None means
+            `dilation_rate`. The branch's taps have the same centre as the
+            layer's.
         implementation: "native", or "portable" for stock TensorFlow ops; see
             `tf_deform.implementation`.
         kwargs: `name`, `dtype`, `trainable`, and so on, as in
@@ -120,21 +121,21 @@ class DeformableConv2D(OpLayer, keras.layers.Conv2D):
         inputs: `(batch, height, width, channels)`, or `(batch, channels,
             height, width)` for "channels_first"; cast to the compute dtype.
         offset: `(batch, out_h, out_w, 2 * n)`, laid out like `inputs`: given
-            displacements. The branch then neither runs nor is built. Like
-            `modulator`, not cast to the compute dtype but to float32
+            displacements. The branch then neither runs nor is built. `offset`
+            and `modulator` are not cast to the compute dtype but to float32
             (float64 if that is the compute dtype).
         modulator: `(batch, out_h, out_w, n)`, laid out like `inputs`: factors
-            that go with a given `offset`, used as they are. None is 1.
+            that go with a given `offset`, used as they are. None means 1.
 
     Returns:
-        `(batch, out_h, out_w, filters)`, laid out like `inputs`, in the
-        compute dtype. Differentiable with respect to all arguments and
-        weights; weights that are not trainable cost nothing. Where the branch
-        predicts NaN the outputs are NaN; a given NaN is outside of the image.
+        `(batch, out_h, out_w, filters)`, laid out like `inputs`, in the compute
+        dtype. Differentiable with respect to all arguments and weights; weights
+        that are not trainable cost nothing. The outputs are NaN where the
+        branch predicts NaN; a given NaN lies outside of the image.
 
     Raises:
-        TypeError: Inputs or arguments of another type.
-        ValueError: Arguments or shapes that do not fit.
+        TypeError: Inputs or arguments have another type.
+        ValueError: Arguments or shapes do not fit.
     """
 
     _AXES = {
@@ -176,10 +177,10 @@ class DeformableConv2D(OpLayer, keras.layers.Conv2D):
                 "Expected `filters` to be a multiple of `groups`. Received: "
                 f"filters={filters}, groups={groups}"
             )
-        # Keras would cast offsets to the compute dtype: `call` casts itself.
+        # Keras would cast offsets to the compute dtype, so `call` casts itself.
         kwargs["autocast"] = False
-        # Conv2D knows two paddings, and no dilation beside strides: those
-        # three are set below.
+        # Conv2D has only two paddings, and no dilation beside strides, so
+        # strides, padding and dilation are set below.
         super().__init__(
             filters,
             positive_pair(kernel_size, "kernel_size"),
@@ -222,7 +223,7 @@ class DeformableConv2D(OpLayer, keras.layers.Conv2D):
 
     @property
     def _arguments(self) -> dict[str, Any]:
-        """What the op is told besides tensors."""
+        """Returns the op's arguments that are not tensors."""
         return dict(
             strides=self.strides,
             padding=self.padding,
@@ -246,7 +247,8 @@ class DeformableConv2D(OpLayer, keras.layers.Conv2D):
                 "Expected the channels of `inputs` to be known. Received: "
                 f"inputs.shape={tuple(inputs_shape)}"
             )
-        # LoRA closes the list of weights: it has to wait for the branch's.
+        # LoRA closes the list of weights, so it has to wait for the branch's
+        # weights.
         lora_rank, self.lora_rank = self.lora_rank, None
         super().build(inputs_shape)
         if offset_shape is None:
@@ -264,7 +266,8 @@ class DeformableConv2D(OpLayer, keras.layers.Conv2D):
         }
 
     def get_build_config(self) -> dict[str, Any] | None:
-        # Keras remembers the call of `build`, by whatever name.
+        # Keras stores the arguments of `build`, by whatever name they are
+        # given.
         if self._built_for is None:
             return super().get_build_config()
         if len(self._built_for) == 1:
@@ -323,7 +326,7 @@ class DeformableConv2D(OpLayer, keras.layers.Conv2D):
         )
 
     def _run_branch(self, inputs: tf.Tensor) -> tf.Tensor:
-        """Displacements and modulation of `inputs`, in channels last."""
+        """Computes displacements and modulation, in channels last."""
         kernel, bias = (
             tf.cast(weight, self.compute_dtype)
             for weight in (self.offset_kernel, self.offset_bias)
@@ -339,10 +342,10 @@ class DeformableConv2D(OpLayer, keras.layers.Conv2D):
         return tf.cast(fields, coordinate_type(inputs.dtype))
 
     def _branch_padding(self) -> str | list[Pair]:
-        """Padding that centres the branch's taps on the layer's.
+        """Returns the padding that centres the branch's taps on the layer's.
 
-        "same", or (before, after) for height and width; negative values are
-        pixels to cut off.
+        It is "same", or (before, after) for height and width; negative values
+        are pixels to cut off.
         """
         if self.padding == "same":
             return "same"
@@ -364,10 +367,10 @@ class DeformableConv2D(OpLayer, keras.layers.Conv2D):
         offset: Any = None,
         modulator: Any = None,
     ) -> tf.Tensor:
-        """The branch and the deformable convolution, as `call` uses them.
+        """Runs the branch and the deformable convolution, for `call`.
 
-        As in `keras.layers.Conv2D`, a subclass may override it, to change what
-        goes in or comes out. Without given displacements it is called with
+        As in `keras.layers.Conv2D`, a subclass may override it, to change the
+        operands or the outputs. Without given displacements it is called with
         `inputs` and `kernel` alone.
         """
         inputs = self._to_channels_last(inputs, "inputs")
@@ -406,7 +409,8 @@ class DeformableConv2D(OpLayer, keras.layers.Conv2D):
         inputs = tf.cast(inputs, self.compute_dtype)
         kernel = tf.cast(self.kernel, self.compute_dtype)
         if not self._kernel.trainable and not self.lora_enabled:
-            # Tapes watch frozen variables too: spare their gradient.
+            # Tapes also watch frozen variables: stops the gradient to save its
+            # time.
             kernel = tf.stop_gradient(kernel)
         if offset is None:
             outputs = self.convolution_op(inputs, kernel)
@@ -444,7 +448,7 @@ class DeformableConv2D(OpLayer, keras.layers.Conv2D):
     def _check_branch(
         self, branch: dict[str, Any], received: list[str]
     ) -> None:
-        """Judges what a file has for the branch: all of it, or no branch."""
+        """Checks that a file has all weights of the branch, or none of them."""
         expected = {}
         if self.offset_kernel is not None:
             expected = {
@@ -479,8 +483,8 @@ class DeformableConv2D(OpLayer, keras.layers.Conv2D):
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Sets the weights from arrays, in the order of `get_weights`.
 
-        Those of a `Conv2D`, kernel and bias alone, are taken as well: the
-        branch then stays as it is.
+        The weights of a `Conv2D`, kernel and bias alone, are accepted as well:
+        the branch then stays as it is.
         """
         weights = list(weights)
         if self.offset_kernel is not None and not self.lora_enabled:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deformable ROI pooling, position-sensitive or not, as Keras layers."""
+"""Implements deformable ROI pooling, position-sensitive or not, for Keras."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +24,7 @@ class DeformablePSROIPooling(ROILayer):
     """Pools position-sensitive maps over regions whose bins may be displaced.
 
     The maps have a group of `output_dim` channels for each of `group_size`
-    cells, and a bin reads those of its cell. Displacements are one of:
+    cells, and a bin reads the channels of its cell. Displacements are one of:
 
     - given, as `trans`;
     - made by the layer from a feature map, `trans_inputs`, as in the published
@@ -33,15 +33,15 @@ class DeformablePSROIPooling(ROILayer):
 
           trans = psroi_pool(conv(trans_inputs, offset_kernel) + offset_bias)
 
-    - none: position-sensitive pooling with bilinear samples, which is also
-      what a new branch starts from.
+    - none: position-sensitive pooling with bilinear samples. A new branch also
+      starts from this.
 
     See `tf_deform.ops.deformable_psroi_pool` for the equation.
 
-    A NaN that the branch makes is handed on to the bins of its part, in the
-    channels of its class, where the op would take it for outside of the map and
-    hide it; padding regions stay 0 all the same. Given displacements keep the
-    op's rule.
+    A NaN that the branch predicts is handed on to the bins of its part, in the
+    channels of its class: the op alone would treat it as outside of the map and
+    hide it. Padding regions stay 0 in any case. For given displacements the
+    op's rule holds.
 
     Source: Dai et al. 2017, "Deformable Convolutional Networks",
     arXiv:1703.06211, Eq. 5 and 6, and section 2.2; position-sensitive maps:
@@ -59,27 +59,27 @@ class DeformablePSROIPooling(ROILayer):
         output_dim: Number of output channels.
         pooled_size: Integer or (height, width): bins of a region.
         spatial_scale: Map pixels per image pixel.
-        group_size: Integer or (height, width): cells of the maps. None is
+        group_size: Integer or (height, width): cells of the maps. None means
             `pooled_size`.
         part_size: Integer or (height, width): displacements of a region. None
-            is `pooled_size`.
+            means `pooled_size`.
         sample_per_part: Samples of a bin along each axis.
         trans_std: Factor of the displacements.
         num_classes: Number of contiguous runs of output channels with
             displacements of their own, made by the branch; divides
-            `output_dim`. A given `trans` tells its own number.
+            `output_dim`. For a given `trans` its shape sets the number.
         data_format: "channels_last" or "channels_first", of `inputs`, `trans`,
-            `trans_inputs` and the outputs; None is
+            `trans_inputs` and the outputs; None means
             `keras.config.image_data_format()`. The weights are the same in
-            both. "channels_first" costs a transposition of each.
+            both. "channels_first" costs a transposition of each tensor.
         implementation: "native", or "portable" for stock TensorFlow ops; see
             `tf_deform.implementation`.
         kwargs: `name`, `dtype`, `trainable`, and so on.
 
     Call arguments:
-        inputs: `(batch, height, width, output_dim * group_h * group_w)`, or
-            with the channels second for "channels_first", as all that
-            follows; cast to the compute dtype.
+        inputs: `(batch, height, width, output_dim * group_h * group_w)`; with
+            "channels_first" the channels are second here and in all tensors
+            below. Cast to the compute dtype.
         rois: `(num_rois, 5)`: batch_index, x1, y1, x2, y2, in image pixels,
             the last pixels included; a negative batch index marks padding. Not
             cast to the compute dtype but to float32 (float64 if that is the
@@ -88,7 +88,7 @@ class DeformablePSROIPooling(ROILayer):
             class, in fractions of the region, times `trans_std`; cast like
             `rois`.
         trans_inputs: `(batch, height, width, trans_channels)`, of the scale of
-            `inputs`; instead of `trans`.
+            `inputs`; may be given instead of `trans`.
 
     Returns:
         `(num_rois, pooled_h, pooled_w, output_dim)`, or `(num_rois,
@@ -96,7 +96,7 @@ class DeformablePSROIPooling(ROILayer):
         Differentiable with respect to all arguments but `rois`.
 
     Raises:
-        ValueError: Arguments or shapes that do not fit.
+        ValueError: Arguments or shapes do not fit.
     """
 
     _AXES = {
@@ -199,7 +199,7 @@ class DeformablePSROIPooling(ROILayer):
         )
 
     def _hand_on_nan(self, outputs: tf.Tensor, trans: tf.Tensor) -> tf.Tensor:
-        """NaN in the bins and channels whose part and class are NaN."""
+        """Returns NaN in the bins and channels whose part and class are NaN."""
         for axis in range(2):
             parts, bins = self.part_size[axis], self.pooled_size[axis]
             if parts != bins:
@@ -218,7 +218,7 @@ class DeformablePSROIPooling(ROILayer):
         inputs: Sequence[int | None],
         has_trans: bool,
     ) -> None:
-        """Judges what the op does not see; shapes of unknown rank are ()."""
+        """Checks shapes that the op does not see; () is an unknown rank."""
         if has_trans:
             raise ValueError(
                 "Expected displacements (`trans`) or what the layer makes "
@@ -297,20 +297,20 @@ class DeformablePSROIPooling(ROILayer):
 class DeformableROIPooling(DisplacedROILayer):
     """Pools a feature map over regions whose bins are displaced.
 
-    Displacements are given, as `offset`, or made by a branch of the layer from
-    what plain pooling of the same region gives:
+    Displacements are given, as `offset`, or a branch of the layer predicts them
+    from the plain pooling of the same region:
 
         hidden = relu(dense(... flatten(pool(inputs, rois)) ...))    units
         offset = hidden @ offset_kernel + offset_bias
         outputs = pool(inputs, rois, offset)
 
-    with a last matrix that starts at zero, so that a new layer pools plainly.
-    `pool` is `tf_deform.ops.deformable_psroi_pool` with `group_size=1`: regions
-    are rounded to pixels, samples at the start of each sub-bin.
+    The last matrix starts at zero, so that a new layer pools plainly. `pool` is
+    `tf_deform.ops.deformable_psroi_pool` with `group_size=1`: regions are
+    rounded to pixels, and samples lie at the start of each sub-bin.
 
-    A NaN that the branch makes is handed on to the outputs of its bin, where
-    the op would take it for outside of the map and hide it; padding regions
-    stay 0 all the same. Given displacements keep the op's rule.
+    A NaN that the branch predicts is handed on to the outputs of its bin: the
+    op alone would treat it as outside of the map and hide it. Padding regions
+    stay 0 in any case. For given displacements the op's rule holds.
 
     Source: Dai et al. 2017, "Deformable Convolutional Networks",
     arXiv:1703.06211, Eq. 5 and 6; hidden layers: Zhu et al. 2018, "Deformable
@@ -332,9 +332,9 @@ class DeformableROIPooling(DisplacedROILayer):
         trans_std: Factor of the displacements.
         units: Sizes of the branch's hidden layers, none by default.
         data_format: "channels_last" or "channels_first", of `inputs`, `offset`
-            and the outputs; None is `keras.config.image_data_format()`. The
-            weights are the same in both. "channels_first" costs a
-            transposition of each.
+            and the outputs; None means `keras.config.image_data_format()`. The
+            weights are the same in both. "channels_first" costs a transposition
+            of each tensor.
         implementation: "native", or "portable" for stock TensorFlow ops; see
             `tf_deform.implementation`.
         kwargs: `name`, `dtype`, `trainable`, and so on.
@@ -357,7 +357,7 @@ class DeformableROIPooling(DisplacedROILayer):
         Differentiable with respect to all arguments but `rois`.
 
     Raises:
-        ValueError: Arguments or shapes that do not fit.
+        ValueError: Arguments or shapes do not fit.
     """
 
     _OP_NAMES = {"offset": "trans"}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deformable ROIAlign as a Keras layer."""
+"""Implements deformable ROIAlign as a Keras layer."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,22 +14,22 @@ from tf_deform.ops.deformable_roi_align import deformable_roi_align
 
 @keras.saving.register_keras_serializable(package="tf_deform")
 class DeformableROIAlign(DisplacedROILayer):
-    """ROIAlign whose bins are displaced.
+    """Pools a feature map by ROIAlign whose bins are displaced.
 
-    Displacements are given, as `offset`, or made by a branch of the layer from
-    what ROIAlign of the same region gives:
+    Displacements are given, as `offset`, or a branch of the layer predicts them
+    from the ROIAlign of the same region:
 
         hidden = relu(dense(... flatten(align(inputs, rois)) ...))    units
         offset = hidden @ offset_kernel + offset_bias
         outputs = align(inputs, rois, offset)
 
-    with a last matrix that starts at zero, so that a new layer is ROIAlign.
-    `align` is `tf_deform.ops.deformable_roi_align`: regions are not rounded,
-    samples at the centre of each sub-bin.
+    The last matrix starts at zero, so that a new layer is ROIAlign. `align` is
+    `tf_deform.ops.deformable_roi_align`: regions are not rounded, and samples
+    lie at the centre of each sub-bin.
 
-    A NaN that the branch makes is handed on to the outputs of its bin, where
-    the op would take it for outside of the map and hide it; padding regions
-    stay 0 all the same. Given displacements keep the op's rule.
+    A NaN that the branch predicts is handed on to the outputs of its bin: the
+    op alone would treat it as outside of the map and hide it. Padding regions
+    stay 0 in any case. For given displacements the op's rule holds.
 
     Source: He et al. 2017, "Mask R-CNN", arXiv:1703.06870, section 3;
     displacements: Dai et al. 2017, "Deformable Convolutional Networks",
@@ -48,14 +48,14 @@ class DeformableROIAlign(DisplacedROILayer):
     Args:
         pooled_size: Integer or (height, width): bins of a region.
         spatial_scale: Map pixels per image pixel.
-        sampling_ratio: Samples of a bin along each axis; 0 or less: by the
-            size of the region.
+        sampling_ratio: Samples of a bin along each axis; 0 or less: the number
+            depends on the size of the region.
         gamma: Factor of the displacements.
         units: Sizes of the branch's hidden layers, none by default.
         data_format: "channels_last" or "channels_first", of `inputs`, `offset`
-            and the outputs; None is `keras.config.image_data_format()`. The
-            weights are the same in both. "channels_first" costs a
-            transposition of each.
+            and the outputs; None means `keras.config.image_data_format()`. The
+            weights are the same in both. "channels_first" costs a transposition
+            of each tensor.
         implementation: "native", or "portable" for stock TensorFlow ops; see
             `tf_deform.implementation`.
         kwargs: `name`, `dtype`, `trainable`, and so on.
@@ -77,7 +77,7 @@ class DeformableROIAlign(DisplacedROILayer):
         Differentiable with respect to all arguments but `rois`.
 
     Raises:
-        ValueError: Arguments or shapes that do not fit.
+        ValueError: Arguments or shapes do not fit.
     """
 
     def __init__(

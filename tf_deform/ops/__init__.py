@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Functional ops, differentiable in eager mode and in graphs."""
+"""Contains functional ops, differentiable in eager mode and in graphs."""
 
 from tf_deform.ops.deformable_conv2d import deformable_conv2d
 from tf_deform.ops.deformable_psroi_pool import deformable_psroi_pool

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every op does with its arguments before it calls its kernel."""
+"""Checks and converts arguments of ops before their kernels are called."""
 
 import operator
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ Pair = tuple[int, int]
 
 
 def received(value: Any) -> str:
-    """What came, for the end of an error's text; arrays may be long."""
+    """Returns a value's text for the end of an error; cuts long arrays."""
     text = repr(value)
     if len(text) > 200:
         text = f"{text[:200]}..."
@@ -24,14 +24,14 @@ def received(value: Any) -> str:
 
 
 def plain(value: Any) -> Any:
-    """NumPy's and eager TensorFlow's numbers and lists as Python's.
+    """Converts numbers and lists of NumPy and eager TensorFlow to Python's.
 
-    Objects and times stay arrays, which are no numbers.
+    Objects and times stay arrays, as they are no numbers.
     """
     if isinstance(value, tf.Tensor | tf.Variable) and hasattr(value, "numpy"):
         try:
             value = value.numpy()
-        except NotImplementedError:  # A variable inside of a graph.
+        except NotImplementedError:  # It is a variable inside of a graph.
             return value
     if isinstance(value, np.ndarray | np.generic):
         return value if value.dtype.kind in "OmM" else value.tolist()
@@ -39,7 +39,7 @@ def plain(value: Any) -> Any:
 
 
 def integer(value: Any, name: str) -> int:
-    """`value` as an int that fits in 64 bits; bool is not one."""
+    """Returns `value` as an int that fits in 64 bits; refuses bool."""
     bare = plain(value)
     try:
         if isinstance(bare, bool | np.generic):
@@ -57,7 +57,7 @@ def integer(value: Any, name: str) -> int:
 
 
 def bounded(value: Any, name: str, least: int) -> int:
-    """An integer of the range that ops judge when they are called."""
+    """Returns an integer in the range that ops check when they are called."""
     value = integer(value, name)
     if not least <= value <= MAX_EXTENT:
         raise ValueError(
@@ -72,7 +72,7 @@ def positive(value: Any, name: str) -> int:
 
 
 def pair(value: Any, name: str) -> Pair:
-    """One integer for both axes, or (height, width)."""
+    """Returns (height, width); one integer stands for both axes."""
     bare = plain(value)
     if isinstance(bare, list | tuple):
         if len(bare) != 2:
@@ -90,10 +90,10 @@ def positive_pair(value: Any, name: str) -> Pair:
 
 
 def real(value: Any, name: str) -> float:
-    """`value` as a float; bool and text are none."""
+    """Returns `value` as a float; refuses bool and text."""
     bare = plain(value)
     try:
-        # `float` reads text and bytes as well: they have no `__float__`.
+        # `float` also reads text and bytes, which have no `__float__`.
         if isinstance(bare, bool | np.ndarray | np.timedelta64) or not (
             hasattr(bare, "__float__") or hasattr(bare, "__index__")
         ):
@@ -111,7 +111,7 @@ def real(value: Any, name: str) -> float:
 
 
 def number(value: Any, name: str) -> list[float]:
-    """A number as float32s that sum up to it: attributes have no doubles."""
+    """Returns float32s that sum up to a number: attributes have no doubles."""
     value = real(value, name)
     with np.errstate(over="ignore"):
         high = float(np.float32(value))
@@ -119,7 +119,7 @@ def number(value: Any, name: str) -> list[float]:
 
 
 def boolean(value: Any, name: str) -> bool:
-    """True or False, which 1 and 0 may stand for as in files of Keras."""
+    """Returns a bool; also takes 1 and 0, which Keras writes in files."""
     bare = plain(value)
     if not isinstance(bare, int) or bare not in (0, 1):
         raise TypeError(
@@ -129,7 +129,7 @@ def boolean(value: Any, name: str) -> bool:
 
 
 def option(value: Any, name: str, options: Sequence[str | None]) -> Any:
-    """`value`, one of `options`: text or None, and nothing that equals it."""
+    """Returns `value` if it is text or None, and one of `options`."""
     if (value is None or isinstance(value, str)) and value in options:
         return options[options.index(value)]
     *others, last = (
@@ -142,18 +142,18 @@ def option(value: Any, name: str, options: Sequence[str | None]) -> Any:
 
 
 def coordinate_type(dtype: tf.DType) -> tf.DType:
-    """Type of offsets, masks and ROIs that go with inputs of `dtype`."""
+    """Returns the type of offsets, masks and ROIs for inputs of `dtype`."""
     return tf.float64 if dtype == tf.float64 else tf.float32
 
 
 def to_tensor(
     value: Any, name: str, dtype: tf.DType | None = None
 ) -> tf.Tensor:
-    """Python's numbers become `dtype`; what has a type keeps it."""
+    """Converts Python's numbers to `dtype`; a value with a type keeps it."""
     hint = None if hasattr(value, "dtype") else dtype
     try:
         return tf.convert_to_tensor(value, dtype_hint=hint)
-    # Whatever a foreign type's conversion raises.
+    # The conversion of a foreign type may raise any error.
     except Exception as error:
         raise TypeError(
             f"Expected `{name}` to be a dense tensor or what converts to one. "
@@ -172,7 +172,7 @@ def to_coordinates(value: Any, dtype: tf.DType, name: str) -> tf.Tensor:
 
 
 def to_inputs(value: Any) -> tf.Tensor:
-    """The op's first operand, which decides the types of the others."""
+    """Returns the op's first operand, which decides the types of the others."""
     inputs = to_tensor(value, "inputs")
     if inputs.dtype not in FLOAT_TYPES:
         raise TypeError(
@@ -193,27 +193,27 @@ def to_rois(value: Any, dtype: tf.DType) -> tf.Tensor:
 
 
 def wanted_gradients(op: tf.Operation) -> list[bool]:
-    """Which operands' gradients a tape asks for.
+    """Tells which operands' gradients a tape asks for.
 
-    A tape says so before (`skip_input_indices`). In a graph all are asked
-    for, and the kernel computes those that are still used once unused nodes
-    and outputs have been pruned.
+    A tape says so before (`skip_input_indices`). A graph asks for all
+    gradients; after unused nodes and outputs are pruned, the kernel computes
+    the gradients that are still used.
     """
     skipped = getattr(op, "skip_input_indices", None) or ()
     return [index not in skipped for index in range(len(op.inputs))]
 
 
 def infer_shape(function: Any, *shapes: Any, **arguments: Any) -> tuple:
-    """The shape of `function`'s result, as its op's shape function judges it.
+    """Returns the result's shape according to the op's shape function.
 
     Args:
-        function: A function of tensors that returns one.
+        function: A function of tensors that returns one tensor.
         *shapes: Shape of each tensor; None for an unknown dimension, or for a
             tensor that is None.
         **arguments: The other arguments of `function`.
 
     Raises:
-        ValueError: Shapes that do not fit.
+        ValueError: The shapes do not fit.
     """
     with tf.Graph().as_default():
         result = function(

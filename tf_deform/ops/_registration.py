@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What TensorFlow is told about an op besides its kernels."""
+"""Registers gradients and statistics of ops with TensorFlow."""
 
 import contextlib
 import math
@@ -7,17 +7,17 @@ from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
-from tensorflow.python.framework import ops  # No public name for statistics.
+from tensorflow.python.framework import ops  # Statistics have no public name.
 
-# Floating-point operations of a bilinear sample of one channel: each of four
-# pixels is multiplied and added.
+# Floating-point operations of a bilinear sample of one channel: a
+# multiplication and an addition for each of four pixels.
 SAMPLE = 8
 
 
 def _once(register: Callable[[Any], Any]) -> Callable[[Callable], Callable]:
     def decorate(function: Callable) -> Callable:
         # TensorFlow refuses a second registration. A module that is reloaded
-        # leaves it at the first, which is the same.
+        # keeps the first registration, which is the same.
         with contextlib.suppress(KeyError):
             register(function)
         return function
@@ -31,9 +31,10 @@ def gradient(op: str) -> Callable[[Callable], Callable]:
 
 
 def flops(op: str, count: Callable[[tf.Operation], int]) -> None:
-    """Registers how many floating-point operations the op `op` takes.
+    """Registers the number of floating-point operations of the op `op`.
 
-    What TensorFlow's profiler sums up. It leaves out ops of unknown shapes.
+    TensorFlow's profiler sums up these numbers. It leaves out ops of unknown
+    shapes.
     """
 
     def statistics(graph: tf.Graph, node: Any) -> ops.OpStats:
@@ -44,7 +45,7 @@ def flops(op: str, count: Callable[[tf.Operation], int]) -> None:
 
 
 def size(tensor: tf.Tensor) -> int:
-    """Number of elements; ValueError if it is not known."""
+    """Returns the number of elements; ValueError if it is not known."""
     if not tensor.shape.is_fully_defined():
         raise ValueError(
             f"Expected a known shape. Received: {tensor.name}.shape="

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deformable convolution as a function of tensors, and its gradient."""
+"""Implements deformable convolution as a function of tensors."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -30,7 +30,7 @@ _library = _loader.op_library()
 
 BOUNDARIES = ("zeros", "clamp")
 
-# What the op and its gradient op have in common.
+# The op and its gradient op have these attributes in common.
 _ATTRIBUTES = (
     "strides",
     "padding",
@@ -44,7 +44,7 @@ Padding = str | tuple[Pair, Pair]
 
 
 def canonical_padding(padding: Any) -> Padding:
-    """ "valid", "same", or ((top, bottom), (left, right))."""
+    """Returns "valid", "same", or ((top, bottom), (left, right))."""
     if isinstance(padding, str):
         if padding.lower() in ("valid", "same"):
             return padding.lower()
@@ -74,7 +74,7 @@ def _attributes(
     offset_groups: Any,
     boundary: Any,
 ) -> dict[str, Any]:
-    """The arguments as the op's attributes; values are judged in C++."""
+    """Returns the arguments as the op's attributes; C++ checks the values."""
     padding = canonical_padding(padding)
     explicit = [] if isinstance(padding, str) else [*padding[0], *padding[1]]
     return dict(
@@ -100,7 +100,7 @@ def deformable_conv2d(
     boundary: str = "zeros",
     implementation: str = "native",
 ) -> tf.Tensor:
-    """2-D convolution whose taps are displaced pixel by pixel.
+    """Computes a 2-D convolution whose taps are displaced pixel by pixel.
 
     For output pixel `(i, j)`, filter `f`, tap `(kh, kw)`, and input channel
     `c` in offset group `g`:
@@ -110,13 +110,13 @@ def deformable_conv2d(
         output[i, j, f] = sum over kh, kw, c of
             kernel[kh, kw, c, f] * mask[g, kh, kw] * inputs_c(y, x)
 
-    where `inputs_c(y, x)` is the bilinear sample of channel `c`, and `dy`,
-    `dx` and `mask` are those of the output pixel. Where a coordinate is an
-    integer, the derivative is the right-hand one. Results on the CPU are the
-    same to the bit for any number of threads. Sums are in float32, or float64
-    if `inputs` are. In bfloat16, where the processor has AMX, `mask` times
-    sample is rounded to bfloat16 before the product, and numbers below 2^-126
-    count 0.
+    where `inputs_c(y, x)` is the bilinear sample of channel `c`, and `dy`, `dx`
+    and `mask` belong to the output pixel. Where a coordinate is an integer, the
+    derivative is the right-hand one. Results on the CPU are the same to the bit
+    for any number of threads. Sums are in float32, or float64 if `inputs` are.
+    In bfloat16, on processors with AMX, the product of `mask` and sample is
+    rounded to bfloat16 before it is multiplied by the kernel, and numbers below
+    2^-126 count as 0.
 
     Source: Dai et al. 2017, "Deformable Convolutional Networks",
     arXiv:1703.06211, Eq. 2 to 4; the mask: Zhu et al. 2018, "Deformable
@@ -160,10 +160,10 @@ def deformable_conv2d(
         // stride_h + 1` otherwise; `out_w` likewise.
 
     Raises:
-        TypeError: A tensor of another type, or an argument that should be
-            made of integers.
-        ValueError: An unknown option, or, in a graph, shapes that do not fit.
-        tf.errors.InvalidArgumentError: Values or shapes that do not fit.
+        TypeError: A tensor has another type, or an argument should be made of
+            integers.
+        ValueError: An option is unknown, or, in a graph, shapes do not fit.
+        tf.errors.InvalidArgumentError: Values or shapes do not fit.
     """
     attributes = _attributes(
         strides, padding, dilation_rate, offset_groups, boundary
@@ -195,7 +195,7 @@ def deformable_conv2d(
 def _deformable_conv2d_grad(
     op: tf.Operation, grad_output: tf.Tensor
 ) -> list[tf.Tensor | None]:
-    """Gradients of the operands that a tape asks for."""
+    """Computes gradients of the operands that a tape asks for."""
     operands = list(op.inputs)
     wanted = wanted_gradients(op)
     gradients = _library.tf_deform_deformable_conv2d_grad(
@@ -216,7 +216,7 @@ def _deformable_conv2d_grad(
 def _deformable_conv2d_grad_grad(
     op: tf.Operation, *grads: tf.Tensor | None
 ) -> list[tf.Tensor | None]:
-    """Gradients of the gradients, in stock TensorFlow ops."""
+    """Computes gradients of the gradients, in stock TensorFlow ops."""
     attributes = {name: op.get_attr(name) for name in _ATTRIBUTES}
     return second_gradients(
         op,
@@ -229,12 +229,12 @@ def _deformable_conv2d_grad_grad(
 
 
 def _work(op: tf.Operation) -> tuple[int, int]:
-    """Operations of the product of matrices, and of sampling.
+    """Counts operations of the product of matrices, and of sampling.
 
         product = 2 * pixels * taps * channels // groups * filters
         sampling = 8 * pixels * taps * channels
 
-    `pixels` of all outputs, `taps` of the kernel.
+    `pixels` counts the pixels of all outputs, `taps` the taps of the kernel.
     """
     inputs, kernel, offset = op.inputs[:3]
     pairs = 2 * op.get_attr("offset_groups")
@@ -244,7 +244,7 @@ def _work(op: tf.Operation) -> tuple[int, int]:
 
 
 def _backward_flops(op: tf.Operation) -> int:
-    """As forward for the kernel; for all others one product, and samplings."""
+    """Counts forward once for the kernel, product and samplings for others."""
     inputs, kernel, *fields = op.get_attr("wanted")
     product, sampling = _work(op)
     samplings = inputs + kernel + any(fields)
@@ -262,7 +262,7 @@ def infer_output_shape(
     mask: Sequence[int | None] | None = None,
     **arguments: Any,
 ) -> tuple[int | None, ...]:
-    """The output's shape, as the op's shape function judges it.
+    """Returns the output's shape according to the op's shape function.
 
     Args:
         inputs: Shape of `inputs`; None for an unknown dimension.
@@ -272,7 +272,7 @@ def infer_output_shape(
         **arguments: The other arguments of `deformable_conv2d`.
 
     Raises:
-        ValueError: Shapes that do not fit.
+        ValueError: The shapes do not fit.
     """
     if offset is None:
         offset = (None,) * 4

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deformable position-sensitive ROI pooling as a function of tensors."""
+"""Implements deformable position-sensitive ROI pooling of tensors."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,7 +25,7 @@ from tf_deform.ops._arguments import (
 
 _library = _loader.op_library()
 
-# What the op and its gradient op have in common.
+# The op and its gradient op have these attributes in common.
 _ATTRIBUTES = (
     "output_dim",
     "spatial_scale",
@@ -52,7 +52,7 @@ def deformable_psroi_pool(
     return_count: bool = False,
     implementation: str = "native",
 ) -> Any:
-    """Mean of samples in the displaced bins of regions of interest.
+    """Computes means of samples in displaced bins of regions of interest.
 
     For ROI `r` = `(n, x1, y1, x2, y2)`, bin `(ph, pw)` and output channel `o`,
     along y (x likewise):
@@ -70,10 +70,10 @@ def deformable_psroi_pool(
     group_w + pw * group_w // pooled_w` of image `n`, and `k = o // (output_dim
     // num_classes)` the channel's displacement class (`dx` is `2 * k + 1`). A
     sample counts where `-0.5 <= y <= height - 0.5` and `-0.5 <= x <= width -
-    0.5` and is then clamped to the map. `round` takes halves away from zero.
-    Where a coordinate is an integer, the derivative is the right-hand one;
-    where it is clamped, 0. Results on the CPU are the same to the bit for any
-    number of threads.
+    0.5`; its coordinates are then clamped to the map. `round` rounds halves
+    away from zero. Where a coordinate is an integer, the derivative is the
+    right-hand one; where it is clamped, the derivative is 0. Results on the CPU
+    are the same to the bit for any number of threads.
 
     With `group_size=1` this is deformable ROI pooling; without `trans`,
     position-sensitive ROI pooling with bilinear samples.
@@ -85,11 +85,10 @@ def deformable_psroi_pool(
     Args:
         inputs: `(batch, height, width, output_dim * group_h * group_w)`, of
             float16, bfloat16, float32 or float64.
-        rois: `(num_rois, 5)`: batch_index, x1, y1, x2, y2, in image pixels,
-            the last pixels included. Cast to float32, or to float64 if
-            `inputs` are float64. A negative batch index marks padding; such a
-            ROI, and one with a corner that is not finite, gives 0 and has no
-            gradient.
+        rois: `(num_rois, 5)`: batch_index, x1, y1, x2, y2, in image pixels, the
+            last pixels included. Cast to float32, or to float64 if `inputs` are
+            float64. A negative batch index marks padding. Such a ROI, and a ROI
+            with a corner that is not finite, gives 0 and has no gradient.
         trans: `(num_rois, part_h, part_w, num_classes * 2)`, `(dy, dx)` of
             each class: displacements in fractions of the ROI, times
             `trans_std`. Cast like `rois`. `num_classes` divides `output_dim`.
@@ -97,29 +96,28 @@ def deformable_psroi_pool(
         output_dim: Number of output channels.
         spatial_scale: Map pixels per image pixel, at least `2**-126`.
         pooled_size: Integer or (height, width): bins of a ROI.
-        group_size: Integer or (height, width): cells of the
-            position-sensitive maps. None is `pooled_size`.
-        part_size: Integer or (height, width): displacements of a ROI. None is
-            `pooled_size`.
+        group_size: Integer or (height, width): cells of the position-sensitive
+            maps. None means `pooled_size`.
+        part_size: Integer or (height, width): displacements of a ROI. None
+            means `pooled_size`.
         sample_per_part: Samples of a bin along each axis.
         trans_std: Factor of the displacements, 0 or more.
-        return_count: Whether to return also how many samples count.
+        return_count: Whether to return also the number of samples that count.
         implementation: "native", or "portable" for stock TensorFlow ops; see
             `tf_deform.implementation`.
 
     Returns:
         `(num_rois, pooled_h, pooled_w, output_dim)`, of the type of `inputs`,
         differentiable with respect to `inputs` and `trans`, any number of
-        times; with `return_count` a pair of this and the counts, of its shape,
-        float32.
+        times. With `return_count` a pair of this tensor and the counts, of the
+        same shape and float32.
 
     Raises:
-        TypeError: A tensor of another type, or an argument that should be a
-            number.
-        ValueError: In a graph, shapes that do not fit.
-        tf.errors.InvalidArgumentError: Values or shapes that do not fit. A
-            batch index that is not below `batch` or no integer is an error on
-            the CPU only; on a GPU and with XLA such a ROI gives 0.
+        TypeError: A tensor has another type, or an argument should be a number.
+        ValueError: In a graph, shapes do not fit.
+        tf.errors.InvalidArgumentError: Values or shapes do not fit. A batch
+            index that is not an integer below `batch` is an error on the CPU
+            only; on a GPU and with XLA such a ROI gives 0.
     """
     pooled_size = pair(pooled_size, "pooled_size")
     return_count = boolean(return_count, "return_count")
@@ -156,7 +154,7 @@ def deformable_psroi_pool(
 def _deformable_psroi_pool_grad(
     op: tf.Operation, grad_output: tf.Tensor, _: Any
 ) -> list[tf.Tensor | None]:
-    """Gradients of inputs and trans, if a tape asks for them."""
+    """Computes gradients of inputs and trans, if a tape asks for them."""
     inputs, rois, *trans = op.inputs
     wanted = wanted_gradients(op)
     gradients = _library.tf_deform_deformable_psroi_pool_grad(
@@ -178,7 +176,7 @@ def _deformable_psroi_pool_grad(
 def _deformable_psroi_pool_grad_grad(
     op: tf.Operation, *grads: tf.Tensor | None
 ) -> list[tf.Tensor | None]:
-    """Gradients of the gradients, in stock TensorFlow ops."""
+    """Computes gradients of the gradients, in stock TensorFlow ops."""
     attributes = {name: op.get_attr(name) for name in _ATTRIBUTES}
     return second_gradients(
         op,
@@ -191,7 +189,7 @@ def _deformable_psroi_pool_grad_grad(
 
 
 def _flops(op: tf.Operation, outputs: tf.Tensor, gradients: int = 1) -> int:
-    """8 * outputs * sample_per_part**2, and as much for each gradient."""
+    """Counts 8 * outputs * sample_per_part**2, and the same per gradient."""
     samples = _registration.size(outputs) * op.get_attr("sample_per_part") ** 2
     return _registration.SAMPLE * samples * gradients
 

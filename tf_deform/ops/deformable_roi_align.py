@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deformable ROIAlign as a function of tensors."""
+"""Implements deformable ROIAlign as a function of tensors."""
 
 from collections.abc import Sequence
 
@@ -23,7 +23,7 @@ from tf_deform.ops._arguments import (
 
 _library = _loader.op_library()
 
-# What the op and its gradient op have in common.
+# The op and its gradient op have these attributes in common.
 _ATTRIBUTES = ("pooled_size", "spatial_scale", "sampling_ratio", "gamma")
 
 
@@ -38,7 +38,7 @@ def deformable_roi_align(
     gamma: float = 0.1,
     implementation: str = "native",
 ) -> tf.Tensor:
-    """Mean of samples in the displaced bins of regions of interest, unrounded.
+    """Computes means of samples in displaced bins of unrounded regions.
 
     For ROI `r` = `(n, x1, y1, x2, y2)` and bin `(ph, pw)`, along y (x
     likewise):
@@ -50,12 +50,12 @@ def deformable_roi_align(
         output[r, ph, pw, c] = mean over all i, j of inputs_c(y_i, x_j)
 
     for `i` in `[0, samples)` (`dx` is `offset[r, ph, pw, 1]`), where
-    `inputs_c(y, x)` is the bilinear sample of channel `c` of image `n`: 0
-    outside of `-1 <= y <= height` and `-1 <= x <= width`, with the outermost
-    pixels held inside of it. Without `offset` this is ROIAlign. Where a
-    coordinate is an integer, the derivative is the right-hand one; where it is
-    clamped, 0. Results on the CPU are the same to the bit for any number of
-    threads.
+    `inputs_c(y, x)` is the bilinear sample of channel `c` of image `n`. It is 0
+    outside of `-1 <= y <= height` and `-1 <= x <= width`; inside of this range,
+    coordinates outside of the map read its outermost pixels. Without `offset`
+    this is ROIAlign. Where a coordinate is an integer, the derivative is the
+    right-hand one; where it is clamped, the derivative is 0. Results on the CPU
+    are the same to the bit for any number of threads.
 
     Source: He et al. 2017, "Mask R-CNN", arXiv:1703.06870, section 3;
     displacements: Dai et al. 2017, "Deformable Convolutional Networks",
@@ -66,16 +66,16 @@ def deformable_roi_align(
             float32 or float64.
         rois: `(num_rois, 5)`: batch_index, x1, y1, x2, y2, in image pixels.
             Cast to float32, or to float64 if `inputs` are float64. A negative
-            batch index marks padding; such a ROI, and one with a corner that
+            batch index marks padding. Such a ROI, and a ROI with a corner that
             is not finite, gives 0 and has no gradient.
         offset: `(num_rois, pooled_h, pooled_w, 2)`, `(dy, dx)`: displacements
             in fractions of the ROI, times `gamma`. Cast like `rois`. None: no
             displacement.
         pooled_size: Integer or (height, width): bins of a ROI.
         spatial_scale: Map pixels per image pixel, at least `2**-126`.
-        sampling_ratio: Samples of a bin along each axis. 0 or less: a number
-            for each ROI, `ceil(size / pooled_h)`, but at most
-            `ceil(2 * height / pooled_h)`; along x likewise.
+        sampling_ratio: Samples of a bin along each axis. 0 or less: each ROI
+            has its own number, `ceil(size / pooled_h)`, but at most `ceil(2 *
+            height / pooled_h)`; along x likewise.
         gamma: Factor of the displacements, 0 or more.
         implementation: "native", or "portable" for stock TensorFlow ops; see
             `tf_deform.implementation`.
@@ -86,12 +86,11 @@ def deformable_roi_align(
         and `offset`, any number of times.
 
     Raises:
-        TypeError: A tensor of another type, or an argument that should be a
-            number.
-        ValueError: In a graph, shapes that do not fit.
-        tf.errors.InvalidArgumentError: Values or shapes that do not fit. A
-            batch index that is not below `batch` or no integer is an error on
-            the CPU only; on a GPU and with XLA such a ROI gives 0.
+        TypeError: A tensor has another type, or an argument should be a number.
+        ValueError: In a graph, shapes do not fit.
+        tf.errors.InvalidArgumentError: Values or shapes do not fit. A batch
+            index that is not an integer below `batch` is an error on the CPU
+            only; on a GPU and with XLA such a ROI gives 0.
     """
     attributes = dict(
         pooled_size=pair(pooled_size, "pooled_size"),
@@ -120,7 +119,7 @@ def deformable_roi_align(
 def _deformable_roi_align_grad(
     op: tf.Operation, grad_output: tf.Tensor
 ) -> list[tf.Tensor | None]:
-    """Gradients of inputs and offset, if a tape asks for them."""
+    """Computes gradients of inputs and offset, if a tape asks for them."""
     inputs, rois, *offset = op.inputs
     wanted = wanted_gradients(op)
     gradients = _library.tf_deform_deformable_roi_align_grad(
@@ -142,7 +141,7 @@ def _deformable_roi_align_grad(
 def _deformable_roi_align_grad_grad(
     op: tf.Operation, *grads: tf.Tensor | None
 ) -> list[tf.Tensor | None]:
-    """Gradients of the gradients, in stock TensorFlow ops."""
+    """Computes gradients of the gradients, in stock TensorFlow ops."""
     attributes = {name: op.get_attr(name) for name in _ATTRIBUTES}
     return second_gradients(
         op,
@@ -155,10 +154,10 @@ def _deformable_roi_align_grad_grad(
 
 
 def _flops(op: tf.Operation, outputs: tf.Tensor, gradients: int = 1) -> int:
-    """8 * outputs * samples, and as much for each gradient.
+    """Counts 8 * outputs * samples, and the same for each gradient.
 
-    Where the number of samples depends on the ROI, 2 x 2 are counted, which is
-    what detectors set.
+    If the number of samples depends on the ROI, it counts 2 x 2 samples, the
+    number that detectors set.
     """
     ratio = op.get_attr("sampling_ratio")
     samples = (ratio if ratio > 0 else 2) ** 2

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stands for @rules_cc: the rules that are built into Bazel."""
+"""Replaces @rules_cc by the rules that are built into Bazel."""
 
 cc_binary = native.cc_binary
 cc_import = native.cc_import
@@ -13,6 +13,6 @@ fdo_profile = native.fdo_profile
 objc_import = native.objc_import
 objc_library = native.objc_library
 
-# Not needed here, but loaded by Bazel's own packages.
+# This rule is not needed here, but Bazel's own packages load it.
 cc_flags_supplier = None
 compiler_flag = None
