@@ -257,10 +257,7 @@ np.savez(sys.argv[1] + "/saved_model.npz", *model.serve(calls))
 
 
 def test_a_fresh_process_loads_the_model(tmp_path, run_python):
-    """Tests a .keras file and a SavedModel.
-
-    The process only runs `import tf_deform`.
-    """
+    """Tests that `import tf_deform` suffices for both kinds of files."""
     model = functional_model()
     expected = model.predict_on_batch(model_call())
     np.savez(tmp_path / "calls.npz", *model_call())
@@ -457,10 +454,7 @@ def test_training_inside_xla(kind, config):
 
 @every_kind
 def test_training_without_the_bridge_to_xla(kind, monkeypatch):
-    """Tests a package without XLA, as beside an older TensorFlow.
-
-    If asked for XLA, Keras declines.
-    """
+    """Tests that Keras declines XLA, as beside an older TensorFlow."""
     monkeypatch.setattr(_build_info, "XLA", False)
     call = own_call(kind)
     layer = new(kind)
@@ -482,7 +476,7 @@ def test_training_without_the_bridge_to_xla(kind, monkeypatch):
 def test_keras_own_test_of_layers(kind, config):
     """Tests config, building, symbolic and eager calls, mixed types, training.
 
-    Its trainer calls only layers of one argument. Regions are 0, 1 or 2.
+    Keras' test trains only layers of one argument. Regions are 0, 1 or 2.
     """
     shapes = {
         f"{k}_shape": (3, *v.shape[1:]) for k, v in own_call(kind).items()

@@ -183,8 +183,7 @@ def test_one_tensor_in_several_places(
     np.testing.assert_allclose(received, expected, rtol=TOLERANCE)
 
 
-# A call whose operands all depend on one tensor, in the constructs that may
-# hold it.
+# Calls whose operands all depend on one tensor, alone and in constructs.
 OPS = {
     "convolve": (convolve, (2, 4, 3, 2)),
     "psroi_pool": (psroi_pool, (2, 2, 3, 2)),
@@ -555,10 +554,7 @@ def test_hessians_and_third_derivatives():
 
 
 def test_a_gradient_penalty_trains_a_model():
-    """Trains a critic for two steps.
-
-    Its gradient by its input is held near 1.
-    """
+    """Trains a critic while its gradient by its input is held near 1."""
     model = keras.Sequential(
         [
             keras.Input((8, 8, 2)),
