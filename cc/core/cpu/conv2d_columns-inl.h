@@ -2,7 +2,7 @@
 // Samples tiles of columns of a deformable convolution, for one instruction
 // set.
 //
-// No include guard: see simd-inl.h.
+// The file has no include guard: see simd-inl.h.
 
 namespace tf_deform {
 namespace cpu {

@@ -2,7 +2,7 @@
 // Adds gradients of columns to the gradients of inputs, offset and mask of a
 // deformable convolution on the CPU.
 //
-// No include guard: see simd-inl.h.
+// The file has no include guard: see simd-inl.h.
 
 namespace tf_deform {
 namespace cpu {

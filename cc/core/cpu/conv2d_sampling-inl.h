@@ -2,7 +2,7 @@
 // Finds the places where the taps of a deformable convolution read, for one
 // instruction set.
 //
-// No include guard: see simd-inl.h.
+// The file has no include guard: see simd-inl.h.
 //
 // Indices: n image, q pixel of an image's output (row major), r row of a
 // bundle's columns = tap * bundle.channels + channel within the bundle. "Group"

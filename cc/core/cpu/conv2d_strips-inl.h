@@ -2,7 +2,7 @@
 // Divides the gradient of the inputs of a deformable convolution on the CPU
 // among workers.
 //
-// No include guard: see simd-inl.h.
+// The file has no include guard: see simd-inl.h.
 //
 // The output of each image is divided into strips of pixels. While a strip is
 // worked on, it owns the rows of the gradient of the inputs around it.

@@ -2,7 +2,7 @@
 // Runs deformable convolution on the CPU, for one instruction set, tile by
 // tile.
 //
-// No include guard: see simd-inl.h.
+// The file has no include guard: see simd-inl.h.
 //
 // The convolution is a matrix product of columns (a row for every output pixel;
 // an entry for every tap and channel: the sample there times its mask) and the

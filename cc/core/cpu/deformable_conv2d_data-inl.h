@@ -2,7 +2,7 @@
 // Computes the gradients of a deformable convolution on the CPU: of inputs,
 // offset and mask, and of small kernels.
 //
-// No include guard: see simd-inl.h.
+// The file has no include guard: see simd-inl.h.
 
 namespace tf_deform {
 namespace cpu {

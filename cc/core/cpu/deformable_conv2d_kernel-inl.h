@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Computes the gradient of the kernel of a deformable convolution on the CPU.
 //
-// No include guard: see simd-inl.h.
+// The file has no include guard: see simd-inl.h.
 
 namespace tf_deform {
 namespace cpu {

@@ -2,7 +2,7 @@
 // Deformable position-sensitive ROI pooling on the CPU, for one instruction
 // set.
 //
-// No include guard: see simd-inl.h.
+// The file has no include guard: see simd-inl.h.
 
 #include "cc/core/cpu/simd-inl.h"
 // Each of the next files builds on those before.

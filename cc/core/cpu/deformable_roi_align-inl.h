@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Deformable ROIAlign on the CPU, for one instruction set.
 //
-// No include guard: see simd-inl.h.
+// The file has no include guard: see simd-inl.h.
 
 #include "cc/core/cpu/simd-inl.h"
 // Each of the next files builds on those before.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Computes the matrix product of a tile: C (m x n) = or += A (m x k) B (k x n).
 //
-// No include guard: see simd-inl.h.
+// The file has no include guard: see simd-inl.h.
 //
 // B is packed in panels of kPanel columns (two vectors): panel after panel,
 // each k rows of kPanel elements, zeros past n. A last panel of at most one

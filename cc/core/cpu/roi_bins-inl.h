@@ -2,7 +2,7 @@
 // Finds the bins of a ROI and the pixels that the bins read, on the CPU, for
 // one instruction set.
 //
-// No include guard: see simd-inl.h.
+// The file has no include guard: see simd-inl.h.
 //
 // A bin's samples form a grid, y_i by x_j, and whether a sample counts is
 // decided along each axis alone. So the sum of the bin's bilinear samples is

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Pools narrow classes on the CPU, many channels at once.
 //
-// No include guard: see simd-inl.h.
+// The file has no include guard: see simd-inl.h.
 //
 // If few channels share a displacement, the weights of as many channels as a
 // vector has lanes are found together, and each lane reads its own pixels.

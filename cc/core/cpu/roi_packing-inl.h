@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Repacks images for pooling on the CPU.
 //
-// No include guard: see simd-inl.h.
+// The file has no include guard: see simd-inl.h.
 //
 // The channels of position-sensitive maps are ordered (output channel, cell),
 // but a bin reads all output channels of one cell. So the passes work on

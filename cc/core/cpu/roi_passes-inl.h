@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Computes forward and the gradients of both pooling operators on the CPU.
 //
-// No include guard: see simd-inl.h.
+// The file has no include guard: see simd-inl.h.
 //
 //   PoolPass        Tasks are ROIs. A bin is the weighted sum of its pixels.
 //   DisplacePass    Tasks are ROIs. The gradient of a displacement is the same

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Defines scratch, tasks and element types for the passes of every operator.
 //
-// No include guard: see simd-inl.h.
+// The file has no include guard: see simd-inl.h.
 
 namespace tf_deform {
 namespace cpu {
