@@ -45,7 +45,7 @@ struct DeformableROIAlignParams {
   double spatial_scale = 1;  // map pixels per image pixel
   double gamma = 0.1;
   int64_t pooled_h = 1, pooled_w = 1;
-  int64_t sampling_ratio = 0;  // samples along each axis of a bin
+  int64_t sampling_ratio = 0;  // samples along an axis of a bin; 0: by its size
 
   // Validate sets these sizes; -1 if no shape tells the size.
   int64_t batch = -1, height = -1, width = -1, channels = -1;
@@ -116,7 +116,8 @@ struct DeformableROIAlign
 namespace cpu {
 
 // Returns the bytes of scratch memory that Forward needs: less than 4 MiB for
-// each worker unless bins have more than 100000 samples along an axis, and
+// each worker for maps of at most 250000 channels and bins of at most 20000
+// samples along an axis, and
 // never less for more workers. `params` must be validated.
 int64_t WorkspaceBytes(const DeformableROIAlignParams& params, DataType type,
                        int num_workers);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Defines the description of an op, from which templates make all glue.
 //
-// Every contract ends with a struct that describes its op once:
+// Every contract has a struct that describes its op once:
 //
 //   struct X : OpTypes<XParams, XShapes, XInputs, XGradients> {
 //     static constexpr char kName[] = "X";

@@ -67,3 +67,20 @@ def test_roi_pooling(op, size, rois, dtype):
             *common,
             ctypes.byref(wanted),
         )
+
+
+@pytest.mark.parametrize("dtype", core.DTYPES)
+@pytest.mark.parametrize(("samples", "channels"), [(20000, 250000), (1, 1)])
+def test_roi_align_keeps_to_4_mib_a_worker(samples, channels, dtype):
+    """Tests the most samples and channels for which the contract says so."""
+    params = core.validate_roi(
+        "DeformableROIAlign",
+        (1, 2**17, 2**17, channels),
+        (3, 5),
+        spatial_scale=1.0,
+        pooled_size=(1, 1),
+        sampling_ratio=samples,
+    )
+    function = core._roi_function("DeformableROIAlign", "CpuWorkspaceBytes")
+    num_bytes = function(ctypes.byref(params), core.DTYPES[dtype], 3)
+    assert num_bytes < 3 * 2**22
