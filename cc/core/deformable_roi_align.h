@@ -116,9 +116,9 @@ struct DeformableROIAlign
 namespace cpu {
 
 // Returns the bytes of scratch memory that Forward needs: less than 4 MiB for
-// each worker for maps of at most 250000 channels and bins of at most 20000
-// samples along an axis, and
-// never less for more workers. `params` must be validated.
+// each worker, for maps of at most 250000 channels and bins of at most 20000
+// samples along an axis; never less for more workers. `params` must be
+// validated.
 int64_t WorkspaceBytes(const DeformableROIAlignParams& params, DataType type,
                        int num_workers);
 
