@@ -70,6 +70,24 @@ def test_an_output_that_is_missing():
         _common.compare([sample], lambda _: {"z": 0}, PATH, 1)
 
 
+@pytest.mark.parametrize("received", [(1.0, 2.0), (2.0, 1.0)])
+def test_the_largest_difference_of_all_samples_counts(received):
+    """Tests a difference in the first sample alone, and in the last alone."""
+    samples = [
+        _common.Sample({"x": np.zeros(2)}, {"y": np.full(3, 2.0)}) for _ in "ab"
+    ]
+    outputs = iter(received)
+
+    def run(_):
+        return {"y": np.full(3, next(outputs))}
+
+    found = _common.compare(samples, run, PATH, np.inf)
+    assert found == {"y": pytest.approx(0.5)}
+    outputs = iter(received)
+    with pytest.raises(RuntimeError, match="Nothing was written"):
+        _common.compare(samples, run, PATH, 0.4)
+
+
 def test_a_model_that_gives_other_shapes(tmp_path):
     """Tests a model of unknown batch and time.
 
