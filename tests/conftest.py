@@ -114,7 +114,7 @@ def _run_python(script: str, *arguments: object, **environment: object) -> str:
     return result.stdout
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_python() -> Callable[..., str]:
     """Runs a script in a process of its own and returns its output.
 
@@ -129,7 +129,7 @@ def run_python() -> Callable[..., str]:
     return run
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_python_as_it_is() -> Callable[..., str]:
     """Does the same with TensorFlow's own settings."""
     return _run_python

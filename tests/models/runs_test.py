@@ -19,10 +19,11 @@ import tensorflow as tf
 from detection import detector, serve, train
 from detection_test import encode, random_images
 
-# The scripts, and the arms that they compare by default.
+# The scripts, the arms that they compare by default, and what they export. All
+# formats of the detector are tested in demo_formats_test.py.
 EXAMPLES = {
-    "segmentation": (segmentation, ("plain", "dcn-v2")),
-    "detection": (train, ("plain", "both")),
+    "segmentation": (segmentation, ("plain", "dcn-v2"), []),
+    "detection": (train, ("plain", "both"), ["--formats", "portable"]),
 }
 SMALL = ["--train", "64", "--val", "4", "--test", "8"]
 SMALL += ["--steps", "20", "--epoch-steps", "2"]
@@ -50,7 +51,8 @@ def finished(tmp_path_factory):
     @functools.cache
     def finish(name: str) -> tuple[pathlib.Path, str]:
         out = tmp_path_factory.mktemp(name) / "run"
-        return out, run(EXAMPLES[name][0], out)
+        script, _, formats = EXAMPLES[name]
+        return out, run(script, out, *formats)
 
     return finish
 
@@ -58,7 +60,7 @@ def finished(tmp_path_factory):
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_writes_everything_that_it_promises(name, finished):
     out, printed = finished(name)
-    plain, deformable = EXAMPLES[name][1]
+    _, (plain, deformable), _ = EXAMPLES[name]
     metrics = json.loads((out / "metrics.json").read_text())
     arms = {result["arm"]: result for result in metrics["results"]}
     assert set(arms) == {plain, deformable}
@@ -67,10 +69,10 @@ def test_writes_everything_that_it_promises(name, finished):
     assert f"| {deformable} |" in printed
     assert not list((out / "runs").glob("*/*.weights.h5"))
     exported = metrics["exports"]
-    formats = {"saved_model_portable", "model.onnx", "model.tflite"}
+    formats = {"saved_model_portable"}
     pictures = ["sampling.png", "predictions.png"]
     if name == "segmentation":
-        formats.add("saved_model")
+        formats |= {"saved_model", "model.onnx", "model.tflite"}
         assert all(0 <= result["miou"] <= 1 for result in arms.values())
         for differences in exported.values():
             assert differences["output_0"] <= 1e-4
@@ -197,7 +199,7 @@ def test_a_finished_run_is_not_trained_again(finished, call):
 )
 def test_other_settings_do_not_continue_a_run(name, arguments, finished, call):
     out, _ = finished(name)
-    script, _ = EXAMPLES[name]
+    script = EXAMPLES[name][0]
     said = call(script, *command(script, out, *arguments), fails=True)
     assert "Expected" in said and "Received" in said
 
@@ -205,7 +207,7 @@ def test_other_settings_do_not_continue_a_run(name, arguments, finished, call):
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_a_killed_run_resumes_where_it_was(name, finished, tmp_path):
     whole, _ = finished(name)
-    script, (_, arm) = EXAMPLES[name]
+    script, (_, arm), _ = EXAMPLES[name]
     arguments = (script, tmp_path, "--arms", arm, "--formats")
     folder = pathlib.Path("runs") / f"{arm}-seed0"
     process = subprocess.Popen(
