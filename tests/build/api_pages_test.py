@@ -8,6 +8,7 @@ import re
 import runpy
 import sys
 
+import pdoc
 import pytest
 
 import tf_deform
@@ -69,7 +70,8 @@ class Page(html.parser.HTMLParser):
 
 
 def build(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Builds the pages as the command does."""
+    """Builds the pages as the command does, anew."""
+    pdoc.doc.Module.from_name.__func__.cache_clear()
     monkeypatch.setattr(sys, "argv", ["api.py", str(folder)])
     runpy.run_path(str(ROOT / "docs/api.py"), run_name="__main__")
 

@@ -47,6 +47,7 @@ def work():
 FORK = """
 import json, traceback
 os.chdir(sys.argv[2])
+OTHER = os.path.abspath("other.so")
 for name, script in json.loads(sys.argv[1]).items():
     child = os.fork()
     if child:
@@ -87,8 +88,8 @@ loaded = tf.saved_model.load("model")
 print(tf.reduce_sum(loaded.run(tf.ones((1, 4, 5, 2)))))
 work()
 """,
-    "other first": "load('./other.so'); attempt(ours); attempt(ours)",
-    "other afterwards": "ours(); attempt(load, './other.so'); work()",
+    "other first": "load(OTHER); attempt(ours); attempt(ours)",
+    "other afterwards": "ours(); attempt(load, OTHER); work()",
     # Ops are registered without TensorFlow's functions for them.
     "something else": """
 import ctypes

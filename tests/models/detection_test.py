@@ -29,14 +29,20 @@ def random_images(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 
 
+def displace(model: keras.Model) -> None:
+    """Gives the branches weights, so that samples are displaced."""
+    for variable in model.trainable_variables:
+        if "offset" in variable.path:
+            variable.assign(tf.random.normal(variable.shape, stddev=0.1))
+
+
 def make_detector(arm: str, image_size: int | None = 64) -> detector.Detector:
     """Makes a detector that displaces and has varied scores, as if trained."""
     keras.utils.set_random_seed(2)
     model = detector.Detector(arm, image_size=image_size)
+    displace(model)
     for variable in model.trainable_variables:
-        if "offset" in variable.path:
-            variable.assign(tf.random.normal(variable.shape, stddev=0.1))
-        elif "score_maps/kernel" in variable.path:
+        if "score_maps/kernel" in variable.path:
             variable.assign(10 * variable)
     return model
 
@@ -162,14 +168,12 @@ def test_any_image_size_is_the_same_network(tmp_path):
         losses.append(model.compute_loss(y=truth, y_pred=outputs))
     np.testing.assert_array_equal(*losses)
     found = fixed.detect(images)
-    for name, value in free.detect(images).items():
-        np.testing.assert_array_equal(value, found[name])
-    free.save(tmp_path / "free.keras")
-    again = keras.saving.load_model(tmp_path / "free.keras")
-    for name, value in again.detect(images).items():
-        np.testing.assert_array_equal(value, found[name])
-    with pytest.raises(ValueError, match="`image_size`.*Received.*None"):
-        export.make_server(free, CATEGORIES)
+    for model in (fixed, free):
+        model.save(tmp_path / "model.keras")
+        again = keras.saving.load_model(tmp_path / "model.keras")
+        for same in (model, again):
+            for name, value in same.detect(images).items():
+                np.testing.assert_array_equal(value, found[name])
 
 
 @pytest.mark.parametrize(
@@ -214,32 +218,21 @@ def test_all_arms_start_as_the_same_network():
             )
 
 
-@pytest.mark.parametrize(
-    "boxes",
-    [
-        [],
-        [(10, 20, 11, 21)],
-        [(63, 63, 64, 64), (0, 0, 1, 1)],
-        [(-20, -30, 30, 90)],
-        [(70, 70, 90, 90)],
-        [(30, 30, 30, 30)],
-        [(0, 0, 64, 64), (1e6, -1e6, 2e6, 3e6), (5, 6, 25, 36)],
-    ],
-    ids=[
-        "none",
-        "one-pixel",
-        "corners",
-        "leaving",
-        "outside",
-        "empty",
-        "far-away",
-    ],
-)
+BOXES = {
+    "none": [],
+    "one-pixel": [(10, 20, 11, 21)],
+    "corners": [(63, 63, 64, 64), (0, 0, 1, 1)],
+    "leaving": [(-20, -30, 30, 90)],
+    "outside": [(70, 70, 90, 90)],
+    "empty": [(30, 30, 30, 30)],
+    "far-away": [(0, 0, 64, 64), (1e6, -1e6, 2e6, 3e6), (5, 6, 25, 36)],
+}
+
+
+@pytest.mark.parametrize("boxes", BOXES.values(), ids=BOXES)
 def test_loss_and_gradients_are_finite(boxes):
     model = detector.Detector("both")
-    for variable in model.trainable_variables:
-        if "offset" in variable.path:
-            variable.assign(tf.random.normal(variable.shape, stddev=0.1))
+    displace(model)
     truth = np.full((2, 3, 4), -1, "float32")
     labels = np.full((2, 3), -1, "int32")
     for i, box in enumerate(boxes):
@@ -257,17 +250,13 @@ def test_loss_and_gradients_are_finite(boxes):
         assert np.all(np.isfinite(gradient)), variable.path
 
 
-def test_a_detector_survives_saving(tmp_path):
-    model = detector.Detector("both")
-    images = random_images(3, 64, 64, 1)
-    model.save(tmp_path / "model.keras")
-    again = keras.saving.load_model(tmp_path / "model.keras")
-    for name, value in model.detect(images).items():
-        np.testing.assert_array_equal(again.detect(images)[name], value)
+def test_bad_arguments():
     with pytest.raises(ValueError, match="Expected `arm`.*Received: 'other'"):
         detector.Detector("other")
     with pytest.raises(ValueError, match="multiple of 4 or None. Received: 30"):
         detector.Detector("plain", image_size=30)
+    with pytest.raises(ValueError, match="`image_size`.*Received.*None"):
+        export.make_server(detector.Detector("plain", 11, None), CATEGORIES)
 
 
 def test_average_precision_of_right_and_of_no_detections(tmp_path, capsys):

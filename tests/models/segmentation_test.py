@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import segmentation
 import tensorflow as tf
-from detection_test import random_images
+from detection_test import displace, random_images
 
 from tf_deform import _loader
 
@@ -16,9 +16,7 @@ def make_model(image_size: int | None) -> keras.Model:
     """Makes a deformable model that displaces samples, like a trained model."""
     keras.utils.set_random_seed(2)
     model = segmentation.build_model("dcn-v2", image_size)
-    for variable in model.trainable_variables:
-        if "offset" in variable.path:
-            variable.assign(tf.random.normal(variable.shape, stddev=0.1))
+    displace(model)
     return model
 
 
