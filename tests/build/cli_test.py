@@ -3,6 +3,7 @@
 
 import os
 import pathlib
+import re
 import runpy
 import shutil
 import signal
@@ -44,14 +45,8 @@ def diagnose(*paths, **environment) -> tuple[int, dict[str, str]]:
     """Returns the doctor's exit status, and its findings by name."""
     paths = paths or (PACKAGE.parent,)
     result = run(COMMAND, "doctor", paths=paths, **environment)
-    findings: dict[str, str] = {}
-    for line in result.stdout.splitlines():
-        if line.startswith(" "):
-            name = list(findings)[-1]
-            findings[name] += "\n" + line.strip()
-        else:
-            name, finding = line.split(":", 1)
-            findings[name] = finding.strip()
+    found = re.findall(r"^(\S.*?): *(.*(?:\n .*)*)", result.stdout, re.M)
+    findings = {name: re.sub(r"\n +", "\n", text) for name, text in found}
     assert result.stderr == ""
     return result.returncode, findings
 
@@ -138,20 +133,20 @@ def test_answers_that_need_no_tensorflow(
     assert other == ""
 
 
-@pytest.mark.parametrize("implementation", ["", "portable"])
-def test_the_module_is_the_command(implementation):
-    variables = {"TF_DEFORM_IMPLEMENTATION": implementation}
-    module = run(MODULE, "library", **variables)
-    assert module.returncode == 0
-    assert module.stdout == f"{_loader.LIBRARY}\n"
-
-
-def test_the_module_without_a_command(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["tf_deform"])
+@pytest.mark.parametrize("arguments, status", [([], 2), (["library"], 0)])
+def test_the_module_is_the_command(arguments, status, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["tf_deform", *arguments])
     with pytest.raises(SystemExit) as error:
         runpy.run_module("tf_deform", run_name="__main__")
-    assert error.value.code == 2
-    assert capsys.readouterr().err == run(COMMAND).stderr
+    command = run(COMMAND, *arguments)
+    assert error.value.code == command.returncode == status
+    assert capsys.readouterr() == (command.stdout, command.stderr)
+
+
+def test_the_module_without_native_ops():
+    module = run(MODULE, "library", TF_DEFORM_IMPLEMENTATION="portable")
+    assert module.returncode == 0
+    assert module.stdout == f"{_loader.LIBRARY}\n"
 
 
 def test_pip_installs_the_command(metadata):

@@ -61,17 +61,10 @@ def assert_close(
         raise AssertionError(f"{case}: {problem}" if str(case) else problem)
 
 
-def assert_equal(
-    actual: Any,
-    expected: Any,
-    *,
-    case: object = "",
-    name: str = "result",
-    dtype: object = None,
-) -> None:
+def assert_equal(actual: Any, expected: Any, **options: object) -> None:
     """Compares as `assert_close` does, without any error allowed."""
     __tracebackhide__ = True
-    assert_close(actual, expected, case=case, name=name, dtype=dtype)
+    assert_close(actual, expected, EXACT, **options)
 
 
 def assert_same_bits(

@@ -139,18 +139,20 @@ def test_of_equal_scores_the_first_comes_first(jit_compile):
 @pytest.mark.parametrize("image_size", [64, None])
 def test_xla_detects_the_same(image_size):
     model = make_detector("both", image_size)
+
+    def run(images):
+        return model(images), model.detect(images)
+
     images = random_images(2, 64, 64, 1)
-    compiled = tf.function(model, jit_compile=True)(images)
-    outputs = model(images)
+    outputs, found = run(images)
+    compiled, detected = tf.function(run, jit_compile=True)(images)
     for name in ("objectness", "proposals", "logits", "box_deltas"):
         np.testing.assert_allclose(compiled[name], outputs[name], atol=1e-4)
-    compiled = tf.function(model.detect, jit_compile=True)(images)
-    found = model.detect(images)
     assert np.all(found["valid"].numpy() > 3)
-    np.testing.assert_array_equal(compiled["valid"], found["valid"])
-    np.testing.assert_array_equal(compiled["labels"], found["labels"])
-    np.testing.assert_allclose(compiled["boxes"], found["boxes"], atol=1e-3)
-    np.testing.assert_allclose(compiled["scores"], found["scores"], atol=1e-4)
+    np.testing.assert_array_equal(detected["valid"], found["valid"])
+    np.testing.assert_array_equal(detected["labels"], found["labels"])
+    np.testing.assert_allclose(detected["boxes"], found["boxes"], atol=1e-3)
+    np.testing.assert_allclose(detected["scores"], found["scores"], atol=1e-4)
 
 
 def test_any_image_size_is_the_same_network(tmp_path):
@@ -176,11 +178,16 @@ def test_any_image_size_is_the_same_network(tmp_path):
                 np.testing.assert_array_equal(value, found[name])
 
 
+@pytest.fixture(scope="module")
+def models() -> dict[int | None, detector.Detector]:
+    return {size: make_detector("both", size) for size in (64, None)}
+
+
 @pytest.mark.parametrize(
     "height, width", [(96, 48), (32, 128), (4, 4), (4, 12), (30, 45), (1, 1)]
 )
-def test_images_of_any_size(height, width):
-    model = make_detector("both", None)
+def test_images_of_any_size(height, width, models):
+    model = models[None]
     images = random_images(2, height, width, 1)
     outputs = model(images)
     cells = -(-height // detector.STRIDE), -(-width // detector.STRIDE)
@@ -230,9 +237,8 @@ BOXES = {
 
 
 @pytest.mark.parametrize("boxes", BOXES.values(), ids=BOXES)
-def test_loss_and_gradients_are_finite(boxes):
-    model = detector.Detector("both")
-    displace(model)
+def test_loss_and_gradients_are_finite(boxes, models):
+    model = models[64]
     truth = np.full((2, 3, 4), -1, "float32")
     labels = np.full((2, 3), -1, "int32")
     for i, box in enumerate(boxes):
