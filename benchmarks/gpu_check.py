@@ -62,17 +62,14 @@ def count_gpus() -> int:
 
 def find_missing(options: argparse.Namespace) -> list[str]:
     """Returns a list of missing requirements of this machine."""
-    found = []
-    if not options.emulate:
-        if not count_gpus():
-            found.append("a GPU with its driver")
-        if not options.core and not build.find_nvcc():
-            found.append("nvcc")
+    needed = {
+        "a GPU with its driver": options.emulate or count_gpus(),
+        "nvcc": options.emulate or options.core or build.find_nvcc(),
+    }
     packages = {"torch": "PyTorch", "numpy": "NumPy", "pytest": "pytest"}
     for package, title in packages.items():
-        if importlib.util.find_spec(package) is None:
-            found.append(title)
-    return found
+        needed[title] = importlib.util.find_spec(package)
+    return [title for title, found in needed.items() if not found]
 
 
 # The functions below choose and run sections and units.
@@ -214,19 +211,18 @@ class Check:
         # time.
         collect = [*PYTEST, "--collect-only", "-k", "not 32_bits"]
         for file in files:
+            unit = f"{tool}, {file}"
             status, listed = self.run(tool, [*collect, file])
             chosen = choose_cases(listed.splitlines(), CHECK_CASES[tool])
             if status != 0 or not chosen:
-                text = "no tests could be collected"
-                self.close(f"{tool}, {file}", text, failed=True)
+                self.close(unit, "no tests could be collected", failed=True)
                 continue
             status, printed = self.run(
                 tool,
                 [*command, *PYTEST, *chosen],
                 PYTORCH_NO_CUDA_MEMORY_CACHING="1",
             )
-            text, failed = judge_check(status, printed, len(chosen))
-            self.close(f"{tool}, {file}", text, failed)
+            self.close(unit, *judge_check(status, printed, len(chosen)))
 
 
 def find_architecture() -> list[str]:
