@@ -21,11 +21,11 @@ PATHS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [path.relative_to(ROOT).as_posix() for path in PATHS]
 # Beginnings of commands, and of Python blocks, that this test does not run.
 SKIPPED = {
-    "make demo": "takes minutes; segmentation_test and detection_test train",
+    "make demo": "takes minutes; runs_test.py trains",
     "make test": "is what runs this test",
     "pip install": "installs",
     ".venv/bin/python examples/detection/serve.py": "needs a trained detector; "
-    "detection_test runs it",
+    "runs_test.py runs it",
     "tensorflowjs_converter": "needs an environment of its own",
     "from tensorflowjs": "needs an environment of its own",
 }
