@@ -204,36 +204,44 @@ def test_other_settings_do_not_continue_a_run(name, arguments, finished, call):
     assert "Expected" in said and "Received" in said
 
 
-# Runs a script that ends in the middle of its third epoch.
-KILLED = """
+# Runs a script after a change of its module `runs`.
+CHANGED = """
 import os, runpy, signal, sys
-sys.path.insert(0, os.path.dirname(sys.argv[1]))
+sys.path.insert(0, os.path.dirname(sys.argv[2]))
 import runs
 
 def kill(self, batch, logs=None):
     if int(self.model.optimizer.iterations) == 5:
         os.kill(os.getpid(), signal.SIGKILL)
 
-runs.SaveState.on_train_batch_end = kill
-sys.argv[:] = sys.argv[2:]
+exec(sys.argv[1])
+sys.argv[:] = sys.argv[3:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+# The run ends in the middle of its third epoch, or after training: it neither
+# draws nor exports.
+KILLED = "runs.SaveState.on_train_batch_end = kill"
+TRAINED = "runs.report = lambda *_: sys.exit(0)"
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_a_killed_run_resumes_where_it_was(name, finished, tmp_path):
     whole, _ = finished(name)
     script, (_, arm), _ = EXAMPLES[name]
-    arguments = (script, tmp_path, "--arms", arm, "--formats")
+    arguments = command(script, tmp_path, "--arms", arm)
     folder = pathlib.Path("runs") / f"{arm}-seed0"
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, runs.__file__, *command(*arguments)],
-        capture_output=True,
-        text=True,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert not (tmp_path / folder / "result.json").exists()
-    assert "from step 4 to 20" in run(*arguments)
+    for change, status, start in (
+        (KILLED, -signal.SIGKILL, 0),
+        (TRAINED, 0, 4),
+    ):
+        assert not (tmp_path / folder / "result.json").exists()
+        result = subprocess.run(
+            [sys.executable, "-uc", CHANGED, change, runs.__file__, *arguments],
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == status, result.stderr
+        assert f"from step {start} to 20" in result.stdout
 
     logs, results, weights = [], [], []
     for out in (whole / folder, tmp_path / folder):
