@@ -6,6 +6,8 @@ import keras
 import numpy as np
 from operands import random
 
+from tf_deform.layers import DeformableConv2D
+
 FILES = ("weights.h5", "weights.json", "keras", "h5", "legacy weights")
 layers = keras.layers
 
@@ -45,12 +47,10 @@ def values(model):
 
 def chain(layer, name):
     """Makes convolutions of one shape, which only names or order tell apart."""
+    kinds = [layers.Conv2D, layer] * 2 + [layers.Conv2D]
     return [
-        layers.Conv2D(4, 3, padding="same", name=name("a")),
-        layer(4, 3, padding="same", name=name("b")),
-        layers.Conv2D(4, 3, padding="same", name=name("c")),
-        layer(4, 3, padding="same", name=name("d")),
-        layers.Conv2D(4, 3, padding="same", name=name("e")),
+        kind(4, 3, padding="same", name=name(letter))
+        for kind, letter in zip(kinds, "abcde", strict=True)
     ]
 
 
@@ -147,15 +147,8 @@ def make_subclassed(layer, name):
     return model
 
 
-MAKERS = [
-    make_chain,
-    make_sequential,
-    make_residual,
-    make_nested,
-    make_shared,
-    make_wrapped,
-    make_subclassed,
-]
+MAKERS = [make_chain, make_sequential, make_residual, make_nested]
+MAKERS += [make_shared, make_wrapped, make_subclassed]
 
 
 def named(name):
@@ -166,14 +159,16 @@ def unnamed(name):
     return None
 
 
-def image_for(model):
-    shape = getattr(model, "input_shape", None) or (1, 7, 8, 4)
-    return random(2, *shape[1:])
+def plain_and_twin(folder, make=make_chain, name=named, kind="weights.h5"):
+    """Returns a plain model, its file, and a deformable twin of new weights."""
+    plain = fill(make(layers.Conv2D, name))
+    return plain, save(plain, folder, kind), make(DeformableConv2D, name)
 
 
 def assert_is_twin(model, plain):
     """Checks that outputs are the same, and that branches are zero."""
-    image = image_for(plain)
+    shape = getattr(plain, "input_shape", None) or (1, 7, 8, 4)
+    image = random(2, *shape[1:])
     np.testing.assert_allclose(model(image), plain(image), 1e-5, 1e-5)
     for weight in model.weights:
         if "offset" in weight.path:
