@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from compare import assert_close, assert_equal
-from exported import FORMATS, run, write
+from exported import CLOSE, FORMATS, run, write
 from layer_cases import (
     BRANCHES,
     KINDS,
@@ -20,13 +20,13 @@ from layer_cases import (
     built,
     by_the_op,
     displace,
-    displaced,
     given_call,
     in_mode,
     model_of,
     new,
     output_shape,
     own_call,
+    regions,
     value_and_gradients,
 )
 from operands import random
@@ -48,9 +48,11 @@ def change_bias(layer: keras.layers.Layer, place: object, value: float) -> None:
     layer.offset_bias.assign(bias)
 
 
-def one_field_is_nan(kind: str, place: int = 5, **config) -> tuple:
-    """Returns a layer with a NaN in its bias, and the outputs that use it."""
-    layer = displaced(kind, **config)
+def field_of(kind: str, place: int = 5) -> tuple:
+    """Returns the place of a number of the bias, and the outputs that use it.
+
+    Of the convolution any place can be chosen.
+    """
     nan = np.zeros(output_shape(kind), bool)
     if kind == "conv2d":  # One field of all pixels: each pixel reads it.
         nan[:] = True
@@ -63,8 +65,7 @@ def one_field_is_nan(kind: str, place: int = 5, **config) -> tuple:
     else:  # [ph][pw][(dy, dx)]
         place = np.ravel_multi_index((2, 1, 0), (3, 4, 2))
         nan[:, 2, 1] = True
-    change_bias(layer, place, NAN)
-    return layer, nan
+    return place, nan
 
 
 # The convolution's first field, a middle one, and its last, a modulation.
@@ -77,10 +78,11 @@ def one_field_is_nan(kind: str, place: int = 5, **config) -> tuple:
     NATIVE + [("portable", mode) for mode in MODES if mode != "XLA"],
 )
 def test_nan_is_handed_on_to_what_it_is_for(kind, place, mode, implementation):
-    layer, nan = one_field_is_nan(kind, place, implementation=implementation)
-    clean, call = built(kind, "own", implementation=implementation)
-    expected = clean(**call).numpy()
+    layer, call = built(kind, "own", implementation=implementation)
+    place, nan = field_of(kind, place)
+    expected = layer(**call).numpy()
     expected[nan] = NAN
+    change_bias(layer, place, NAN)
     same = mode != "XLA" and implementation == "native"
     output = in_mode(layer, call, mode)(call)
     assert_close(output, expected, 0 if same else 1e-5)
@@ -121,14 +123,13 @@ def test_any_weight(kind, config):
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_type_and_format(kind, data_format, policy):
-    config = {"data_format": data_format, "dtype": policy}
-    layer, nan = one_field_is_nan(kind, **config)
-    clean, call = built(kind, "own", **config)
+    layer, call = built(kind, "own", data_format=data_format, dtype=policy)
+    assert np.all(np.isfinite(tf.cast(layer(**call), tf.float32)))
+    place, nan = field_of(kind)
+    change_bias(layer, place, NAN)
     if data_format == "channels_first":
         nan = np.moveaxis(nan, 3, 1)
-    output = tf.cast(layer(**call), tf.float32)
-    assert_equal(np.isnan(output), nan)
-    assert np.all(np.isfinite(tf.cast(clean(**call), tf.float32)))
+    assert_equal(np.isnan(tf.cast(layer(**call), tf.float32)), nan)
 
 
 @pytest.mark.parametrize("kind", POOLS)
@@ -298,50 +299,60 @@ def test_training_stops(kind, jit_compile):
 
 
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("kind", POOLS)
-def test_exported_pooling(kind, form, tmp_path):
-    if kind == "pool" and form in ("onnx", "litert"):
-        form = "predict"  # Same case as psroi: the layers use the same op.
-    layer, nan = one_field_is_nan(kind)
-    call = own_call(kind)
-    model, path = model_of(layer, call), tmp_path / "model"
-    if form == "predict":
-        output = model(call, training=False)
-    else:
-        write(form, model, path, sample=call, tolerance=np.inf)
-        (output,) = run(form, path, call).values()
-    assert_equal(np.isnan(output), nan)
+def test_exported_pooling_in_channels_first(form, tmp_path):
+    """Exports all layers over the same maps, with NaN in a field of each."""
+    maps = keras.Input((6, 11, 12), name="maps")
+    rois = keras.Input((5,), name="rois")
+    first = {"data_format": "channels_first"}
+    convolution = new("conv2d", filters=6, padding="same", **first)
+    pools = [new(kind, **first) for kind in POOLS]
+    convolved = convolution(maps)
+    wide = keras.layers.Concatenate(1)([convolved, *[maps] * 5])
+    outputs = [
+        pools[0](wide, rois, trans_inputs=maps),
+        pools[1](maps, rois),
+        pools[2](convolved, rois),
+    ]
+    model = keras.Model({"maps": maps, "rois": rois}, outputs)
+    call = {"maps": random(2, 6, 11, 12), "rois": regions()}
+    for layer in (convolution, *pools):
+        displace(layer)
+    nan = [field_of(kind) for kind in POOLS]
+    for layer, (place, _) in zip(pools, nan, strict=True):
+        change_bias(layer, place, NAN)
+    expected = [output.numpy() for output in model(call)]
+    for output, (_, where) in zip(expected, nan, strict=True):
+        assert_equal(np.isnan(output), np.moveaxis(where, 3, 1))
+    # Each writer compares its file with the model as well.
+    write(form, model, tmp_path / "model", sample=call)
+    outputs = run(form, tmp_path / "model", call)
+    outputs = [outputs[f"output_{index}"] for index in range(3)]
+    assert_close(outputs, expected, CLOSE)
 
 
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"modulation": None},
-        {"modulation": "sigmoid", "dilation_rate": 2, "boundary": "clamp"},
-    ],
-    ids=str,
-)
-def test_exported_convolution(config, form, tmp_path):
-    layer = convolution(**config)
-    x, path = random(2, 9, 8, 2), str(tmp_path / "model")
-    model = keras.Sequential(
-        [keras.Input((None, None, 2), name="image"), layer]
-    )
-
-    def run_file(image):
-        write(form, model, path)
-        return next(iter(run(form, path, {"image": image}).values()))
-
+def test_exported_convolutions(form, tmp_path):
+    """Tests a pixel that is NaN, and a branch that is infinite."""
+    layers = [
+        convolution(modulation=None),
+        convolution(dilation_rate=2, boundary="clamp"),
+        convolution(modulation=None),
+    ]
+    displace_by(layers[2], np.inf)
+    image = keras.Input((None, None, 2), name="image")
+    model = keras.Model(image, [layer(image) for layer in layers])
+    write(form, model, tmp_path / "model")
+    x = random(2, 9, 8, 2)
     nan = x.copy()
     nan[1, 4, 3] = NAN
-    expected = np.isnan(layer(nan))
-    assert expected.any() and not expected.all()
-    assert_equal(np.isnan(run_file(nan)), expected)
-    if "boundary" not in config:
-        displace_by(layer, np.inf)
-        y = run_file(np.zeros_like(x))
-        assert_equal(y, np.broadcast_to(layer.bias, y.shape))
+    outputs = run(form, tmp_path / "model", {"image": x})
+    bias = np.broadcast_to(layers[2].bias, (2, 9, 8, 4))
+    assert_equal(outputs["output_2"], bias)
+    outputs = run(form, tmp_path / "model", {"image": nan})
+    for index, expected in enumerate(map(np.isnan, model(nan))):
+        assert expected.any() and not expected.all()
+        received = np.isnan(outputs[f"output_{index}"])
+        assert_equal(received, expected, case=f"output {index}")
 
 
 @pytest.mark.parametrize("form", ["onnx", "litert"])
