@@ -12,6 +12,7 @@ import tensorflow as tf
 from plain_models import (
     FILES,
     MAKERS,
+    WITHOUT_NAMES,
     assert_is_twin,
     chain,
     fill,
@@ -42,6 +43,12 @@ from tf_deform.layers import (
     [
         *((kind, named, make) for kind in FILES[:4] for make in MAKERS),
         *((kind, unnamed, make) for kind in FILES[::3] for make in MAKERS),
+        *(
+            ("no names", name, make)
+            for name in (named, unnamed)
+            for make in MAKERS
+        ),
+        ("2.13", named, make_nested),
         ("weights.json", unnamed, make_residual),
         ("keras", unnamed, make_nested),
         ("legacy weights", named, make_residual),
@@ -62,7 +69,7 @@ def test_files(kind, name, make, tmp_path):
     report = tf_deform.load_plain_weights(model, path)
     assert_is_twin(model, plain)
     twice = make in (make_nested, make_wrapped) and not legacy
-    by_order = name is unnamed or twice
+    by_order = name is unnamed or twice or kind in WITHOUT_NAMES
     assert report.matched_by == ("order" if by_order else "name")
     # Every weight is in the file, once.
     loaded = sum(len(layer.loaded) for layer in report.layers)
@@ -88,39 +95,6 @@ def test_the_report(tmp_path):
         "offset_kernel, offset_bias",
         "  e: kernel, bias from layers/conv2d_4",
     ]
-
-
-def without_names(path):
-    """Removes names, as in files of Keras 2 and the first Keras 3."""
-    with h5py.File(path, "a") as file:
-        groups = []
-        file.visititems(lambda _, item: groups.append(item))
-        for item in groups:
-            item.attrs.pop("name", None)
-        # Keras 2 saved these names as well.
-        file["metrics/mean/vars/0"] = np.float32(3)
-        file["optimizer/vars/0"] = np.int64(3)
-
-
-@pytest.mark.parametrize("make", MAKERS)
-@pytest.mark.parametrize("name", [named, unnamed])
-def test_files_without_names(name, make, tmp_path):
-    plain, path, model = plain_and_twin(tmp_path, make, name)
-    without_names(path)
-    report = tf_deform.load_plain_weights(model, path)
-    assert report.matched_by == "order"
-    assert_is_twin(model, plain)
-
-
-def test_files_of_keras_2_13(tmp_path):
-    plain, path, model = plain_and_twin(tmp_path, make_nested)
-    without_names(path)
-    with h5py.File(path, "a") as file:
-        for outer in ("layers/functional/", ""):
-            old, new = "layers", "_layer_checkpoint_dependencies"
-            file.move(outer + old, outer + new)
-    tf_deform.load_plain_weights(model, path)
-    assert_is_twin(model, plain)
 
 
 def as_keras_2(path):

@@ -9,13 +9,22 @@ from operands import random
 from tf_deform.layers import DeformableConv2D
 
 FILES = ("weights.h5", "weights.json", "keras", "h5", "legacy weights")
+# Files of Keras 2 and the first Keras 3, and of Keras 2.13.
+WITHOUT_NAMES = ("no names", "2.13")
 layers = keras.layers
 
 
 def save(model, folder, kind="weights.h5"):
     """Saves a model, or its weights, as a user would."""
     path = folder / f"plain.{kind}"
-    if kind == "weights.json":
+    if kind in WITHOUT_NAMES:
+        path = save(model, folder)
+        with h5py.File(path, "a") as file:
+            without_names(file)
+            for outer in ("layers/functional/", "") if kind == "2.13" else ():
+                old, new = "layers", "_layer_checkpoint_dependencies"
+                file.move(outer + old, outer + new)
+    elif kind == "weights.json":
         largest = max(weight.numpy().nbytes for weight in model.weights)
         model.save_weights(path, max_shard_size=1.01 * largest / 2**30)
     elif kind == "weights.h5":
@@ -31,6 +40,16 @@ def save(model, folder, kind="weights.h5"):
     else:
         model.save(path)
     return path
+
+
+def without_names(file):
+    groups = []
+    file.visititems(lambda _, item: groups.append(item))
+    for item in groups:
+        item.attrs.pop("name", None)
+    # Keras 2 saved these names as well.
+    file["metrics/mean/vars/0"] = np.float32(3)
+    file["optimizer/vars/0"] = np.int64(3)
 
 
 def fill(model, seed=0):
