@@ -28,6 +28,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("kind", "config", "unused"),
     [(kind, {}, None) for kind in POOLS]
+    + [("psroi", {}, "trans")]  # plain pooling, for which a branch has no input
     + [
         ("conv2d", {"modulation": modulation}, unused)
         for modulation in MODULATIONS
@@ -61,10 +62,12 @@ def test_given_offset_groups(offset_groups, modulator):
     assert_close(layer(*call), by_hand(layer, *call), 1e-5)
 
 
-@every_kind
-def test_given_displacements_the_branch_does_not_run(kind):
+@pytest.mark.parametrize(
+    ("kind", "source"), [*[(k, "given") for k in KINDS], ("psroi", "plain")]
+)
+def test_the_branch_does_not_run(kind, source):
     """Tests that a branch full of NaN has no effect."""
-    layer, call = displaced(kind), given_call(kind)
+    layer, call = displaced(kind), CALLS[source](kind)
     before = layer(**call)
     branch = [v for v in layer.weights if v.name.startswith("offset_")]
     for variable in branch:

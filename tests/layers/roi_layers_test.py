@@ -109,16 +109,6 @@ def test_displacements_of_zero_are_none(kind, source):
     assert_equal(output, by_the_op(layer, call["inputs"], call["rois"]))
 
 
-def test_without_displacements_position_sensitive_pooling_is_plain():
-    """Tests plain pooling, for which a branch needs no input."""
-    call = plain_call("psroi")
-    layer = new("psroi")
-    plain = by_the_op(layer, *call.values())
-    assert_equal(layer(**call), plain)
-    assert layer.weights == []
-    assert_equal(displaced("psroi")(**call), plain)
-
-
 @pytest.mark.parametrize("kind", DENSE)
 def test_shapes_of_a_dense_branch(kind):
     layer = displaced(kind)
