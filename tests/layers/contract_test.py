@@ -474,7 +474,7 @@ def test_keras_own_test_of_layers(kind, config):
         {**KINDS[kind].config, **config},
         input_shape=shapes,
         input_dtype=dtypes,
-        expected_output_shape=(3, *KINDS[kind].output),
+        expected_output_shape=(3, *output_shape(kind)[1:]),
         expected_output_dtype="float32",
         expected_num_trainable_weights=2 if kind == "psroi" else 4,
         expected_num_non_trainable_weights=0,

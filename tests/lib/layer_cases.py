@@ -38,68 +38,53 @@ class Kind(NamedTuple):
 
     Attributes:
         layer: The class.
-        config: Arguments of its constructor, unless a test sets others.
         channels: Channels of `inputs`, with this config.
         given: The argument for displacements.
         displacements: Their shape for an image, or for a region.
         factor: The argument that scales them, if there is one.
-        output: The shape of the output for an image, or for a region.
+        config: Arguments of its constructor, unless a test sets others.
     """
 
     layer: type
-    config: dict
     channels: int
     given: str
     displacements: tuple[int, ...]
     factor: str | None
-    output: tuple[int, ...]
+    config: dict
 
 
-_REGIONS = {"pooled_size": (3, 4), "spatial_scale": 0.25}
+def _pooling(layer: type, *args: Any, **config: Any) -> Kind:
+    config |= {"pooled_size": (3, 4), "spatial_scale": 0.25}
+    return Kind(layer, *args, config)
+
+
 KINDS = {
     "conv2d": Kind(
         DeformableConv2D,
-        {"filters": 4, "kernel_size": 3, "modulation": "sigmoid"},
         6,
         "offset",
         (6, 7, 18),
         None,
-        (6, 7, 4),
+        {"filters": 4, "kernel_size": 3, "modulation": "sigmoid"},
     ),
-    "psroi": Kind(
-        DeformablePSROIPooling,
-        {
-            **_REGIONS,
-            "output_dim": 6,
-            "group_size": (3, 2),
-            "part_size": (2, 5),
-            "sample_per_part": 3,
-            "trans_std": 0.5,
-            "num_classes": 3,
-        },
-        36,
-        "trans",
-        (2, 5, 6),
-        "trans_std",
-        (3, 4, 6),
+    "psroi": _pooling(
+        *(DeformablePSROIPooling, 36, "trans", (2, 5, 6), "trans_std"),
+        output_dim=6,
+        group_size=(3, 2),
+        part_size=(2, 5),
+        sample_per_part=3,
+        trans_std=0.5,
+        num_classes=3,
     ),
-    "pool": Kind(
-        DeformableROIPooling,
-        {**_REGIONS, "sample_per_part": 3, "trans_std": 0.5},
-        6,
-        "offset",
-        (3, 4, 2),
-        "trans_std",
-        (3, 4, 6),
+    "pool": _pooling(
+        *(DeformableROIPooling, 6, "offset", (3, 4, 2), "trans_std"),
+        sample_per_part=3,
+        trans_std=0.5,
     ),
-    "align": Kind(
-        DeformableROIAlign,
-        {**_REGIONS, "sampling_ratio": 3, "gamma": 0.5},
-        6,
-        "offset",
-        (3, 4, 2),
-        "gamma",
-        (3, 4, 6),
+    "align": _pooling(
+        *(DeformableROIAlign, 6, "offset", (3, 4, 2), "gamma"),
+        sampling_ratio=3,
+        gamma=0.5,
     ),
 }
 CONVOLUTIONS = [
@@ -216,7 +201,7 @@ EVERY_CALL = [
 
 def output_shape(kind: str) -> tuple[int, ...]:
     """Returns the shape of the output of a call made in this file."""
-    return (2 if kind == "conv2d" else 7, *KINDS[kind].output)
+    return (2, 6, 7, 4) if kind == "conv2d" else (7, 3, 4, 6)
 
 
 def channels_first(values: Call) -> Call:
@@ -225,11 +210,6 @@ def channels_first(values: Call) -> Call:
         name: np.moveaxis(value, 3, 1) if np.ndim(value) == 4 else value
         for name, value in values.items()
     }
-
-
-def shapes_of(call: Call) -> dict:
-    """Returns the arguments of `compute_output_shape` for the call."""
-    return {f"{name}_shape": np.shape(value) for name, value in call.items()}
 
 
 def tensors(shapes: dict) -> dict:
