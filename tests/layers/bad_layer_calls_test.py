@@ -83,6 +83,7 @@ def test_bad_arguments(kind, config, text):
 # offset and 18 of modulator.
 OFFSET = (2, 7, 8, 36)
 FIRST = {"data_format": "channels_first"}
+MOVES = r"\(num_rois, 2, pooled_h, pooled_w\)"
 BAD_SHAPES = [
     *[
         ("conv2d", changes, text, {})
@@ -104,13 +105,9 @@ BAD_SHAPES = [
         ]
     ],
     ("conv2d", {}, "offset_groups.*Received: .*5", {"offset_groups": 5}),
-    (
-        "conv2d",
-        {},
-        "width.*11.*Received: .*width.*10",
-        {"kernel_size": (3, 11)},
-    ),
-    ("conv2d", {"offset": (2, 7, 8, 36)}, "`offset`", FIRST),
+    ("conv2d", {}, "width.*11.*Received.*width.*10", {"kernel_size": (3, 11)}),
+    ("conv2d", {"offset": OFFSET}, "`offset`", FIRST),
+    ("psroi", {"trans": (7, 5, 2, 5)}, "second dimension of `trans` ", FIRST),
     *[
         (kind, {**more, **changes}, text, {})
         for kind in POOLS
@@ -168,55 +165,38 @@ BAD_SHAPES = [
         ]
     ],
     *[
-        (kind, {name: shape}, text, FIRST)
+        (kind, {name: shape}, f"`{name}`{text}", FIRST)
         for kind, name, shape, text in [
-            (
-                "align",
-                "offset",
-                (7, 3, 4, 2),
-                r"`offset` to have height 3 \(num_rois, 2, pooled_h, pooled_w",
-            ),
+            ("align", "offset", (7, 3, 4, 2), f" to have height 3 {MOVES}"),
+            ("align", "offset", (7, 24), f" to have rank 4 {MOVES}"),
             (
                 "pool",
                 "offset",
                 (7, 3, 3, 4),
-                r"`offset` to have a second dimension of 2 \(num_rois, 2, "
-                r"pooled_h, pooled_w\)",
+                f" to have a second dimension of 2 {MOVES}",
             ),
-            ("pool", "offset", (6, 2, 3, 4), "`offset` to have .*7"),
-            ("psroi", "trans", (7, 2, 5, 6), "`trans` to have "),
-            (
-                "psroi",
-                "trans",
-                (7, 5, 2, 5),
-                "the second dimension of `trans` ",
-            ),
-            ("psroi", "inputs", (2, 11, 12, 36), "`inputs` to have 36 "),
+            ("pool", "offset", (6, 2, 3, 4), " to have .*7"),
+            ("psroi", "trans", (7, 2, 5, 6), " to have "),
+            ("psroi", "inputs", (2, 11, 12, 36), " to have 36 "),
             (
                 "psroi",
                 "inputs",
                 (36, 11, 12),
-                r"`inputs` to have rank 4 \(batch, output_dim \* group_h \* "
-                r"group_w, height, width\)",
+                r" to have rank 4 \(batch, output_dim \* group_h \* group_w, "
+                r"height, width\)",
             ),
             (
                 "psroi",
                 "trans_inputs",
                 (3, 4, 11, 12),
-                "`trans_inputs` to have the batch .*Received: "
-                r"inputs.shape=\(2, 36, 11, 12\), trans_inputs.shape=\(3, 4, ",
+                " to have the batch .*Received: inputs.shape="
+                r"\(2, 36, 11, 12\), trans_inputs.shape=\(3, 4, 11, 12\)",
             ),
             (
                 "align",
                 "inputs",
                 (2, 6, 11),
-                r"`inputs` to have rank 4 \(batch, channels, height, width\)",
-            ),
-            (
-                "align",
-                "offset",
-                (7, 24),
-                r"`offset` to have rank 4 \(num_rois, 2, pooled_h, pooled_w\)",
+                r" to have rank 4 \(batch, channels, height, width\)",
             ),
         ]
     ],

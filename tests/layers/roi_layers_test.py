@@ -97,14 +97,17 @@ def test_a_new_layer_pools_plainly(kind, config):
             assert not np.any(variable)
 
 
-@pytest.mark.parametrize("source", ["own", "given"])
-@every_pool
-def test_displacements_of_zero_are_none(kind, source):
+@pytest.mark.parametrize(
+    ("kind", "config", "call"),
+    [(kind, config, own_call) for kind, config in POOL_BRANCHES]
+    + [(kind, {}, given_call) for kind in POOLS],
+)
+def test_displacements_of_zero_are_none(kind, config, call):
     """Compares bits with those of plain pooling."""
-    call = widen(kind, (own_call if source == "own" else given_call)(kind))
-    if source == "given":
+    call = widen(kind, call(kind))
+    if KINDS[kind].given in call:
         call[KINDS[kind].given] *= 0
-    layer = new(kind, **WIDE[kind])
+    layer = new(kind, **WIDE[kind], **config)
     output = layer(**call)
     assert_equal(output, by_the_op(layer, call["inputs"], call["rois"]))
 
@@ -225,21 +228,6 @@ def test_padding_among_others_has_no_say(kind, config, bad):
     assert_equal(output[7:], np.zeros((3, 3, 4, 6)))
     assert_close(gradients, expected_gradients, 1e-6, name="gradients")
     assert all(np.any(gradient) for gradient in expected_gradients[1])
-
-
-def test_export_of_a_layer_alone(tmp_path):
-    layer = displaced("pool", units=(8,))
-    archive = keras.export.ExportArchive()
-    archive.track(layer)
-    signature = [
-        tf.TensorSpec((None, None, None, 6)),
-        tf.TensorSpec((None, 5)),
-    ]
-    archive.add_endpoint("serve", layer.__call__, signature)
-    archive.write_out(tmp_path / "layer", verbose=False)
-    served = tf.saved_model.load(tmp_path / "layer")
-    call = own_call("pool")
-    assert_equal(served.serve(*call.values()), layer(**call))
 
 
 # Gradients.
