@@ -94,7 +94,9 @@ def train(row: Row) -> None:
     for weight in layer.trainable_weights:
         assert np.all(np.isfinite(weight)), weight.path
     moved = [layer.offset_kernel, layer.offset_bias]
-    for weight in moved + [layer.lora_kernel_b] * bool(row["lora_rank"]):
+    if row["lora_rank"]:
+        moved.append(layer.lora_kernel_b)
+    for weight in moved:
         changed = np.any(weight, tuple(range(weight.ndim - 1)))
         assert np.all(changed), weight.path
 
