@@ -55,7 +55,6 @@ BAD_ARGUMENTS = [
     *[
         ("conv2d", {name: value}, text)
         for name, value, text in [
-            ("filters", 2.5, "Expected `filters` .*Received: .*2.5"),
             ("groups", 3, "`filters`.*groups.*Received: filters=4, groups=3"),
             ("kernel_size", "3x3", "`kernel_size`.*3x3"),
             ("padding", "causal", "`padding`.*causal"),
@@ -75,6 +74,12 @@ BAD_ARGUMENTS = [
 def test_bad_arguments(kind, config, text):
     with pytest.raises((ValueError, TypeError), match=f"(?s){text}"):
         new(kind, **config)
+
+
+@pytest.mark.parametrize("filters", [None, "3", 2.5, True])
+def test_filters_are_an_integer(filters):
+    with pytest.raises(TypeError, match="Expected `filters` .* Received: "):
+        new("conv2d", filters=filters)
 
 
 # Shapes. A call whose shape is changed, the words of the error before

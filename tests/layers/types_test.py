@@ -154,10 +154,7 @@ GRID = {
 def test_rois_remain_float32(kind, policy, x_dtype, place):
     """Tests the layer and its branch: neither may read 2049 as 2048."""
     origin = 39.5 if kind == "align" else 31.5
-    call = {
-        "inputs": ramp(origin, x_dtype),
-        "rois": CORNER.astype(x_dtype),
-    }
+    call = {"inputs": ramp(origin, x_dtype), "rois": CORNER.astype(x_dtype)}
     if kind == "align":  # (2049 + 3073) / 2 / 64 - 0.5
         call["rois"][0, 3] = 3073
     if kind == "psroi":
