@@ -117,10 +117,7 @@ def test_convolution_of_unknown_sizes(padding, strides, dilations, jit_compile):
     ],
 )
 def test_second_derivatives(strides, dilations, padding, in_graph):
-    """Differentiates the gradient's square.
-
-    Compares with differences and with forward mode.
-    """
+    """Compares with differences and with forward mode."""
     x, kernel = tf.constant(random(1, 9, 8, 2)), tf.constant(random(3, 3, 2, 2))
     arguments = dict(strides=strides, padding=padding, dilations=dilations)
 

@@ -568,10 +568,7 @@ def test_in_tf_function_and_tf_data(kind, config):
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 @every_kind
 def test_operands_of_every_kind(kind, data_format, convert):
-    """Tests that the result equals the result of float32 operands.
-
-    Only images may be of integers without a sign.
-    """
+    """Compares with float32 operands; only images may be of uint8."""
     layer, call = built(kind, "own", data_format=data_format)
     # Whole numbers of 16 bits, and regions that float16 can hold.
     call = {k: np.round(4 * v) / 4 for k, v in call.items()}

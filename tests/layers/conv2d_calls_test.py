@@ -225,10 +225,7 @@ REMAT = Tolerance(of_each=1e-5)
 
 
 def test_remat_scope_and_keywords():
-    """Tests `RematScope`.
-
-    In a graph, Keras' own recomputation takes no keywords.
-    """
+    """Tests keywords: Keras' own recomputation takes none in a graph."""
     arrays = [random(4, 6, 5, 2), random(4, 6, 5, 18), random(4, 6, 5, 9)]
     targets = random(4, 6, 5, 3, seed=1)
 

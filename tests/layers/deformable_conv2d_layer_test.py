@@ -63,10 +63,7 @@ CONV2D_CONFIGS = [
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 @pytest.mark.parametrize("config", CONV2D_CONFIGS, ids=str)
 def test_a_new_layer_equals_conv2d(config, data_format, modulation):
-    """Tests zero offsets, with which the layer convolves plainly.
-
-    "sigmoid" halves what the kernel gives.
-    """
+    """Tests zero offsets; "sigmoid" halves what the kernel gives."""
     # With as many filters as columns in the output, Keras 3.15 adds the bias of
     # a channels_first Conv2D along the width; 11 columns avoid this bug.
     config = {"filters": 11, "kernel_size": 3, **config}

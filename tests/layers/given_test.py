@@ -36,10 +36,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
     ],
 )
 def test_given_displacements(kind, config, unused, data_format):
-    """Tests that no branch is built, and that the values are used unchanged.
-
-    Without a modulator all factors are 1, whatever the modulation.
-    """
+    """Tests that values are used unchanged; without a modulator it is 1."""
     call, layer = given_call(kind), new(kind, data_format=data_format, **config)
     call.pop(unused, None)
     first = data_format == "channels_first"

@@ -134,10 +134,7 @@ def test_any_type_and_format(kind, data_format, policy):
 
 @pytest.mark.parametrize("kind", POOLS)
 def test_a_nan_pixel_is_handed_on_to_regions_that_read_it(kind):
-    """Tests a NaN that enters through the branch.
-
-    Other regions stay unchanged.
-    """
+    """Tests a NaN that enters through the branch; other regions stay."""
     layer, call = built(kind, "own")
     expected = layer(**call).numpy()
     name = "trans_inputs" if kind == "psroi" else "inputs"

@@ -229,10 +229,7 @@ def test_a_layer_that_refuses_when_others_are_done(tmp_path):
 
 
 def test_low_rank_adapters(tmp_path):
-    """Tests that kernel and bias are loaded.
-
-    The adapters are lost, as in Keras.
-    """
+    """Tests kernel and bias; the adapters are lost, as in Keras."""
     plain, path, model = plain_and_twin(tmp_path)
     for layer in model.layers[1:]:
         layer.enable_lora(2)

@@ -98,10 +98,7 @@ def test_the_report(tmp_path):
 
 
 def as_keras_2(path):
-    """Renames as Keras 2 did.
-
-    Names end with ":0", and inner names lack the outer name.
-    """
+    """Renames: names end with ":0", inner names lack the outer name."""
     with h5py.File(path, "a") as file:
         root = file["model_weights"]
         for name, group in root.items():
@@ -177,10 +174,7 @@ def test_renamed_layers(kind, tmp_path):
 
 
 def test_names_that_keras_counts(tmp_path):
-    """Tests misleading names.
-
-    The twin's "conv2d_1" is the file's "conv2d_2".
-    """
+    """Tests that the twin's "conv2d_1" is the file's "conv2d_2"."""
     plain = fill(make_chain(layers.Conv2D, unnamed))
     path = save(plain, tmp_path)
     keras.utils.clear_session(free_memory=False)
@@ -235,10 +229,7 @@ def test_a_trained_model(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", FILES)
 def test_files_of_deformable_models(kind, tmp_path):
-    """Tests that deformable models load these files with branches.
-
-    Plain ones refuse.
-    """
+    """Tests that deformable models load them, and plain ones refuse."""
     source = fill(make_residual(DeformableConv2D, named))
     path = save(source, tmp_path, kind)
     model = make_residual(DeformableConv2D, named)
@@ -253,10 +244,7 @@ def test_files_of_deformable_models(kind, tmp_path):
 @pytest.mark.parametrize("kind", FILES)
 @pytest.mark.parametrize("name", [named, unnamed])
 def test_layers_that_pool_regions(name, kind, tmp_path):
-    """Tests that these layers keep their weights.
-
-    A plain model has no such weights.
-    """
+    """Tests that weights that no plain model has stay as they are."""
 
     def make(layer, deformable):
         image, rois = keras.Input((7, 8, 4)), keras.Input((5,))

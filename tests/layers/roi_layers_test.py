@@ -294,10 +294,7 @@ def test_gradients_equal_finite_differences(kind, config):
 
 @every_pool
 def test_a_branch_learns_to_look_at_a_shifted_blob(kind):
-    """Learns that a blob lies 4 pixels right or left.
-
-    Another map tells the side.
-    """
+    """Learns from another map on which side a blob lies, 4 pixels away."""
     config = {"pooled_size": 1, "spatial_scale": 1.0}
     rng = np.random.default_rng(0)
     side = np.tile([1.0, -1.0], 4)
@@ -362,10 +359,7 @@ def test_a_learning_rate_of_its_own():
 
 
 def gradients_computed(kind: str) -> np.ndarray:
-    """Returns how many gradients have been computed.
-
-    These are gradients of inputs and displacements.
-    """
+    """Counts the computed gradients of inputs and of displacements."""
     counts = (ctypes.c_int64 * 2)()
     name = "DeformableROIAlign" if kind == "align" else "DeformablePSROIPool"
     library = ctypes.CDLL(_loader.LIBRARY)

@@ -212,10 +212,7 @@ print("trained", len(rows))
 
 
 def test_without_onednn(run_python):
-    """Tests TensorFlow's own kernels, which have other limits.
-
-    They also return right shapes where there is no image.
-    """
+    """Tests TensorFlow's own kernels, which have other limits."""
     layers = pathlib.Path(__file__).parent
     received = run_python(
         _WITHOUT_ONEDNN,

@@ -138,10 +138,7 @@ def make_wrapped(layer, name):
 
 
 class Subclassed(keras.Model):
-    """Holds layers as attributes, in lists and in dictionaries.
-
-    Has a weight.
-    """
+    """Holds layers as attributes, in lists and dictionaries; has a weight."""
 
     def __init__(self, layer, name):
         super().__init__()
