@@ -73,7 +73,7 @@ CALL_SIGNATURES = {
 }
 
 
-def signature_of(function: object) -> str:
+def text_of_signature(function: object) -> str:
     """Returns names and defaults, without types."""
     signature = inspect.signature(function)
     parameters = [
@@ -90,12 +90,12 @@ def signature_of(function: object) -> str:
 @every_kind
 def test_signatures(kind):
     layer = KINDS[kind].layer
-    assert signature_of(layer.call) == CALL_SIGNATURES[kind]
+    assert text_of_signature(layer.call) == CALL_SIGNATURES[kind]
     if kind in SIGNATURES:
-        assert signature_of(layer) == SIGNATURES[kind]
+        assert text_of_signature(layer) == SIGNATURES[kind]
         return
-    theirs = signature_of(keras.layers.Conv2D).removesuffix("**kwargs)")
-    assert signature_of(layer) == theirs + (
+    theirs = text_of_signature(keras.layers.Conv2D).removesuffix("**kwargs)")
+    assert text_of_signature(layer) == theirs + (
         "offset_groups=1, modulation=None, boundary='zeros', "
         "offset_dilation_rate=None, implementation='native', **kwargs)"
     )

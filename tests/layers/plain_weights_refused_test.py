@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests that weight files that do not fit are refused, with reasons."""
 
-import contextlib
 import json
 import shutil
 import zipfile
@@ -21,6 +20,7 @@ from plain_models import (
     make_shared,
     named,
     plain_and_twin,
+    refused,
     save,
     unnamed,
     values,
@@ -42,15 +42,6 @@ def change(path, key, value):
             del file[key]
         if value is not None:
             file[key] = value
-
-
-@contextlib.contextmanager
-def refused(model, error, match):
-    """Expects an error that leaves all weights of the model as they were."""
-    before = values(model)
-    with pytest.raises(error, match=match):
-        yield
-    np.testing.assert_equal(values(model), before)
 
 
 def floats(*shape):

@@ -24,6 +24,7 @@ from plain_models import (
     make_wrapped,
     named,
     plain_and_twin,
+    refused,
     save,
     unnamed,
     values,
@@ -37,28 +38,28 @@ from tf_deform.layers import (
     DeformableROIPooling,
 )
 
+CASES = [
+    *((kind, named, make) for kind in FILES[:4] for make in MAKERS),
+    *((kind, unnamed, make) for kind in FILES[::3] for make in MAKERS),
+    *(("no names", name, make) for name in (named, unnamed) for make in MAKERS),
+    ("2.13", named, make_nested),
+    ("weights.json", unnamed, make_residual),
+    ("keras", unnamed, make_nested),
+    ("legacy weights", named, make_residual),
+    ("legacy weights", unnamed, make_nested),
+]
 
+
+# `keras` is held like `weights.h5`; `h5` is for models that are no subclasses.
 @pytest.mark.parametrize(
     "kind,name,make",
     [
-        *((kind, named, make) for kind in FILES[:4] for make in MAKERS),
-        *((kind, unnamed, make) for kind in FILES[::3] for make in MAKERS),
-        *(
-            ("no names", name, make)
-            for name in (named, unnamed)
-            for make in MAKERS
-        ),
-        ("2.13", named, make_nested),
-        ("weights.json", unnamed, make_residual),
-        ("keras", unnamed, make_nested),
-        ("legacy weights", named, make_residual),
-        ("legacy weights", unnamed, make_nested),
+        (kind, name, make)
+        for kind, name, make in CASES
+        if make is not make_subclassed or kind not in ("keras", "h5")
     ],
 )
 def test_files(kind, name, make, tmp_path):
-    if make is make_subclassed and kind in ("keras", "h5", "legacy weights"):
-        # `keras` holds it as well; `h5` is for the other kinds.
-        kind = "weights.h5"
     plain, path, model = plain_and_twin(tmp_path, make, name, kind)
     legacy = kind in ("h5", "legacy weights")
     if legacy and make is make_wrapped and name is unnamed:
@@ -139,12 +140,10 @@ def test_frozen_layers_in_legacy_files(version, name, frozen, tmp_path):
     if version == 2:
         as_keras_2(path)
     model = make(DeformableConv2D)
-    before = values(model)
     if name is unnamed and frozen == "some":
         # All shapes are the same, so that only names or order can tell.
-        with pytest.raises(ValueError, match="frozen ones are written last"):
+        with refused(model, ValueError, "frozen ones are written last"):
             tf_deform.load_plain_weights(model, path)
-        np.testing.assert_equal(values(model), before)
         return
     tf_deform.load_plain_weights(model, path)
     assert_is_twin(model, plain)
@@ -160,10 +159,8 @@ def test_renamed_layers(kind, tmp_path):
     # "a" and "c" have changed places, and "b" has another name.
     names = {"a": "c", "b": "new", "c": "a"}
     model = make_chain(DeformableConv2D, lambda x: names.get(x, x))
-    before = values(model)
-    with pytest.raises(ValueError, match="weights of 'a' for layer 'c'"):
+    with refused(model, ValueError, "weights of 'a' for layer 'c'"):
         tf_deform.load_plain_weights(model, path)
-    np.testing.assert_equal(values(model), before)
     # The same names in another order are found by name.
     names = {"a": "c", "c": "a"}
     model = make_chain(DeformableConv2D, lambda x: names.get(x, x))

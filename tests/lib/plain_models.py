@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes plain models with deformable twins, and files of their weights."""
 
+import contextlib
+
 import h5py
 import keras
 import numpy as np
+import pytest
 from operands import random
 
 from tf_deform.layers import DeformableConv2D
@@ -189,3 +192,12 @@ def assert_is_twin(model, plain):
     for weight in model.weights:
         if "offset" in weight.path:
             assert not weight.numpy().any()
+
+
+@contextlib.contextmanager
+def refused(model, error, match):
+    """Expects an error that leaves all weights of the model as they were."""
+    before = values(model)
+    with pytest.raises(error, match=match):
+        yield
+    np.testing.assert_equal(values(model), before)
