@@ -68,6 +68,7 @@ def names(variables):
 
 
 def save_and_load(model, folder, implementation, **arguments):
+    folder.mkdir(exist_ok=True)
     path = folder / implementation
     arguments = {"verbose": False, **arguments}
     export.saved_model(model, path, implementation, **arguments)
