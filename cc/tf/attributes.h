@@ -49,7 +49,7 @@ tensorflow::Status GetWanted(Source* source, int num_outputs,
   }
   return tensorflow::errors::InvalidArgument(
       "Expected `wanted` to have an entry for each of the ", num_outputs,
-      " operands. Received: ", wanted->size());
+      " gradients. Received: ", wanted->size());
 }
 
 // Reads the length of the optional operand `name`, a list of one tensor or

@@ -80,9 +80,8 @@ TF_DEFORM_EXPORT const char* TfDeformRegisteredVersion() {
   return tf_deform::first_copy.version;
 }
 
-// Counts the gradients of each differentiable operand that kernels of this
-// process have computed. Tests read the counts, to see that unwanted gradients
-// cost nothing.
+// Writes the counts of `gradients_computed`. Tests read them, to see that
+// unwanted gradients cost nothing.
 #define TF_DEFORM_REGISTER(Op)                                             \
   TF_DEFORM_EXPORT void TfDeform##Op##GradientsComputed(int64_t* counts) { \
     const int number = tf_deform::NumGradients<tf_deform::Op>(             \
