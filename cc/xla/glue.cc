@@ -2,7 +2,15 @@
 // Connects the ops with XLA: compilation, handlers, threads. It is one unit,
 // because XLA's headers take half a minute to compile.
 
-#include "cc/tf/glue.h"
+// XLA's clients take half of the time that all headers here take to compile.
+// The headers of tf2xla only have pointers to clients, so declarations do.
+// These two lines may be removed if a version of TensorFlow needs more.
+#define XLA_CLIENT_CLIENT_H_
+#define XLA_CLIENT_LOCAL_CLIENT_H_
+namespace xla {
+class Client;
+class LocalClient;
+}  // namespace xla
 
 #include <algorithm>
 #include <cstdint>
@@ -23,6 +31,8 @@
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/platform/cpu_info.h"
 #include "tensorflow/core/platform/errors.h"
+#include "tensorflow/core/platform/tensor_float_32_utils.h"
+#include "tensorflow/core/util/determinism.h"
 #include "xla/ffi/api/c_api.h"
 #include "xla/hlo/builder/xla_builder.h"
 #include "xla/shape.h"
