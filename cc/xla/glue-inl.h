@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Connects the ops with XLA: compilation, handlers, threads. It is one unit,
-// because XLA's headers take half a minute to compile.
+// Connects the ops with XLA: compilation, handlers, threads.
 
-// XLA's clients take half of the time that all headers here take to compile.
-// The headers of tf2xla only have pointers to clients, so declarations do.
-// These two lines may be removed if a version of TensorFlow needs more.
+#ifndef TF_DEFORM_CC_XLA_GLUE_INL_H_
+#define TF_DEFORM_CC_XLA_GLUE_INL_H_
+
+// Skips two headers: XLA's clients would take half of the time that all glue
+// takes to compile. The headers of tf2xla only name pointers to clients. If
+// those of another TensorFlow need more, the compiler says so: remove the lines
+// up to the next header.
 #define XLA_CLIENT_CLIENT_H_
 #define XLA_CLIENT_LOCAL_CLIENT_H_
 namespace xla {
@@ -515,3 +518,5 @@ const bool is_registered = [] {
 
 }  // namespace
 }  // namespace tf_deform
+
+#endif  // TF_DEFORM_CC_XLA_GLUE_INL_H_
