@@ -198,18 +198,21 @@ def test_a_wrong_name_is_an_error(tmp_path):
 def test_the_runtime_is_found_through_a_wrapper(tmp_path):
     nvcc = fake_nvcc(tmp_path)
     assert build.ARCHITECTURES == "80;89;90"
-    cuda = build.find_cuda("80;90a", {"TF_DEFORM_NVCC": nvcc})
+    cuda = build.find_cuda("80;89;90a", {"TF_DEFORM_NVCC": nvcc})
     assert cuda.version == "12.4"
     assert cuda.runtime == str(
         tmp_path / "cuda 12" / "lib64" / "libcudart_static.a"
     )
-    assert "12.4" in build.describe(cuda) and "80, 90a" in build.describe(cuda)
+    assert "12.4" in build.describe(cuda) and "80, 89, 90a" in build.describe(
+        cuda
+    )
     steps = build.core_steps(str(tmp_path), cuda)
     commands = {os.path.basename(s.source): s.command for s in steps}
     device = commands["device.cu"]
     assert device[0] == nvcc
     assert [f for f in device if "gencode" in f] == [
         "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_80,code=sm_89",
         "-gencode=arch=compute_90a,code=sm_90a",
         "-gencode=arch=compute_90,code=compute_90",
     ]

@@ -44,6 +44,7 @@ MAY_INCLUDE = {
     "core/cuda": {"core", "core/cuda"},
     "tf": {"core", "tf"},
     "xla": {"core", "tf", "xla"},
+    "": {"tf", "xla"},
 }
 
 
