@@ -8,28 +8,52 @@ kernels (emulated_gpu.py). On a GPU xla_test.py covers the same.
 """
 
 import ctypes
+import dataclasses
 import itertools
 import json
 import os
-import pathlib
 import re
+import sys
 
 import emulated_gpu
+import full_calls
 import numpy as np
 import pytest
 import tensorflow as tf
 import xla_test
+from operands import Conv2DCase
 from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 from tolerances import GPU, GPU_TF32
 
 from tf_deform import _build_info, _loader
 
-TESTS = pathlib.Path(__file__).parents[1]
-FOLDERS = [str(TESTS / name) for name in ("xla", "gpu", "lib")]
 TYPES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
 TYPES |= {"f64": "float64", "u8": "uint8"}
 
-CASES = list(itertools.product(xla_test.OPS, xla_test.TYPES, (False, True)))
+# Two blocks of pixels, without groups, which would be too small for products.
+CASE = Conv2DCase(
+    batch=5,
+    size=(8, 9),
+    filters=10,
+    offset_groups=2,
+    strides=(2, 1),
+)
+
+
+def draw_convolution(dtype, _):
+    names = ("inputs", "kernel", "offset", "mask")
+    operands = dict(zip(names, CASE.operands(dtype), strict=True))
+    return operands, CASE.output_grad(dtype)
+
+
+CONV2D = dataclasses.replace(
+    full_calls.CONV2D, options=CASE.options, draw_operands=draw_convolution
+)
+OPS = {
+    call.op: call
+    for call in (CONV2D, full_calls.PSROI_POOL, full_calls.ROI_ALIGN)
+}
+CASES = list(itertools.product(OPS, xla_test.TYPES, (False, True)))
 
 _CALL = re.compile(
     r" = \((?P<results>.*)\) custom-call\((?P<operands>.*?)\), "
@@ -97,23 +121,6 @@ def compiled_for_a_gpu(function, operands) -> list[Call]:
     return [Call(match) for match in _CALL.finditer(text)]
 
 
-def with_gradients(op):
-    """Returns a function of operands and a gradient.
-
-    The function returns all outputs and gradients.
-    """
-
-    def run(*operands):
-        *operands, grad_output = operands
-        with tf.GradientTape() as tape:
-            tape.watch(operands)
-            outputs = tf.nest.flatten(op(*operands))
-        gradients = tape.gradient(outputs[0], operands, grad_output)
-        return outputs + [g for g in gradients if g is not None]
-
-    return run
-
-
 def main(plugin: str, tf32: str, deterministic: str) -> None:
     """Runs all calls; prints a line of JSON for every result."""
     tf.config.experimental.enable_tensor_float_32_execution(tf32 == "1")
@@ -128,26 +135,29 @@ def main(plugin: str, tf32: str, deterministic: str) -> None:
     assert stream, "not all ops are registered for CUDA"
 
     for name, dtype, displaced in CASES:
-        is_convolution = name == "DeformableConv2D"
-        # Two blocks of pixels, without groups, which would be too small for
-        # products.
-        batch = {"batch": 5} if is_convolution else {}
-        op, operands = xla_test.OPS[name](dtype, displaced, **batch)
-        if is_convolution:
-            operands[1] = xla_test.random(3, 2, 6, 10, dtype=dtype, seed=1)
-        shape = tf.nest.flatten(op(*operands))[0].shape
-        operands.append(xla_test.random(*shape, dtype=dtype, seed=9))
-        run = with_gradients(op)
-        expected = run(*(tf.cast(x, "float64") for x in operands))
+        call = OPS[name]
+        operands, output_grad = xla_test.draw(call, dtype, displaced)
 
-        forward, backward = compiled_for_a_gpu(run, operands)
+        def run(operands, output_grad, call=call):
+            outputs, gradients = call.results(operands, output_grad)
+            gradients = [gradients[x] for x in operands if x in gradients]
+            return tf.nest.flatten(outputs) + gradients
+
+        exact = {k: tf.cast(x, "float64") for k, x in operands.items()}
+        expected = run(exact, tf.cast(output_grad, "float64"))
+
+        forward, backward = compiled_for_a_gpu(run, (operands, output_grad))
         assert forward.target == f"TfDeform>{name}"
         assert backward.target == f"TfDeform>{name}Grad"
-        results = []
-        for call, given in ((forward, operands[:-1]), (backward, operands)):
-            assert f"allow_tf32 = {tf32} :" in call.attributes
-            assert f"deterministic = {deterministic} :" in call.attributes
-            results += call.run_on_host(given)
+        given, results = list(operands.values()), []
+        for custom_call, values in (
+            (forward, given),
+            (backward, [*given, output_grad]),
+        ):
+            attributes = custom_call.attributes
+            assert f"allow_tf32 = {tf32} :" in attributes
+            assert f"deterministic = {deterministic} :" in attributes
+            results += custom_call.run_on_host(values)
             assert last_stream() == stream
         for i, (one, wanted) in enumerate(zip(results, expected, strict=True)):
             error = np.abs(tf.cast(one, wanted.dtype) - wanted).max()
@@ -169,7 +179,7 @@ def main(plugin: str, tf32: str, deterministic: str) -> None:
 def test_calls_for_cuda(settings):
     emulated = emulated_gpu.build()
     printed = emulated.run(
-        f"import sys; sys.path[1:1] = {FOLDERS}\n"
+        f"import sys; sys.path[1:] = {sys.path}\n"
         "import xla_gpu_test; xla_gpu_test.main(*sys.argv[1:])",
         emulated.plugin,
         int(settings == "default"),
