@@ -164,6 +164,11 @@ def dilated(x, o, kernel):
     )
 
 
+def clamped(x, o, kernel):
+    """Has two taps only, as each tap becomes many operators."""
+    return condition(x, o[..., :4], kernel[:1, :2], boundary="clamp")
+
+
 # By opset: functions, each with the kind of its kernel and the number of
 # operators that it becomes.
 CONTROL_FLOW = {
@@ -176,14 +181,17 @@ CONTROL_FLOW = {
         (one_function_twice, "tensor", 2),
         (offset_groups_and_strides, "tensor", 1),
         (dilated, "variable", 1),
-        (functools.partial(condition, boundary="clamp"), "tensor", 0),
     ],
     20: [
         (condition, "variable", 1),
         (scan, "tensor", 1),
         (call_in_loop, "variable", 1),
     ],
-    21: [(condition, "tensor", 1), (condition_in_loop, "variable", 1)],
+    21: [
+        (condition, "tensor", 1),
+        (condition_in_loop, "variable", 1),
+        (clamped, "tensor", 0),
+    ],
     22: [
         (loop, "variable", 1),
         (each, "tensor", 1),
@@ -214,8 +222,7 @@ def make_function(bodies, specs):
 @pytest.mark.parametrize("opset", CONTROL_FLOW)
 def test_functions_with_control_flow(opset, tmp_path):
     bodies = {
-        getattr(body, "__name__", "clamped"): (body, kind)
-        for body, kind, _ in CONTROL_FLOW[opset]
+        body.__name__: (body, kind) for body, kind, _ in CONTROL_FLOW[opset]
     }
     function = make_function(bodies, [IMAGE, OFFSET])
     nodes = check_onnx(function, tmp_path / "model", SAMPLES, opset)
@@ -278,10 +285,12 @@ def test_pooling_in_control_flow(tmp_path):
     )
     shifts = tf.constant(random(4, 3, 3, 2))
     place = {"pooled_size": 3, "spatial_scale": 0.25}
-    groups = {"output_dim": 1, "group_size": 2, "part_size": 3}
+    groups = {"output_dim": 1, "group_size": 2, "sample_per_part": 2}
 
     def align(x):
-        return tf_deform.ops.deformable_roi_align(x, rois, shifts, **place)
+        return tf_deform.ops.deformable_roi_align(
+            x, rois, shifts, sampling_ratio=2, **place
+        )
 
     def psroi(x):
         return tf_deform.ops.deformable_psroi_pool(
@@ -290,7 +299,9 @@ def test_pooling_in_control_flow(tmp_path):
 
     def body(x):
         return {
-            "cond": if_positive(x, lambda: align(x), lambda: align(x) * 0),
+            "cond": if_positive(
+                x, lambda: align(x), lambda: tf.zeros((4, 3, 3, 4))
+            ),
             "map": tf.map_fn(lambda s: psroi(x * s), tf.constant([1.0, 2.0])),
         }
 
@@ -329,10 +340,11 @@ class Under(keras.layers.Layer):
 class Align(keras.layers.Layer):
     """Aligns the remembered maps with the next frame."""
 
-    def __init__(self, **options):
+    def __init__(self, kernel_size=3, **options):
         super().__init__()
         self.state_size = self.output_size = 8 * 9 * 2
-        self.layer = DeformableConv2D(2, 3, padding="same", **options)
+        options["padding"] = "same"
+        self.layer = DeformableConv2D(2, kernel_size, **options)
 
     def build(self, shape):
         self.layer.build((None, 8, 9, 4))
@@ -345,8 +357,8 @@ class Align(keras.layers.Layer):
         return outputs, [outputs]
 
 
-def deformable(filters=4, **options):
-    return DeformableConv2D(filters, 3, padding="same", **options)
+def deformable(filters=4, kernel_size=3, **options):
+    return DeformableConv2D(filters, kernel_size, padding="same", **options)
 
 
 # By kind of inputs: the opset, the shape of the inputs, and the layers.
@@ -375,7 +387,7 @@ LAYERS = {
         lambda: [
             keras.layers.RNN(Align(modulation="sigmoid")),
             keras.layers.RNN(
-                Align(boundary="clamp"),
+                Align((1, 2), boundary="clamp"),
                 return_sequences=True,
                 go_backwards=True,
             ),
@@ -403,7 +415,7 @@ LAYERS = {
                 keras.layers.Conv2D(3, 3, strides=2, padding="same"),
                 keras.layers.MaxPooling2D(2),
                 deformable(3),
-                deformable(3, boundary="clamp", modulation="sigmoid"),
+                deformable(3, (1, 2), boundary="clamp", modulation="sigmoid"),
             )
         ],
     ),

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests ONNX: the operator, opsets, resizing, and refusals with reasons."""
 
+import functools
+
 import keras
 import numpy as np
 import onnx
@@ -29,7 +31,8 @@ X = random(3, 8, 9, 4, seed=2)
 
 @pytest.mark.parametrize("opset", [19, 20, 21, 22])
 def test_onnx_has_the_standards_operator(opset, tmp_path):
-    model = small_model(offset_groups=4, groups=2, strides=(1, 2))
+    options = {"offset_groups": 4, "groups": 2, "strides": (1, 2)}
+    model = small_model(kernel_size=3, **options)
     write("onnx", model, tmp_path / "model.onnx", opset=opset)
     proto = onnx.load(tmp_path / "model.onnx")
     versions = {item.domain: item.version for item in proto.opset_import}
@@ -40,10 +43,9 @@ def test_onnx_has_the_standards_operator(opset, tmp_path):
         attribute.name: onnx.helper.get_attribute_value(attribute)
         for attribute in node.attribute
     }
-    assert attributes["offset_group"] == 4
-    assert attributes["group"] == 2
-    assert attributes["strides"] == [1, 2]
-    assert attributes["kernel_shape"] == [3, 3]
+    expected = {"strides": [1, 2], "kernel_shape": [3, 3], "group": 2}
+    for name, value in {**expected, "offset_group": 4}.items():
+        assert attributes[name] == value
     # The graph has one path, whatever the sizes are.
     kinds = {node.op_type for node in proto.graph.node}
     assert not {"If", "Loop", "GatherND"} & kinds
@@ -68,32 +70,29 @@ def test_onnx_pads_where_strides_leave_pixels(tmp_path):
 
 def test_opsets_differ_in_what_is_known():
     """Tests that only operators in `CHANGED` differ between the opsets."""
-    names = {
-        s.name for s in onnx.defs.get_all_schemas_with_history() if not s.domain
-    }
+    schemas = onnx.defs.get_all_schemas_with_history()
     changed = set()
-    for name in names:
+    for name in {schema.name for schema in schemas if not schema.domain}:
         try:
             old = onnx.defs.get_schema(name, _onnx_handlers.OPSET, "")
         except onnx.defs.SchemaError:
             continue  # newer than OPSET
-        if old.deprecated:
-            continue
-        for opset in range(19, 23):
+        for opset in () if old.deprecated else range(19, 23):
             new = onnx.defs.get_schema(name, opset, "")
-            same = not new.deprecated
-            same &= new.min_input <= old.min_input
-            same &= [x.name for x in new.inputs[: len(old.inputs)]] == [
-                x.name for x in old.inputs
-            ]
-            for key, attribute in old.attributes.items():
-                same &= key in new.attributes and (
-                    new.attributes[key].default_value == attribute.default_value
+            inputs = [[x.name for x in schema.inputs] for schema in (old, new)]
+            attributes = new.attributes.items()
+            defaults = {key: x.default_value for key, x in attributes}
+            same = (
+                not new.deprecated
+                and new.min_input <= old.min_input
+                and inputs[1][: len(inputs[0])] == inputs[0]
+                and all(
+                    key in defaults and defaults[key] == x.default_value
+                    for key, x in old.attributes.items()
                 )
-            same &= not any(
-                attribute.required
-                for key, attribute in new.attributes.items()
-                if key not in old.attributes
+                and all(
+                    key in old.attributes for key, x in attributes if x.required
+                )
             )
             if not same:
                 changed.add(name)
@@ -102,34 +101,27 @@ def test_opsets_differ_in_what_is_known():
 
 
 # Resizing.
+v1 = tf.compat.v1.image
 METHODS = {
-    "bicubic": lambda x, size: tf.image.resize(x, size, "bicubic"),
-    "old bicubic": lambda x, size: tf.compat.v1.image.resize_bicubic(x, size),
-    "bilinear": lambda x, size: tf.image.resize(x, size),
-    "nearest": lambda x, size: tf.image.resize(x, size, "nearest"),
-    "old nearest": lambda x, size: tf.compat.v1.image.resize_nearest_neighbor(
-        x, size
+    "bicubic": functools.partial(tf.image.resize, method="bicubic"),
+    "old_bicubic": v1.resize_bicubic,
+    "bilinear": tf.image.resize,
+    "nearest": functools.partial(tf.image.resize, method="nearest"),
+    "old_nearest": v1.resize_nearest_neighbor,
+    "corners_nearest": functools.partial(
+        v1.resize_nearest_neighbor, align_corners=True
     ),
-    "corners, nearest": lambda x, size: (
-        tf.compat.v1.image.resize_nearest_neighbor(x, size, align_corners=True)
-    ),
-    "corners": lambda x, size: tf.compat.v1.image.resize_bilinear(
-        x, size, align_corners=True
-    ),
+    "corners": functools.partial(v1.resize_bilinear, align_corners=True),
 }
 
 
-def name_of(method):
-    return method.replace(", ", "_").replace(" ", "_")
-
-
 def resize_by_all(x, size):
-    return {name_of(kind): METHODS[kind](x, size) for kind in METHODS}
+    return {name: method(x, size) for name, method in METHODS.items()}
 
 
 @pytest.fixture(scope="module")
 def resized(tmp_path_factory):
-    """Returns a function of images and sizes, and its file's results."""
+    """Returns images, sizes and a file's results, by old and new size."""
     function = tf.function(
         resize_by_all,
         [
@@ -148,7 +140,7 @@ def resized(tmp_path_factory):
             size = np.array([new, 3], "int32")
             values = session.run(None, {"x": x, "size": size})
             found[old, new] = x, size, dict(zip(names, values, strict=True))
-    return function, found
+    return found
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -160,13 +152,12 @@ def test_every_pair_of_sizes(method, resized):
     elif "bicubic" in method:
         # TensorFlow keeps the weights of four pixels in a table of 1024 steps.
         tolerance = 4e-3
-    function, found = resized
-    name = name_of(method)
-    for (old, new), (x, size, received) in found.items():
-        assert received[name].shape == (1, new, 3, 3)
+    for (old, new), (x, size, outputs) in resized.items():
+        received = outputs[method]
+        assert received.shape == (1, new, 3, 3)
         if method == "nearest" or (old + new) % step == 0:
             expected = METHODS[method](x, size)
-            assert_close(received[name], expected, tolerance, f"{old} to {new}")
+            assert_close(received, expected, tolerance, f"{old} to {new}")
 
 
 PAIRS = [(25, 38), (60, 500), (33, 47), (7, 3)]

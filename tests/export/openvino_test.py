@@ -35,9 +35,10 @@ PADDINGS = [
 def test_wide_padding_of_unknown_sizes(tmp_path):
     image = keras.Input((None, None, 3), name="x")
     outputs = {}
-    for boundary in ("zeros", "clamp"):
+    # Without the operator each tap becomes many operators.
+    for boundary, size in (("zeros", 3), ("clamp", 2)):
         for number, arguments in enumerate(PADDINGS):
-            arguments = {"kernel_size": 3, "boundary": boundary, **arguments}
+            arguments = {"kernel_size": size, "boundary": boundary, **arguments}
             layer = tf_deform.layers.DeformableConv2D(2, **arguments)
             outputs[f"{boundary}_{number}"] = layer(image)
     model = keras.Model(image, outputs)

@@ -130,7 +130,10 @@ def randomise(model, scale=0.3):
 
 
 def small_model(size=(None, None), channels=3, dtype="float32", **arguments):
-    """Returns a plain convolution, a deformable one, and a score."""
+    """Returns a plain convolution, a deformable one, and a score.
+
+    The kernel is small, as formats without the op have many for each tap.
+    """
     image = keras.Input((*size, channels), dtype=dtype, name="image")
     x = image
     if dtype == "uint8":
@@ -138,7 +141,7 @@ def small_model(size=(None, None), channels=3, dtype="float32", **arguments):
     x = keras.layers.Conv2D(8, 3, strides=2, padding="same")(x)
     x = keras.layers.ReLU()(keras.layers.BatchNormalization()(x))
     arguments = {
-        "kernel_size": 3,
+        "kernel_size": 2,
         "padding": "same",
         "modulation": "2sigmoid",
         **arguments,
