@@ -4,15 +4,24 @@
 import io
 import struct
 
+import keras
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import pytest
 import tensorflow as tf
-from exported import assert_close, make_rois, pooling_model, small_model, write
+from exported import (
+    assert_close,
+    make_rois,
+    pooling_model,
+    randomise,
+    small_model,
+    write,
+)
 from operands import random
 
 from tf_deform.export._image_files import decode
+from tf_deform.layers import DeformableConv2D
 
 
 def make_pixels(height=48, width=80):
@@ -29,6 +38,9 @@ def encode(image, kind):
     file = io.BytesIO()
     image.save(file, kind, **({"quality": 95} if kind == "jpeg" else {}))
     return file.getvalue()
+
+
+JPEG = encode(make_pixels(), "jpeg")
 
 
 def exif(orientation, order="<", before=3, kind=3):
@@ -72,8 +84,7 @@ def assert_upright(received, data, tolerance=12):
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_photographs_are_upright(orientation, order, decode_rgb):
-    data = encode(make_pixels(), "jpeg")
-    data = insert(data, exif(orientation, order))
+    data = insert(JPEG, exif(orientation, order))
     received = decode_rgb(data)
     assert received.shape[:2] == ((48, 80) if orientation < 5 else (80, 48))
     assert_upright(received, data)
@@ -91,8 +102,7 @@ def test_photographs_are_upright(orientation, order, decode_rgb):
     ],
 )
 def test_the_segment_is_found(segments, decode_rgb):
-    data = encode(make_pixels(), "jpeg")
-    data = insert(data, *segments(exif(6, before=40)))
+    data = insert(JPEG, *segments(exif(6, before=40)))
     received = decode_rgb(data)
     assert received.shape == (80, 48, 3)
     assert_upright(received, data)
@@ -113,9 +123,8 @@ def test_the_segment_is_found(segments, decode_rgb):
     ],
 )
 def test_what_says_nothing_of_the_orientation(tag, decode_rgb):
-    data = encode(make_pixels(), "jpeg")
-    received = decode_rgb(insert(data, tag))
-    np.testing.assert_array_equal(received, tf.io.decode_jpeg(data))
+    received = decode_rgb(insert(JPEG, tag))
+    np.testing.assert_array_equal(received, tf.io.decode_jpeg(JPEG))
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
@@ -157,22 +166,19 @@ def test_gray_bmp_files():
     np.testing.assert_array_equal(decode(data, 3)[..., 1], pixels)
 
 
-@pytest.mark.parametrize("kind", ["1 bit", "compressed", "old header"])
+PALETTE = encode(PIL.Image.fromarray(make_pixels()).quantize(50), "bmp")
+REFUSED = {
+    "1 bit": encode(PIL.Image.fromarray(make_pixels()).convert("1"), "bmp"),
+    "compressed": PALETTE[:30] + b"\x01" + PALETTE[31:],
+    "old header": PALETTE[:14] + b"\x0c" + PALETTE[15:],
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
 def test_bmp_files_that_are_refused(kind, decode_rgb):
-    pixels = make_pixels()
-    if kind == "1 bit":
-        data = encode(PIL.Image.fromarray(pixels).convert("1"), "bmp")
-    else:
-        image = PIL.Image.fromarray(pixels).quantize(50)
-        data = bytearray(encode(image, "bmp"))
-        if kind == "compressed":
-            data[30] = 1
-        else:
-            data[14] = 12
-    with pytest.raises(
-        tf.errors.InvalidArgumentError, match="8, 24 or 32 bits"
-    ):
-        decode_rgb(bytes(data))
+    error = tf.errors.InvalidArgumentError
+    with pytest.raises(error, match="8, 24 or 32 bits"):
+        decode_rgb(bytes(REFUSED[kind]))
 
 
 @pytest.mark.parametrize("kind", ["png", "bmp", "gif"])
@@ -197,8 +203,9 @@ def test_what_is_no_image_is_an_error(data, decode_rgb):
 @pytest.mark.parametrize("kind", ["native", "portable"])
 def test_the_endpoint_takes_them(kind, tmp_path):
     """Tests files of several kinds and sizes in one batch."""
-    model = small_model((48, 80))
-    write(kind, model, tmp_path / "model")
+    image = keras.Input((48, 80, 3), name="image")
+    model = keras.Model(image, DeformableConv2D(2, 3, strides=2)(image))
+    write(kind, randomise(model), tmp_path / "model")
     loaded = tf.saved_model.load(tmp_path / "model")
     pixels, large = make_pixels(), make_pixels(96, 112)
     palette = PIL.Image.fromarray(pixels).quantize(64)

@@ -48,9 +48,10 @@ def check(kind, model, folder, *samples):
 
 
 def convolution(**arguments):
+    """Has a small kernel: without the op each tap becomes many operators."""
     image = keras.Input((7, 9, 4), name="image")
     arguments = {"padding": "same", "modulation": "2sigmoid", **arguments}
-    layer = layers.DeformableConv2D(6, 3, **arguments)
+    layer = layers.DeformableConv2D(6, 2, **arguments)
     return randomise(keras.Model(image, layer(image)))
 
 
@@ -72,7 +73,7 @@ def exported(request, tmp_path_factory):
         "zeros": convolution(strides=2)(image),
         "clamp": convolution(boundary="clamp", modulation=None)(image),
         "psroi": psroi(maps, rois, trans_inputs=maps),
-        "align": layers.DeformableROIAlign(3, 0.25, 2)(maps, rois),
+        "align": layers.DeformableROIAlign(3, 0.25, 1)(maps, rois),
     }
     model = randomise(keras.Model([image, maps, rois], outputs))
     boxes = [[0, 2, 1, 20, 25], [1, 0, 3, 35, 17], [-1, 0, 0, 0, 0]]
@@ -142,7 +143,7 @@ def test_kinds_of_models(kind, sort, tmp_path):
     A model that is no functional one is inside one implementation, a loop
     inside the other.
     """
-    layer = layers.DeformableConv2D(3, 3, modulation="sigmoid")
+    layer = layers.DeformableConv2D(3, 2, modulation="sigmoid")
     name = "input" if kind == "openvino" else "args_0"
     sample, around = {name: random(2, 7, 9, 4)}, "portable"
     if sort == "subclass":
@@ -170,7 +171,7 @@ def test_kinds_of_models(kind, sort, tmp_path):
 
 def traced_before():
     """Returns a model whose function was traced earlier, with native ops."""
-    layer = layers.DeformableConv2D(3, 3)
+    layer = layers.DeformableConv2D(3, 2)
     function = tf.function(layer, [tf.TensorSpec((None, 7, 9, 4))])
     function.get_concrete_function()
 
@@ -205,7 +206,7 @@ def test_conditions(kind, tmp_path):
 
     There tf2onnx writes convolutions that no runtime loads, Keras' too.
     """
-    layer = layers.DeformableConv2D(3, 3)
+    layer = layers.DeformableConv2D(3, 2)
 
     class Choice(keras.layers.Layer):
         def build(self, shape):
@@ -262,7 +263,7 @@ def test_pytorchs_format_needs_its_backend(tmp_path):
 
 def test_tf2onnx_called_by_others():
     """Tests that tf2onnx refuses native ops, also if Keras does not call it."""
-    layer = layers.DeformableConv2D(3, 3)
+    layer = layers.DeformableConv2D(3, 2)
     function = tf.function(layer, [tf.TensorSpec((1, 7, 9, 4))])
     with pytest.raises(ValueError, match="TfDeform>DeformableConv2D"):
         tf2onnx.convert.from_function(function, function.input_signature)

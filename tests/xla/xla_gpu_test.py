@@ -49,10 +49,8 @@ def draw_convolution(dtype, _):
 CONV2D = dataclasses.replace(
     full_calls.CONV2D, options=CASE.options, draw_operands=draw_convolution
 )
-OPS = {
-    call.op: call
-    for call in (CONV2D, full_calls.PSROI_POOL, full_calls.ROI_ALIGN)
-}
+OPS = {call.op: call for call in (CONV2D, *full_calls.OPS[1:])}
+SETTINGS = ("default", "float32", "deterministic")
 CASES = list(itertools.product(OPS, xla_test.TYPES, (False, True)))
 
 _CALL = re.compile(
@@ -121,12 +119,11 @@ def compiled_for_a_gpu(function, operands) -> list[Call]:
     return [Call(match) for match in _CALL.finditer(text)]
 
 
-def main(plugin: str, tf32: str, deterministic: str) -> None:
-    """Runs all calls; prints a line of JSON for every result."""
-    tf.config.experimental.enable_tensor_float_32_execution(tf32 == "1")
-    if deterministic == "1":
-        tf.config.experimental.enable_op_determinism()
-        tf.random.set_seed(0)  # TensorFlow draws a number to find a device
+def main(plugin: str) -> None:
+    """Runs all calls in all settings; prints a line of JSON for every result.
+
+    Determinism comes last, as TensorFlow cannot switch it off.
+    """
     _loader.op_library()
     emulate = ctypes.CDLL(plugin).TfDeformEmulateXlaOnCuda
     last_stream = ctypes.CDLL(_loader.LIBRARY).TfDeformEmulatedStream
@@ -134,38 +131,64 @@ def main(plugin: str, tf32: str, deterministic: str) -> None:
     stream = emulate()
     assert stream, "not all ops are registered for CUDA"
 
-    for name, dtype, displaced in CASES:
-        call = OPS[name]
-        operands, output_grad = xla_test.draw(call, dtype, displaced)
+    for settings in SETTINGS:
+        is_default = settings == "default"
+        tf.config.experimental.enable_tensor_float_32_execution(is_default)
+        if settings == "deterministic":
+            tf.config.experimental.enable_op_determinism()
+            tf.random.set_seed(0)  # TensorFlow draws a number to find a device
+        wanted = (
+            f"allow_tf32 = {int(is_default)} :",
+            f"deterministic = {int(settings == 'deterministic')} :",
+        )
 
-        def run(operands, output_grad, call=call):
-            outputs, gradients = call.results(operands, output_grad)
-            gradients = [gradients[x] for x in operands if x in gradients]
-            return tf.nest.flatten(outputs) + gradients
-
-        exact = {k: tf.cast(x, "float64") for k, x in operands.items()}
-        expected = run(exact, tf.cast(output_grad, "float64"))
-
-        forward, backward = compiled_for_a_gpu(run, (operands, output_grad))
-        assert forward.target == f"TfDeform>{name}"
-        assert backward.target == f"TfDeform>{name}Grad"
-        given, results = list(operands.values()), []
-        for custom_call, values in (
-            (forward, given),
-            (backward, [*given, output_grad]),
-        ):
-            attributes = custom_call.attributes
-            assert f"allow_tf32 = {tf32} :" in attributes
-            assert f"deterministic = {deterministic} :" in attributes
-            results += custom_call.run_on_host(values)
+        def run(call, operands, wanted=wanted):
+            assert all(text in call.attributes for text in wanted)
+            results = call.run_on_host(operands)
             assert last_stream() == stream
-        for i, (one, wanted) in enumerate(zip(results, expected, strict=True)):
-            error = np.abs(tf.cast(one, wanted.dtype) - wanted).max()
-            line = {
-                "what": [name, dtype, displaced, i],
-                "error": float(error / np.abs(wanted).max()),
-            }
-            print(json.dumps(line))
+            return results
+
+        for case in CASES:
+            print(json.dumps([settings, case, measure(run, *case)]))
+
+
+def measure(run_call, name: str, dtype: str, displaced: bool) -> list[float]:
+    """Returns the error of each result of both custom calls."""
+    call = OPS[name]
+    operands, output_grad = xla_test.draw(call, dtype, displaced)
+
+    def run(operands, output_grad):
+        outputs, gradients = call.results(operands, output_grad)
+        gradients = [gradients[x] for x in operands if x in gradients]
+        return tf.nest.flatten(outputs) + gradients
+
+    exact = {k: tf.cast(x, "float64") for k, x in operands.items()}
+    expected = run(exact, tf.cast(output_grad, "float64"))
+    forward, backward = compiled_for_a_gpu(run, (operands, output_grad))
+    assert forward.target == f"TfDeform>{name}"
+    assert backward.target == f"TfDeform>{name}Grad"
+    given = list(operands.values())
+    results = run_call(forward, given)
+    results += run_call(backward, [*given, output_grad])
+    errors = []
+    for one, exact in zip(results, expected, strict=True):
+        error = np.abs(tf.cast(one, exact.dtype) - exact).max()
+        errors.append(float(error / np.abs(exact).max()))
+    return errors
+
+
+@pytest.fixture(scope="module")
+def found():
+    """Returns the errors by settings and case, from one process."""
+    emulated = emulated_gpu.build()
+    printed = emulated.run(
+        f"import sys; sys.path[1:] = {sys.path}\n"
+        "import xla_gpu_test; xla_gpu_test.main(sys.argv[1])",
+        emulated.plugin,
+        device=False,
+    )
+    lines = [json.loads(line) for line in printed.splitlines()]
+    return {(settings, *case): errors for settings, case, errors in lines}
 
 
 @emulated_gpu.needs_compiler
@@ -175,24 +198,16 @@ def main(plugin: str, tf32: str, deterministic: str) -> None:
 @pytest.mark.skipif(
     "TF_DEFORM_TEST_DEVICE" in os.environ, reason="xla_test.py shows it"
 )
-@pytest.mark.parametrize("settings", ["default", "float32", "deterministic"])
-def test_calls_for_cuda(settings):
-    emulated = emulated_gpu.build()
-    printed = emulated.run(
-        f"import sys; sys.path[1:] = {sys.path}\n"
-        "import xla_gpu_test; xla_gpu_test.main(*sys.argv[1:])",
-        emulated.plugin,
-        int(settings == "default"),
-        int(settings == "deterministic"),
-        device=False,
-    )
-    results = [json.loads(line) for line in printed.splitlines()]
-    assert {tuple(result["what"][:3]) for result in results} == set(CASES)
-    for result in results:
-        name, dtype, *_ = result["what"]
-        tolerance = GPU[dtype].of_largest
-        if settings == "default" and dtype == "float32":
-            tolerance = GPU_TF32.of_largest
-        assert result["error"] <= tolerance, result
-        if tolerance == GPU_TF32.of_largest and name == "DeformableConv2D":
-            assert result["error"] > 1e-5, result  # all are products
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("name", OPS)
+def test_calls_for_cuda(name, settings, found):
+    for case in CASES:
+        _, dtype, _ = case
+        if case[0] != name:
+            continue
+        is_tf32 = settings == "default" and dtype == "float32"
+        tolerance = (GPU_TF32 if is_tf32 else GPU[dtype]).of_largest
+        for error in found[(settings, *case)]:
+            assert error <= tolerance, case
+            if is_tf32 and name == "DeformableConv2D":
+                assert error > 1e-5, case  # all are products
