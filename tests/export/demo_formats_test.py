@@ -23,7 +23,6 @@ from tf_deform import _loader
 # The models, and the names of their inputs.
 INPUTS = {"segmenter": "image", "features": "image", "detections": "images"}
 SUBJECTS = tuple(INPUTS)
-SAVED_MODELS = ("native", "portable")
 READ_BY_OPENVINO = ("portable", "onnx")
 STOCK = ("portable", "onnx", "litert")
 SHAPES = ((1, 64, 64, 1), (3, 48, 96, 1), (2, 100, 40, 1))
@@ -112,8 +111,7 @@ def test_exported(subject, kind, tmp_path):
     """
     exportable, function, assert_same = make(subject)
     path = tmp_path / exports.FORMATS[kind]
-    image_bytes = {"image_bytes": False} if kind in SAVED_MODELS else {}
-    write(kind, exportable, path, **image_bytes)
+    write(kind, exportable, path)
     readers = [load(kind, path)]
     if kind in READ_BY_OPENVINO:
         readers.append(compile_openvino(path))

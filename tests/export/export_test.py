@@ -57,10 +57,7 @@ def convolutions(request, tmp_path_factory):
     model = keras.Model(image, [each(image) for each in outputs])
     path = tmp_path_factory.mktemp("convolutions") / "model"
     kind = "onnx" if request.param == "openvino" else request.param
-    arguments = {}
-    if kind in ("native", "portable"):
-        arguments["image_bytes"] = False  # another trace of everything
-    report = write(kind, model, path, **arguments)
+    report = write(kind, model, path)
     assert len(report.differences) == len(CONVOLUTIONS)
     assert max(report.differences.values()) < CLOSE
     assert report.shapes == [

@@ -205,7 +205,7 @@ def test_the_endpoint_takes_them(kind, tmp_path):
     """Tests files of several kinds and sizes in one batch."""
     image = keras.Input((48, 80, 3), name="image")
     model = keras.Model(image, DeformableConv2D(2, 3, strides=2)(image))
-    write(kind, randomise(model), tmp_path / "model")
+    write(kind, randomise(model), tmp_path / "model", image_bytes=True)
     loaded = tf.saved_model.load(tmp_path / "model")
     pixels, large = make_pixels(), make_pixels(96, 112)
     palette = PIL.Image.fromarray(pixels).quantize(64)

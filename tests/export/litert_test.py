@@ -49,8 +49,7 @@ def test_portable_saved_models_have_no_branches(by, kind, tmp_path):
         model = small_model((16, 18), boundary="clamp", padding=1)
         sample = None
     if by == "tf_deform":
-        arguments = {"sample": sample, "image_bytes": False}
-        write("portable", model, tmp_path / "model", **arguments)
+        write("portable", model, tmp_path / "model", sample=sample)
     else:
         with tf_deform.implementation("portable"):
             model.export(tmp_path / "model", verbose=False)

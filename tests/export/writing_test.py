@@ -89,7 +89,8 @@ def test_in_a_process_without_the_package(run_python, tmp_path):
     sample = {"image": random(3, 16, 20, 3, dtype="uint8")}
     np.save(tmp_path / "image.npy", sample["image"])
     for kind in FORMATS:
-        write(kind, model, tmp_path / kind)
+        files = {"image_bytes": True} if kind == "portable" else {}
+        write(kind, model, tmp_path / kind, **files)
     said = run_python(BARE, tmp_path, _loader.LIBRARY)
     assert "'TfDeform>ImportTfDeformOrLoadItsOpLibrary'" in said
     expected = call(model, sample)["output_0"]

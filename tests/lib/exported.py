@@ -26,8 +26,14 @@ FORMATS = ("native", "portable", "onnx", "litert")
 
 
 def write(kind, model, path, **arguments):
-    """Exports without printing."""
+    """Exports without printing.
+
+    Portable SavedModels take no files of images unless a test asks for it,
+    because stock ops take long to trace, once for each endpoint.
+    """
     arguments = {"verbose": False, **arguments}
+    if kind == "portable":
+        arguments.setdefault("image_bytes", False)
     if kind in ("native", "portable"):
         return export.saved_model(model, path, kind, **arguments)
     return getattr(export, kind)(model, path, **arguments)
