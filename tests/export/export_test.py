@@ -126,13 +126,6 @@ def test_given_places(given, name):
 
 
 @every_format
-def test_static_sizes_and_pixels(kind, tmp_path):
-    model = small_model((21, 18), channels=1, dtype="uint8", strides=2)
-    sample = {"image": random(5, 21, 18, 1, dtype="uint8")}
-    check(kind, model, tmp_path / "model", sample)
-
-
-@every_format
 def test_uint8_for_a_model_of_floats(kind, tmp_path):
     signature = [tf.TensorSpec((None, 32, None, 3), "uint8", "pixels")]
     sample = {"pixels": random(2, 32, 40, 3, dtype="uint8")}

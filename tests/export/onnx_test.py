@@ -50,12 +50,6 @@ def test_onnx_has_the_standards_operator(opset, tmp_path):
     assert not {"If", "Loop", "GatherND"} & kinds
 
 
-def test_clamp_needs_other_operators(tmp_path):
-    write("onnx", small_model(boundary="clamp"), tmp_path / "model.onnx")
-    nodes = onnx.load(tmp_path / "model.onnx").graph.node
-    assert "DeformConv" not in {node.op_type for node in nodes}
-
-
 def test_onnx_pads_where_strides_leave_pixels(tmp_path):
     image = keras.Input((None, None, 3), name="image")
     outputs = [
