@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests exported models in a C program, serve.c, without Python."""
 
-import dataclasses
 import os
 import pathlib
 import shlex
@@ -12,17 +11,12 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from exported import POOLING, make_rois, pooling_model, randomise, write
 from operands import random
 from tensorflow.core.protobuf import saved_model_pb2
 
 from tf_deform import _loader
-from tf_deform.export import saved_model
-from tf_deform.layers import (
-    DeformableConv2D,
-    DeformablePSROIPooling,
-    DeformableROIAlign,
-    DeformableROIPooling,
-)
+from tf_deform.layers import DeformableConv2D
 
 COMPILER = shlex.split(os.environ.get("CC", "cc"))
 pytestmark = pytest.mark.skipif(
@@ -63,9 +57,6 @@ def serve(program, *arguments) -> subprocess.CompletedProcess:
     )
 
 
-ROIS = np.float32([[0, 1, 2, 9, 12], [1, 4, 0, 14, 7], [-1, 0, 0, 9, 9]])
-
-
 def one_layer():
     image = keras.Input((11, 13, 6), name="image")
     x = DeformableConv2D(10, 3, strides=2, padding="same")(image)
@@ -103,102 +94,70 @@ def segmenter():
     x = block(x, DeformableConv2D, 40, modulation="2sigmoid")
     x = keras.layers.Conv2D(11, 1)(x)
     x = keras.layers.UpSampling2D(2, interpolation="bilinear")(x)
-    values = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 1))
-    return keras.Model(image, x), [values.astype(np.uint8)]
+    return keras.Model(image, x), [random(3, 32, 32, 1, dtype="uint8")]
 
 
-def pooling(layer):
-    def make():
-        image = keras.Input((15, 16, 8), name="image")
-        rois = keras.Input((5,), name="rois")
-        model = keras.Model([image, rois], layer(image, rois))
-        return model, [random(2, 15, 16, 8), ROIS]
-
-    return make
+MODELS = {"one_layer": one_layer, "any_size": any_size, "segmenter": segmenter}
 
 
-MODELS = {
-    "one_layer": one_layer,
-    "any_size": any_size,
-    "segmenter": segmenter,
-    "DeformablePSROIPooling": pooling(
-        lambda image, rois: DeformablePSROIPooling(2, 2, 1.0)(
-            image, rois, trans_inputs=image
-        )
-    ),
-    "DeformableROIPooling": pooling(DeformableROIPooling(3, 1.0)),
-    "DeformableROIAlign": pooling(DeformableROIAlign((3, 2), 1.0)),
-}
-
-
-@dataclasses.dataclass
-class Exported:
-    """Holds a model on disk, and the arguments with which `serve` runs it."""
-
-    folder: pathlib.Path
-    output: str  # the tensor's name in the signature
-    inputs: list[str]
-    expected: np.ndarray
-
-
-def export(name: str, folder: pathlib.Path) -> Exported:
-    keras.utils.set_random_seed(0)
-    model, arrays = MODELS[name]()
-    for seed, variable in enumerate(model.weights):
-        # No weight stays at zero; variances stay positive.
-        noise = 0.1 * random(*variable.shape, seed=seed)
-        variable.assign(np.abs(noise + variable.numpy()))
-    saved_model(model, folder / name, sample=arrays, verbose=False)
+def export(name, folder):
+    """Returns the arguments that describe a request, and its result."""
+    if name in POOLING:
+        model = pooling_model(name)
+        arrays = [random(2, 15, 16, 18), make_rois(2, 5)]
+    else:
+        model, arrays = MODELS[name]()
+        randomise(model)
+    path = folder / name
+    write("native", model, path, sample=arrays)
     saved = saved_model_pb2.SavedModel()
-    saved.ParseFromString((folder / name / "saved_model.pb").read_bytes())
+    saved.ParseFromString((path / "saved_model.pb").read_bytes())
     signature = saved.meta_graphs[0].signature_def["serving_default"]
-    inputs = []
+    # The tensor's name in the signature.
+    (output,) = (info.name for info in signature.outputs.values())
+    arguments = [path, output]
     for tensor, array in zip(model.inputs, arrays, strict=True):
         file = folder / f"{name}_{tensor.name}.raw"
         array.tofile(file)
         shape = "x".join(map(str, array.shape))
         key = signature.inputs[tensor.name].name
-        inputs.append(f"{key}={array.dtype}:{shape}:{file}")
-    (output,) = (info.name for info in signature.outputs.values())
+        arguments.append(f"{key}={array.dtype}:{shape}:{file}")
     arrays = arrays if len(arrays) > 1 else arrays[0]
-    return Exported(folder / name, output, inputs, model(arrays).numpy())
+    return arguments, model(arrays).numpy()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *POOLING])
 def test_results_are_the_same_as_in_python(name, program, tmp_path):
-    model = export(name, tmp_path)
-    result = serve(
-        program, _loader.LIBRARY, model.folder, model.output, *model.inputs
-    )
+    arguments, expected = export(name, tmp_path)
+    result = serve(program, _loader.LIBRARY, *arguments)
     assert result.returncode == 0, result.stderr.decode()
-    assert np.any(tf.cast(model.expected, tf.float32))
-    assert result.stdout == model.expected.tobytes()
+    assert np.any(tf.cast(expected, tf.float32))
+    assert result.stdout == expected.tobytes()
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Exported:
-    return export("one_layer", tmp_path_factory.mktemp("model"))
+def request_of_a_layer(tmp_path_factory):
+    return export("one_layer", tmp_path_factory.mktemp("model"))[0]
 
 
-def test_without_the_library(program, model):
+@pytest.mark.parametrize(
+    ("library", "text"),
+    [
+        (
+            "-",
+            "TF_LoadSessionFromSavedModel: Op type not registered "
+            "'TfDeform>ImportTfDeformOrLoadItsOpLibrary'",
+        ),
+        ("/nowhere/_ops.so", "TF_LoadLibrary: /nowhere/_ops.so: "),
+    ],
+    ids=["none", "another"],
+)
+def test_without_the_library(library, text, program, request_of_a_layer):
     """Tests the error. It names an op whose name tells what is missing."""
-    result = serve(program, "-", model.folder, model.output, *model.inputs)
+    result = serve(program, library, *request_of_a_layer)
     assert result.returncode == 1
     assert result.stdout == b""
-    text = result.stderr.decode().splitlines()[-1]
-    assert text.startswith(
-        "TF_LoadSessionFromSavedModel: Op type not registered "
-        "'TfDeform>ImportTfDeformOrLoadItsOpLibrary'"
-    )
-
-
-def test_another_path(program, model, tmp_path):
-    library = tmp_path / "_ops.so"
-    result = serve(program, library, model.folder, model.output, *model.inputs)
-    assert result.returncode == 1
-    assert result.stdout == b""
-    text = result.stderr.decode().splitlines()[-1]
-    assert text.startswith(f"TF_LoadLibrary: {library}: ")
+    assert result.stderr.decode().splitlines()[-1].startswith(text)
 
 
 @pytest.mark.parametrize(
@@ -214,18 +173,12 @@ def test_another_path(program, model, tmp_path):
         (1, "x:0=uint8:0:/dev/null", "Expected a tensor of the graph. "),
         (1, "serving_default_image:1=uint8:0:/dev/null", "Expected a tensor "),
         (1, "serving_default_image:0=uint8:0:/dev/null", "TF_SessionRun: "),
+        (2, None, "usage: serve "),
     ],
 )
-def test_bad_arguments(code, argument, text, program, model):
-    result = serve(
-        program, _loader.LIBRARY, model.folder, model.output, argument
-    )
+def test_bad_arguments(code, argument, text, program, request_of_a_layer):
+    arguments = [_loader.LIBRARY, *request_of_a_layer[:2], argument]
+    result = serve(program, *(arguments if argument else ()))
     assert result.returncode == code
     assert result.stdout == b""
     assert f"\n{text}" in result.stderr.decode()
-
-
-def test_no_arguments(program):
-    result = serve(program)
-    assert result.returncode == 2
-    assert b"\nusage: serve " in result.stderr

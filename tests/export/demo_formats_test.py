@@ -15,7 +15,7 @@ import segmentation
 import tensorflow as tf
 from detection import detector
 from detection_test import make_detector, random_boxes, random_scores
-from exported import FORMATS, compile_openvino, run, write
+from exported import FORMATS, compile_openvino, load, run, write
 from operands import random
 
 from tf_deform import _loader
@@ -105,19 +105,24 @@ def test_graph_and_xla(subject, how):
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("subject", SUBJECTS)
 def test_exported(subject, kind, tmp_path):
+    """Tests files here and, for the detector, in a process of their own.
+
+    The examples' tests run a segmenter's files in processes.
+    """
     exportable, function, assert_same = make(subject)
     path = tmp_path / exports.FORMATS[kind]
     write(kind, exportable, path)
-    openvino = kind in READ_BY_OPENVINO and compile_openvino(path)
+    readers = [load(kind, path)]
+    if kind in READ_BY_OPENVINO:
+        readers.append(compile_openvino(path))
     for shape in SHAPES:
-        inputs = {INPUTS[subject]: random(*shape, dtype="uint8")}
-        expected = function(tf.constant(inputs[INPUTS[subject]]))
-        assert_same(run(kind, path, inputs), expected)
-        if openvino:
-            assert_same(openvino(inputs), expected)
-    images = random(5, 64, 64, 1, dtype="uint8")
-    received = exports.run_alone(path, images, native=kind == "native")
-    assert_same(received, function(tf.constant(images)))
+        images = random(*shape, dtype="uint8")
+        expected = function(tf.constant(images))
+        for read in readers:
+            assert_same(read({INPUTS[subject]: images}), expected)
+    if subject == "detections":
+        received = exports.run_alone(path, images, native=kind == "native")
+        assert_same(received, expected)
 
 
 def test_boxes_beside_the_image_are_among_those():
@@ -228,26 +233,18 @@ def choose(boxes, scores):
 def test_suppression(how, tmp_path):
     boxes, scores = make_choices()
     inputs = {"boxes": boxes, "scores": scores}
+    limits = (CHOSEN, detector.DETECTION_OVERLAP, MIN_SCORE)
 
     def suppress(boxes, scores):
-        found = detector.suppress(
-            boxes,
-            scores,
-            CHOSEN,
-            detector.DETECTION_OVERLAP,
-            MIN_SCORE,
-        )
+        found = detector.suppress(boxes, scores, *limits)
         names = ("boxes_out", "scores_out", "classes", "valid")
         return dict(zip(names, found, strict=True))
 
-    function = tf.function(
-        suppress,
-        [
-            tf.TensorSpec((None, *value.shape[1:]), name=name)
-            for name, value in inputs.items()
-        ],
-        jit_compile=how == "xla",
-    )
+    specs = [
+        tf.TensorSpec((None, *value.shape[1:]), name=name)
+        for name, value in inputs.items()
+    ]
+    function = tf.function(suppress, specs, jit_compile=how == "xla")
     results = [suppress(**inputs) if how == "eager" else function(**inputs)]
     if how in STOCK:
         path = tmp_path / exports.FORMATS[how]
@@ -256,14 +253,14 @@ def test_suppression(how, tmp_path):
         results = [run(how, path, inputs)]
         if how in READ_BY_OPENVINO:
             results.append(compile_openvino(path)(inputs))
+    chosen = [choose(*each) for each in zip(boxes, scores, strict=True)]
+    rows, counts = (np.stack(x) for x in zip(*chosen, strict=True))
+    expected = {
+        "boxes_out": rows[..., :4],
+        "scores_out": rows[..., 4],
+        "classes": rows[..., 5],
+        "valid": counts,
+    }
     for found in results:
-        for index in range(len(boxes)):
-            rows, count = choose(boxes[index], scores[index])
-            assert found["valid"][index] == count
-            np.testing.assert_array_equal(
-                found["boxes_out"][index], rows[:, :4]
-            )
-            np.testing.assert_array_equal(
-                found["scores_out"][index], rows[:, 4]
-            )
-            np.testing.assert_array_equal(found["classes"][index], rows[:, 5])
+        for name, value in expected.items():
+            np.testing.assert_array_equal(found[name], value, name)

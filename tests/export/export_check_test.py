@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests the messages of exports for wrong files and impossible signatures."""
 
+import functools
 import os
 import pathlib
 
@@ -15,6 +16,7 @@ from tf_deform.export import _common
 from tf_deform.layers import DeformableConv2D
 
 PATH = pathlib.Path("model.onnx")
+save = functools.partial(export.saved_model, verbose=False)
 
 
 def compare(expected, received, tolerance=1e-3):
@@ -64,6 +66,30 @@ def test_differences_that_are_no_number_are_told(expected, received, text):
     assert "difference of inf" not in str(error.value)
 
 
+_VALUES = [1.0, -4.0, np.nan, np.inf]
+
+
+@pytest.mark.parametrize(
+    ("expected", "received", "difference"),
+    [
+        (_VALUES, _VALUES, 0),
+        (_VALUES, [1, -3, np.nan, np.inf], 0.25),
+        (_VALUES, [1, -4, 0, np.inf], np.inf),
+        (_VALUES, [1, -4, np.nan, -np.inf], np.inf),
+        (_VALUES, _VALUES[:3], np.inf),
+        ([0.0, 0.0], [1.0, 1.0], np.inf),
+        (np.zeros((0, 3)), np.zeros((0, 3)), 0),
+        ([b"a", b"b"], ["a", "c"], 0.5),
+        ([1, 2, 300, 4], [1, 2, 3, 4], 0.25),
+        ([True, False], [True, True], 0.5),
+    ],
+)
+def test_differences(expected, received, difference):
+    """Tests the number that is reported, also for NaN and infinities."""
+    found = _common.measure_difference(np.array(expected), received)
+    assert found == difference
+
+
 def test_an_output_that_is_missing():
     sample = _common.Sample({"x": np.zeros(2)}, {"y": np.zeros(2)})
     with pytest.raises(RuntimeError, match=r"to run with inputs.*'y'"):
@@ -76,14 +102,13 @@ def test_the_largest_difference_of_all_samples_counts(received):
     samples = [
         _common.Sample({"x": np.zeros(2)}, {"y": np.full(3, 2.0)}) for _ in "ab"
     ]
-    outputs = iter(received)
+    outputs = iter(received * 2)
 
     def run(_):
         return {"y": np.full(3, next(outputs))}
 
     found = _common.compare(samples, run, PATH, np.inf)
     assert found == {"y": pytest.approx(0.5)}
-    outputs = iter(received)
     with pytest.raises(RuntimeError, match="Nothing was written"):
         _common.compare(samples, run, PATH, 0.4)
 
@@ -96,9 +121,8 @@ def test_a_model_that_gives_other_shapes(tmp_path):
     inputs = keras.Input((None, 8, 9, 4))
     layer = DeformableConv2D(5, 3, padding="same")
     model = keras.Model(inputs, keras.layers.TimeDistributed(layer)(inputs))
-    sample = random(2, 3, 8, 9, 4)
     with pytest.raises(RuntimeError) as error:
-        export.saved_model(model, tmp_path / "model", sample=sample)
+        save(model, tmp_path / "model", sample=random(2, 3, 8, 9, 4))
     assert "(2, 3, 8, 9, 5), as the model does" in str(error.value)
     assert "Received: (2, 2, 8, 9, 5)" in str(error.value)
     assert os.listdir(tmp_path) == []
@@ -131,7 +155,7 @@ def test_signatures_that_contradict_the_model(kind, signature, tmp_path):
     if kind == "sequential":
         model = keras.Sequential([keras.Input((8, 9, 3)), model])
     with pytest.raises(ValueError, match="Expected `input_signature` to") as e:
-        export.saved_model(model, tmp_path / "x", input_signature=signature)
+        save(model, tmp_path / "x", input_signature=signature)
     assert "sample" not in str(e.value)
     assert "(None, 8, 9, 3) float32. Received" in str(e.value)
     assert os.listdir(tmp_path) == []
@@ -147,28 +171,26 @@ def test_signatures_that_contradict_the_model(kind, signature, tmp_path):
 )
 def test_signatures_that_narrow_the_model(signature, tmp_path):
     for model in (make_model(), make_model((None, 9), batch_size=2)):
-        export.saved_model(
-            model, tmp_path / "x", input_signature=signature, verbose=False
-        )
+        save(model, tmp_path / "x", input_signature=signature)
 
 
 def test_signatures_of_functions(tmp_path):
-    model = make_model()
-    path = tmp_path / "model"
-    function = tf.function(lambda x, y: model(x) + y)
-    good = [spec(2, 8, 9, 3), spec()]
-    for signature in ([good[0]], [*good, spec()]):
-        with pytest.raises(
-            ValueError, match=r"one tf.TensorSpec for each.*x, y"
-        ):
-            export.saved_model(function, path, input_signature=signature)
-    function = tf.function(lambda x: x + 1, [spec(None, 8)])
-    for signature in ([spec(None, 9)], [spec(None, None)], [spec(8)]):
-        with pytest.raises(ValueError, match=r"takes: \(None, 8\) float32"):
-            export.saved_model(function, path, input_signature=signature)
-    export.saved_model(
-        function, path, input_signature=[spec(3, 8)], verbose=False
-    )
+    model, path = make_model(), tmp_path / "model"
+    two = tf.function(lambda x, y: model(x) + y)
+    one = tf.function(lambda x: x + 1, [spec(None, 8)])
+    arguments = "one tf.TensorSpec for each.*x, y"
+    takes = r"takes: \(None, 8\) float32"
+    image = spec(2, 8, 9, 3)
+    for function, signature, text in (
+        (two, [image], arguments),
+        (two, [image, spec(), spec()], arguments),
+        (one, [spec(None, 9)], takes),
+        (one, [spec(None, None)], takes),
+        (one, [spec(8)], takes),
+    ):
+        with pytest.raises(ValueError, match=text):
+            save(function, path, input_signature=signature)
+    save(one, path, input_signature=[spec(3, 8)])
 
 
 def test_a_signature_that_only_running_refutes(tmp_path):
@@ -185,10 +207,6 @@ def test_a_signature_that_only_running_refutes(tmp_path):
     model = Model()
     model(random(1, 8, 9, 2))
     for shape in ((None, 8, 9, 5), (None, 8, 9), (None, 2, 9, 2)):
-        with pytest.raises(
-            ValueError, match=r"Expected `input_signature` \(or"
-        ):
-            export.saved_model(
-                model, tmp_path / "x", input_signature=[spec(*shape)]
-            )
+        with pytest.raises(ValueError, match=r"Expected `input_signature` \(o"):
+            save(model, tmp_path / "x", input_signature=[spec(*shape)])
     assert os.listdir(tmp_path) == []

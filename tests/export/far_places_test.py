@@ -52,7 +52,7 @@ def all_operators(maps, offset, mask, rois, trans):
             maps, rois, trans, sampling_ratio=ratio, **place
         )
     outputs["psroi"] = ops.deformable_psroi_pool(
-        maps, rois, trans, output_dim=2, **place
+        maps, rois, trans, output_dim=2, sample_per_part=2, **place
     )
     return outputs
 
@@ -80,19 +80,17 @@ def files(tmp_path_factory):
 
     @functools.cache
     def export(kind, opset):
-        function = tf.function(
-            all_operators,
-            input_signature=[
-                tf.TensorSpec(
-                    # LiteRT needs known sizes.
-                    value.shape
-                    if kind == "litert"
-                    else (None,) * (value.ndim - 1) + value.shape[-1:],
-                    name=name,
-                )
-                for name, value in INPUTS.items()
-            ],
-        )
+        specs = [
+            tf.TensorSpec(
+                # LiteRT needs known sizes.
+                value.shape
+                if kind == "litert"
+                else (None,) * (value.ndim - 1) + value.shape[-1:],
+                name=name,
+            )
+            for name, value in INPUTS.items()
+        ]
+        function = tf.function(all_operators, specs)
         file = path / f"{kind}{opset}.onnx"
         arguments = {} if opset is None else {"opset": opset}
         write(kind, function, file, sample=INPUTS, **arguments)

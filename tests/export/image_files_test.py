@@ -10,8 +10,16 @@ import PIL.Image
 import PIL.ImageOps
 import pytest
 import tensorflow as tf
+from exported import (
+    assert_close,
+    make_rois,
+    pooling_model,
+    randomise,
+    small_model,
+    write,
+)
+from operands import random
 
-from tf_deform import export
 from tf_deform.export._image_files import decode
 from tf_deform.layers import DeformableConv2D
 
@@ -24,12 +32,15 @@ def make_pixels(height=48, width=80):
     return blocks.repeat(16, 0).repeat(16, 1)
 
 
-def encode(image, kind, **arguments):
+def encode(image, kind):
     if isinstance(image, np.ndarray):
         image = PIL.Image.fromarray(image)
     file = io.BytesIO()
-    image.save(file, kind, **arguments)
+    image.save(file, kind, **({"quality": 95} if kind == "jpeg" else {}))
     return file.getvalue()
+
+
+JPEG = encode(make_pixels(), "jpeg")
 
 
 def exif(orientation, order="<", before=3, kind=3):
@@ -73,8 +84,7 @@ def assert_upright(received, data, tolerance=12):
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_photographs_are_upright(orientation, order, decode_rgb):
-    data = encode(make_pixels(), "jpeg", quality=95)
-    data = insert(data, exif(orientation, order))
+    data = insert(JPEG, exif(orientation, order))
     received = decode_rgb(data)
     assert received.shape[:2] == ((48, 80) if orientation < 5 else (80, 48))
     assert_upright(received, data)
@@ -92,8 +102,7 @@ def test_photographs_are_upright(orientation, order, decode_rgb):
     ],
 )
 def test_the_segment_is_found(segments, decode_rgb):
-    data = encode(make_pixels(), "jpeg", quality=95)
-    data = insert(data, *segments(exif(6, before=40)))
+    data = insert(JPEG, *segments(exif(6, before=40)))
     received = decode_rgb(data)
     assert received.shape == (80, 48, 3)
     assert_upright(received, data)
@@ -114,15 +123,14 @@ def test_the_segment_is_found(segments, decode_rgb):
     ],
 )
 def test_what_says_nothing_of_the_orientation(tag, decode_rgb):
-    data = encode(make_pixels(), "jpeg", quality=95)
-    received = decode_rgb(insert(data, tag))
-    np.testing.assert_array_equal(received, tf.io.decode_jpeg(data))
+    received = decode_rgb(insert(JPEG, tag))
+    np.testing.assert_array_equal(received, tf.io.decode_jpeg(JPEG))
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
 def test_photographs_of_other_kinds(mode, decode_rgb):
     image = PIL.Image.fromarray(make_pixels()).convert(mode)
-    data = insert(encode(image, "jpeg", quality=95), exif(8))
+    data = insert(encode(image, "jpeg"), exif(8))
     received = decode_rgb(data)
     assert received.shape == (80, 48, 3)
     if mode == "L":
@@ -158,22 +166,19 @@ def test_gray_bmp_files():
     np.testing.assert_array_equal(decode(data, 3)[..., 1], pixels)
 
 
-@pytest.mark.parametrize("kind", ["1 bit", "compressed", "old header"])
+PALETTE = encode(PIL.Image.fromarray(make_pixels()).quantize(50), "bmp")
+REFUSED = {
+    "1 bit": encode(PIL.Image.fromarray(make_pixels()).convert("1"), "bmp"),
+    "compressed": PALETTE[:30] + b"\x01" + PALETTE[31:],
+    "old header": PALETTE[:14] + b"\x0c" + PALETTE[15:],
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
 def test_bmp_files_that_are_refused(kind, decode_rgb):
-    pixels = make_pixels()
-    if kind == "1 bit":
-        data = encode(PIL.Image.fromarray(pixels).convert("1"), "bmp")
-    else:
-        image = PIL.Image.fromarray(pixels).quantize(50)
-        data = bytearray(encode(image, "bmp"))
-        if kind == "compressed":
-            data[30] = 1
-        else:
-            data[14] = 12
-    with pytest.raises(
-        tf.errors.InvalidArgumentError, match="8, 24 or 32 bits"
-    ):
-        decode_rgb(bytes(data))
+    error = tf.errors.InvalidArgumentError
+    with pytest.raises(error, match="8, 24 or 32 bits"):
+        decode_rgb(bytes(REFUSED[kind]))
 
 
 @pytest.mark.parametrize("kind", ["png", "bmp", "gif"])
@@ -195,24 +200,60 @@ def test_what_is_no_image_is_an_error(data, decode_rgb):
         decode_rgb(data)
 
 
-@pytest.mark.parametrize("implementation", ["native", "portable"])
-def test_the_endpoint_takes_them(implementation, tmp_path):
-    """Tests files of several kinds in one batch."""
+@pytest.mark.parametrize("kind", ["native", "portable"])
+def test_the_endpoint_takes_them(kind, tmp_path):
+    """Tests files of several kinds and sizes in one batch."""
     image = keras.Input((48, 80, 3), name="image")
     model = keras.Model(image, DeformableConv2D(2, 3, strides=2)(image))
-    path = tmp_path / "model"
-    export.saved_model(model, path, implementation, verbose=False)
-    loaded = tf.saved_model.load(path)
-    pixels = make_pixels()
+    write(kind, randomise(model), tmp_path / "model", image_bytes=True)
+    loaded = tf.saved_model.load(tmp_path / "model")
+    pixels, large = make_pixels(), make_pixels(96, 112)
     palette = PIL.Image.fromarray(pixels).quantize(64)
-    lying = insert(encode(np.rot90(pixels).copy(), "jpeg", quality=95), exif(6))
+    lying = insert(encode(np.rot90(pixels).copy(), "jpeg"), exif(6))
     files = [encode(pixels, "png"), encode(palette, "bmp"), lying]
-    received = loaded.serve_image_bytes(tf.constant(files))
+    files += [encode(large, "jpeg"), encode(pixels[..., 0], "png")]
     images = [
         pixels,
         np.asarray(palette.convert("RGB")),
         np.rot90(tf.io.decode_jpeg(lying).numpy(), -1),
+        tf.image.resize(tf.io.decode_jpeg(files[3]), (48, 80), antialias=True),
+        pixels[..., :1].repeat(3, -1),
     ]
-    expected = np.asarray(model(np.stack(images).astype("float32")))
-    largest = np.abs(expected).max()
-    np.testing.assert_allclose(received, expected, 0, 1e-5 * largest)
+    expected = model(np.stack(images).round().astype("float32"))
+    assert_close(loaded.serve_image_bytes(tf.constant(files)), expected)
+    nothing = loaded.serve_image_bytes(tf.constant([], tf.string))
+    assert nothing.shape[0] == 0
+
+
+def test_the_endpoint_of_any_size(tmp_path):
+    """Tests a file of colours for a model of one channel."""
+    model = small_model(channels=1, dtype="uint8")
+    write("native", model, tmp_path / "model")
+    loaded = tf.saved_model.load(tmp_path / "model")
+    gray = make_pixels()[..., :1]
+    colour = encode(make_pixels(), "png")
+    received = loaded.serve_image_bytes([encode(gray[..., 0], "png"), colour])
+    images = np.stack([gray, tf.io.decode_png(colour, 1)])
+    np.testing.assert_array_equal(received, model(images, training=False))
+
+
+def test_the_endpoint_made_by_the_user(tmp_path):
+    model, path = small_model((16, 20)), tmp_path / "model"
+
+    def fit(pixels):
+        pixels = tf.image.resize_with_crop_or_pad(pixels, 16, 20)
+        return tf.cast(pixels, "float32") / 255
+
+    write("native", model, path, image_bytes=fit)
+    loaded = tf.saved_model.load(path)
+    pixels = make_pixels(16, 32)
+    received = loaded.serve_image_bytes([encode(pixels, "png")])
+    assert_close(received, model(fit(pixels)[None], training=False))
+
+    write("native", model, path, image_bytes=False)
+    assert not hasattr(tf.saved_model.load(path), "serve_image_bytes")
+
+    sample = [random(2, 20, 24, 18), make_rois(2, 4)]
+    arguments = {"sample": sample, "image_bytes": True}
+    with pytest.raises(ValueError, match="a model of one image"):
+        write("native", pooling_model("align"), path, **arguments)

@@ -1,19 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests Keras' own `Model.export` in every format that Keras knows."""
 
-import itertools
 import sys
 
 import keras
 import numpy as np
-import onnx
-import onnxruntime
-import openvino
 import pytest
 import tensorflow as tf
 import tf2onnx
-from ai_edge_litert.interpreter import Interpreter
-from exported import assert_close
+from exported import assert_close, call, compile_openvino, load, randomise
 from operands import random
 
 import tf_deform
@@ -29,140 +24,112 @@ FORMATS = {
 OTHERS = [name for name in FORMATS if name != "tf_saved_model"]
 
 
-def displace(model):
-    """Sets weights that leave nothing at zero. New branches are zero."""
-    rng = np.random.default_rng(3)
-    for weight in model.weights:
-        weight.assign(rng.normal(size=weight.shape) * 0.3)
-    return model
+def read(kind, path):
+    """Returns a function that runs a file as others do, who know no ops."""
+    if kind == "openvino":
+        return compile_openvino(path, has_extension=False)
+    return load(kind, path)
+
+
+def check(kind, model, folder, *samples):
+    """Compares Keras' export of a model with the model; returns the path."""
+    __tracebackhide__ = True
+    call(model, samples[0])  # Keras exports only models that were called.
+    path = folder / FORMATS[kind]
+    model.export(str(path), format=kind, verbose=False)
+    run = read(kind, str(path))
+    for sample in samples:
+        received, expected = run(sample), call(model, sample)
+        if len(expected) == 1:  # Its name depends on the format.
+            received = {"output_0": next(iter(received.values()))}
+        for name, value in expected.items():
+            assert_close(received[name], value, name=name)
+    return path
 
 
 def convolution(**arguments):
+    """Has a small kernel: without the op each tap becomes many operators."""
     image = keras.Input((7, 9, 4), name="image")
-    layer = layers.DeformableConv2D(
-        6, 3, **{"padding": "same", "modulation": "2sigmoid", **arguments}
-    )
-    model = displace(keras.Model(image, layer(image)))
-    return model, [random(2, 7, 9, 4)]
+    arguments = {"padding": "same", "modulation": "2sigmoid", **arguments}
+    layer = layers.DeformableConv2D(6, 2, **arguments)
+    return randomise(keras.Model(image, layer(image)))
 
 
-def pooling(kind):
-    maps = keras.Input((7, 9, 8), name="maps")
-    rois = keras.Input((5,), name="rois")
-    if kind == "psroi":
-        layer = layers.DeformablePSROIPooling(2, 2, 0.25)
-        pooled = layer(maps, rois, trans_inputs=maps)
-    else:
-        pooled = layers.DeformableROIAlign(3, 0.25, 2)(maps, rois)
-    model = displace(keras.Model([maps, rois], pooled))
-    boxes = [[0, 2, 1, 20, 25], [1, 0, 3, 35, 17], [-1, 0, 0, 0, 0]]
-    return model, [random(3, 7, 9, 8), np.float32(boxes)]
-
-
-MODELS = {
-    "zeros": lambda: convolution(strides=2),
-    "clamp": lambda: convolution(boundary="clamp", modulation=None),
-    "psroi": lambda: pooling("psroi"),
-    "align": lambda: pooling("align"),
-}
-
-
-def run(kind, path, inputs):
-    """Returns the first output, as the format's own runtime computes it."""
-    if kind == "tf_saved_model":
-        loaded = tf.saved_model.load(path)
-        return loaded.serve(inputs if len(inputs) > 1 else inputs[0])
-    if kind == "onnx":
-        onnx.checker.check_model(path)
-        session = onnxruntime.InferenceSession(path)
-        names = [value.name for value in session.get_inputs()]
-        return session.run(None, dict(zip(names, inputs, strict=True)))[0]
-    if kind == "openvino":
-        options = {"INFERENCE_PRECISION_HINT": "f32"}
-        compiled = openvino.Core().compile_model(path, "CPU", options)
-        return compiled(inputs)[0]
-    interpreter = Interpreter(path)
-    details = interpreter.get_input_details()
-    # Operands in the order of names: "maps", "rois".
-    details.sort(key=lambda detail: detail["name"])
-    for detail, value in zip(details, inputs, strict=True):
-        interpreter.resize_tensor_input(detail["index"], value.shape)
-    interpreter.allocate_tensors()
-    for detail, value in zip(details, inputs, strict=True):
-        interpreter.set_tensor(detail["index"], value)
-    interpreter.invoke()
-    return interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
+IMAGE = {"image": random(2, 7, 9, 4)}
 
 
 def has_native_ops(path):
     return b"TfDeform>Deformable" in (path / "saved_model.pb").read_bytes()
 
 
-@pytest.mark.parametrize(
-    "name,kind",
-    [
-        *itertools.product(["zeros", "clamp", "psroi"], FORMATS),
-        *(("align", kind) for kind in ("onnx", "litert")),
-    ],
-)
-def test_every_format_runs_elsewhere(name, kind, tmp_path):
-    """Tests that only SavedModels contain native ops."""
-    model, inputs = MODELS[name]()
-    expected = model(inputs if len(inputs) > 1 else inputs[0])
-    path = tmp_path / FORMATS[kind]
-    model.export(str(path), format=kind, verbose=False)
-    assert_close(np.asarray(run(kind, str(path), inputs)), expected)
-    if kind == "tf_saved_model":
+@pytest.fixture(scope="module", params=FORMATS)
+def exported(request, tmp_path_factory):
+    """Returns the outputs of a file of all layers, and of the model."""
+    image = keras.Input((7, 9, 4), name="image")
+    maps = keras.Input((7, 9, 8), name="maps")
+    rois = keras.Input((5,), name="rois")
+    psroi = layers.DeformablePSROIPooling(2, 2, 0.25, sample_per_part=2)
+    outputs = {
+        "zeros": convolution(strides=2)(image),
+        "clamp": convolution(boundary="clamp", modulation=None)(image),
+        "psroi": psroi(maps, rois, trans_inputs=maps),
+        "align": layers.DeformableROIAlign(3, 0.25, 1)(maps, rois),
+    }
+    model = randomise(keras.Model([image, maps, rois], outputs))
+    boxes = [[0, 2, 1, 20, 25], [1, 0, 3, 35, 17], [-1, 0, 0, 0, 0]]
+    sample = {"maps": random(3, 7, 9, 8), "rois": np.float32(boxes)}
+    sample = {**IMAGE, **sample}
+    expected = call(model, sample)
+    path = tmp_path_factory.mktemp("exported") / FORMATS[request.param]
+    model.export(str(path), format=request.param, verbose=False)
+    if request.param == "tf_saved_model":
         assert has_native_ops(path)
+    return read(request.param, str(path))(sample), expected
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"dilation_rate": 2},
-        {"dilation_rate": (3, 1), "boundary": "clamp"},
-        {"dilation_rate": (1, 2), "kernel_size": (2, 4), "groups": 2},
-        {"dilation_rate": 2, "strides": 2},
-        {"dilation_rate": (1, 3), "kernel_size": 2, "strides": (3, 1)},
-        {"kernel_size": (1, 3), "strides": 3},
-    ],
-)
+@pytest.mark.parametrize("name", ["zeros", "clamp", "psroi", "align"])
+def test_every_format_runs_elsewhere(name, exported):
+    """Tests that only SavedModels contain native ops."""
+    received, expected = exported
+    assert_close(received[name], expected[name])
+
+
+SAME = [
+    {"dilation_rate": 2},
+    {"dilation_rate": (3, 1), "boundary": "clamp"},
+    {"dilation_rate": (1, 2), "kernel_size": (2, 4), "groups": 2},
+    {"dilation_rate": 2, "strides": 2},
+    {"dilation_rate": (1, 3), "kernel_size": 2, "strides": (3, 1)},
+    {"kernel_size": (1, 3), "strides": 3},
+]
+
+
 @pytest.mark.parametrize("kind", OTHERS)
-def test_same_padding_of_unknown_sizes(kind, arguments, tmp_path):
+def test_same_padding_of_unknown_sizes(kind, tmp_path):
     """Tests "same" padding with dilations, which ONNX Runtime does not know."""
-    image = keras.Input((None, None, 4))
-    arguments = {"kernel_size": 3, "modulation": "sigmoid", **arguments}
-    layer = layers.DeformableConv2D(4, padding="same", **arguments)
-    model = displace(keras.Model(image, layer(image)))
-    path = tmp_path / FORMATS[kind]
-    model(random(1, 5, 5, 4))
-    model.export(str(path), format=kind, verbose=False)
-    for shape in ((2, 7, 9, 4), (1, 10, 6, 4)):
-        x = random(*shape)
-        assert_close(np.asarray(run(kind, str(path), [x])), model(x))
+    image = keras.Input((None, None, 4), name="image")
+    outputs = {}
+    for number, arguments in enumerate(SAME):
+        arguments = {"kernel_size": 3, "modulation": "sigmoid", **arguments}
+        layer = layers.DeformableConv2D(4, padding="same", **arguments)
+        outputs[f"case_{number}"] = layer(image)
+    model = randomise(keras.Model(image, outputs))
+    shapes = (2, 7, 9, 4), (1, 10, 6, 4)
+    check(kind, model, tmp_path, *({"image": random(*x)} for x in shapes))
 
 
 @pytest.mark.parametrize("implementation", ["native", "portable"])
-@pytest.mark.parametrize("kind", FORMATS)
-def test_inside_implementation(kind, implementation, tmp_path):
-    """Tests that an export overrides the implementation set around it."""
-    model, inputs = convolution()
-    expected = model(inputs[0])
-    path = tmp_path / FORMATS[kind]
-    if kind != "tf_saved_model":
-        path.write_bytes(b"what was there")
+def test_saved_models_inside_implementation(implementation, tmp_path):
     with tf_deform.implementation(implementation):
-        model.export(str(path), format=kind, verbose=False)
-    assert_close(np.asarray(run(kind, str(path), inputs)), expected)
-    if kind == "tf_saved_model":
-        assert has_native_ops(path) == (implementation == "native")
+        path = check("tf_saved_model", convolution(), tmp_path, IMAGE)
+    assert has_native_ops(path) == (implementation == "native")
 
 
 def test_only_what_is_exported_is_portable(tmp_path):
-    model, inputs = convolution()
-    model(inputs[0])
+    model = convolution()
+    call(model, IMAGE)
     model.export(str(tmp_path / "model.onnx"), format="onnx", verbose=False)
-    graph = tf.function(model).get_concrete_function(inputs[0]).graph
+    graph = tf.function(model).get_concrete_function(IMAGE["image"]).graph
     assert "TfDeform>DeformableConv2D" in {
         op.type for op in graph.get_operations()
     }
@@ -171,8 +138,14 @@ def test_only_what_is_exported_is_portable(tmp_path):
 @pytest.mark.parametrize("kind", OTHERS)
 @pytest.mark.parametrize("sort", ["subclass", "loop"])
 def test_kinds_of_models(kind, sort, tmp_path):
-    layer = layers.DeformableConv2D(3, 3, modulation="sigmoid")
-    image = random(2, 7, 9, 4)
+    """Tests that an export overrides a file and the implementation around it.
+
+    A model that is no functional one is inside one implementation, a loop
+    inside the other.
+    """
+    layer = layers.DeformableConv2D(3, 2, modulation="sigmoid")
+    name = "input" if kind == "openvino" else "args_0"
+    sample, around = {name: random(2, 7, 9, 4)}, "portable"
     if sort == "subclass":
 
         class Model(keras.Model):
@@ -185,21 +158,20 @@ def test_kinds_of_models(kind, sort, tmp_path):
 
         model = Model()
     else:
-        image = random(2, 3, 7, 9, 4)
-        inputs = keras.Input(image.shape[1:])
+        sample, around = {"image": random(2, 3, 7, 9, 4)}, "native"
+        inputs = keras.Input((3, 7, 9, 4), name="image")
         outputs = keras.layers.TimeDistributed(layer)(inputs)
         model = keras.Model(inputs, outputs)
-    model(image)
-    displace(model)
-    path = tmp_path / FORMATS[kind]
-    model.export(str(path), format=kind, verbose=False)
-    received = run(kind, str(path), [image])
-    assert_close(np.asarray(received), model(image))
+    call(model, sample)
+    randomise(model)
+    (tmp_path / FORMATS[kind]).write_bytes(b"what was there")
+    with tf_deform.implementation(around):
+        check(kind, model, tmp_path, sample)
 
 
 def traced_before():
     """Returns a model whose function was traced earlier, with native ops."""
-    layer = layers.DeformableConv2D(3, 3)
+    layer = layers.DeformableConv2D(3, 2)
     function = tf.function(layer, [tf.TensorSpec((None, 7, 9, 4))])
     function.get_concrete_function()
 
@@ -207,9 +179,9 @@ def traced_before():
         def call(self, inputs):
             return function(inputs)
 
-    image = keras.Input((7, 9, 4))
+    image = keras.Input((7, 9, 4), name="image")
     model = keras.Model(image, Holder()(image))
-    model(random(1, 7, 9, 4))
+    call(model, IMAGE)
     return model
 
 
@@ -234,8 +206,7 @@ def test_conditions(kind, tmp_path):
 
     There tf2onnx writes convolutions that no runtime loads, Keras' too.
     """
-    layer = layers.DeformableConv2D(3, 3)
-    image = random(2, 7, 9, 4)
+    layer = layers.DeformableConv2D(3, 2)
 
     class Choice(keras.layers.Layer):
         def build(self, shape):
@@ -252,20 +223,17 @@ def test_conditions(kind, tmp_path):
                 lambda: -self.layer(inputs),
             )
 
-    inputs = keras.Input((7, 9, 4))
-    model = displace(keras.Model(inputs, Choice()(inputs)))
+    inputs = keras.Input((7, 9, 4), name="image")
+    model = randomise(keras.Model(inputs, Choice()(inputs)))
     path = tmp_path / FORMATS[kind]
     if kind == "onnx":
-        model(image)
+        call(model, IMAGE)
         path.write_bytes(b"what was there")
         with pytest.raises(ValueError, match="Use tf_deform.export.onnx"):
             model.export(str(path), format=kind, verbose=False)
         assert path.read_bytes() == b"what was there"
-        return
-    model.export(str(path), format=kind, verbose=False)
-    for given in (image, -image):
-        received = np.asarray(run(kind, str(path), [given]))
-        assert_close(received, model(given))
+    else:
+        check(kind, model, tmp_path, IMAGE, {"image": -IMAGE["image"]})
 
 
 def test_litert_traces_anew(tmp_path):
@@ -273,43 +241,32 @@ def test_litert_traces_anew(tmp_path):
 
     TensorFlow traces its functions again.
     """
-    model, image = traced_before(), random(1, 7, 9, 4)
-    path = str(tmp_path / "model.tflite")
-    model.export(path, format="litert", verbose=False)
-    assert_close(run("litert", path, [image]), model(image))
+    check("litert", traced_before(), tmp_path, IMAGE)
 
 
 def test_a_loaded_saved_model_to_onnx(tmp_path):
-    model, inputs = MODELS["psroi"]()
-    model.export(str(tmp_path / "native"), verbose=False)
-    loaded = keras.layers.TFSMLayer(str(tmp_path / "native"), "serve")
-    given = [keras.Input(x.shape[1:]) for x in inputs]
-    outer = keras.Model(given, loaded(given))
-    outer(inputs)
-    with pytest.raises(ValueError, match="TfDeform>DeformablePSROIPool"):
+    path = check("tf_saved_model", convolution(), tmp_path, IMAGE)
+    loaded = keras.layers.TFSMLayer(str(path), "serve")
+    image = keras.Input((7, 9, 4), name="image")
+    outer = keras.Model(image, loaded(image))
+    call(outer, IMAGE)
+    with pytest.raises(ValueError, match="TfDeform>DeformableConv2D"):
         outer.export(str(tmp_path / "x.onnx"), format="onnx", verbose=False)
     assert not (tmp_path / "x.onnx").exists()
 
 
 def test_pytorchs_format_needs_its_backend(tmp_path):
-    model, _ = convolution()
     with pytest.raises(ValueError, match="requires PyTorch backend"):
-        model.export(str(tmp_path / "model.pt2"), format="torch")
+        convolution().export(str(tmp_path / "model.pt2"), format="torch")
     assert not list(tmp_path.iterdir())
 
 
 def test_tf2onnx_called_by_others():
     """Tests that tf2onnx refuses native ops, also if Keras does not call it."""
-    layer = layers.DeformableConv2D(3, 3)
+    layer = layers.DeformableConv2D(3, 2)
     function = tf.function(layer, [tf.TensorSpec((1, 7, 9, 4))])
     with pytest.raises(ValueError, match="TfDeform>DeformableConv2D"):
         tf2onnx.convert.from_function(function, function.input_signature)
-
-
-def refuses():
-    """Returns whether tf2onnx's registry has the handlers."""
-    versions = tf2onnx.handler.tf_op.get_opsets()[""]
-    return any("TfDeform>DeformableConv2D" in found for found in versions)
 
 
 def test_tf2onnx_that_is_there_already(monkeypatch):
@@ -318,33 +275,28 @@ def test_tf2onnx_that_is_there_already(monkeypatch):
     monkeypatch.setattr(tf2onnx.handler.tf_op, "_OPSETS", {"": []})
     before = list(sys.meta_path)
     _tf2onnx.watch()
-    assert refuses()
+    versions = tf2onnx.handler.tf_op.get_opsets()[""]
+    assert any("TfDeform>DeformableConv2D" in found for found in versions)
     assert sys.meta_path == before
 
 
 def test_tf2onnx_is_imported_by_those_who_want_it(run_python):
+    """Tests also that the list of ops is what the library registers."""
     run_python("""
 import sys, tf_deform
-assert "tf2onnx" not in sys.modules
-ours = [x for x in sys.meta_path if type(x).__module__ == "tf_deform._tf2onnx"]
-assert len(ours) == 1
-import tf2onnx.handler
-versions = tf2onnx.handler.tf_op.get_opsets()[""]
-assert any("TfDeform>DeformableROIAlign" in found for found in versions)
-assert ours[0] not in sys.meta_path
-""")
-
-
-def test_every_native_op_is_refused(run_python):
-    """Compares the list with what loading the library registers."""
-    printed = run_python("""
-import tf_deform
 from tensorflow.python.framework import kernels
 from tf_deform import _tf2onnx
 
 found = {kernel.op for kernel in kernels.get_all_registered_kernels().kernel}
 found = {name for name in found if name.startswith("TfDeform>")}
-assert found == {*_tf2onnx.OPS, "TfDeform>ImportTfDeformOrLoadItsOpLibrary"}
-print("equal")
+marker = "TfDeform>ImportTfDeformOrLoadItsOpLibrary"
+assert found == {*_tf2onnx.OPS, marker}, found
+assert "tf2onnx" not in sys.modules
+ours = [x for x in sys.meta_path if type(x).__module__ == "tf_deform._tf2onnx"]
+assert len(ours) == 1
+import tf2onnx.handler
+versions = tf2onnx.handler.tf_op.get_opsets()[""]
+for op in _tf2onnx.OPS:
+    assert any(op in found for found in versions), op
+assert ours[0] not in sys.meta_path
 """)
-    assert printed == "equal\n"

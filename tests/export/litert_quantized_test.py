@@ -12,14 +12,7 @@ import pytest
 import tensorflow as tf
 from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
-from exported import assert_close, run, write
-from litert_models import (
-    make_rois,
-    pooling_model,
-    randomise,
-    small_model,
-    smooth,
-)
+from exported import assert_close, compare_outputs, load, run, write
 from operands import random
 
 from tf_deform import export, ops
@@ -30,46 +23,55 @@ from tf_deform.layers import (
     DeformableROIPooling,
 )
 
-KINDS = ("float16", "dynamic", "int8")
-
-
 # Errors as shares of the largest number. Each limit is some ten times the error
 # found here, and a tenth of the error of positions in 8 bits.
 QUANTIZED = {"float16": 0.005, "dynamic": 0.06, "int8": 0.08}
-
-
-def read_operations(path):
-    """Returns kind, operand names, operand types and name of each operation."""
-    model = schema.ModelT.InitFromPackedBuf(path.read_bytes(), 0)
-    kinds = {
-        number: kind
-        for kind, number in vars(schema.BuiltinOperator).items()
-        if isinstance(number, int)
-    }
-    found = []
-    for graph in model.subgraphs:
-        for operator in graph.operators:
-            code = model.operatorCodes[operator.opcodeIndex]
-            kind = kinds[max(code.builtinCode, code.deprecatedBuiltinCode)]
-            tensors = [*operator.inputs, *operator.outputs]
-            types = [graph.tensors[t].type for t in tensors if t >= 0]
-            name = graph.tensors[operator.outputs[0]].name.decode()
-            found.append((kind, types, name))
-    return found
-
-
-# Quantized files.
 INT8 = schema.TensorType.INT8
+
+
+def quantize(model, path, kind="int8", **arguments):
+    return write("litert", model, path, quantize=kind, **arguments)
+
+
+# Models whose numbers stay in a range.
+
+
+def randomise(model):
+    rng = np.random.default_rng(3)
+    for weight in model.trainable_weights:
+        taps = np.prod(weight.shape[:-1]) if len(weight.shape) > 1 else 100
+        weight.assign(rng.normal(size=weight.shape) / np.sqrt(taps))
+    return model
+
+
+def small_model(size=(None, None), channels=3, batch=None, **arguments):
+    image = keras.Input((*size, channels), batch_size=batch, name="image")
+    x = keras.layers.Conv2D(8, 3, padding="same", activation="relu")(image)
+    arguments = {"padding": "same", "modulation": "2sigmoid", **arguments}
+    x = DeformableConv2D(8, 3, name="deformable", **arguments)(x)
+    return randomise(keras.Model(image, keras.layers.Conv2D(4, 1)(x)))
+
+
+def side_by_side(models):
+    """Returns one model of all outputs, for the inputs of the first model."""
+    inputs = models[0].inputs
+    return keras.Model(inputs, [model(inputs) for model in models])
+
+
+def smooth(*shape, seed=0):
+    """Draws images whose neighbouring pixels are alike, like a camera's."""
+    images = random(*shape, seed=seed)
+    for axis in (1, 2):
+        images = sum(np.roll(images, n, axis) for n in range(-3, 4)) / 3
+    return images.astype("float32")
 
 
 @pytest.mark.parametrize(
     ("kind", "arguments"),
     [
-        *((kind, {}) for kind in KINDS),
-        *(
-            (kind, {"modulation": None, "groups": 2, "offset_groups": 4})
-            for kind in KINDS
-        ),
+        ("float16", {}),
+        ("dynamic", {}),
+        ("int8", {}),
         (
             "int8",
             {"size": (29, 33), "padding": ((1, 0), (2, 3)), "strides": (1, 2)},
@@ -86,63 +88,61 @@ INT8 = schema.TensorType.INT8
     ],
 )
 def test_quantized_convolutions(kind, arguments, tmp_path):
-    model = small_model(**arguments)
-    height, width = arguments.get("size", (28, 36))
-    calibration = [smooth(2, height, width, 3, seed=n) for n in range(4)]
-    report = write(
-        "litert",
-        model,
-        tmp_path / "model",
-        quantize=kind,
-        calibration=iter(calibration),
-    )
-    assert report.shapes == [{"image": (2, height, width, 3)}]
-    assert report.differences["output_0"] < QUANTIZED[kind]
-    batch = arguments.get("batch", 3)
+    """Tests also sizes that are not those of the calibration."""
+    groups = {"modulation": None, "groups": 2, "offset_groups": 4}
+    models = [small_model(**arguments), small_model(**arguments, **groups)]
+    model = side_by_side(models)
+    size = arguments.get("size", (28, 36))
+    calibration = [smooth(2, *size, 3, seed=n) for n in range(4)]
     # Values beyond the calibrated ranges would be cut off.
-    image = np.concatenate(calibration)[-batch:]
-    received = run("litert", report.path, {"image": image})
-    assert_close(received["output_0"], model(image), QUANTIZED[kind])
-    assert received["output_0"].dtype == "float32"
+    images = np.concatenate(calibration)[-arguments.get("batch", 3) :]
+    samples = [{"image": images}]
+    if "size" not in arguments:
+        calibration.append(smooth(1, 20, 24, 3))
+        samples.append({"image": images[:, 2:25, 5:26]})
+    path = tmp_path / "model"
+    report = quantize(model, path, kind, calibration=iter(calibration))
+    assert report.shapes == [{"image": (2, *size, 3)}]
+    assert max(report.differences.values()) < QUANTIZED[kind]
+    compare_outputs(load("litert", path), model, samples, QUANTIZED[kind])
 
 
-@pytest.mark.parametrize("size", [128, 200])
-@pytest.mark.parametrize("boundary", ["zeros", "clamp"])
-def test_int8_of_large_maps(size, boundary, tmp_path):
+def test_int8_of_large_maps(tmp_path):
     """Tests large maps.
 
     Positions in 8 bits are off by pixels, or do not run.
     """
-    model = small_model(boundary=boundary)
-    image = smooth(1, size, size, 3)
-    write(
-        "litert",
-        model,
-        tmp_path / "model",
-        quantize="int8",
-        calibration=[image],
-    )
-    received = run("litert", tmp_path / "model", {"image": image})
-    expected = np.asarray(model(image))
-    error = received["output_0"] - expected
-    # Compares the root mean square, because single pixels lie where "clamp"
-    # jumps.
-    assert np.sqrt(np.mean(error**2) / np.mean(expected**2)) < 0.05
+    boundaries = ("zeros", "clamp")
+    model = side_by_side([small_model(boundary=name) for name in boundaries])
+    images = [smooth(1, size, size, 3) for size in (128, 200)]
+    quantize(model, tmp_path / "model", calibration=images)
+    read = load("litert", tmp_path / "model")
+    for image in images:
+        received = read({"image": image})
+        for index, expected in enumerate(model(image)):
+            error = received[f"output_{index}"] - expected
+            # Compares the root mean square, because single pixels lie where
+            # "clamp" jumps.
+            share = np.sqrt(np.mean(error**2) / np.mean(expected**2))
+            assert share < 0.05, (boundaries[index], image.shape)
 
 
-def test_sizes_differ_from_those_of_the_calibration(tmp_path):
-    model = small_model()
-    images = smooth(3, 40, 30, 3)
-    write(
-        "litert",
-        model,
-        tmp_path / "model",
-        quantize="int8",
-        calibration=[images, smooth(1, 20, 24, 3)],
+@pytest.mark.parametrize("batch", [None, 1])
+def test_int8_by_tensorflows_converter(batch, tmp_path):
+    """Tests small maps, whose positions 8 bits can hold."""
+    model = small_model((16, 16), batch=batch)
+    write("portable", model, tmp_path / "folder")
+    images = smooth(8, 16, 16, 3)
+    converter = tf.lite.TFLiteConverter.from_saved_model(
+        str(tmp_path / "folder"), signature_keys=["serving_default"]
     )
-    image = images[:, 2:39, 5:26]
-    received = run("litert", tmp_path / "model", {"image": image})
-    assert_close(received["output_0"], model(image), QUANTIZED["int8"])
+    converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    converter.representative_dataset = lambda: (
+        {"image": image[None]} for image in images
+    )
+    (tmp_path / "model").write_bytes(converter.convert())
+    received = run("litert", tmp_path / "model", {"image": images[:1]})
+    assert_close(received["output_0"], model(images[:1]), 0.1)
 
 
 @pytest.mark.parametrize(
@@ -163,15 +163,13 @@ def test_int8_of_unknown_sizes_without_padding(layer, tmp_path):
     image = keras.Input((None, None, 3), dtype="uint8", name="image")
     x = keras.layers.Rescaling(1 / 127.5, -1)(image)
     last = keras.layers.Conv2D(3, 3, name="last")
-    model = keras.Model(image, last(layer(x)))
-    randomise(model)
+    model = randomise(keras.Model(image, last(layer(x))))
     images = (smooth(4, 21, 18, 3) * 20 + 128).clip(0, 255).astype("uint8")
     path = tmp_path / "model"
     sizes = [images, images[:1, :, :-2], np.tile(images, (1, 2, 1, 1))]
-    write("litert", model, path, quantize="int8", calibration=sizes)
-    for given in sizes:
-        received = run("litert", path, {"image": given})
-        assert_close(received["output_0"], model(given), QUANTIZED["int8"])
+    quantize(model, path, calibration=sizes)
+    samples = [{"image": given} for given in sizes]
+    compare_outputs(load("litert", path), model, samples, QUANTIZED["int8"])
     # A program that does not resize the input gets the size of one image.
     interpreter = Interpreter(str(path))
     interpreter.allocate_tensors()
@@ -180,59 +178,61 @@ def test_int8_of_unknown_sizes_without_padding(layer, tmp_path):
     assert detail["shape_signature"].tolist() == [-1, -1, -1, 3]
 
 
-@pytest.mark.parametrize(
-    "following",
-    [
-        keras.layers.Conv2D(2, 1, name="following"),
-        keras.layers.DepthwiseConv2D(3, name="following"),
-        keras.layers.Dense(5, name="following"),
-        keras.layers.Conv2DTranspose(2, 3, strides=2, name="following"),
-        DeformableConv2D(2, 3, padding="same", name="following"),
-    ],
-)
-def test_int8_of_results_that_are_used(following, tmp_path):
+def test_int8_of_results_that_are_used(tmp_path):
     """Tests results of the model that a later layer also uses.
 
     The quantizer would lose such results behind their rounded copies.
     """
     inner = small_model((12, 14))
-    outputs = {"y": inner.output, "z": following(inner.output)}
+    outputs = {}
+    for index, following in enumerate(
+        (
+            keras.layers.Conv2D(2, 1),
+            keras.layers.DepthwiseConv2D(3),
+            keras.layers.Dense(5),
+            keras.layers.Conv2DTranspose(2, 3, strides=2),
+            DeformableConv2D(2, 3, padding="same"),
+        )
+    ):
+        used = keras.layers.Conv2D(3, 1)(inner.output)
+        outputs[f"used_{index}"] = used
+        outputs[f"following_{index}"] = following(used)
     model = randomise(keras.Model(inner.input, outputs))
     images = smooth(8, 12, 14, 3)
     path = tmp_path / "model"
-    write("litert", model, path, quantize="int8", calibration=[images])
-    received = run("litert", path, {"image": images})
-    for name, expected in model(images).items():
-        assert_close(received[name], expected, QUANTIZED["int8"])
+    quantize(model, path, calibration=[images])
+    samples = [{"image": images}]
+    compare_outputs(load("litert", path), model, samples, QUANTIZED["int8"])
 
 
-@pytest.mark.parametrize(
-    ("kind", "layer"),
-    [
-        ("int8", lambda: DeformablePSROIPooling(2, 3, 1.0)),
-        ("int8", lambda: DeformableROIPooling(3, 1.0, units=(16,))),
-        (
-            "dynamic",
-            lambda: DeformableROIAlign(3, 1.0, sampling_ratio=2, units=(16,)),
-        ),
-        ("int8", lambda: DeformableROIAlign(3, 1.0)),
-    ],
-    ids=["psroi", "roi", "align-dynamic", "align"],
-)
-def test_quantized_pooling(kind, layer, tmp_path):
-    model = pooling_model(layer())
-    batches = [
-        {"features": smooth(2, 20, 24, 6, seed=n), "rois": make_rois(2, 7, n)}
-        for n in range(4)
-    ]
-    report = write(
-        "litert",
-        model,
-        tmp_path / "model",
-        quantize=kind,
-        calibration=batches,
-    )
-    assert report.differences["output_0"] < QUANTIZED[kind]
+@pytest.mark.parametrize("kind", ["dynamic", "int8"])
+def test_quantized_pooling(kind, tmp_path):
+    features = keras.Input((20, 24, 6), name="features")
+    rois = keras.Input((5,), name="rois")
+    x = keras.layers.Conv2D(18, 3, padding="same")(features)
+    outputs = []
+    for layer in (
+        DeformablePSROIPooling(2, 3, 1.0),
+        DeformableROIPooling(3, 1.0, units=(16,)),
+        DeformableROIAlign(3, 1.0, sampling_ratio=2, units=(16,)),
+        DeformableROIAlign(3, 1.0),
+    ):
+        pooled = keras.layers.Flatten()(layer(x, rois))
+        outputs.append(keras.layers.Dense(5)(pooled))
+    model = randomise(keras.Model([features, rois], outputs))
+
+    def draw(seed):
+        rng = np.random.default_rng(seed)
+        start = rng.uniform(0, 10, (7, 2))
+        end = start + rng.uniform(4, 12, (7, 2))
+        index = rng.integers(0, 2, (7, 1))
+        regions = np.concatenate([index, start, end], 1).astype("float32")
+        return {"features": smooth(2, 20, 24, 6, seed=seed), "rois": regions}
+
+    calibration = [draw(seed) for seed in range(4)]
+    report = quantize(model, tmp_path / "x", kind, calibration=calibration)
+    assert len(report.differences) == 4
+    assert max(report.differences.values()) < QUANTIZED[kind]
 
 
 def make_detector():
@@ -285,22 +285,38 @@ def make_detector():
     return function
 
 
+def read_operations(path):
+    """Returns kind, operand names, operand types and name of each operation."""
+    model = schema.ModelT.InitFromPackedBuf(path.read_bytes(), 0)
+    kinds = {
+        number: kind
+        for kind, number in vars(schema.BuiltinOperator).items()
+        if isinstance(number, int)
+    }
+    found = []
+    for graph in model.subgraphs:
+        for operator in graph.operators:
+            code = model.operatorCodes[operator.opcodeIndex]
+            kind = kinds[max(code.builtinCode, code.deprecatedBuiltinCode)]
+            tensors = [*operator.inputs, *operator.outputs]
+            types = [graph.tensors[t].type for t in tensors if t >= 0]
+            name = graph.tensors[operator.outputs[0]].name.decode()
+            found.append((kind, types, name))
+    return found
+
+
 def test_detectors(tmp_path):
     """Tests that ops for places stay in float32.
 
     Suppression must be right, too.
     """
     function = make_detector()
-    write(
-        "litert",
-        function,
-        tmp_path / "float32",
-        sample=smooth(1, 16, 20, 4),
-    )
+    path, images = tmp_path / "float32", smooth(1, 16, 20, 4)
+    write("litert", function, path, sample=images)
+    read = load("litert", path)
     for seed in range(6):
         image = smooth(1, 16, 20, 4, seed=seed)
-        received = run("litert", tmp_path / "float32", {"image": image})
-        expected = function(tf.constant(image))
+        received, expected = read({"image": image}), function(image)
         assert received["count"] == expected["count"] > 2
         for name in ("boxes", "pooled"):
             assert_close(received[name], expected[name])
@@ -308,15 +324,9 @@ def test_detectors(tmp_path):
         real = received["boxes"][: received["count"]]
         assert len(np.unique(real, axis=0)) == len(real)
     calibration = [smooth(1, 16, 20, 4, seed=n) for n in range(4)]
-    report = write(
-        "litert",
-        function,
-        tmp_path / "int8",
-        quantize="int8",
-        calibration=calibration,
-        tolerance=2,
-    )
-    assert report.size < (tmp_path / "float32").stat().st_size
+    arguments = {"calibration": calibration, "tolerance": 2}
+    report = quantize(function, tmp_path / "int8", **arguments)
+    assert report.size < path.stat().st_size
     in_8_bits = [
         (kind, name)
         for kind, types, name in read_operations(report.path)
@@ -357,15 +367,11 @@ def test_loops_and_attention(tmp_path):
 
     specs = [tf.TensorSpec((1, 6, 8, 8), name="image")]
     function = tf.function(repeat, input_signature=specs)
-    for kind in KINDS:
-        report = write(
-            "litert",
-            function,
-            tmp_path / kind,
-            quantize=kind,
-            calibration=[smooth(1, 6, 8, 8, seed=n) for n in range(4)],
-        )
-        assert report.differences["output_0"] < QUANTIZED[kind]
+    calibration = [smooth(1, 6, 8, 8, seed=n) for n in range(4)]
+    for kind, limit in QUANTIZED.items():
+        path = tmp_path / kind
+        report = quantize(function, path, kind, calibration=calibration)
+        assert report.differences["output_0"] < limit, kind
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
@@ -373,57 +379,45 @@ def test_quantized_mixed_policies(policy, tmp_path):
     keras.config.set_dtype_policy(policy)
     model = small_model((20, 24))
     keras.config.set_dtype_policy("float32")
-    report = write(
-        "litert",
-        model,
-        tmp_path / "model",
-        quantize="int8",
-        calibration=[smooth(4, 20, 24, 3)],
-    )
+    images = smooth(4, 20, 24, 3)
+    report = quantize(model, tmp_path / "model", calibration=[images])
     assert report.differences["output_0"] < QUANTIZED["int8"]
-    assert model(smooth(1, 20, 24, 3)).dtype == policy.removeprefix("mixed_")
+    assert model(images).dtype == policy.removeprefix("mixed_")
 
 
 # Calibration.
-def test_batches_are_taken_one_by_one(tmp_path):
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Returns a model that no test changes."""
+    return small_model((10, 12))
+
+
+def test_batches_are_taken_one_by_one(model, tmp_path):
     alive = []
 
     def read():
         for seed in range(6):
             gc.collect()
             assert sum(item() is not None for item in alive) <= 2
-            batch = smooth(1, 20, 24, 3, seed=seed)
+            batch = smooth(1, 10, 12, 3, seed=seed)
             alive.append(weakref.ref(batch))
             yield {"image": batch}
             del batch
 
-    write(
-        "litert",
-        small_model((20, 24)),
-        tmp_path / "model",
-        quantize="int8",
-        calibration=read(),
-        sample=smooth(1, 20, 24, 3, seed=7),
-    )
+    arguments = {"calibration": read(), "sample": smooth(1, 10, 12, 3, seed=7)}
+    quantize(model, tmp_path / "model", **arguments)
     assert len(alive) == 6
 
 
-def test_a_sample_that_is_large_enough(tmp_path):
-    model = small_model((10, 12))
+def test_a_sample_that_is_large_enough(model, tmp_path):
     sample = smooth(32, 10, 12, 3)
-    report = write(
-        "litert", model, tmp_path / "model", quantize="int8", sample=sample
-    )
+    report = quantize(model, tmp_path / "model", sample=sample)
     assert report.shapes == [{"image": (32, 10, 12, 3)}]
     dataset = tf.data.Dataset.from_tensor_slices(sample).batch(8)
-    again = write(
-        "litert",
-        model,
-        tmp_path / "again",
-        quantize="int8",
-        calibration=dataset,
-        sample=sample,
-    )
+    arguments = {"calibration": dataset, "sample": sample}
+    again = quantize(model, tmp_path / "again", **arguments)
     # The ranges are those of all images, not only of the last images.
     assert again.differences == report.differences
 
@@ -433,6 +427,24 @@ def fail():
     raise OSError("the disk is gone")
 
 
+CALIBRATIONS = [
+    ([], ValueError, "at least one batch. Received: none"),
+    (iter(()), ValueError, "at least one batch"),
+    (smooth(4, 10, 12, 3), TypeError, r"\(4, 10, 12, 3\)"),
+    ({"image": 1}, TypeError, "Received: dict"),
+    ("images", TypeError, "Received: str"),
+    (32, TypeError, "Received: int"),
+    ([smooth(4, 10, 3, 3)], ValueError, r"\(4, 10, 3, 3\)"),
+    ([smooth(10, 12, 3)[0]], ValueError, "`calibration`"),
+    ([smooth(1, 10, 12, 3), None], ValueError, "in `calibration` .*'image'"),
+    ([smooth(0, 10, 12, 3)], ValueError, "finite numbers, and not none"),
+    ([np.full((1, 10, 12, 3), np.nan)], ValueError, "with others"),
+    ([(smooth(1, 10, 12, 3), 0)], ValueError, "1 arrays, for .*Received: 2"),
+    ([{"images": 1}], ValueError, r"the keys \['image'\]"),
+    (fail(), OSError, "the disk is gone"),
+]
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
@@ -440,72 +452,35 @@ def fail():
         ({"quantize": True}, ValueError, "Received: True"),
         ({}, ValueError, r"Expected `calibration` .* Received: neither"),
         ({"sample": smooth(31, 10, 12, 3)}, ValueError, "sample of 31 images"),
-        ({"calibration": []}, ValueError, "at least one batch. Received: none"),
-        ({"calibration": iter(())}, ValueError, "at least one batch"),
-        ({"calibration": smooth(4, 10, 12, 3)}, TypeError, r"\(4, 10, 12, 3\)"),
-        ({"calibration": {"image": 1}}, TypeError, "Received: dict"),
-        ({"calibration": "images"}, TypeError, "Received: str"),
-        ({"calibration": 32}, TypeError, "Received: int"),
-        (
-            {"calibration": [smooth(4, 10, 3, 3)]},
-            ValueError,
-            r"\(4, 10, 3, 3\)",
-        ),
-        ({"calibration": [smooth(10, 12, 3)[0]]}, ValueError, "`calibration`"),
-        (
-            {"calibration": [smooth(1, 10, 12, 3), None]},
-            ValueError,
-            "in `calibration` to hold, for 'image'",
-        ),
-        (
-            {"calibration": [smooth(0, 10, 12, 3)]},
-            ValueError,
-            "finite numbers, and not none",
-        ),
-        (
-            {"calibration": [np.full((1, 10, 12, 3), np.nan)]},
-            ValueError,
-            "with others",
-        ),
-        (
-            {"calibration": [(smooth(1, 10, 12, 3), np.zeros(1))]},
-            ValueError,
-            "1 arrays, for .*Received: 2",
-        ),
-        ({"calibration": [{"images": 1}]}, ValueError, r"the keys \['image'\]"),
-        ({"calibration": fail()}, OSError, "the disk is gone"),
+        *(({"calibration": x}, *expected) for x, *expected in CALIBRATIONS),
     ],
 )
-def test_bad_calibration(arguments, error, text, tmp_path):
+def test_bad_calibration(arguments, error, text, model, tmp_path):
     arguments = {"quantize": "int8", **arguments}
     with pytest.raises(error, match=text):
-        write("litert", small_model((10, 12)), tmp_path / "model", **arguments)
+        write("litert", model, tmp_path / "model", **arguments)
     assert os.listdir(tmp_path) == []
 
 
 def test_models_without_weights_and_without_the_quantizer(
-    tmp_path, monkeypatch
+    model, tmp_path, monkeypatch
 ):
-    image = keras.Input((8, 9, 2))
-    model = keras.Model(image, keras.layers.ReLU()(image))
-    arguments = {"quantize": "int8", "calibration": [random(1, 8, 9, 2)]}
+    image = keras.Input((10, 12, 3))
+    plain = keras.Model(image, keras.layers.ReLU()(image))
+    arguments = {"calibration": [random(1, 10, 12, 3)]}
     with pytest.raises(ValueError, match="product with weights.*one without"):
-        write("litert", model, tmp_path / "model", **arguments)
+        quantize(plain, tmp_path / "model", **arguments)
     monkeypatch.setitem(sys.modules, "ai_edge_quantizer", None)
     for kind in ("dynamic", "int8"):
-        arguments["quantize"] = kind
         with pytest.raises(ImportError, match=r"'tf-deform\[litert\]'"):
-            write("litert", small_model((8, 9), 2), tmp_path / "m", **arguments)
+            quantize(model, tmp_path / "model", kind, **arguments)
     assert os.listdir(tmp_path) == []
 
 
-def test_report_of_a_quantized_export(tmp_path, capsys):
-    report = export.litert(
-        small_model((10, 12)),
-        tmp_path / "model",
-        "int8",
-        calibration=[smooth(4, 10, 12, 3)],
-    )
+def test_report_of_a_quantized_export(model, tmp_path, capsys):
+    images = [smooth(4, 10, 12, 3)]
+    path = tmp_path / "model"
+    report = export.litert(model, path, "int8", calibration=images)
     said = capsys.readouterr()
     assert "Quantizing ... " in said.out and str(report) in said.out
     assert "it/s" not in said.err

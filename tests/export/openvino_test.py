@@ -4,7 +4,8 @@
 OpenVINO reads ONNX files, from a path, with the extension of the examples, and
 portable SavedModels without the extension. Most tests compute in float32. The
 rounding of OpenVINO's default precision is tested too, and so are later
-conversions of ONNX files (`benchmarks/conversions.py`).
+conversions of ONNX files (`benchmarks/conversions.py`). Loops are tested in
+onnx_control_flow_test.py.
 """
 
 import conversions
@@ -15,98 +16,10 @@ import onnxruntime
 import openvino
 import pytest
 import tensorflow as tf
-from exported import assert_close, compile_openvino, write
+from exported import assert_close, compare_outputs, compile_openvino, write
 from operands import random
 
 import tf_deform
-
-KERNEL = random(3, 3, 4, 4) / 5
-FIXED, ANY = (2, 8, 9), (None, None, None)
-
-
-def displaced(x, offset, **arguments):
-    arguments = {"padding": "same", **arguments}
-    return tf.tanh(
-        tf_deform.ops.deformable_conv2d(x, KERNEL, offset, **arguments)
-    )
-
-
-def repeat(step, x, times=3):
-    """Applies `step` to `x` a few times; the loop's sizes may be unknown."""
-    return tf.while_loop(
-        lambda i, h: i < times,
-        lambda i, h: (i + 1, step(h)),
-        (0, x),
-        shape_invariants=(tf.TensorShape(()), x.shape),
-    )[1]
-
-
-def each(x, offset):
-    def one(pair):
-        return displaced(pair[0][None], pair[1][None])[0]
-
-    size = tf.TensorSpec(x.shape[1:])
-    return tf.map_fn(one, (x, offset), fn_output_signature=size)
-
-
-LOOPS = {
-    "fixed": (
-        FIXED,
-        lambda x, offset: repeat(lambda h: displaced(h, offset), x),
-    ),
-    "any size": (
-        ANY,
-        lambda x, offset: repeat(lambda h: displaced(h, offset), x),
-    ),
-    "clamp": (
-        FIXED,
-        lambda x, offset: repeat(
-            lambda h: displaced(h, offset, boundary="clamp"), x
-        ),
-    ),
-    "nested": (
-        FIXED,
-        lambda x, offset: repeat(
-            lambda h: repeat(lambda g: displaced(g, offset), h, 2), x, 2
-        ),
-    ),
-    "until small": (
-        FIXED,
-        lambda x, offset: tf.while_loop(
-            lambda h, limit: tf.reduce_max(tf.abs(h)) > limit,
-            lambda h, limit: (displaced(h, offset) / 2, limit),
-            (x, tf.constant(0.05)),
-        )[0],
-    ),
-    "each image": (ANY, each),
-    "each frame": (
-        FIXED,
-        lambda x, offset: tf.scan(
-            lambda h, f: displaced(h, f), offset[:, None], x[:1]
-        ),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", LOOPS)
-def test_loops(name, tmp_path):
-    sizes, function = LOOPS[name]
-    function = tf.function(
-        function,
-        [
-            tf.TensorSpec((*sizes, channels), name=name)
-            for name, channels in (("x", 4), ("offset", 18))
-        ],
-    )
-    inputs = {"x": random(*FIXED, 4), "offset": random(*FIXED, 18, seed=1)}
-    write("onnx", function, tmp_path / "model.onnx", sample=inputs)
-    kinds = {
-        node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node
-    }
-    assert "Loop" in kinds
-    (received,) = compile_openvino(tmp_path / "model.onnx")(inputs).values()
-    assert_close(received, function(**inputs))
-
 
 # Convolutions that pad the results of slices, whose sizes are unknown.
 PADDINGS = [
@@ -119,55 +32,53 @@ PADDINGS = [
 ]
 
 
-@pytest.mark.parametrize("boundary", ["zeros", "clamp"])
-def test_wide_padding_of_unknown_sizes(boundary, tmp_path):
-    image = keras.Input((None, None, 3))
-    outputs = []
-    for arguments in PADDINGS:
-        layer = tf_deform.layers.DeformableConv2D(
-            2, **{"kernel_size": 3, "boundary": boundary, **arguments}
-        )
-        outputs.append(layer(image))
+def test_wide_padding_of_unknown_sizes(tmp_path):
+    image = keras.Input((None, None, 3), name="x")
+    outputs = {}
+    # Without the operator each tap becomes many operators.
+    for boundary, size in (("zeros", 3), ("clamp", 2)):
+        for number, arguments in enumerate(PADDINGS):
+            arguments = {"kernel_size": size, "boundary": boundary, **arguments}
+            layer = tf_deform.layers.DeformableConv2D(2, **arguments)
+            outputs[f"{boundary}_{number}"] = layer(image)
     model = keras.Model(image, outputs)
     for variable in model.trainable_variables:
         variable.assign(tf.random.stateless_normal(variable.shape, (1, 2)) / 5)
-    write("onnx", model, tmp_path / "model.onnx")
-    compiled = compile_openvino(tmp_path / "model.onnx")
-    for shape in ((2, 12, 17, 3), (1, 40, 31, 3)):
-        x = random(*shape)
-        received = compiled([x]).values()
-        for one, other in zip(received, model(x), strict=True):
-            assert_close(one, other)
+    path = tmp_path / "model.onnx"
+    write("onnx", model, path)
+    samples = [{"x": random(2, 12, 17, 3)}, {"x": random(1, 40, 31, 3)}]
+    compare_outputs(compile_openvino(path), model, samples)
 
 
-@pytest.mark.parametrize(
-    "cut",
-    [
-        lambda x: x[:, 1:],
-        lambda x: x[:, :, ::2],
-        lambda x: x[:, -5:, 1:],
-        lambda x: x[:, 1:-1, 2:-2],
-        lambda x: x[..., :3],
-        lambda x: tf.reverse(x, (1,)),
-    ],
-    ids=["rows", "strides", "last", "inside", "channels", "turned"],
-)
-def test_slices_without_an_end(cut, tmp_path):
+CUTS = {
+    "rows": lambda x: x[:, 1:],
+    "strides": lambda x: x[:, :, ::2],
+    "last": lambda x: x[:, -5:, 1:],
+    "inside": lambda x: x[:, 1:-1, 2:-2],
+    "channels": lambda x: x[..., :3],
+    "turned": lambda x: tf.reverse(x, (1,)),
+}
+
+
+def test_slices_without_an_end(tmp_path):
     """Tests sizes, which stay int32 if a convolution pads a slice's result."""
     kernel = tf.constant(random(3, 3, 3, 2))
 
-    @tf.function(input_signature=[tf.TensorSpec((None, None, None, 3))])
-    def function(x):
-        y = tf.nn.conv2d(cut(x), kernel, 1, ((0, 0), (9, 9), (9, 9), (0, 0)))
+    def pad(x):
+        y = tf.nn.conv2d(x, kernel, 1, ((0, 0), (9, 9), (9, 9), (0, 0)))
         _, height, width, _ = tf.unstack(tf.shape(y))
         lines = tf.reshape(tf.range(height), (1, height, 1, 1))
         columns = tf.reshape(tf.range(width), (1, 1, width, 1))
         return y + tf.cast(lines - columns, "float32")
 
-    write("onnx", function, tmp_path / "model.onnx")
-    x = random(2, 12, 17, 3)
-    (received,) = compile_openvino(tmp_path / "model.onnx")([x]).values()
-    assert_close(received, function(x))
+    function = tf.function(
+        lambda x: {name: pad(cut(x)) for name, cut in CUTS.items()},
+        [tf.TensorSpec((None, None, None, 3), name="x")],
+    )
+    path = tmp_path / "model.onnx"
+    write("onnx", function, path)
+    sample = {"x": random(2, 12, 17, 3)}
+    compare_outputs(compile_openvino(path), function, [sample])
 
 
 def test_openvino_reads_onnx_of_others(tmp_path):

@@ -8,28 +8,50 @@ kernels (emulated_gpu.py). On a GPU xla_test.py covers the same.
 """
 
 import ctypes
+import dataclasses
 import itertools
 import json
 import os
-import pathlib
 import re
+import sys
 
 import emulated_gpu
+import full_calls
 import numpy as np
 import pytest
 import tensorflow as tf
 import xla_test
+from operands import Conv2DCase
 from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 from tolerances import GPU, GPU_TF32
 
 from tf_deform import _build_info, _loader
 
-TESTS = pathlib.Path(__file__).parents[1]
-FOLDERS = [str(TESTS / name) for name in ("xla", "gpu", "lib")]
 TYPES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
 TYPES |= {"f64": "float64", "u8": "uint8"}
 
-CASES = list(itertools.product(xla_test.OPS, xla_test.TYPES, (False, True)))
+# Two blocks of pixels, without groups, which would be too small for products.
+CASE = Conv2DCase(
+    batch=5,
+    size=(8, 9),
+    filters=10,
+    offset_groups=2,
+    strides=(2, 1),
+)
+
+
+def draw_convolution(dtype, _):
+    names = ("inputs", "kernel", "offset", "mask")
+    operands = dict(zip(names, CASE.operands(dtype), strict=True))
+    return operands, CASE.output_grad(dtype)
+
+
+CONV2D = dataclasses.replace(
+    full_calls.CONV2D, options=CASE.options, draw_operands=draw_convolution
+)
+OPS = {call.op: call for call in (CONV2D, *full_calls.OPS[1:])}
+SETTINGS = ("default", "float32", "deterministic")
+CASES = list(itertools.product(OPS, xla_test.TYPES, (False, True)))
 
 _CALL = re.compile(
     r" = \((?P<results>.*)\) custom-call\((?P<operands>.*?)\), "
@@ -97,29 +119,11 @@ def compiled_for_a_gpu(function, operands) -> list[Call]:
     return [Call(match) for match in _CALL.finditer(text)]
 
 
-def with_gradients(op):
-    """Returns a function of operands and a gradient.
+def main(plugin: str) -> None:
+    """Runs all calls in all settings; prints a line of JSON for every result.
 
-    The function returns all outputs and gradients.
+    Determinism comes last, as TensorFlow cannot switch it off.
     """
-
-    def run(*operands):
-        *operands, grad_output = operands
-        with tf.GradientTape() as tape:
-            tape.watch(operands)
-            outputs = tf.nest.flatten(op(*operands))
-        gradients = tape.gradient(outputs[0], operands, grad_output)
-        return outputs + [g for g in gradients if g is not None]
-
-    return run
-
-
-def main(plugin: str, tf32: str, deterministic: str) -> None:
-    """Runs all calls; prints a line of JSON for every result."""
-    tf.config.experimental.enable_tensor_float_32_execution(tf32 == "1")
-    if deterministic == "1":
-        tf.config.experimental.enable_op_determinism()
-        tf.random.set_seed(0)  # TensorFlow draws a number to find a device
     _loader.op_library()
     emulate = ctypes.CDLL(plugin).TfDeformEmulateXlaOnCuda
     last_stream = ctypes.CDLL(_loader.LIBRARY).TfDeformEmulatedStream
@@ -127,35 +131,64 @@ def main(plugin: str, tf32: str, deterministic: str) -> None:
     stream = emulate()
     assert stream, "not all ops are registered for CUDA"
 
-    for name, dtype, displaced in CASES:
-        is_convolution = name == "DeformableConv2D"
-        # Two blocks of pixels, without groups, which would be too small for
-        # products.
-        batch = {"batch": 5} if is_convolution else {}
-        op, operands = xla_test.OPS[name](dtype, displaced, **batch)
-        if is_convolution:
-            operands[1] = xla_test.random(3, 2, 6, 10, dtype=dtype, seed=1)
-        shape = tf.nest.flatten(op(*operands))[0].shape
-        operands.append(xla_test.random(*shape, dtype=dtype, seed=9))
-        run = with_gradients(op)
-        expected = run(*(tf.cast(x, "float64") for x in operands))
+    for settings in SETTINGS:
+        is_default = settings == "default"
+        tf.config.experimental.enable_tensor_float_32_execution(is_default)
+        if settings == "deterministic":
+            tf.config.experimental.enable_op_determinism()
+            tf.random.set_seed(0)  # TensorFlow draws a number to find a device
+        wanted = (
+            f"allow_tf32 = {int(is_default)} :",
+            f"deterministic = {int(settings == 'deterministic')} :",
+        )
 
-        forward, backward = compiled_for_a_gpu(run, operands)
-        assert forward.target == f"TfDeform>{name}"
-        assert backward.target == f"TfDeform>{name}Grad"
-        results = []
-        for call, given in ((forward, operands[:-1]), (backward, operands)):
-            assert f"allow_tf32 = {tf32} :" in call.attributes
-            assert f"deterministic = {deterministic} :" in call.attributes
-            results += call.run_on_host(given)
+        def run(call, operands, wanted=wanted):
+            assert all(text in call.attributes for text in wanted)
+            results = call.run_on_host(operands)
             assert last_stream() == stream
-        for i, (one, wanted) in enumerate(zip(results, expected, strict=True)):
-            error = np.abs(tf.cast(one, wanted.dtype) - wanted).max()
-            line = {
-                "what": [name, dtype, displaced, i],
-                "error": float(error / np.abs(wanted).max()),
-            }
-            print(json.dumps(line))
+            return results
+
+        for case in CASES:
+            print(json.dumps([settings, case, measure(run, *case)]))
+
+
+def measure(run_call, name: str, dtype: str, displaced: bool) -> list[float]:
+    """Returns the error of each result of both custom calls."""
+    call = OPS[name]
+    operands, output_grad = xla_test.draw(call, dtype, displaced)
+
+    def run(operands, output_grad):
+        outputs, gradients = call.results(operands, output_grad)
+        gradients = [gradients[x] for x in operands if x in gradients]
+        return tf.nest.flatten(outputs) + gradients
+
+    exact = {k: tf.cast(x, "float64") for k, x in operands.items()}
+    expected = run(exact, tf.cast(output_grad, "float64"))
+    forward, backward = compiled_for_a_gpu(run, (operands, output_grad))
+    assert forward.target == f"TfDeform>{name}"
+    assert backward.target == f"TfDeform>{name}Grad"
+    given = list(operands.values())
+    results = run_call(forward, given)
+    results += run_call(backward, [*given, output_grad])
+    errors = []
+    for one, exact in zip(results, expected, strict=True):
+        error = np.abs(tf.cast(one, exact.dtype) - exact).max()
+        errors.append(float(error / np.abs(exact).max()))
+    return errors
+
+
+@pytest.fixture(scope="module")
+def found():
+    """Returns the errors by settings and case, from one process."""
+    emulated = emulated_gpu.build()
+    printed = emulated.run(
+        f"import sys; sys.path[1:] = {sys.path}\n"
+        "import xla_gpu_test; xla_gpu_test.main(sys.argv[1])",
+        emulated.plugin,
+        device=False,
+    )
+    lines = [json.loads(line) for line in printed.splitlines()]
+    return {(settings, *case): errors for settings, case, errors in lines}
 
 
 @emulated_gpu.needs_compiler
@@ -165,24 +198,16 @@ def main(plugin: str, tf32: str, deterministic: str) -> None:
 @pytest.mark.skipif(
     "TF_DEFORM_TEST_DEVICE" in os.environ, reason="xla_test.py shows it"
 )
-@pytest.mark.parametrize("settings", ["default", "float32", "deterministic"])
-def test_calls_for_cuda(settings):
-    emulated = emulated_gpu.build()
-    printed = emulated.run(
-        f"import sys; sys.path[1:1] = {FOLDERS}\n"
-        "import xla_gpu_test; xla_gpu_test.main(*sys.argv[1:])",
-        emulated.plugin,
-        int(settings == "default"),
-        int(settings == "deterministic"),
-        device=False,
-    )
-    results = [json.loads(line) for line in printed.splitlines()]
-    assert {tuple(result["what"][:3]) for result in results} == set(CASES)
-    for result in results:
-        name, dtype, *_ = result["what"]
-        tolerance = GPU[dtype].of_largest
-        if settings == "default" and dtype == "float32":
-            tolerance = GPU_TF32.of_largest
-        assert result["error"] <= tolerance, result
-        if tolerance == GPU_TF32.of_largest and name == "DeformableConv2D":
-            assert result["error"] > 1e-5, result  # all are products
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("name", OPS)
+def test_calls_for_cuda(name, settings, found):
+    for case in CASES:
+        _, dtype, _ = case
+        if case[0] != name:
+            continue
+        is_tf32 = settings == "default" and dtype == "float32"
+        tolerance = (GPU_TF32 if is_tf32 else GPU[dtype]).of_largest
+        for error in found[(settings, *case)]:
+            assert error <= tolerance, case
+            if is_tf32 and name == "DeformableConv2D":
+                assert error > 1e-5, case  # all are products

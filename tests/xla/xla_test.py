@@ -3,31 +3,27 @@
 
 Both ways lead to the same functions of the core, which give the same bits for
 any number of threads. So results are compared bit by bit, except where XLA's
-own arithmetic surrounds the ops.
+own arithmetic surrounds the ops. As compiling takes most of the time, a test
+compiles one function with several calls.
 """
 
-import threading
+import concurrent.futures
+import dataclasses
+import hashlib
+import re
+import sys
 
+import full_calls
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from compare import assert_close, assert_equal
-from operands import coordinate_type
-from operands import random as draw
+from full_calls import CONV2D, OPS, PSROI_POOL, ROI_ALIGN
+from operands import random
 
-from tf_deform import _build_info, _loader
-from tf_deform.layers import (
-    DeformableConv2D,
-    DeformablePSROIPooling,
-    DeformableROIAlign,
-    DeformableROIPooling,
-)
-from tf_deform.ops import (
-    deformable_conv2d,
-    deformable_psroi_pool,
-    deformable_roi_align,
-)
+from tf_deform import _build_info, _loader, layers
+from tf_deform.ops import deformable_conv2d
 
 pytestmark = pytest.mark.skipif(
     not _loader.supports_jit(), reason="built without the bridge to XLA"
@@ -35,418 +31,273 @@ pytestmark = pytest.mark.skipif(
 
 TYPES = ("float16", "bfloat16", "float32", "float64")
 
-
-def random(*shape: int, dtype: str = "float32", seed: int = 0) -> tf.Tensor:
-    return tf.cast(draw(*shape, seed=seed, dtype="float64"), dtype)
+every_op = pytest.mark.parametrize("call", OPS, ids=str)
 
 
-def regions(count: int, batch: int, dtype: str) -> tf.Tensor:
-    """Returns ROIs inside and across edges of 11x9 maps of scale 1/2."""
-    rng = np.random.default_rng(count)
-    rois = np.zeros((count, 5))
-    rois[:, 0] = np.arange(count) % (batch + 1) - 1  # -1 is padding
-    rois[:, 1:3] = rng.uniform(-3, 12, (count, 2))
-    rois[:, 3:] = rois[:, 1:3] + rng.uniform(1, 12, (count, 2))
-    return tf.constant(rois, coordinate_type(dtype))
+def draw(call, dtype="float32", displaced=True, larger=1):
+    """Returns operands by name, and the output's gradient, as tensors.
 
-
-def convolution(dtype="float32", displaced=True, batch=2):
-    """Returns the op as a function of its operands, and operands."""
-    xy = coordinate_type(dtype)
-    operands = [
-        random(batch, 8, 9, 6, dtype=dtype),
-        random(3, 2, 3, 10, dtype=dtype, seed=1),
-        random(batch, 4, 9, 24, dtype=xy, seed=2),
-    ]
-    if displaced:
-        operands.append(random(batch, 4, 9, 12, dtype=xy, seed=3))
-    return (
-        lambda *x: deformable_conv2d(
-            *x, strides=(2, 1), padding="same", offset_groups=2
-        ),
-        operands,
-    )
-
-
-def psroi_pool(dtype="float32", displaced=True, batch=2, rois=7):
-    operands = [
-        random(batch, 11, 9, 24, dtype=dtype),
-        regions(rois, batch, dtype),
-    ]
-    if displaced:
-        operands.append(
-            random(rois, 2, 5, 4, dtype=coordinate_type(dtype), seed=1)
-        )
-    return (
-        lambda *x: deformable_psroi_pool(
-            *x,
-            output_dim=4,
-            spatial_scale=0.5,
-            pooled_size=(3, 4),
-            group_size=(3, 2),
-            part_size=(2, 5),
-            sample_per_part=3,
-            trans_std=0.3,
-            return_count=True,
-        ),
-        operands,
-    )
-
-
-def roi_align(dtype="float32", displaced=True, batch=2, rois=7):
-    operands = [
-        random(batch, 11, 9, 5, dtype=dtype),
-        regions(rois, batch, dtype),
-    ]
-    if displaced:
-        operands.append(
-            random(rois, 3, 4, 2, dtype=coordinate_type(dtype), seed=1)
-        )
-    return (
-        lambda *x: deformable_roi_align(
-            *x, pooled_size=(3, 4), spatial_scale=0.5, gamma=0.3
-        ),
-        operands,
-    )
-
-
-OPS = {
-    "DeformableConv2D": convolution,
-    "DeformablePSROIPool": psroi_pool,
-    "DeformableROIAlign": roi_align,
-}
-
-
-def with_gradients(op, watched=None):
-    """Returns the outputs of `op`, and the gradients of `watched` operands."""
-
-    def run(*operands):
-        sources = operands if watched is None else [operands[watched]]
-        with tf.GradientTape() as tape:
-            tape.watch(sources)
-            outputs = tf.nest.flatten(op(*operands))
-            # A gradient of whole numbers is exact in any order of sums.
-            weights = tf.reshape(tf.range(tf.size(outputs[0])) % 7 - 3, [-1])
-            loss = tf.cast(weights, outputs[0].dtype) * tf.reshape(
-                outputs[0], [-1]
-            )
-        return outputs, tape.gradient(loss, sources)
-
-    return run
+    The last operand, a mask or a pooling op's displacements, may be left out.
+    """
+    given, output_grad = call.draw(dtype, larger)
+    if not displaced:
+        given.popitem()
+    return tf.nest.map_structure(tf.constant, (given, output_grad))
 
 
 def hlo(function, *operands) -> str:
     return function.experimental_get_compiler_ir(*operands)(stage="hlo")
 
 
+def targets(text: str) -> list[str]:
+    return re.findall('custom_call_target="TfDeform>(.*?)"', text)
+
+
 def assert_same(actual, expected):
-    tf.nest.assert_same_structure(actual, expected)
-    for first, second in zip(
-        tf.nest.flatten(actual), tf.nest.flatten(expected), strict=True
-    ):
-        if second is None:
-            assert first is None
-            continue
-        assert_equal(first, second, dtype=second.dtype)
+    __tracebackhide__ = True
+    actual, expected = map(keras.tree.flatten_with_path, (actual, expected))
+    assert [path for path, _ in actual] == [path for path, _ in expected]
+    for (path, first), (_, second) in zip(actual, expected, strict=True):
+        assert_equal(first, second, name=str(path), dtype=second.dtype)
 
 
-@pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("displaced", [False, True])
-@pytest.mark.parametrize("dtype", TYPES)
-def test_forward_and_gradients(name, displaced, dtype):
-    op, operands = OPS[name](dtype, displaced)
-    run = with_gradients(op)
-    compiled = tf.function(run, jit_compile=True)
-    results = compiled(*operands)
-    assert_same(results, tf.function(run)(*operands))
-    assert np.any(tf.cast(results[1][0], "float64"))
-    text = hlo(compiled, *operands)
-    assert f'custom_call_target="TfDeform>{name}"' in text
-    assert f'custom_call_target="TfDeform>{name}Grad"' in text
-
-
-def test_every_attribute_of_a_convolution():
-    def op(inputs, kernel, offset):
-        return deformable_conv2d(
-            inputs,
-            kernel,
-            offset,
-            strides=(1, 2),
-            padding=((1, 0), (2, 3)),
-            dilation_rate=(2, 1),
-            boundary="clamp",
-        )
-
-    operands = [
-        random(1, 9, 8, 4),
-        random(3, 3, 4, 5, seed=1),
-        random(1, 6, 6, 18, seed=2),
-    ]
-    run = with_gradients(op)
-    assert_same(
-        tf.function(run, jit_compile=True)(*operands),
-        tf.function(run)(*operands),
-    )
-
-
-def test_numbers_that_no_float32_holds():
-    """Tests that attributes, which cross as text, lose no bit."""
-    inputs, rois = random(1, 11, 9, 3, dtype="float64"), [[0, 1, 2, 9, 8]]
-
-    def op(inputs, rois, offset):
-        return deformable_roi_align(
-            inputs,
-            rois,
-            offset,
-            pooled_size=2,
-            spatial_scale=1 / 3 + 1e-12,
-            gamma=0.1,
-        )
-
-    operands = [
-        inputs,
-        tf.constant(rois, "float64"),
-        random(1, 2, 2, 2, dtype="float64"),
-    ]
-    assert_same(tf.function(op, jit_compile=True)(*operands), op(*operands))
-
-
 @pytest.mark.parametrize(
-    ("name", "watched"),
+    ("call", "changes"),
     [
-        *(("DeformableConv2D", index) for index in range(4)),
-        *(("DeformablePSROIPool", index) for index in (0, 2)),
-        *(("DeformableROIAlign", index) for index in (0, 2)),
+        *((call, {}) for call in OPS),
+        (CONV2D, {"boundary": "clamp"}),
+        # Attributes cross as text, and must lose no bit of a float64.
+        (ROI_ALIGN, {"spatial_scale": 1 / 3 + 1e-12, "gamma": 0.1}),
     ],
+    ids=str,
 )
-def test_one_wanted_gradient(name, watched):
-    """Tests that unwanted gradients come out empty: they have no memory."""
-    op, operands = OPS[name]()
-    run = with_gradients(op, watched)
+def test_forward_and_gradients(call, changes, displaced):
+    given = {dtype: draw(call, dtype, displaced) for dtype in TYPES}
+
+    def run(given):
+        return {
+            dtype: call.results(*operands, **changes)
+            for dtype, operands in given.items()
+        }
+
     compiled = tf.function(run, jit_compile=True)
-    assert_same(compiled(*operands), tf.function(run)(*operands))
-    (call,) = (
-        line
-        for line in hlo(compiled, *operands).splitlines()
-        if f'custom_call_target="TfDeform>{name}Grad"' in line
-    )
-    results = call.partition("custom-call")[0]
-    differentiable = len(operands) - (name != "DeformableConv2D")
-    assert results.count("f32[0]{0}") == differentiable - 1
-    assert results.count("f32[") == differentiable
+    results = compiled(given)
+    assert_same(results, run(given))
+    for _, gradients in results.values():
+        assert np.any(tf.cast(gradients["inputs"], "float64"))
+    found = targets(hlo(compiled, given))
+    assert sorted(found) == [call.op] * 4 + [f"{call.op}Grad"] * 4
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_a_tape_around_compiled_functions(name):
+@every_op
+def test_one_wanted_gradient(call):
+    """Tests that unwanted gradients come out empty: they have no memory."""
+
+    def run(given, output_grad):
+        gradients = {}
+        for name in call.differentiable:
+            with tf.GradientTape() as tape:
+                tape.watch(given[name])
+                output = call.function(**given, **call.options)
+            gradients[name] = tape.gradient(output, given[name], output_grad)
+        return gradients
+
+    compiled = tf.function(run, jit_compile=True)
+    given = draw(call)
+    assert_same(compiled(*given), run(*given))
+    wanted = []
+    for line in hlo(compiled, *given).splitlines():
+        if targets(line) == [f"{call.op}Grad"]:
+            sizes = re.findall(r"f32\[(.*?)\]", line.split("custom-call")[0])
+            assert len(sizes) == len(call.differentiable)
+            wanted.append([i for i, size in enumerate(sizes) if size != "0"])
+    assert sorted(wanted) == [[i] for i in range(len(call.differentiable))]
+
+
+@every_op
+def test_a_tape_around_compiled_functions(call):
     """Tests a tape outside.
 
     TensorFlow compiles the backward pass on its own.
     """
-    op, operands = OPS[name]()
-    results = []
-    for jit_compile in (False, True):
-        function = tf.function(
-            lambda *x: tf.nest.flatten(op(*x))[0], jit_compile=jit_compile
-        )
-        with tf.GradientTape() as tape:
-            tape.watch(operands)
-            output = function(*operands)
-        results.append((output, tape.gradient(output, operands)))
-    assert_same(*results)
+    compiled = tf.function(call.function, jit_compile=True)
+    given = draw(call)
+    results = dataclasses.replace(call, function=compiled).results(*given)
+    assert_same(results, call.results(*given))
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_nothing(name):
+@every_op
+def test_nothing(call):
     """Tests empty batches and no ROIs.
 
     Results have the same shapes as without.
     """
-    for sizes in (
-        [{"batch": 0}]
-        if name == "DeformableConv2D"
-        else [{"batch": 0, "rois": 0}, {"batch": 0}, {"rois": 0}]
-    ):
-        op, operands = OPS[name](**sizes)
-        if sizes == {"batch": 0} and name != "DeformableConv2D":
-            # Without images every ROI is padding.
-            operands[1] = operands[1] * [0, 1, 1, 1, 1] - [1, 0, 0, 0, 0]
-        run = with_gradients(op)
-        assert_same(
-            tf.function(run, jit_compile=True)(*operands),
-            tf.function(run)(*operands),
-        )
+    given, output_grad = draw(call)
+
+    def empty(*names):
+        return {k: x[:0] if k in names else x for k, x in given.items()}
+
+    if call is CONV2D:
+        images = empty("inputs", "offset", "mask")
+        cases = {"no images": (images, output_grad[:0])}
+    else:
+        regions = [name for name in given if name != "inputs"]
+        cases = {
+            "neither": (empty(*given), output_grad[:0]),
+            "no regions": (empty(*regions), output_grad[:0]),
+        }
+        # Without images every ROI is padding.
+        rois = given["rois"].numpy()
+        rois[:, 0] = -1
+        images = empty("inputs") | {"rois": tf.constant(rois)}
+        cases["no images"] = images, output_grad
+
+    def run(cases):
+        return {name: call.results(*x) for name, x in cases.items()}
+
+    assert_same(tf.function(run, jit_compile=True)(cases), run(cases))
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_a_function_compiles_anew_for_every_shape(name):
-    op, operands = OPS[name]()
-    signature = [
-        tf.TensorSpec([None] * x.shape.rank, x.dtype) for x in operands
-    ]
-    compiled = tf.function(op, input_signature=signature, jit_compile=True)
-    for batch in (2, 3):
-        _, operands = OPS[name](batch=batch)
-        assert_same(compiled(*operands), op(*operands))
+@every_op
+def test_a_function_compiles_anew_for_every_shape(call):
+    names = call.draw()[0]
+
+    def run(*operands):
+        given = dict(zip(names, operands, strict=True))
+        return call.function(**given, **call.options)
+
+    signature = full_calls.signature(call, "rank", "float32")[:-1]
+    compiled = tf.function(run, signature, jit_compile=True)
+    for larger in (1, 2):
+        given = draw(call, larger=larger)[0].values()
+        assert_same(compiled(*given), run(*given))
 
 
-BAD = (0.5, 2.0, 1e30, np.nan, np.inf, -0.5, -np.inf)
-
-
-@pytest.mark.parametrize("name", ["DeformablePSROIPool", "DeformableROIAlign"])
-@pytest.mark.parametrize("dtype", TYPES)
-def test_bad_batch_indices_are_padding(name, dtype):
+@pytest.mark.parametrize("call", [PSROI_POOL, ROI_ALIGN], ids=str)
+def test_bad_batch_indices_are_padding(call):
     """Tests zeros and no read outside; without XLA the CPU raises an error."""
-    op, operands = OPS[name](dtype, batch=2, rois=3 + len(BAD))
-    inputs, rois, displacements = operands
-    rois = rois.numpy()
-    rois[:3, 0] = [0, 1, 1]
-    rois[3:, 0] = BAD
-    run = with_gradients(op)
-    results = tf.function(run, jit_compile=True)(
-        inputs, tf.constant(rois), displacements
-    )
-    for result in results[0]:
-        assert np.any(tf.cast(result[:3], "float64"))
-        assert not np.any(tf.cast(result[3:], "float64"))
-    rois[3:, 0] = -1
-    assert_same(
-        results, tf.function(run)(inputs, tf.constant(rois), displacements)
-    )
+    bad = (0.5, 2.0, 1e30, np.nan, np.inf, -0.5, -np.inf)
+    given, padded = {}, {}
+    for dtype in TYPES:
+        operands, output_grad = draw(call, dtype, larger=2)
+        rois = operands["rois"].numpy()
+        for cases, indices in ((given, bad), (padded, -1)):
+            rois[: len(bad), 0] = indices
+            changed = operands | {"rois": tf.constant(rois)}
+            cases[dtype] = changed, output_grad
+
+    def run(cases):
+        return {dtype: call.results(*x) for dtype, x in cases.items()}
+
+    results = tf.function(run, jit_compile=True)(given)
+    for outputs, _ in results.values():
+        for output in tf.nest.flatten(outputs):
+            assert not np.any(tf.cast(output[: len(bad)], "float64"))
+            assert np.any(tf.cast(output[len(bad) :], "float64"))
+    assert_same(results, run(padded))
 
 
 def test_a_shape_that_depends_on_values():
     def op(inputs, kernel, offset, keep):
-        return deformable_conv2d(
-            tf.boolean_mask(inputs, keep),
-            kernel,
-            tf.boolean_mask(offset, keep),
-            strides=(2, 1),
-            padding="same",
-            offset_groups=2,
-        )
+        inputs, offset = (tf.boolean_mask(x, keep) for x in (inputs, offset))
+        return deformable_conv2d(inputs, kernel, offset, **CONV2D.options)
 
-    _, (inputs, kernel, offset) = convolution(displaced=False)
-    keep = tf.constant([True, False])
-    assert op(inputs, kernel, offset, keep).shape[0] == 1
+    operands = [*draw(CONV2D, displaced=False)[0].values()]
+    operands.append(tf.constant([True, False]))
+    assert op(*operands).shape[0] == 1
     with pytest.raises(
         tf.errors.InvalidArgumentError,
         match=r"Expected `inputs` to have a shape that is known when XLA "
         r"compiles .* pad it to a fixed size. Received: "
-        r"inputs.shape=\(None, 8, 9, 6\)",
+        r"inputs.shape=\(None, 9, 8, 12\)",
     ):
-        tf.function(op, jit_compile=True)(inputs, kernel, offset, keep)
+        tf.function(op, jit_compile=True)(*operands)
 
 
-def test_shapes_that_do_not_fit():
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_shapes_that_do_not_fit(jit_compile):
     """Tests that the text is the same if only the compiler knows shapes."""
-    op, (inputs, kernel, offset, mask) = convolution()
-    operands = [inputs, kernel, offset[..., 1:], mask]
-    texts = []
-    for jit_compile in (False, True):
-        function = tf.function(
-            op,
-            input_signature=[
-                tf.TensorSpec([None] * 4, tf.float32) for _ in operands
-            ],
-            jit_compile=jit_compile,
-        )
-        with pytest.raises(tf.errors.InvalidArgumentError) as error:
-            function(*operands)
-        texts.append(error.value.message)
-    text = (
-        "Expected `offset` to have 24 channels (2 * offset_groups * 3 * 2). "
-        "Received: offset.shape=(2, 4, 9, 23)"
+    given, _ = draw(CONV2D)
+    given["offset"] = given["offset"][..., 1:]
+    function = tf.function(
+        lambda *x: deformable_conv2d(*x, **CONV2D.options),
+        [tf.TensorSpec([None] * 4)] * 4,
+        jit_compile=jit_compile,
     )
-    for received in texts:
-        assert text in received
+    with pytest.raises(tf.errors.InvalidArgumentError) as error:
+        function(*given.values())
+    assert (
+        "Expected `offset` to have 24 channels (2 * offset_groups * 3 * 2). "
+        f"Received: offset.shape={(*given['offset'].shape[:3], 23)}"
+    ) in error.value.message
 
 
 def test_coordinates_of_another_type():
     op = _loader.op_library().tf_deform_deformable_roi_align
-    inputs, rois = random(1, 4, 5, 2), regions(3, 1, "float64")
+    rois = tf.zeros((3, 5), "float64")
 
     @tf.function(jit_compile=True)
-    def function():
-        return op(
-            inputs,
-            rois,
-            [],
-            spatial_scale=[1.0],
-            pooled_size=[2, 2],
-            gamma=[0.1],
-        )
+    def function(inputs):
+        options = {"spatial_scale": [1.0], "pooled_size": [2, 2]}
+        return op(inputs, rois, [], gamma=[0.1], **options)
 
     with pytest.raises(
         tf.errors.InvalidArgumentError, match="Expected coordinates to be"
     ):
-        function()
+        function(random(1, 4, 5, 2))
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_calls_in_threads(name):
+@every_op
+def test_calls_in_threads(call):
     """Tests loops that share a pool, each with workers of its own."""
-    op, operands = OPS[name](batch=8)
-    run = with_gradients(op)
-    expected = tf.function(run)(*operands)
-    compiled = tf.function(run, jit_compile=True)
-    compiled(*operands)
-    results = [[] for _ in range(4)]
-
-    def call(index):
-        for _ in range(20):
-            results[index].append(compiled(*operands))
-
-    threads = [
-        threading.Thread(target=call, args=(index,)) for index in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for result in sum(results, []):
+    given = draw(call, larger=4)
+    compiled = tf.function(call.results, jit_compile=True)
+    compiled(*given)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: compiled(*given), range(80)))
+    expected = call.results(*given)
+    for result in results:
         assert_same(result, expected)
-    assert sum(map(len, results)) == 80
 
 
-THREADS = """
+def digest() -> str:
+    """Returns a hash of what a compiled step of two convolutions computes."""
+    shapes = (3, 30, 29, 20), (3, 3, 20, 24), (3, 30, 29, 18), (3, 30, 29, 9)
+    operands = [tf.constant(random(*x, seed=i)) for i, x in enumerate(shapes)]
+
+    @tf.function(jit_compile=True)
+    def step(x, k, o, m):
+        with tf.GradientTape() as tape:
+            tape.watch((x, k, o, m))
+            y = deformable_conv2d(x, k, o, m, padding="same")
+            # Two calls that do not wait for each other.
+            z = deformable_conv2d(x, k, -o, m, padding="same")
+        return y, z, tape.gradient((y, z), (x, k, o, m))
+
+    for _ in range(3):
+        results = tf.nest.flatten(step(*operands))
+    found = b"".join(result.numpy().tobytes() for result in results)
+    return hashlib.sha256(found).hexdigest()
+
+
+@pytest.mark.cpu_only(reason="a GPU has no such threads")
+def test_any_number_of_threads(run_python):
+    """Tests this process' number, several, and one: only the caller works."""
+    script = """
 import sys
-import numpy as np
 import tensorflow as tf
 
 threads = int(sys.argv[1])
 tf.config.threading.set_intra_op_parallelism_threads(threads)
 tf.config.threading.set_inter_op_parallelism_threads(threads)
-import tf_deform
+sys.path[:0] = sys.argv[2:]
+import xla_test
 
-rng = np.random.default_rng(0)
-x, k, o, m = (
-    tf.constant(rng.normal(size=size), tf.float32)
-    for size in ((3, 30, 29, 20), (3, 3, 20, 24), (3, 30, 29, 18),
-                 (3, 30, 29, 9))
-)
-
-@tf.function(jit_compile=True)
-def step(x, k, o, m):
-    with tf.GradientTape() as tape:
-        tape.watch((x, k, o, m))
-        y = tf_deform.ops.deformable_conv2d(x, k, o, m, padding="same")
-        # Two calls that do not wait for each other.
-        z = tf_deform.ops.deformable_conv2d(x, k, -o, m, padding="same")
-    return y, z, tape.gradient((y, z), (x, k, o, m))
-
-for _ in range(3):
-    results = tf.nest.flatten(step(x, k, o, m))
-print(hash(b"".join(r.numpy().tobytes() for r in results)))
+print(xla_test.digest(), end="")
 """
-
-
-@pytest.mark.cpu_only(reason="a GPU has no such threads")
-def test_any_number_of_threads(run_python):
-    """Tests any number of threads, also one, where only the caller works."""
-    printed = {
-        run_python(THREADS, threads, PYTHONHASHSEED=0) for threads in (1, 2, 5)
-    }
-    assert len(printed) == 1
+    printed = {run_python(script, n, *sys.path) for n in (1, 5)}
+    assert printed == {digest()}
 
 
 # Layers and models.
@@ -455,10 +306,10 @@ def test_any_number_of_threads(run_python):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: DeformableConv2D(2, 3),
-        lambda: DeformablePSROIPooling(2, 3, 1.0),
-        lambda: DeformableROIPooling(3, 1.0),
-        lambda: DeformableROIAlign(3, 1.0),
+        lambda: layers.DeformableConv2D(2, 3),
+        lambda: layers.DeformablePSROIPooling(2, 3, 1.0),
+        lambda: layers.DeformableROIPooling(3, 1.0),
+        lambda: layers.DeformableROIAlign(3, 1.0),
     ],
 )
 def test_layers_say_whether_they_compile(make, monkeypatch):
@@ -475,22 +326,16 @@ def test_layers_say_whether_they_compile(make, monkeypatch):
     assert make().supports_jit is False
 
 
-ROIS = np.array(
-    [[0, 1, 2, 9, 12], [0, 4, 0, 14, 7], [1, 3, 3, 12, 13], [2, 0, 5, 8, 15]],
-    "float32",
-)
-
-
 def detector() -> keras.Model:
     """Makes plain and deformable convolutions, and pools four regions."""
     keras.utils.set_random_seed(3)
     image = keras.Input((16, 16, 3), batch_size=3)
     x = keras.layers.Conv2D(8, 3, padding="same", activation="relu")(image)
-    x = DeformableConv2D(
+    x = layers.DeformableConv2D(
         12, 3, padding="same", activation="relu", modulation="2sigmoid"
     )(x)
     rois = keras.Input((5,), batch_size=4)
-    x = DeformableROIAlign(3, 1.0, sampling_ratio=2)(x, rois)
+    x = layers.DeformableROIAlign(3, 1.0, sampling_ratio=2)(x, rois)
     x = keras.layers.Flatten()(x)
     model = keras.Model([image, rois], keras.layers.Dense(4)(x))
     rng = np.random.default_rng(0)
@@ -501,25 +346,41 @@ def detector() -> keras.Model:
 
 
 def batch(step: int):
+    rois = np.float32(
+        [
+            [0, 1, 2, 9, 12],
+            [0, 4, 0, 14, 7],
+            [1, 3, 3, 12, 13],
+            [2, 0, 5, 8, 15],
+        ]
+    )
     rng = np.random.default_rng(step)
     image = rng.normal(size=(3, 16, 16, 3)).astype("float32")
-    return [image, ROIS], rng.normal(size=(4, 4)).astype("float32")
+    return [image, rois], rng.normal(size=(4, 4)).astype("float32")
+
+
+def train(optimizer: str, steps: int, jit_compile: bool):
+    """Returns the trained model, and the losses."""
+    model = detector()
+    model.compile(optimizer, "mse", jit_compile=jit_compile)
+    losses = [float(model.train_on_batch(*batch(i))) for i in range(steps)]
+    assert model.jit_compile is jit_compile
+    return model, losses
 
 
 def test_a_model_trains_as_without():
-    losses, weights = [], []
-    for jit_compile in (False, True):
-        model = detector()
-        model.compile("adam", "mse", jit_compile=jit_compile)
-        assert model.jit_compile is jit_compile
-        losses.append(
-            [float(model.train_on_batch(*batch(step))) for step in range(20)]
-        )
-        weights.append(model.get_weights())
-    np.testing.assert_allclose(losses[0][0], losses[1][0], rtol=1e-5)
-    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
-    assert losses[1][-1] != losses[1][0]
-    assert_close(weights[1], weights[0], 1e-3, name="weights")
+    """Tests also that Keras does run the custom calls."""
+    model, expected = train("adam", 20, False)
+    compiled, losses = train("adam", 20, True)
+    assert_close(losses[0], expected[0], 1e-5, name="first loss")
+    np.testing.assert_allclose(losses, expected, rtol=1e-3)
+    assert losses[-1] != losses[0]
+    weights = compiled.get_weights(), model.get_weights()
+    assert_close(*weights, 1e-3, name="weights")
+    step = tf.function(compiled.train_step, jit_compile=True)
+    arguments = tf.nest.map_structure(tf.constant, batch(0))
+    found = targets(hlo(step, arguments))
+    assert {"DeformableConv2DGrad", "DeformableROIAlignGrad"} <= set(found)
 
 
 def test_first_gradients_of_a_model():
@@ -531,44 +392,15 @@ def test_first_gradients_of_a_model():
             loss = tf.reduce_mean((model([image, rois]) - target) ** 2)
         return loss, tape.gradient(loss, model.trainable_variables)
 
-    operands = [tf.constant(x) for x in (*inputs, target)]
+    loss, gradients = step(*inputs, target)
+    assert all(np.any(gradient) for gradient in gradients)
     compiled = tf.function(step, jit_compile=True)
-    for first, second in zip(
-        tf.nest.flatten(compiled(*operands)),
-        tf.nest.flatten(tf.function(step)(*operands)),
-        strict=True,
-    ):
-        assert np.any(second)
-        assert_close(first, second, 1e-5)
-    text = hlo(compiled, *operands)
-    for name in ("DeformableConv2D", "DeformableROIAlign"):
-        assert f'custom_call_target="TfDeform>{name}"' in text
-        assert f'custom_call_target="TfDeform>{name}Grad"' in text
-
-
-def test_keras_compiles_its_train_step():
-    """Tests that `fit` runs the custom calls, without a silent fallback."""
-    model = detector()
-    model.compile("sgd", "mse", jit_compile=True)
-    inputs, target = batch(0)
-    model.train_on_batch(inputs, target)
-    assert model.jit_compile is True
-    text = hlo(
-        tf.function(model.train_step, jit_compile=True),
-        ([tf.constant(x) for x in inputs], tf.constant(target)),
-    )
-    assert 'custom_call_target="TfDeform>DeformableConv2DGrad"' in text
-    assert 'custom_call_target="TfDeform>DeformableROIAlignGrad"' in text
+    assert_close(compiled(*inputs, target), (loss, gradients), 1e-5)
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 def test_mixed_precision(policy):
     """Tests that losses are close but not equal: XLA rounds at other places."""
     keras.config.set_dtype_policy(policy)
-    losses = []
-    for jit_compile in (False, True):
-        model = detector()
-        model.compile("sgd", "mse", jit_compile=jit_compile)
-        losses.append(float(model.train_on_batch(*batch(0))))
-        assert model.jit_compile is jit_compile
+    losses = [train("sgd", 1, jit_compile)[1] for jit_compile in (False, True)]
     np.testing.assert_allclose(*losses, rtol=2e-2)
