@@ -151,8 +151,8 @@ class Core(_OnDevice):
         }
         self._forward, self._backward = core.forward, core.backward
         if not _is_conv(case):
-            self._forward = functools.partial(core.forward_roi, op)
-            self._backward = functools.partial(core.backward_roi, op)
+            self._forward = functools.partial(core.run_forward, op)
+            self._backward = functools.partial(core.run_backward, op)
 
     def outputs(self) -> np.ndarray:
         return self._forward(*self._operands, **self._options)

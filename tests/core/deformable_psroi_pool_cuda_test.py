@@ -7,7 +7,6 @@ The tests of the core that are imported here run once more, on the kernels.
 import core
 import numpy as np
 import pytest
-import roi_gpu
 from deformable_psroi_pool_core_test import (
     test_16_bit_maps_keep_float32_coordinates,
     test_a_class_that_samples_nothing_touches_nothing,
@@ -15,13 +14,13 @@ from deformable_psroi_pool_core_test import (
     test_each_bin_and_class_reads_its_own_displacement,
     test_first_corners_round_half_away_from_zero,
     test_last_corners_round_half_away_from_zero,
-    test_vector_edges_of_a_class,
 )
 from operands import draw_rois
 from pooling import DTYPES, PSROI_POOL
+from pooling_core_test import draw
 from pooling_cuda_test import (
+    check_against_cpu,
     deterministic,
-    draw,
     misaligned,
     runner,
 )
@@ -38,30 +37,22 @@ def op():
 def test_classes_on_large_maps(runner, classes, per_class, dtype):
     """Tests maps that are read in place, because a copy would cost more."""
     operands, attributes = draw(
-        PSROI_POOL,
-        classes,
-        size=(20, 30),
-        channels=classes * per_class,
-        classes=classes,
-        part_size=(5, 2),
-        group_size=(1, 3),
+        *(PSROI_POOL, classes),
+        **dict(size=(20, 30), channels=classes * per_class, classes=classes),
+        **dict(part_size=(5, 2), group_size=(1, 3)),
     )
-    roi_gpu.check_against_cpu(runner, operands, attributes, dtype)
+    check_against_cpu(runner, operands, attributes, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("group_size", [1, 2, (4, 4), (5, 7)])
 def test_cells_in_the_banks_of_shared_memory(runner, group_size, dtype):
     operands, attributes = draw(
-        PSROI_POOL,
-        0,
-        size=(6, 5),
-        channels=7,
-        num_rois=12,
-        pooled_size=(5, 7),
-        group_size=group_size,
+        *(PSROI_POOL, 0),
+        **dict(size=(6, 5), channels=7, num_rois=12),
+        **dict(pooled_size=(5, 7), group_size=group_size),
     )
-    roi_gpu.check_against_cpu(runner, operands, attributes, dtype)
+    check_against_cpu(runner, operands, attributes, dtype)
 
 
 def test_more_images_than_the_workspace_holds(runner):
@@ -86,5 +77,5 @@ def test_more_images_than_the_workspace_holds(runner):
         part_size=1,
         sample_per_part=1,
     )
-    roi_gpu.check_against_cpu(runner, exact, attributes, "float32")
-    assert runner.workspace_bytes == 2 * exact[0][0].nbytes
+    check_against_cpu(runner, exact, attributes, "float32")
+    assert runner.on.used[-1] == 2 * exact[0][0].nbytes

@@ -7,7 +7,6 @@ The tests of the core that are imported here run once more, on the kernels.
 import core
 import numpy as np
 import pytest
-import roi_gpu
 from deformable_roi_align_core_test import (
     test_16_bit_maps_keep_float32_coordinates,
     test_adaptive_number_of_samples,
@@ -17,7 +16,12 @@ from deformable_roi_align_core_test import (
 )
 from operands import draw_rois
 from pooling import ROI_ALIGN
-from pooling_cuda_test import deterministic, misaligned, runner
+from pooling_cuda_test import (
+    check_against_cpu,
+    deterministic,
+    misaligned,
+    runner,
+)
 
 
 @pytest.fixture
@@ -39,6 +43,6 @@ def test_more_images_than_the_workspace_holds(runner):
         "float16",
     )
     attributes = dict(spatial_scale=0.5, pooled_size=(2, 1), sampling_ratio=1)
-    roi_gpu.check_against_cpu(runner, exact, attributes, "float16")
+    check_against_cpu(runner, exact, attributes, "float16")
     if not runner.deterministic:
-        assert runner.workspace_bytes == 2 * 2 * exact[0][0].nbytes
+        assert runner.on.used[-1] == 2 * 2 * exact[0][0].nbytes

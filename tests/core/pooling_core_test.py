@@ -7,7 +7,6 @@ ops is tested in the op's own file.
 """
 
 import itertools
-import os
 import re
 import time
 
@@ -20,9 +19,6 @@ from compare import assert_equal, assert_finite_differences, assert_same_bits
 from pairwise import grid
 from pooling import DTYPES, PSROI_POOL, ROI_ALIGN, results
 
-# The runs with other instruction sets take fewer cases.
-SEEDS = 30 if os.environ.get("TF_DEFORM_MAX_ISA") else 100
-
 
 @pytest.fixture(params=pooling.OPS, ids=str)
 def op(request):
@@ -32,63 +28,95 @@ def op(request):
 @pytest.fixture
 def runner(op):
     """Returns the object that runs the op: here on the CPU."""
-    return pooling.Cpu(op)
+    return pooling.Runner(op)
+
+
+# The number of samples follows from the ROI's size, or is given.
+RATIOS = [(ROI_ALIGN, dict(sampling_ratio=ratio)) for ratio in (0, 2)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("seed", range(SEEDS))
-def test_agrees_with_reference(runner, seed, dtype):
+@pytest.mark.parametrize("seed", range(100))
+def test_agrees_with_reference_for_any_threads(runner, seed, dtype):
     operands, attributes = runner.op.draw_call(seed)
-    pooling.check(runner, operands, attributes, dtype)
+    pooling.check(runner, operands, attributes, dtype, threads=(2, 5))
 
 
-@grid({"seed": list(range(SEEDS)), "dtype": DTYPES, "op": pooling.OPS})
-def test_threads_change_no_bit_of_random_calls(op, seed, dtype):
-    operands, attributes = op.draw_call(seed)
-    pooling.check_threads(pooling.Cpu(op), operands, attributes, dtype, (2, 5))
+def draw(op, seed, *, size, channels, num_rois=3, classes=1, batch=2, **more):
+    """Draws ROIs of all kinds, and the attributes; `more` are attributes.
+
+    The channels are those of the output.
+    """
+    common = dict(spatial_scale=0.5, pooled_size=(2, 3), sample_per_part=2)
+    common |= dict(group_size=(2, 1), part_size=(1, 2))
+    attributes = op.attributes(channels, **common | more)
+    sizes = dict(channels=channels, classes=classes)
+    rng = np.random.default_rng(seed)
+    common = dict(batch=batch, size=size, num_rois=num_rois, **sizes)
+    return op.draw(rng, attributes, **common), attributes
+
+
+# Channels of a class, classes, and groups, around vectors of 4, 8 and 16
+# elements, and their sums.
+CLASS_EDGES = [
+    (PSROI_POOL, per_class, classes, (1, 2))
+    for per_class, classes in [
+        *((1, 3), (3, 3), (4, 2), (5, 3), (7, 2), (8, 3), (9, 2), (15, 2)),
+        *((16, 2), (17, 2), (1, 21), (63, 1), (64, 1), (65, 1), (70, 1)),
+        *((35, 2), (23, 3)),
+    ]
+]
+VECTOR_EDGES = [*range(1, 21), 24, 31, 32, 33, 48]
+
+
+@pytest.mark.parametrize(
+    "op, per_class, classes, group_size",
+    CLASS_EDGES
+    + [(PSROI_POOL, n, 1, g) for n in VECTOR_EDGES for g in (1, (2, 1))]
+    + [(ROI_ALIGN, n, 1, 1) for n in [*VECTOR_EDGES, 47, 49, 63, 64, 65, 70]],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_vector_edges(runner, per_class, classes, group_size, dtype):
+    channels = per_class * classes
+    operands, attributes = draw(
+        *(runner.op, channels),
+        **dict(size=(4, 5), channels=channels, classes=classes),
+        **dict(group_size=group_size, sampling_ratio=2),
+    )
+    pooling.check(runner, operands, attributes, dtype, threads=(2,))
 
 
 def draw_crowd(op, seed, num_rois, dtype):
     """Draws many ROIs of all kinds on the same pixels of three images."""
-    attributes = op.attributes(
-        6,
-        spatial_scale=1 / 8,
-        pooled_size=(5, 4),
-        group_size=(3, 4),
-        part_size=(2, 3),
-        sample_per_part=3,
-    )
-    operands = op.draw(
-        np.random.default_rng(seed),
-        attributes,
-        batch=3,
-        size=(19, 23),
-        num_rois=num_rois,
-        channels=21,
-        classes=3,
+    operands, attributes = draw(
+        *(op, seed),
+        **dict(size=(19, 23), batch=3, num_rois=num_rois, classes=3),
+        channels=6 if op.counts else 21,
+        **dict(spatial_scale=1 / 8, pooled_size=(5, 4), group_size=(3, 4)),
+        **dict(part_size=(2, 3), sample_per_part=3),
     )
     return core.rounded(operands, dtype), attributes
 
 
-@pytest.mark.parametrize("threads", [2, 3, 5, 16])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_rois", [1, 2, 63, 64, 65, 300])
-def test_threads_change_no_bit_of_many_rois(op, num_rois, dtype, threads):
-    crowd, attributes = draw_crowd(op, num_rois, num_rois, dtype)
-    pooling.check_threads(pooling.Cpu(op), crowd, attributes, dtype, (threads,))
+def test_threads_change_no_bit_of_many_rois(runner, num_rois, dtype):
+    crowd, attributes = draw_crowd(runner.op, num_rois, num_rois, dtype)
+    for one in runner.every():
+        expected = results(one, crowd, dtype=dtype, **attributes)
+        for threads in (2, 3, 5, 16):
+            common = threads, dtype, attributes
+            pooling.check_threads(one, crowd, expected, *common)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_each_result_is_the_same_alone(op, dtype, threads):
-    exact, attributes = draw_crowd(op, 0, 40, dtype)
+def test_each_result_is_the_same_alone(runner, dtype, threads):
+    exact, attributes = draw_crowd(runner.op, 0, 40, dtype)
     common = dict(dtype=dtype, threads=threads, **attributes)
-    runner = pooling.Cpu(op)
+    pooling.check_alone(runner, exact, **common)
     together = results(runner, exact, **common)
-    for name in ("inputs", "displacement"):
-        alone = runner.backward(*exact, wanted=(name,), **common)
-        assert_same_bits(alone, {name: together[name]}, f"{name} alone")
-    assert runner.backward(*exact, wanted=(), **common) == {}
     alone = {"output": runner.forward(*exact[:3], **common)}
     assert_same_bits(alone, {"output": together["output"]}, "without count")
 
@@ -100,29 +128,28 @@ def test_a_roi_does_not_depend_on_the_others(runner, one):
     inputs, rois, displacement, _ = exact
     output = runner.forward(inputs, rois, displacement, **attributes)
     back = slice(None, None, -1)
-    turned = runner.forward(
-        inputs, rois[back], displacement[back], **attributes
-    )
-    assert_same_bits({"output": turned[back]}, {"output": output}, "turned")
-    one = slice(one, one + 1)
-    alone = runner.forward(inputs, rois[one], displacement[one], **attributes)
-    assert_same_bits({"output": alone}, {"output": output[one]}, "alone")
+    for case, some in (("turned", back), ("alone", slice(one, one + 1))):
+        received = runner.forward(
+            inputs, rois[some], displacement[some], **attributes
+        )
+        expected = {"output": output[some]}
+        assert_same_bits({"output": received}, expected, case)
 
 
 DIFFERENTIABLE = [
     (
         PSROI_POOL,
         seed,
-        1 + seed % 3,
+        classes,
         dict(
-            output_dim=2 * (1 + seed % 3),
+            output_dim=2 * classes,
             group_size=[None, 1, (3, 2)][seed // 2],
             part_size=[(2, 3), (1, 1), (4, 2)][seed % 3],
             sample_per_part=1 + seed % 3,
             trans_std=0.2,
         ),
     )
-    for seed in range(6)
+    for seed, classes in enumerate([1, 2, 3, 1, 2, 3])
 ] + [
     (ROI_ALIGN, seed, 1, dict(sampling_ratio=ratio, gamma=0.2))
     for seed in range(2)
@@ -168,44 +195,26 @@ def test_gradients_equal_finite_differences(runner, seed, classes, attributes):
 
 
 # A column of three pixels, 1, 3 and 7, lies under a bin of one sample at y.
-PLACES = [  # y, value, slope in y
-    *[
-        (PSROI_POOL, y, value, slope)
-        for y, value, slope in [
-            (-0.75, 0, 0),  # More than half a pixel outside: skipped.
-            (-0.5, 1, 0),  # Not more than half a pixel: counted, and clamped.
-            (2.25, 7, 0),
-            (2.5, 7, 0),
-            (2.75, 0, 0),
-        ]
-    ],
-    *[
-        (ROI_ALIGN, y, value, slope)
-        for y, value, slope in [
-            (-1.25, 0, 0),
-            (-1, 1, 0),  # The farthest place that is read; clamped.
-            (2.75, 7, 0),
-            (3, 7, 0),
-            (3.25, 0, 0),
-        ]
-    ],
-    *[
-        (op, y, value, slope)
-        for op in pooling.OPS
-        for y, value, slope in [
-            (-0.25, 1, 0),
-            (0, 1, 2),  # The cell [0, 1].
-            (0.25, 1.5, 2),
-            (1, 3, 4),  # The cell to the right of an integer.
-            (1.5, 5, 4),
-            (2, 7, 0),  # The edge's value holds from here on.
-            (1e9, 0, 0),
-            (-1e9, 0, 0),
-            (np.nan, 0, 0),
-            (np.inf, 0, 0),
-            (-np.inf, 0, 0),
-        ]
-    ],
+OWN_PLACES = [  # y, value, slope in y
+    (PSROI_POOL, -0.75, 0, 0),  # More than half a pixel outside: skipped.
+    (PSROI_POOL, -0.5, 1, 0),  # Not more: counted, and clamped.
+    (PSROI_POOL, 2.25, 7, 0),
+    (PSROI_POOL, 2.5, 7, 0),
+    (PSROI_POOL, 2.75, 0, 0),
+    (ROI_ALIGN, -1.25, 0, 0),
+    (ROI_ALIGN, -1, 1, 0),  # The farthest place that is read; clamped.
+    (ROI_ALIGN, 2.75, 7, 0),
+    (ROI_ALIGN, 3, 7, 0),
+    (ROI_ALIGN, 3.25, 0, 0),
+]
+PLACES = [
+    (-0.25, 1, 0),
+    (0, 1, 2),  # The cell [0, 1].
+    (0.25, 1.5, 2),
+    (1, 3, 4),  # The cell to the right of an integer.
+    (1.5, 5, 4),
+    (2, 7, 0),  # The edge's value holds from here on.
+    *((far, 0, 0) for far in (1e9, -1e9, np.nan, np.inf, -np.inf)),
 ]
 
 
@@ -218,7 +227,8 @@ def one_bin(op, channels):
 
 @grid(
     {
-        "op, y, value, slope": PLACES,
+        "op, y, value, slope": OWN_PLACES
+        + [(op, *place) for op in pooling.OPS for place in PLACES],
         "dtype": DTYPES,
         "axis": [0, 1],
         "channels": [1, 40],
@@ -234,24 +244,19 @@ def test_value_and_slope_at_a_place(
     place = np.array([y, 0] if axis == 0 else [0, y]) + op.shift
     output_grad = np.zeros((1, 1, 1, channels))
     output_grad[..., -1] = 1
-    received = results(
-        runner,
-        (
-            np.repeat(np.reshape([1.0, 3.0, 7.0], shape), channels, axis=3),
-            rois,
-            place.reshape(1, 1, 1, 2),
-            output_grad,
-        ),
-        dtype=dtype,
-        **attributes,
+    operands = (
+        np.repeat(np.reshape([1.0, 3.0, 7.0], shape), channels, axis=3),
+        *(rois, place.reshape(1, 1, 1, 2), output_grad),
     )
-    assert (received["output"] == value).all()
     read = float(value != 0)
-    if op.counts:
-        assert (received["count"] == read).all()
-    slopes = received["displacement"].reshape(2)
-    assert slopes[axis] == slope and slopes[1 - axis] == 0
-    assert received["inputs"].sum() == read
+    for one in runner.every():
+        received = results(one, operands, dtype=dtype, **attributes)
+        assert (received["output"] == value).all(), str(one.on)
+        if op.counts:
+            assert (received["count"] == read).all(), str(one.on)
+        slopes = received["displacement"].reshape(2)
+        assert slopes[axis] == slope and slopes[1 - axis] == 0, str(one.on)
+        assert received["inputs"].sum() == read, str(one.on)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -306,18 +311,12 @@ def test_far_corners_and_large_sizes_keep_their_order_of_operations(
         sample_per_part=6,  # From 3 on, the product with a step is rounded.
         sampling_ratio=5,
     )
-    pooling.check(runner, operands, attributes, dtype, threads=2)
+    pooling.check(runner, operands, attributes, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("op", "more"),
-    [
-        (PSROI_POOL, dict(output_dim=5)),
-        (ROI_ALIGN, dict(sampling_ratio=0)),
-        (ROI_ALIGN, dict(sampling_ratio=2)),
-    ],
-    ids=str,
+    ("op", "more"), [(PSROI_POOL, dict(output_dim=5)), *RATIOS], ids=str
 )
 def test_padding_and_rois_that_are_not_finite_touch_nothing(
     runner, more, dtype
@@ -424,18 +423,15 @@ def test_16_bit_types_are_summed_in_float32_and_rounded_once(runner, dtype):
     op = runner.op
     rois, attributes = one_bin(op, 1)
     common = dict(dtype=dtype, **attributes)
-    gradients = runner.backward(
-        np.ones((1, 1, 1, 1)),
-        np.tile(rois, (4096, 1)),
-        None,
-        np.ones((4096, 1, 1, 1)),
-        **common,
-    )
-    assert gradients["inputs"].item() == 4096
-    common[op.samples] = 16
-    inputs = np.full((1, 1, 1, 1), 1.5 + 2.0**-7)
-    output = runner.forward(inputs, rois, None, **common)
-    assert output.item() == 1.5 + 2.0**-7
+    one, ones = np.ones((1, 1, 1, 1)), np.ones((4096, 1, 1, 1))
+    for each in runner.every():
+        operands = one, np.tile(rois, (4096, 1)), None, ones
+        gradients = each.backward(*operands, **common)
+        assert gradients["inputs"].item() == 4096, str(each.on)
+        options = common | {op.samples: 16}
+        number = 1.5 + 2.0**-7
+        output = each.forward(number * one, rois, None, **options)
+        assert output.item() == number, str(each.on)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -458,8 +454,7 @@ def test_values_that_are_not_finite_show_where_they_are_read(runner, dtype):
         "dtype": DTYPES,
         "op, more": [
             (PSROI_POOL, dict(output_dim=3, group_size=2, part_size=(2, 1))),
-            (ROI_ALIGN, dict(sampling_ratio=0)),
-            (ROI_ALIGN, dict(sampling_ratio=2)),
+            *RATIOS,
         ],
         "threads": [1, 2],
     }
@@ -497,17 +492,16 @@ BAD_INDICES = [2, 3, 1e30, np.inf, np.nan, 0.5, 2.5, -0.5, -7.25, 1 + 2.0**-23]
 @pytest.mark.parametrize("bad", BAD_INDICES)
 @pytest.mark.parametrize("corner", [1.0, np.nan])
 def test_batch_index_is_checked_and_never_followed(
-    op, bad, corner, dtype, threads
+    runner, bad, corner, dtype, threads
 ):
     """Tests that the error names the row, also if corners are not finite."""
-    rois = np.zeros((9, 5))
-    rois[:, 3:] = 2
-    rois[5, 0], rois[5, 2] = bad, corner
-    runner = pooling.Cpu(op)
+    op = runner.op
     attributes = op.attributes(1, spatial_scale=1.0, pooled_size=2)
-    channels = 4 if op.counts else 3
-    inputs, displacement = np.ones((2, 4, 4, channels)), np.zeros((9, 2, 2, 2))
-    output_grad = np.ones((9, 2, 2, 1 if op.counts else channels))
+    shapes = op.shapes(attributes, 2, (4, 4), 9, channels=3)
+    inputs, rois, displacement, output_grad = map(np.ones, shapes)
+    rois[:] = [0, 0, 0, 2, 2]
+    rois[5, 0], rois[5, 2] = bad, corner
+    displacement[:] = 0
     common = dict(dtype=dtype, threads=threads, **attributes)
     with pytest.raises(core.CoreError) as error:
         runner.forward(inputs, rois, displacement, **common)
@@ -525,13 +519,9 @@ def test_batch_index_is_checked_and_never_followed(
     # Callers that cannot take an error get the results of padding.
     padding = rois.copy()
     padding[5, 0] = -1
+    common["bad_rois_are_padding"] = True
     received, expected = (
-        results(
-            runner,
-            (inputs, given, displacement, output_grad),
-            bad_rois_are_padding=True,
-            **common,
-        )
+        results(runner, (inputs, given, displacement, output_grad), **common)
         for given in (rois, padding)
     )
     assert_equal(received, expected)

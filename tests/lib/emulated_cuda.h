@@ -276,12 +276,13 @@ inline char* SharedMemory() {
 }
 
 inline float HalfToFloat(uint16_t bits) {
-  const int exponent = bits >> 10 & 31;
-  const int mantissa = bits & 1023;
-  const float sign = bits >> 15 ? -1.0f : 1.0f;
-  if (exponent == 31) return mantissa ? NAN : sign * INFINITY;
-  if (exponent == 0) return sign * std::ldexp(float(mantissa), -24);
-  return sign * std::ldexp(float(mantissa + 1024), exponent - 25);
+  if ((bits & 0x7c00) == 0x7c00) {
+    return bits & 0x3ff ? NAN : bits >> 15 ? -INFINITY : INFINITY;
+  }
+  const uint32_t small = (bits & 0x8000u) << 16 | (bits & 0x7fffu) << 13;
+  float value;
+  memcpy(&value, &small, 4);
+  return value * 0x1p112f;  // exact: the biases of the exponents differ by 112
 }
 
 inline uint16_t FloatToHalf(float value) {
