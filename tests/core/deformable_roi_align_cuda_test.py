@@ -29,7 +29,7 @@ def op():
     return ROI_ALIGN
 
 
-def test_more_images_than_the_workspace_holds(runner):
+def test_more_images_than_the_workspace_holds(runner, deterministic):
     """Tests three images of 24 MiB in float32, summed up two at a time."""
     rng = np.random.default_rng(0)
     num_rois, size, channels = 30, (78, 79), 1024
@@ -44,5 +44,5 @@ def test_more_images_than_the_workspace_holds(runner):
     )
     attributes = dict(spatial_scale=0.5, pooled_size=(2, 1), sampling_ratio=1)
     check_against_cpu(runner, exact, attributes, "float16")
-    if not runner.deterministic:
+    if not deterministic:
         assert runner.on.used[-1] == 2 * 2 * exact[0][0].nbytes

@@ -539,7 +539,7 @@ def test_more_elements_than_32_bits_can_count(runner):
     # The ROI is one sample, at (size - 1, size - 1.75).
     _, attributes = one_bin(runner.op, 1)
     operands = (
-        inputs,
+        runner.on.lend(inputs),
         np.array([runner.op.roi(size - 2, size - 1, size - 1, size)], float),
         np.reshape([0, 0.25], (1, 1, 1, 2)) + runner.op.shift,
     )

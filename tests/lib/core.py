@@ -160,6 +160,10 @@ class Cpu:
     def __str__(self) -> str:
         return instruction_set(self.library())
 
+    def lend(self, array: np.ndarray):
+        """Returns memory with an array, of which no copy is made."""
+        return Array(array)
+
     def executor(self, threads: int):
         """Returns the last argument of an op's entry points."""
         return threads

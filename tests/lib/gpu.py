@@ -47,7 +47,7 @@ def emulated_build() -> Iterator[tuple[pathlib.Path, dict[str, str]]]:
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         # The CPU's kernels are not tested, so they are compiled quickly.
-        yield folder, {**os.environ, "TF_DEFORM_NVCC": nvcc, "CXXFLAGS": "-O1"}
+        yield folder, {**os.environ, "TF_DEFORM_NVCC": nvcc, "CXXFLAGS": "-O0"}
 
 
 def build_emulated(path: str) -> None:
@@ -167,6 +167,9 @@ class Gpu(core.Cpu):
             offset = np.dtype(dtype or array.dtype).itemsize
             return Tensor(array, shape=shape, dtype=dtype, offset=offset)
         return Tensor(array, shape=shape, dtype=dtype, alignment=alignment)
+
+    def lend(self, array):
+        return Tensor(array) if ON_GPU else core.Array(array)
 
     def executor(self, threads: int = 1):
         """Returns the stream of the kernels, with `options`."""
