@@ -25,7 +25,6 @@ from pooling_core_test import (
     test_empty,
     test_every_place_at_once,
     test_far_corners_and_large_sizes_keep_their_order_of_operations,
-    test_gradients_equal_finite_differences,
     test_huge_corners_give_what_the_formula_gives,
     test_padding_and_rois_that_are_not_finite_touch_nothing,
     test_value_and_slope_at_a_place,

@@ -138,6 +138,13 @@ class Op:
         function = getattr(roi_reference, f"{self.function}_grad")
         return function(*operands, **attributes)._asdict()
 
+    def expected(self, exact: Iterable, attributes: dict) -> dict:
+        """Returns outputs and gradients by name, in float64."""
+        return {
+            **self.reference(*exact[:3], **attributes),
+            **self.reference_gradients(*exact, **attributes),
+        }
+
 
 PSROI_POOL = Op(
     name="DeformablePSROIPool",
@@ -220,6 +227,11 @@ def assert_results_close(
         )
 
 
+def assert_zero(received: dict) -> None:
+    for name, array in received.items():
+        assert (array == 0).all(), name
+
+
 def check(
     runner: Runner,
     operands: Iterable,
@@ -232,10 +244,7 @@ def check(
     Compares results of several `threads` with those of one by their bits.
     """
     exact = core.rounded(operands, dtype)
-    expected = {
-        **runner.op.reference(*exact[:3], **attributes),
-        **runner.op.reference_gradients(*exact, **attributes),
-    }
+    expected = runner.op.expected(exact, attributes)
     for one in runner.every():
         case = f"{one.on}, {dtype}, {attributes}"
         received = results(one, exact, dtype=dtype, **attributes)
