@@ -11,9 +11,7 @@ from deformable_psroi_pool_core_test import (
     test_16_bit_maps_keep_float32_coordinates,
     test_a_class_that_samples_nothing_touches_nothing,
     test_batch_index_minus_zero_is_the_first_image,
-    test_each_bin_and_class_reads_its_own_displacement,
-    test_first_corners_round_half_away_from_zero,
-    test_last_corners_round_half_away_from_zero,
+    test_corners_round_half_away_from_zero,
 )
 from operands import draw_rois
 from pooling import DTYPES, PSROI_POOL

@@ -101,35 +101,6 @@ def test_samples_outside_touch_nothing(runner, dtype):
     pooling.assert_zero(pooling.results(runner, exact, **common))
 
 
-def test_each_bin_reads_its_own_displacement(runner):
-    """Tests on ramps of rows and columns that the output moves as told."""
-    rng = np.random.default_rng(0)
-    pooled = (5, 3)
-    offset = rng.uniform(-1, 1, size=(1, *pooled, 2))
-    y, x = np.mgrid[:40, :40]
-    inputs = (100.0 * y + x)[np.newaxis, ..., np.newaxis]
-    attributes = dict(
-        dtype="float64",
-        spatial_scale=0.5,
-        pooled_size=pooled,
-        sampling_ratio=2,
-        gamma=0.25,
-    )
-    rois = np.array([[0.0, 24, 22, 56, 42]])  # 16 wide, 10 high
-    still = runner.forward(inputs, rois, **attributes)
-    moved = runner.forward(inputs, rois, offset, **attributes) - still
-    expected = 0.25 * (100 * offset[..., 0] * 10 + offset[..., 1] * 16)
-    np.testing.assert_allclose(moved[..., 0], expected, atol=1e-9)
-    # The corners are 12 and 11, less half a pixel; bins have 16/3 by 2 pixels.
-    rows, cols = (
-        10.5 + 2 * (np.arange(5) + 0.5),
-        11.5 + 16 / 3 * (np.arange(3) + 0.5),
-    )
-    np.testing.assert_allclose(
-        still[0, ..., 0], 100 * rows[:, np.newaxis] + cols, atol=1e-9
-    )
-
-
 @pytest.mark.parametrize("dtype", HALF_UNIT)
 def test_16_bit_maps_keep_float32_coordinates(runner, dtype):
     """Tests a displacement of 0.3 pixels, a thousand pixels from the origin."""

@@ -10,7 +10,6 @@ import pytest
 from deformable_roi_align_core_test import (
     test_16_bit_maps_keep_float32_coordinates,
     test_adaptive_number_of_samples,
-    test_each_bin_reads_its_own_displacement,
     test_samples_outside_count_in_the_mean,
     test_samples_outside_touch_nothing,
 )

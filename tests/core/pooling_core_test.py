@@ -15,7 +15,7 @@ import numpy as np
 import pooling
 import pytest
 import roi_reference
-from compare import assert_equal, assert_same_bits
+from compare import assert_close, assert_equal, assert_same_bits
 from pairwise import grid
 from pooling import DTYPES, PSROI_POOL, ROI_ALIGN, results
 
@@ -225,6 +225,34 @@ def test_every_place_at_once(runner, size, dtype):
         rng.normal(size=(len(places), 1, 1, 3)).astype(real),
     )
     pooling.check(runner, operands, attributes, dtype)
+
+
+def test_each_bin_and_class_reads_its_own_displacement(runner):
+    """Tests on ramps of rows and columns that the output moves as told."""
+    op, classes, part = runner.op, 1, (5, 3)
+    if op.counts:
+        classes, part = 3, (2, 4)
+    rng = np.random.default_rng(0)
+    displacement = rng.uniform(-1, 1, size=(1, *part, 2 * classes))
+    y, x = np.mgrid[:40, :40]
+    inputs = np.repeat((100.0 * y + x)[np.newaxis, ..., np.newaxis], 6, axis=3)
+    attributes = dict(spatial_scale=0.5, pooled_size=(5, 3), part_size=part)
+    attributes |= dict(group_size=1, sample_per_part=2, sampling_ratio=2)
+    attributes = op.attributes(6, trans_std=0.25, gamma=0.25, **attributes)
+    rois = np.array([op.roi(24, 22, 56, 42.0)])  # 16 pixels wide, 10 high
+    common = dict(dtype="float64", **attributes)
+    still = runner.forward(inputs, rois, **common)
+    moved = runner.forward(inputs, rois, displacement, **common)
+    # The mean of two samples of a bin, which begin at its start or lie inside.
+    middle = 0.25 if op.counts else 0.5
+    for i, j, o in np.ndindex(5, 3, 6):
+        row, column = 10.5 + 2 * (i + middle), 11.5 + 16 / 3 * (j + middle)
+        kind = 2 * (o * classes // 6)
+        cell = displacement[0, i * part[0] // 5, j * part[1] // 3]
+        dy, dx = 0.25 * cell[kind : kind + 2] * [10, 16]
+        expected = 100 * row + column + np.array([0, 100 * dy + dx])
+        received = [still[0, i, j, o], moved[0, i, j, o]]
+        assert_close(received, expected, 1e-12, case=(i, j, o))
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])

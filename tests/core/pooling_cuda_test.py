@@ -22,6 +22,7 @@ from pooling_core_test import (
     op,
     test_16_bit_types_are_summed_in_float32_and_rounded_once,
     test_a_roi_does_not_depend_on_the_others,
+    test_each_bin_and_class_reads_its_own_displacement,
     test_empty,
     test_every_place_at_once,
     test_far_corners_and_large_sizes_keep_their_order_of_operations,

@@ -109,7 +109,7 @@ def run_main(run: Callable[..., str]) -> list[dict]:
 
 
 @emulated_gpu.needs_compiler
-@pytest.mark.parametrize("op", map(str, full_calls.OPS))
+@pytest.mark.parametrize("op", [*map(str, full_calls.OPS)])
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_equals_the_cpu_in_float64(op, settings, run_python_as_it_is):
     """Tests TensorFlow's defaults. They allow tf32, and any order of sums."""
