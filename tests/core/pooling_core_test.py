@@ -79,23 +79,18 @@ VECTOR_EDGES = [*range(1, 21), 24, 31, 32, 33, 48]
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 def test_vector_edges(runner, per_class, classes, group_size, dtype):
     channels = per_class * classes
-    operands, attributes = draw(
-        *(runner.op, channels),
-        **dict(size=(4, 5), channels=channels, classes=classes),
-        **dict(group_size=group_size, sampling_ratio=2),
-    )
+    sizes = dict(size=(4, 5), channels=channels, classes=classes)
+    sizes |= dict(group_size=group_size, sampling_ratio=2)
+    operands, attributes = draw(runner.op, channels, **sizes)
     pooling.check(runner, operands, attributes, dtype, threads=(2,))
 
 
 def draw_crowd(op, seed, num_rois, dtype):
     """Draws many ROIs of all kinds on the same pixels of three images."""
-    operands, attributes = draw(
-        *(op, seed),
-        **dict(size=(19, 23), batch=3, num_rois=num_rois, classes=3),
-        channels=6 if op.counts else 21,
-        **dict(spatial_scale=1 / 8, pooled_size=(5, 4), group_size=(3, 4)),
-        **dict(part_size=(2, 3), sample_per_part=3),
-    )
+    sizes = dict(size=(19, 23), batch=3, num_rois=num_rois, classes=3)
+    sizes |= dict(pooled_size=(5, 4), group_size=(3, 4), part_size=(2, 3))
+    sizes |= dict(channels=6 if op.counts else 21, sample_per_part=3)
+    operands, attributes = draw(op, seed, spatial_scale=1 / 8, **sizes)
     return core.rounded(operands, dtype), attributes
 
 

@@ -12,6 +12,7 @@ import pooling
 import pooling_core_test
 import pytest
 from compare import Tolerance, assert_close, assert_same_bits
+from operands import draw_rois
 from pairwise import grid
 from pooling import DTYPES, PSROI_POOL, ROI_ALIGN, results
 from pooling_core_test import (
@@ -109,10 +110,9 @@ CHANNELS += [127, 128, 129, 130, 255, 257, 511, 512, 513, 1024, 1025]
 )
 def test_channels(runner, per_class, classes, group_size, dtype):
     channels = per_class * classes
+    sizes = dict(size=(4, 5), channels=channels, classes=classes)
     operands, attributes = draw(
-        *(runner.op, channels),
-        **dict(size=(4, 5), channels=channels, classes=classes),
-        group_size=group_size,
+        runner.op, channels, group_size=group_size, **sizes
     )
     check_against_cpu(runner, operands, attributes, dtype)
 
@@ -144,16 +144,9 @@ def test_tiles_of_pixels(runner, size, dtype):
 )
 @pytest.mark.parametrize("size", [(1, 40), (9, 16), (200, 17)])
 def test_samples(runner, samples, size, dtype):
-    operands, attributes = draw(
-        runner.op,
-        samples,
-        size=size,
-        channels=4,
-        classes=2,
-        num_rois=8,
-        pooled_size=(1, 2),
-        **{runner.op.samples: samples},
-    )
+    sizes = dict(size=size, channels=4, classes=2, num_rois=8)
+    sizes |= dict(sample_per_part=samples, sampling_ratio=samples)
+    operands, attributes = draw(runner.op, samples, pooled_size=(1, 2), **sizes)
     check_against_cpu(runner, operands, attributes, dtype)
 
 
@@ -167,11 +160,10 @@ def test_samples(runner, samples, size, dtype):
 def test_each_result_is_the_same_alone_and_again(
     runner, channels, group_size, dtype
 ):
+    sizes = dict(size=(19, 23), channels=channels, classes=3, num_rois=40)
+    sizes |= dict(group_size=group_size, part_size=(2, 1))
     operands, attributes = draw(
-        *(runner.op, 1),
-        **dict(size=(19, 23), channels=channels, classes=3, num_rois=40),
-        **dict(group_size=group_size, part_size=(2, 1), sample_per_part=9),
-        sampling_ratio=9,
+        runner.op, 1, sample_per_part=9, sampling_ratio=9, **sizes
     )
     exact = core.rounded(operands, dtype)
     common = dict(dtype=dtype, **attributes)
@@ -237,6 +229,36 @@ def test_bad_batch_indices_are_padding(runner, more, dtype):
         rtol=ONE_ROUNDING[dtype],
         atol=1e-5,
     )
+
+
+@pytest.mark.parametrize(
+    "op, num_rois, bins, channels, dtype",
+    [
+        (PSROI_POOL, 50, (5, 6), 512, "float32"),
+        (ROI_ALIGN, 30, (2, 1), 1024, "float16"),
+    ],
+    ids=str,
+)
+def test_more_images_than_the_workspace_holds(
+    runner, num_rois, bins, channels, dtype, deterministic
+):
+    """Tests three images of 24 MiB, repacked or summed up two at a time."""
+    op, rng, size = runner.op, np.random.default_rng(0), (78, 79)
+    attributes = dict(spatial_scale=0.5, pooled_size=bins, group_size=(1, 2))
+    attributes |= dict(part_size=1, sample_per_part=1, sampling_ratio=1)
+    attributes = op.attributes(channels, **attributes)
+    inputs, _, displacement, output = op.shapes(
+        attributes, 3, size, num_rois, channels=channels
+    )
+    operands = (
+        rng.random(inputs, np.float32) - 0.5,
+        draw_rois(rng, 3, size, 0.5, num_rois),
+        rng.normal(size=displacement),
+        rng.normal(size=output),
+    )
+    check_against_cpu(runner, operands, attributes, dtype)
+    if op.counts or not deterministic:
+        assert runner.on.used[-1] == 2 * 4 * np.prod(inputs[1:])
 
 
 # No gradient of the inputs is computed, so both settings run the same code.
