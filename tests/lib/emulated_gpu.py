@@ -28,7 +28,7 @@ SECONDS = 600  # seconds, at most, for a build or a script
 PLUGIN = "tests/lib/emulated_gpu.cc"
 # Files that the package is made of.
 PACKAGE = ["setup.py", "cc/**/*", "tf_deform/**/*.py", "*.py"]
-PACKAGE += ["tests/lib/emulated_*", "tests/lib/gpu.py"]
+PACKAGE += ["tests/lib/emulated_[cn]*", "tests/lib/gpu.py"]
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("c++") is None, reason="needs a C++ compiler"
