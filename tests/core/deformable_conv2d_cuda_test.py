@@ -128,11 +128,12 @@ def test_deterministic_gradients(dtype, groups):
         3, 3, (6, 23), 40, 40, (3, 3), groups, offset_groups=2
     )
     exact = rounded(operands, dtype)
-    common = (exact, dtype, attributes)
-    made, again = (backward(*common, deterministic=True) for _ in range(2))
+    made = backward(exact, dtype, attributes, deterministic=True)
     expected = core_conv2d.expected_results(exact, **attributes)
     core_conv2d.assert_results_close(made, expected, dtype)
-    assert_same_bits(again, made, "again")
+    if gpu.ON_GPU:  # emulated threads always run in the same order
+        again = backward(exact, dtype, attributes, deterministic=True)
+        assert_same_bits(again, made, "again")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

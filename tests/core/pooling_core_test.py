@@ -250,8 +250,9 @@ def test_each_bin_and_class_reads_its_own_displacement(runner):
         assert_close(received, expected, 1e-12, case=(i, j, o))
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("axis", [0, 1])
+@grid(
+    {"op": pooling.OPS, "axis": [0, 1], "dtype": ["float64", "float32"]},
+)
 def test_far_corners_and_large_sizes_keep_their_order_of_operations(
     runner, axis, dtype
 ):

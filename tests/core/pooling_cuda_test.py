@@ -118,8 +118,14 @@ def test_channels(runner, per_class, classes, group_size, dtype):
 
 
 # Sizes around the bins, tiles of pixels and ROIs of a block.
-@pytest.mark.parametrize("num_rois", [1, 2, 31, 32, 33, 300])
-@pytest.mark.parametrize("dtype", DTYPES)
+@grid(
+    {
+        "op": pooling.OPS,
+        "num_rois": [1, 2, 31, 32, 33, 300],
+        "dtype": DTYPES,
+        "deterministic": [False, True],
+    }
+)
 def test_many_rois(runner, num_rois, dtype):
     crowd, attributes = draw_crowd(runner.op, num_rois, num_rois, dtype)
     check_against_cpu(runner, crowd, attributes, dtype)
