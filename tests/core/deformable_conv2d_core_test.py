@@ -316,11 +316,9 @@ def test_rounds_to_nearest_even(on):
     exact = inputs.astype(float)[0, 0] @ kernel.astype(float)[0, 0]
     with np.errstate(over="ignore"):
         expected = np.float16(np.float32(exact))
-    received = core.forward(inputs, kernel, offset, dtype="float16", on=on)[
-        0, 0
-    ]
-    close = np.isclose(received, expected, rtol=2**-10, atol=2**-24)
-    assert close.all()
+    received = core.forward(inputs, kernel, offset, dtype="float16", on=on)
+    received = received[0, 0]
+    assert np.isclose(received, expected, rtol=2**-10, atol=2**-24).all()
     assert (received == expected).mean() > 0.99  # except float32 sums
 
 
@@ -340,6 +338,7 @@ def test_needs_no_tensorflow():
     )
 
 
+UNKNOWN = dict(offset=None, mask=None)
 BAD = [
     (dict(offset=(2, 8, 8, 9)), "`offset` to have 18 channels"),
     (dict(offset=(2, None, 8, 9)), "`offset` to have 18 channels"),
@@ -355,14 +354,8 @@ BAD = [
     (dict(dilation_rate=2**62), "`dilation_rate`"),
     (dict(padding="valid", kernel=(9, 3, 6, 5)), "padded height"),
     (dict(grad_output=(2, 8, 8, 6)), "`grad_output`"),
-    (
-        dict(inputs=(2**40, 8, 8, 6), offset=None, mask=None),
-        None,
-    ),
-    (
-        dict(inputs=(2**62, 8, 8, 6), offset=None, mask=None),
-        "`inputs` to hold at most",
-    ),
+    (dict(inputs=(2**40, 8, 8, 6), **UNKNOWN), None),
+    (dict(inputs=(2**62, 8, 8, 6), **UNKNOWN), "`inputs` to hold at most"),
 ]
 
 
