@@ -50,8 +50,9 @@ def _namespace(symbol: str) -> str:
     return min(found, key=["baseline", *_NAMESPACES].index, default="baseline")
 
 
-def _is_past(isa: str, encoding: str, mnemonic: str, operands: str) -> bool:
+def _is_past(isa: str, encoding: str, text: str) -> bool:
     """Returns whether an instruction is beyond the function's set."""
+    mnemonic, _, operands = text.partition(" ")
     first = next((b for b in encoding.split() if b not in _PREFIXES), "")
     if isa == "baseline":
         return first in _VEX | _EVEX or bool(_AFTER_SSE2.fullmatch(mnemonic))
@@ -62,26 +63,18 @@ def _is_past(isa: str, encoding: str, mnemonic: str, operands: str) -> bool:
     return False
 
 
-def _disassembled(path: str):
-    """Yields (function, its instructions as (encoding, mnemonic, operands))."""
-    listing = subprocess.run(
-        ["objdump", "-d", "-w", path],
-        capture_output=True,
-        text=True,
-        check=True,
+def _objdump(path: str, *options: str) -> str:
+    return subprocess.run(
+        ["objdump", *options, path], capture_output=True, text=True, check=True
     ).stdout
-    symbol, instructions = None, []
-    for line in listing.splitlines():
-        if match := re.fullmatch(r"[0-9a-f]+ <(.*)>:", line):
-            if symbol:
-                yield symbol, instructions
-            symbol, instructions = match[1], []
-        elif line.count("\t") >= 2:
-            _, encoding, text = line.split("\t", 2)
-            mnemonic, _, operands = text.partition(" ")
-            instructions.append((encoding, mnemonic, operands))
-    if symbol:
-        yield symbol, instructions
+
+
+def _disassembled(path: str):
+    """Yields (function, its instructions as pairs of encoding and text)."""
+    for block in _objdump(path, "-d", "-w").split("\n\n"):
+        if match := re.match(r"\n*[0-9a-f]+ <(.*)>:\n", block):
+            lines = [line.split("\t", 2) for line in block.splitlines()]
+            yield match[1], [line[1:] for line in lines if len(line) == 3]
 
 
 def _libraries(name: str) -> list[str]:
@@ -97,10 +90,7 @@ def _skip_unless_readable(path: str) -> None:
         pytest.skip("on x86-64 only is there more than one instruction set")
     if shutil.which("objdump") is None:
         pytest.skip("needs objdump, from binutils")
-    symbols = subprocess.run(
-        ["objdump", "-t", path], capture_output=True, text=True, check=True
-    ).stdout
-    if "no symbols" in symbols:
+    if "no symbols" in _objdump(path, "-t"):
         pytest.skip(f"{path} is stripped: it does not name its functions")
 
 
@@ -121,7 +111,7 @@ def test_code_keeps_to_its_instruction_set(name):
                 if _is_past(isa, *instruction):
                     past.setdefault(symbol, instruction)
                 for register in ("%ymm", "%zmm"):
-                    widest[isa, register] += register in instruction[2]
+                    widest[isa, register] += register in instruction[1]
         assert not past, f"{len(past)} functions of {path}: {past}"
         # All sets are present, under the names that the test looks for.
         assert min(functions[isa] for isa in ("baseline", *_NAMESPACES)) > 50
@@ -145,14 +135,12 @@ def test_code_keeps_to_its_instruction_set(name):
     ],
 )
 def test_what_is_past_a_set_is_found(isa, line):
-    encoding, text = line.split("\t")
-    mnemonic, _, operands = text.partition(" ")
-    assert _is_past(isa, encoding, mnemonic, operands)
+    assert _is_past(isa, *line.split("\t"))
 
 
 def test_what_is_in_a_set_passes():
-    assert not _is_past("baseline", "0f 58 c1", "addps", "%xmm1,%xmm0")
-    assert not _is_past("avx2", "c5 fc 58 c1", "vaddps", "%ymm1,%ymm0,%ymm0")
+    assert not _is_past("baseline", "0f 58 c1", "addps %xmm1,%xmm0")
+    assert not _is_past("avx2", "c5 fc 58 c1", "vaddps %ymm1,%ymm0,%ymm0")
     assert _namespace("_ZN9tf_deform3cpu4avx2L1fEv.cold") == "avx2"
     assert (
         _namespace("_ZSt4sortIZN9tf_deform3cpu6avx512L1fEvEUlvE_E") == "avx512"
