@@ -27,8 +27,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 SECONDS = 600  # seconds, at most, for a build or a script
 PLUGIN = "tests/lib/emulated_gpu.cc"
 # Files that the package is made of.
-PACKAGE = ["setup.py", "cc/**/*", "tf_deform/**/*.py", "*.py"]
-PACKAGE += ["tests/lib/emulated_[cn]*", "tests/lib/gpu.py"]
+PACKAGE = ["*.py", "cc/*.py", "cc/**/*.cc", "cc/**/*.cu", "cc/**/*.h"]
+PACKAGE += ["tf_deform/**/*.py", "tests/lib/emulated_[cn]*", "tests/lib/gpu.py"]
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("c++") is None, reason="needs a C++ compiler"
@@ -97,7 +97,7 @@ def _kept(
     """Returns what `make` made of these sources, now or in an earlier run."""
     key = hashlib.sha256(tf.__version__.encode())
     for pattern in sources:
-        for path in sorted(filter(pathlib.Path.is_file, ROOT.glob(pattern))):
+        for path in sorted(ROOT.glob(pattern)):
             key.update(str(path).encode() + path.read_bytes())
     made = folder / f"{name}-{key.hexdigest()[:16]}"
     if not made.exists():
@@ -116,7 +116,7 @@ def build() -> EmulatedGpu:
         def build_plugin(path: pathlib.Path) -> None:
             compiler = os.environ.get("CXX") or "c++"
             command = [compiler, "-O1", "-fPIC", "-shared"]
-            command += ["-fvisibility=hidden", "-x", "c++", PLUGIN]
+            command += ["-fvisibility=hidden", PLUGIN]
             command += tf.sysconfig.get_compile_flags()
             command += [*tf.sysconfig.get_link_flags(), "-o", path]
             _run(command, environment)
