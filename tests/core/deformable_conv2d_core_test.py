@@ -306,19 +306,21 @@ def test_half_conversions_are_exact(dtype, on):
 
 
 @every_cpu
-def test_rounds_to_nearest_even(on):
+@pytest.mark.parametrize(
+    "dtype, unit", [("float16", 2**-10), ("bfloat16", 2**-7)]
+)
+def test_rounds_to_nearest_even(dtype, unit, on):
     rng = np.random.default_rng(0)
     inputs = np.float32(rng.normal(size=(1, 1, 4000, 3)))
     inputs *= np.exp2(rng.integers(-20, 17, size=(1, 1, 4000, 1)))
-    inputs = np.float32(np.float16(inputs / 4))
-    kernel = np.float16(rng.normal(size=(1, 1, 3, 1)))
+    inputs = core.narrow(inputs / 4, dtype)
+    kernel = core.narrow(rng.normal(size=(1, 1, 3, 1)), dtype)
     offset = np.zeros((1, 1, 4000, 2))
     exact = inputs.astype(float)[0, 0] @ kernel.astype(float)[0, 0]
     with np.errstate(over="ignore"):
-        expected = np.float16(np.float32(exact))
-    received = core.forward(inputs, kernel, offset, dtype="float16", on=on)
-    received = received[0, 0]
-    assert np.isclose(received, expected, rtol=2**-10, atol=2**-24).all()
+        expected = core.narrow(np.float32(exact), dtype)
+    received = core.forward(inputs, kernel, offset, dtype=dtype, on=on)[0, 0]
+    assert np.isclose(received, expected, rtol=unit, atol=2**-24).all()
     assert (received == expected).mean() > 0.99  # except float32 sums
 
 
