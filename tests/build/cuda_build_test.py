@@ -143,10 +143,6 @@ arch = sm_90
 # The build itself.
 
 
-def test_architectures():
-    assert build.ARCHITECTURES == "80;89;90"
-
-
 def fake_nvcc(folder: pathlib.Path) -> str:
     """Makes an `nvcc` that wraps a CUDA 12.4 elsewhere, as on some systems."""
     home = folder / "cuda 12"
@@ -180,21 +176,18 @@ def test_without_nvcc_by_choice(tmp_path, value):
 
 
 def test_where_nvcc_is_looked_for(tmp_path):
-    nvcc = {}
-    for name in ("named", "home", "path"):
-        nvcc[name] = fake_nvcc(tmp_path / name)
+    nvcc = {x: fake_nvcc(tmp_path / x) for x in ("named", "home", "path")}
     environ = {
-        "TF_DEFORM_NVCC": nvcc["named"],
-        "CUDA_HOME": str(tmp_path / "home"),
         "PATH": os.path.dirname(nvcc["path"]),
+        "CUDA_HOME": str(tmp_path),
     }
-    assert build.find_nvcc(environ) == nvcc["named"]
-    del environ["TF_DEFORM_NVCC"]
-    assert build.find_nvcc(environ) == nvcc["home"]
-    environ["CUDA_HOME"] = str(tmp_path)
     assert build.find_nvcc(environ) == nvcc["path"]
-    environ["PATH"] = str(tmp_path)
-    assert build.find_nvcc(environ) in (None, "/usr/local/cuda/bin/nvcc")
+    environ["CUDA_HOME"] = str(tmp_path / "home")
+    assert build.find_nvcc(environ) == nvcc["home"]
+    environ["TF_DEFORM_NVCC"] = nvcc["named"]
+    assert build.find_nvcc(environ) == nvcc["named"]
+    found = build.find_nvcc({"PATH": str(tmp_path)})
+    assert found in (None, "/usr/local/cuda/bin/nvcc")
 
 
 def test_a_wrong_name_is_an_error(tmp_path):
@@ -204,6 +197,7 @@ def test_a_wrong_name_is_an_error(tmp_path):
 
 def test_the_runtime_is_found_through_a_wrapper(tmp_path):
     nvcc = fake_nvcc(tmp_path)
+    assert build.ARCHITECTURES == "80;89;90"
     cuda = build.find_cuda("80;90a", {"TF_DEFORM_NVCC": nvcc})
     assert cuda.version == "12.4"
     assert cuda.runtime == str(
