@@ -149,8 +149,8 @@ class Core(_OnDevice):
         }
         self._forward, self._backward = core.forward, core.backward
         if not _is_conv(case):
-            self._forward = functools.partial(core.forward_roi, op)
-            self._backward = functools.partial(core.backward_roi, op)
+            self._forward = functools.partial(core.run_forward, op)
+            self._backward = functools.partial(core.run_backward, op)
 
     def outputs(self) -> np.ndarray:
         return self._forward(*self._operands, **self._options)
@@ -166,7 +166,8 @@ class TfDeform(_OnDevice):
         import torch
 
         set_precision(setting.precision)
-        name, self._allow_tf32 = PRECISIONS[setting.precision]
+        name, allow_tf32 = PRECISIONS[setting.precision]
+        self._gpu = gpu.Gpu(allow_tf32=allow_tf32)
         self._number = core.DTYPES[name]
         dtype = getattr(torch, name)
         tensors = {
@@ -208,15 +209,13 @@ class TfDeform(_OnDevice):
         import torch
 
         num_bytes = max(
-            gpu.workspace_bytes(
-                f"{self._op}WorkspaceBytes", self._params, self._number
-            ),
-            gpu.workspace_bytes(
-                f"{self._op}BackwardWorkspaceBytes",
+            self._gpu.num_bytes(self._op, self._params, self._number),
+            self._gpu.num_bytes(
+                f"{self._op}Backward",
                 self._params,
                 self._number,
                 self._targets,
-                self._stream(),
+                self._gpu.executor(),
             ),
         )
         self.workspace_mib = num_bytes / 2**20
@@ -226,12 +225,10 @@ class TfDeform(_OnDevice):
         address = self._memory.data_ptr()
         self._workspace = ctypes.c_void_p(address + -address % 256)
 
-    def _stream(self) -> Any:
-        return ctypes.byref(gpu.stream(allow_tf32=self._allow_tf32))
-
     def _call(self, entry: str, *arguments: Any) -> None:
         common = [self._params, self._number, self._operands]
-        gpu.call(f"{self._op}{entry}", [*common, *arguments, self._stream()])
+        executor = self._gpu.executor()
+        self._gpu.call(f"{self._op}{entry}", *common, *arguments, executor)
 
     def forward(self) -> None:
         self._call("Forward", self._workspace, *self._outputs)

@@ -241,7 +241,7 @@ def emulated_core() -> ctypes.CDLL:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     folder = ROOT / "build" / "emulated"
-    environment = {"TF_DEFORM_NVCC": module.install(folder), "CXXFLAGS": "-O1"}
+    environment = {"TF_DEFORM_NVCC": module.install(folder), "CXXFLAGS": "-O0"}
     library = folder / "hashed.so"
     subprocess.run(
         [sys.executable, "cc/build.py", "--output", library]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests deformable convolution in the core, through its C interface."""
 
+import ctypes
 import os
 import pathlib
 import re
@@ -12,22 +13,16 @@ import core_conv2d
 import numpy as np
 import pytest
 from compare import assert_close, assert_equal, assert_same_bits
-from core_conv2d import DTYPES, NAMES, draw_call, rounded
+from core_conv2d import DTYPES, NAMES, draw, draw_call, rounded
+
+every_cpu = pytest.mark.parametrize("on", core.cpus(), ids=str)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("seed", range(48))
-def test_agrees_with_reference(seed, dtype):
+def test_agrees_with_reference_for_any_threads(seed, dtype):
     operands, attributes = draw_call(seed)
-    core_conv2d.check(operands, attributes, dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("seed", range(48))
-def test_threads_change_no_bit_of_random_calls(seed, dtype):
-    operands, attributes = draw_call(seed)
-    exact = rounded(operands, dtype)
-    core_conv2d.check_threads(exact, (2, 5), dtype=dtype, **attributes)
+    core_conv2d.check(operands, attributes, dtype, threads=(2, 5))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -62,14 +57,8 @@ def test_every_place_of_a_sample(boundary, dtype):
 )
 @pytest.mark.parametrize("channels, filters", [(3, 33), (257, 2), (2, 257)])
 def test_block_edges(pixels, channels, filters):
-    rng = np.random.default_rng(pixels)
-    inputs = rng.normal(size=(1, 1, pixels, channels))
-    kernel = rng.normal(size=(1, 1, channels, filters))
-    offset = rng.uniform(0.1, 0.9, size=(1, 1, pixels, 2))
-    mask = rng.normal(size=(1, 1, pixels, 1))
-    grad_output = rng.normal(size=(1, 1, pixels, filters))
-    operands = (inputs, kernel, offset, mask, grad_output)
-    core_conv2d.check(operands, {}, "float64", threads=2)
+    operands, attributes = draw(pixels, 1, (1, pixels), channels, filters)
+    core_conv2d.check(operands, attributes, "float64", threads=(2,))
 
 
 # Strips of the output, which share out the gradient of the inputs: 4 (the
@@ -96,20 +85,14 @@ def test_strips(batch, size, channels, filters, groups, reach, dtype):
     offset = reach * rng.normal(size=(batch, *size, 18))
     offset[..., 1::2] /= 10
     offset += 0.02 * (np.abs(offset - np.round(offset)) < 0.01)
-    operands = rounded(
-        (
-            rng.normal(size=(batch, *size, channels)),
-            rng.normal(size=(3, 3, channels // groups, filters)),
-            np.float32(offset),
-            rng.normal(size=(batch, *size, 9)),
-            rng.normal(size=(batch, *size, filters)),
-        ),
-        dtype,
+    operands, attributes = draw(
+        *(channels, batch, size, channels, filters, (3, 3), groups)
     )
-    common = dict(padding="same", dtype=dtype)
-    core_conv2d.check(operands, dict(padding="same"), dtype)
-    core_conv2d.check_threads(operands, (2, 3, 7), **common)
-    core_conv2d.check_alone(operands, threads=2, **common)
+    inputs, kernel, _, mask, output_grad = operands
+    operands = (inputs, kernel, np.float32(offset), mask, output_grad)
+    core_conv2d.check(operands, attributes, dtype, threads=(2, 3, 7))
+    exact = rounded(operands, dtype)
+    core_conv2d.check_alone(exact, threads=2, dtype=dtype, **attributes)
 
 
 def test_many_runs_and_little_room():
@@ -119,18 +102,14 @@ def test_many_runs_and_little_room():
     offset groups.
     """
     rng = np.random.default_rng(0)
-    size = (15, 30, 3)  # 15 images leave a strip the least room
-    operands = rounded(
-        (
-            rng.normal(size=(*size, 4)),
-            rng.normal(size=(9, 9, 2, 2 * 600)),
-            np.float32(rng.uniform(20.1, 20.9, (*size, 4 * 81 * 2))),
-            None,
-            rng.normal(size=(*size, 2 * 600)),
-        ),
-        "float32",
+    # 15 images leave a strip the least room.
+    operands, attributes = draw(
+        0, 15, (30, 3), 4, 1200, (9, 9), groups=2, offset_groups=4
     )
-    attributes = dict(padding="same", offset_groups=4)
+    inputs, kernel, offset, _, output_grad = operands
+    offset = np.float32(rng.uniform(20.1, 20.9, offset.shape))
+    operands = (inputs, kernel, offset, None, output_grad)
+    operands = rounded(operands, "float32")
     wanted = dict(wanted=("inputs",), **attributes)
     one, two = (core.backward(*operands, threads=t, **wanted) for t in (1, 2))
     expected = core_conv2d.expected_results(operands, **attributes)
@@ -164,46 +143,31 @@ def test_many_runs_and_little_room():
 )
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_groups(channels, filters, groups, dtype):
-    rng = np.random.default_rng(channels)
-    offset_groups = 2 if channels % 2 == 0 else 1
-    size = (2, 3, 5) if channels < 12000 else (1, 1, 2)
-    operands = rounded(
-        (
-            rng.normal(size=(*size, channels)),
-            rng.normal(size=(3, 2, channels // groups, filters)),
-            np.float32(rng.uniform(0.1, 0.9, (*size, 12 * offset_groups))),
-            rng.normal(size=(*size, 6 * offset_groups)),
-            rng.normal(size=(*size, filters)),
-        ),
-        dtype,
+    operands, attributes = draw(
+        channels,
+        *((2, (3, 5)) if channels < 12000 else (1, (1, 2))),
+        *(channels, filters, (3, 2), groups),
+        offset_groups=2 if channels % 2 == 0 else 1,
     )
-    attributes = dict(padding="same", offset_groups=offset_groups)
-    core_conv2d.check(operands, attributes, dtype)
-    core_conv2d.check_threads(operands, (2, 5), dtype=dtype, **attributes)
+    core_conv2d.check(operands, attributes, dtype, threads=(2, 5))
 
 
 # Columns and filters of several groups lie side by side in registers.
+@every_cpu
 @pytest.mark.parametrize("dtype", core.DTYPES)
 @pytest.mark.parametrize("size", [4, 32, 33])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_groups_do_not_mix(size, value, dtype):
-    rng = np.random.default_rng(size)
-    inputs = rng.normal(size=(1, 3, 5, 3 * size))
-    gradient = rng.normal(size=(1, 3, 5, 3 * size))
-    inputs[..., -size:] = gradient[..., -size:] = value
-    operands = (
-        inputs,
-        rng.normal(size=(3, 3, size, 3 * size)),
-        rng.uniform(0.1, 0.9, size=(1, 3, 5, 54)),
-        rng.normal(size=(1, 3, 5, 27)),
+def test_groups_do_not_mix(size, value, dtype, on):
+    (inputs, *others, gradient), attributes = draw(
+        *(size, 1, (3, 5), 3 * size, 3 * size, (3, 3), 3), offset_groups=3
     )
-    common = dict(padding="same", offset_groups=3, dtype=dtype)
-    output = core.forward(*operands, **common)
-    gradients = core.backward(*operands, gradient, **common)
-    offset = gradients["offset"].reshape(-1, 3, 18)
-    mask = gradients["mask"].reshape(-1, 3, 9)
-    for array in (output, gradients["inputs"], gradients["kernel"]):
-        assert np.isfinite(array[..., :-size]).all()
+    inputs[..., -size:] = gradient[..., -size:] = value
+    exact = (inputs, *others, gradient)
+    received = core_conv2d.results(exact, dtype=dtype, on=on, **attributes)
+    offset = received.pop("offset").reshape(-1, 3, 18)
+    mask = received.pop("mask").reshape(-1, 3, 9)
+    for name, array in received.items():
+        assert np.isfinite(array[..., :-size]).all(), name
     for array in (offset, mask):
         assert np.isfinite(array[:, :2]).all()
         assert not np.isfinite(array[:, 2]).all()
@@ -214,15 +178,10 @@ def test_groups_do_not_mix(size, value, dtype):
 @pytest.mark.parametrize("filters", [6, 540])
 @pytest.mark.parametrize("batch, threads", [(1, 3), (6, 2)])
 def test_each_gradient_is_the_same_alone(dtype, filters, batch, threads):
-    rng = np.random.default_rng(0)
-    operands = (
-        rng.normal(size=(batch, 9, 11, 62)),
-        rng.normal(size=(3, 3, 31, filters)),
-        rng.normal(size=(batch, 9, 11, 36)),
-        rng.normal(size=(batch, 9, 11, 18)),
-        rng.normal(size=(batch, 9, 11, filters)),
+    operands, attributes = draw(
+        0, batch, (9, 11), 62, filters, (3, 3), groups=2, offset_groups=2
     )
-    common = dict(dtype=dtype, threads=threads, padding="same", offset_groups=2)
+    common = dict(dtype=dtype, threads=threads, **attributes)
     core_conv2d.check_alone(operands, **common)
 
 
@@ -264,23 +223,14 @@ def test_scratch_is_bounded(
     narrow = dtype in ("float16", "bfloat16")
     image = size[0] * size[1] * channels * 4 if narrow else 0
     kernel_image = 9 * channels // groups * filters * 4 if narrow else 0
-    backward_bytes = (
-        core.library().TfDeformDeformableConv2DCpuBackwardWorkspaceBytes
-    )
     scratch = threads * (4 << 20) + 4096
-    forward = core.library().TfDeformDeformableConv2DCpuWorkspaceBytes(
-        core.ctypes.byref(params), core.DTYPES[dtype], threads
-    )
-    assert forward <= scratch
+    op = "TfDeformDeformableConv2DCpu"
+    common = ctypes.byref(params), core.DTYPES[dtype]
+    assert core.Cpu().num_bytes(op, *common, threads) <= scratch
     for names in [(name,) for name in NAMES] + [NAMES]:
-        wanted = core.Pointers()
-        for name in names:
-            setattr(wanted, name, 1)
-        backward = backward_bytes(
-            core.ctypes.byref(params),
-            core.DTYPES[dtype],
-            core.ctypes.byref(wanted),
-            threads,
+        wanted = core.Pointers(**dict.fromkeys(names, 1))
+        backward = core.Cpu().num_bytes(
+            f"{op}Backward", *common, ctypes.byref(wanted), threads
         )
         data = transposed if names != ("kernel",) else 0
         data += image if "inputs" in names else 0
@@ -333,15 +283,16 @@ def test_more_elements_than_32_bits_can_count():
     assert_equal(gradients["offset"][0, 1, 1], [-9, 4])
 
 
+@every_cpu
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_conversions_are_exact(dtype):
+def test_half_conversions_are_exact(dtype, on):
     """Tests all 65536 values of a 16-bit type, through a 1x1 convolution."""
     bits = np.arange(65536, dtype=np.uint16)
     values = bits.view(np.float16)
     if dtype == "bfloat16":
         values = core.from_bfloat16(bits)
     values = values[np.isfinite(values)]
-    in_bfloat16 = core.instruction_set() in ("avx512_bf16", "amx")
+    in_bfloat16 = str(on) in ("avx512_bf16", "amx")
     if dtype == "bfloat16" and in_bfloat16:
         # These products treat subnormal numbers as 0.
         values = values[np.abs(values) >= 2.0**-126]
@@ -349,24 +300,27 @@ def test_half_conversions_are_exact(dtype):
     offset = np.zeros((*values.shape[:3], 2))
     one = np.ones((1, 1, 1, 1))
     with np.errstate(over="ignore"):
-        output = core.forward(values, one, offset, dtype=dtype)
+        output = core.forward(values, one, offset, dtype=dtype, on=on)
     # All values are finite, so that a neighbour at weight 0 adds 0.
     assert_equal(output, values)
 
 
-def test_rounds_to_nearest_even():
+@every_cpu
+@pytest.mark.parametrize(
+    "dtype, unit", [("float16", 2**-10), ("bfloat16", 2**-7)]
+)
+def test_rounds_to_nearest_even(dtype, unit, on):
     rng = np.random.default_rng(0)
     inputs = np.float32(rng.normal(size=(1, 1, 4000, 3)))
     inputs *= np.exp2(rng.integers(-20, 17, size=(1, 1, 4000, 1)))
-    inputs = np.float32(np.float16(inputs / 4))
-    kernel = np.float16(rng.normal(size=(1, 1, 3, 1)))
+    inputs = core.narrow(inputs / 4, dtype)
+    kernel = core.narrow(rng.normal(size=(1, 1, 3, 1)), dtype)
     offset = np.zeros((1, 1, 4000, 2))
     exact = inputs.astype(float)[0, 0] @ kernel.astype(float)[0, 0]
     with np.errstate(over="ignore"):
-        expected = np.float16(np.float32(exact))
-    received = core.forward(inputs, kernel, offset, dtype="float16")[0, 0]
-    close = np.isclose(received, expected, rtol=2**-10, atol=2**-24)
-    assert close.all()
+        expected = core.narrow(np.float32(exact), dtype)
+    received = core.forward(inputs, kernel, offset, dtype=dtype, on=on)[0, 0]
+    assert np.isclose(received, expected, rtol=unit, atol=2**-24).all()
     assert (received == expected).mean() > 0.99  # except float32 sums
 
 
@@ -386,6 +340,7 @@ def test_needs_no_tensorflow():
     )
 
 
+UNKNOWN = dict(offset=None, mask=None)
 BAD = [
     (dict(offset=(2, 8, 8, 9)), "`offset` to have 18 channels"),
     (dict(offset=(2, None, 8, 9)), "`offset` to have 18 channels"),
@@ -401,14 +356,8 @@ BAD = [
     (dict(dilation_rate=2**62), "`dilation_rate`"),
     (dict(padding="valid", kernel=(9, 3, 6, 5)), "padded height"),
     (dict(grad_output=(2, 8, 8, 6)), "`grad_output`"),
-    (
-        dict(inputs=(2**40, 8, 8, 6), offset=None, mask=None),
-        None,
-    ),
-    (
-        dict(inputs=(2**62, 8, 8, 6), offset=None, mask=None),
-        "`inputs` to hold at most",
-    ),
+    (dict(inputs=(2**40, 8, 8, 6), **UNKNOWN), None),
+    (dict(inputs=(2**62, 8, 8, 6), **UNKNOWN), "`inputs` to hold at most"),
 ]
 
 

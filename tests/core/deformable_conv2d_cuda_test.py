@@ -6,7 +6,6 @@ See gpu.py.
 
 import ctypes
 
-import conv2d_gpu
 import core
 import core_conv2d
 import gpu
@@ -14,12 +13,10 @@ import numpy as np
 import pytest
 import reference
 from compare import Tolerance, assert_close, assert_equal, assert_same_bits
-from conv2d_gpu import backward, forward
-from core_conv2d import DTYPES, NAMES, draw_call, rounded
+from core_conv2d import DTYPES, NAMES, draw, draw_call, rounded
 from pairwise import grid
 from tolerances import CORE_CONV2D
 
-OP = "TfDeformDeformableConv2DCuda"
 # TF32 rounds columns to 11 bits.
 TF32 = Tolerance(2**-10, at_least=1)
 
@@ -29,16 +26,28 @@ def to_tf32(array):
     return ((bits + 0x1000) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
-def check(operands, attributes, dtype, **options):
+def results(exact, dtype, attributes, **options):
+    """Returns the output and all gradients; options are those of the GPU."""
+    on = gpu.Gpu(**options)
+    return core_conv2d.results(exact, dtype=dtype, on=on, **attributes)
+
+
+def backward(exact, dtype, attributes, wanted=NAMES, **options):
+    on = gpu.Gpu(**options)
+    common = dict(dtype=dtype, on=on, wanted=wanted, **attributes)
+    return core.backward(*exact, **common)
+
+
+def check(operands, attributes, dtype, allow_tf32=False, **options):
     exact = rounded(operands, dtype)
-    tf32 = dtype == "float32" and options.get("allow_tf32", False)
-    if tf32:
+    if tf32 := dtype == "float32" and allow_tf32:
         # Operands besides columns need no rounding, so that all results but the
         # output and the kernel's gradient stay exact.
         inputs, kernel, offset, mask, output_grad = exact
         exact = inputs, to_tf32(kernel), offset, mask, to_tf32(output_grad)
     expected = core_conv2d.expected_results(exact, **attributes)
-    received = conv2d_gpu.results(exact, dtype, attributes, **options)
+    options["allow_tf32"] = allow_tf32
+    received = results(exact, dtype, attributes, **options)
     for name, array in received.items():
         loose = tf32 and name in ("output", "kernel")
         assert_close(
@@ -64,38 +73,7 @@ def test_tf32_agrees_with_reference(seed):
 
 
 # Pairs a type of operands with whether a GPU may compute with TF32.
-TYPES_AND_TF32 = [
-    *[(dtype, False) for dtype in DTYPES],
-    ("float32", True),
-]
-
-
-def case(
-    seed,
-    batch,
-    size,
-    channels,
-    filters,
-    kernel_size=(1, 1),
-    groups=1,
-    **attributes,
-):
-    """Draws operands; offsets are exact, no integers, and mostly inside."""
-    rng = np.random.default_rng(seed)
-    attributes = {"padding": "same", **attributes}
-    shapes = [(batch, *size, channels)]
-    shapes += [(*kernel_size, channels // groups, filters)]
-    params = core.validate(*shapes, None, **attributes)
-    field = (batch, params.out_h, params.out_w)
-    taps = attributes.get("offset_groups", 1) * kernel_size[0] * kernel_size[1]
-    whole = rng.integers(-2, 3, (*field, 2 * taps))
-    return (
-        rng.normal(size=shapes[0]),
-        rng.normal(size=shapes[1]),
-        whole + rng.integers(2, 15, whole.shape) / 16,
-        rng.normal(size=(*field, taps)),
-        rng.normal(size=(*field, filters)),
-    ), attributes
+TYPES_AND_TF32 = [(dtype, False) for dtype in DTYPES] + [("float32", True)]
 
 
 # Sizes one below, at, and one past the blocks of pixels (128; 32 or 16 in a
@@ -112,7 +90,7 @@ def case(
     }
 )
 def test_block_edges(pixels, channels, filters, dtype, allow_tf32):
-    operands, attributes = case(pixels, 1, (1, pixels), channels, filters)
+    operands, attributes = draw(pixels, 1, (1, pixels), channels, filters)
     check(operands, attributes, dtype, allow_tf32=allow_tf32)
 
 
@@ -136,7 +114,7 @@ def test_block_edges(pixels, channels, filters, dtype, allow_tf32):
 def test_groups(
     channels, filters, groups, offset_groups, boundary, dtype, allow_tf32
 ):
-    operands, attributes = case(
+    operands, attributes = draw(
         7, 2, (5, 9), channels, filters, (3, 2), groups,
         offset_groups=offset_groups, strides=(1, 2), boundary=boundary,
     )  # fmt: skip
@@ -146,22 +124,23 @@ def test_groups(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("groups", [1, 20])
 def test_deterministic_gradients(dtype, groups):
-    operands, attributes = case(
+    operands, attributes = draw(
         3, 3, (6, 23), 40, 40, (3, 3), groups, offset_groups=2
     )
     exact = rounded(operands, dtype)
-    common = (exact, dtype, attributes)
-    made, again = (backward(*common, deterministic=True) for _ in range(2))
+    made = backward(exact, dtype, attributes, deterministic=True)
     expected = core_conv2d.expected_results(exact, **attributes)
     core_conv2d.assert_results_close(made, expected, dtype)
-    assert_same_bits(again, made, "again")
+    if gpu.ON_GPU:  # emulated threads always run in the same order
+        again = backward(exact, dtype, attributes, deterministic=True)
+        assert_same_bits(again, made, "again")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_one_channel_wide_image(deterministic, dtype):
     """Tests column -1, which looks like the end of the row before."""
-    operands, attributes = case(5, 2, (7, 1), 3, 2, (2, 2))
+    operands, attributes = draw(5, 2, (7, 1), 3, 2, (2, 2))
     check(operands, attributes, dtype, deterministic=deterministic)
 
 
@@ -172,26 +151,20 @@ def test_one_channel_wide_image(deterministic, dtype):
 )
 def test_no_barrier_is_missing(dtype, channels, filters, groups):
     """Tests that running the threads in the opposite order changes no bit."""
-    operands, attributes = case(
+    operands, attributes = draw(
         1, 2, (9, 15), channels, filters, (2, 3), groups
     )
-    exact = rounded(operands, dtype)
-    results = []
-    for backwards in (0, 1):
-        gpu.library().TfDeformEmulatedOrder(backwards)
-        try:
-            results.append(
-                conv2d_gpu.results(exact, dtype, attributes, deterministic=True)
-            )
-        finally:
-            gpu.library().TfDeformEmulatedOrder(0)
-    assert_same_bits(results[1], results[0])
+    call = rounded(operands, dtype), dtype, attributes
+    expected = results(*call, deterministic=True)
+    with gpu.opposite_order():
+        received = results(*call, deterministic=True)
+    assert_same_bits(received, expected)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_only_wanted_gradients(dtype, deterministic):
-    operands, attributes = case(2, 2, (4, 7), 24, 16, (3, 3))
+    operands, attributes = draw(2, 2, (4, 7), 24, 16, (3, 3))
     exact = rounded(operands, dtype)
     together = backward(exact, dtype, attributes, deterministic=deterministic)
     for wanted in ((), ("inputs",), ("kernel",), ("offset",), ("mask",)):
@@ -212,7 +185,7 @@ def test_only_wanted_gradients(dtype, deterministic):
     "batch, size, filters", [(0, (5, 4), 3), (2, (0, 4), 3), (2, (5, 0), 16)]
 )
 def test_nothing_to_compute(dtype, deterministic, batch, size, filters):
-    operands, attributes = case(2, batch, size, 8, filters, (3, 3))
+    operands, attributes = draw(2, batch, size, 8, filters, (3, 3))
     check(operands, attributes, dtype, deterministic=deterministic)
 
 
@@ -223,23 +196,20 @@ def test_nothing_to_compute(dtype, deterministic, batch, size, filters):
 def test_not_finite_numbers_are_those_of_the_cpu(name, dtype, boundary, groups):
     """Tests NaN and infinity in each operand, on and beyond edges."""
     rng = np.random.default_rng(9)
-    operands, attributes = case(
+    operands, attributes = draw(
         9, 2, (4, 6), 8, 8, (2, 2), groups, boundary=boundary
     )
-    inputs, kernel, offset, mask, output_grad = operands
+    offset, mask = operands[2:4]
     offset.flat[::3] = rng.choice(
         [-1, 0, 1, 0.5, -3, 4, 5, np.nan, np.inf, -np.inf],
         offset.flat[::3].size,
     )
     mask.flat[::7] = np.nan
     mask.flat[3::11] = 0
-    changed = {"inputs": inputs, "output_grad": output_grad}[name].copy()
-    changed.flat[5] = np.inf
-    changed.flat[77] = np.nan
-    made = [inputs, kernel, offset, mask, output_grad]
-    made[0 if name == "inputs" else 4] = changed
-    exact = rounded(made, dtype)
-    ours = conv2d_gpu.results(exact, dtype, attributes)
+    changed = operands[0 if name == "inputs" else 4]
+    changed.flat[[5, 77]] = np.inf, np.nan
+    exact = rounded(operands, dtype)
+    ours = results(exact, dtype, attributes)
     theirs = core_conv2d.results(exact, dtype=dtype, **attributes)
     assert_equal(np.isnan(ours["output"]), np.isnan(theirs["output"]))
     for gradient in NAMES:
@@ -256,31 +226,30 @@ def test_not_finite_numbers_are_those_of_the_cpu(name, dtype, boundary, groups):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_wide_blocks(dtype):
     """Tests enough pixels for blocks of 256 filters."""
-    operands, attributes = case(4, 3, (17, 332), 8, 136)
-    exact = rounded(operands, dtype)
-    expected = reference.deformable_conv2d(*exact[:4], **attributes)
-    output = forward(exact, dtype, attributes)
+    operands, attributes = draw(4, 3, (17, 332), 8, 136)
+    exact = rounded(operands, dtype)[:4]
+    output = core.forward(*exact, dtype=dtype, on=gpu.Gpu(), **attributes)
+    expected = reference.deformable_conv2d(*exact, **attributes)
     assert_close(output, expected, CORE_CONV2D[dtype])
 
 
 def test_images_that_do_not_fit_in_the_workspace():
     """Tests float sums of 16-bit gradients, and columns, in several rounds."""
-    operands, attributes = case(
+    operands, attributes = draw(
         6, 2, (2900, 2903), 1, 2, (1, 1), padding="valid", strides=331
     )
-    exact = rounded(operands, "float16")
-    expected = core_conv2d.expected_results(exact, **attributes)
-    for deterministic in (False, True):
-        made = backward(
-            exact, "float16", attributes, deterministic=deterministic
-        )
-        core_conv2d.assert_results_close(
-            made, expected, "float16", f"{deterministic=}"
-        )
+    call = rounded(operands, "float16"), "float16", attributes
+    made, again = (backward(*call, deterministic=d) for d in (False, True))
+    expected = core_conv2d.expected_results(call[0], **attributes)
+    core_conv2d.assert_results_close(made, expected, "float16")
+    # A pixel gets one sum at most, so that their order has no effect.
+    inputs = {"inputs": made["inputs"]}
+    assert_same_bits({"inputs": again.pop("inputs")}, inputs, "deterministic")
+    core_conv2d.assert_results_close(again, expected, "float16")
 
 
 def test_columns_that_do_not_fit_in_the_workspace():
-    operands, attributes = case(8, 1, (39, 53), 2048, 8, (2, 2))
+    operands, attributes = draw(8, 1, (39, 53), 2048, 8, (2, 2))
     made = [
         backward(operands, "float32", attributes, ("inputs",), **options)
         for options in ({}, {"deterministic": True})
@@ -306,22 +275,15 @@ def test_workspace_is_bounded(dtype, shape, filters, groups):
     one = 0
     if dtype in ("float16", "bfloat16"):
         one = 4 * int(np.prod(shape[1:]))  # the float image of one gradient
-    everything = core.Pointers(1, 1, 1, None)
+    on, op = gpu.Gpu(), "TfDeformDeformableConv2DCuda"
+    common = ctypes.byref(params), core.DTYPES[dtype]
+    wanted = ctypes.byref(core.Pointers(1, 1, 1, None))
     for deterministic in (False, True):
-        options = gpu.stream(deterministic=deterministic)
-        size = gpu.workspace_bytes(
-            f"{OP}BackwardWorkspaceBytes",
-            ctypes.byref(params),
-            core.DTYPES[dtype],
-            ctypes.byref(everything),
-            ctypes.byref(options),
-        )
+        stream = gpu.Gpu(deterministic=deterministic).executor()
+        size = on.num_bytes(f"{op}Backward", *common, wanted, stream)
         image = one if one > 2**26 else min(2**26, shape[0] * one)
         assert size <= 2**26 + image
-    size = gpu.workspace_bytes(
-        f"{OP}WorkspaceBytes", ctypes.byref(params), core.DTYPES[dtype]
-    )
-    assert size == 0
+    assert on.num_bytes(op, *common) == 0
 
 
 @pytest.mark.skipif(gpu.ON_GPU, reason="counts on memory that is never touched")
@@ -342,55 +304,21 @@ def test_more_elements_than_32_bits_can_count(groups):
     params = core.validate(shape, kernel.shape, None, **attributes)
     field = (1, params.out_h, params.out_w)
     offset = np.float32(rng.integers(2, 15, (*field, 8)) / 16)
-    output = gpu.Tensor(shape=(*field, 8), dtype=np.float16)
-    tensors = [gpu.Tensor(kernel), gpu.Tensor(offset)]
-    pointers = core.Pointers(
-        image.ctypes.data, *(tensor.pointer for tensor in tensors), None
-    )
-    params_and_type = [ctypes.byref(params), core.DTYPES["float16"]]
-    stream = ctypes.byref(gpu.stream())
-    gpu.call(
-        f"{OP}Forward",
-        [
-            *(*params_and_type, ctypes.byref(pointers), None),
-            *(ctypes.c_void_p(output.pointer), stream),
-        ],
-    )
-    options = dict(dtype="float16", **attributes)
-    expected = core.forward(image, kernel, offset, **options)
-    assert np.abs(expected[:, :, -1]).max() > 0.1
-    assert_close(output.numpy(), expected, CORE_CONV2D["float16"])
-
+    output_grad = np.float16(rng.normal(size=(*field, 8)))
     # The gradient of the inputs is left out: all of it would be written.
-    grad_output = np.float16(rng.normal(size=(*field, 8)))
-    expected = core.backward(
-        *(image, kernel, offset, None, grad_output),
-        wanted=("kernel", "offset"),
-        **options,
+    options = dict(dtype="float16", **attributes)
+    wanted = dict(wanted=("kernel", "offset"), **options)
+    operands = gpu.Gpu().lend(image), kernel, offset, None
+    expected, received = (
+        {
+            "output": core.forward(*operands, on=on, **options),
+            **core.backward(*operands, output_grad, on=on, **wanted),
+        }
+        for on in (core.Cpu(), gpu.Gpu())
     )
-    made = {
-        name: gpu.Tensor(shape=array.shape, dtype=array.dtype)
-        for name, array in expected.items()
-    }
-    gradients = core.Pointers(
-        None, made["kernel"].pointer, made["offset"].pointer, None
-    )
-    size = gpu.workspace_bytes(
-        f"{OP}BackwardWorkspaceBytes",
-        *(*params_and_type, ctypes.byref(gradients), stream),
-    )
-    workspace, gradient = gpu.workspace(size), gpu.Tensor(grad_output)
-    gpu.call(
-        f"{OP}Backward",
-        [
-            *(*params_and_type, ctypes.byref(pointers)),
-            ctypes.c_void_p(gradient.pointer),
-            ctypes.c_void_p(workspace.pointer),
-            *(ctypes.byref(gradients), stream),
-        ],
-    )
-    for name, dtype in (("kernel", "float16"), ("offset", "float32")):
-        assert np.abs(expected[name]).max() > 0.1
-        assert_close(
-            made[name].numpy(), expected[name], CORE_CONV2D[dtype], name=name
-        )
+    assert np.abs(expected["output"][:, :, -1]).max() > 0.1
+    assert np.abs(expected["kernel"]).max() > 0.1
+    assert np.abs(expected["offset"]).max() > 0.1
+    for name, array in received.items():
+        dtype = "float32" if name == "offset" else "float16"
+        assert_close(array, expected[name], CORE_CONV2D[dtype], name=name)

@@ -15,54 +15,7 @@ from tolerances import HALF_UNIT
 @pytest.fixture
 def runner():
     """Returns the object that runs the op: here on the CPU."""
-    return pooling.Cpu(pooling.PSROI_POOL)
-
-
-def check_channels(runner, seed, output_dim, classes, group_size, dtype):
-    """Compares one ROI of few bins, for 1 and 2 threads."""
-    attributes = dict(
-        output_dim=output_dim,
-        spatial_scale=0.5,
-        pooled_size=(2, 3),
-        group_size=group_size,
-        part_size=(1, 2),
-        sample_per_part=2,
-    )
-    inputs, _, trans, output = runner.op.shapes(
-        attributes, 1, (4, 5), 1, classes=classes
-    )
-    rng = np.random.default_rng(seed)
-    operands = (
-        rng.normal(size=inputs),
-        [[0, 1, 1, 6, 5]],
-        rng.normal(size=trans),
-        rng.normal(size=output),
-    )
-    pooling.check(runner, operands, attributes, dtype, f"{dtype}, one thread")
-    pooling.check_threads(runner, operands, attributes, dtype, (2,))
-
-
-TYPES = ["float64", "float32", "bfloat16"]
-
-
-# Sizes one below, at, and one past vectors of 4, 8 and 16 elements, and their
-# sums.
-@pytest.mark.parametrize("output_dim", [*range(1, 21), 24, 31, 32, 33, 48])
-@pytest.mark.parametrize("group_size", [1, (2, 1)])
-@pytest.mark.parametrize("dtype", TYPES)
-def test_vector_edges(runner, output_dim, group_size, dtype):
-    check_channels(runner, output_dim, output_dim, 1, group_size, dtype)
-
-
-@pytest.mark.parametrize(
-    "per_class, classes",
-    [(1, 3), (3, 3), (4, 2), (5, 3), (7, 2), (8, 3), (9, 2), (15, 2), (16, 2)]
-    + [(17, 2), (1, 21), (63, 1), (64, 1), (65, 1), (70, 1), (35, 2), (23, 3)],
-)
-@pytest.mark.parametrize("dtype", TYPES)
-def test_vector_edges_of_a_class(runner, per_class, classes, dtype):
-    channels = per_class * classes
-    check_channels(runner, per_class, channels, classes, (1, 2), dtype)
+    return pooling.Runner(pooling.PSROI_POOL)
 
 
 def halves_and_near(real):
@@ -75,30 +28,19 @@ def halves_and_near(real):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_first_corners_round_half_away_from_zero(runner, dtype):
-    """Tests that each ROI is one sample at its rounded corner, on a ramp."""
-    x1, expected = halves_and_near(np.dtype(dtype).type)
-    ramp = np.arange(-4.0, 9)  # Pixel p has the value p - 4.
-    rois = np.zeros((len(x1), 5), dtype)
-    rois[:, 1] = rois[:, 3] = x1
+@pytest.mark.parametrize("corner", ["first", "last"])
+def test_corners_round_half_away_from_zero(runner, corner, dtype):
+    """Tests ROIs of one sample on a ramp, whose pixel p has the value p - 4."""
+    x, expected = halves_and_near(np.dtype(dtype).type)
+    rois = np.zeros((len(x), 5), dtype)
     # A displacement of 4.5 pixels on a ROI of size 1 moves x - 0.5 to x + 4.
-    assert_reads_along_x(runner, ramp, rois, 4.5, expected, dtype)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_last_corners_round_half_away_from_zero(runner, dtype):
-    """Tests ROIs of one sample two sizes from the start, on a ramp."""
-    x2, expected = halves_and_near(np.dtype(dtype).type)
-    rois = np.zeros((len(x2), 5), dtype)
-    rois[:, 1], rois[:, 3] = -6, x2
-    # From -6.5, twice the size leads to x + 1 + 6.
-    expected = 2 * expected + 7.5
-    assert_reads_along_x(runner, np.arange(24.0), rois, 2, expected, dtype)
-
-
-def assert_reads_along_x(runner, ramp, rois, displacement, expected, dtype):
+    rois[:, 1] = rois[:, 3] = x
+    displacement = 4.5
+    if corner == "last":
+        # From -6.5, twice the size leads to x + 1 + 6.
+        rois[:, 1], displacement, expected = -6, 2, 2 * expected + 3.5
     output = runner.forward(
-        ramp.reshape(1, 1, -1, 1),
+        np.arange(-4.0, 20).reshape(1, 1, -1, 1),
         rois,
         np.full((len(rois), 1, 1, 2), [0.5, displacement]),
         dtype=dtype,
@@ -146,8 +88,8 @@ def test_channels_are_group_and_class_major():
     output_dim, pooled, group = 6, (5, 4), (3, 2)
     channels = output_dim * group[0] * group[1]
     inputs = np.broadcast_to(np.arange(float(channels)), (1, 4, 4, channels))
-    output = core.forward_roi(
-        "DeformablePSROIPool",
+    output = core.run_forward(
+        core.PSROI_POOL,
         inputs,
         np.array([[0.0, 0, 0, 3, 3]]),
         dtype="float64",
@@ -164,50 +106,18 @@ def test_channels_are_group_and_class_major():
         assert output[0, i, j, o] == expected
 
 
-def test_each_bin_and_class_reads_its_own_displacement(runner):
-    """Tests on ramps of rows and columns that the output moves as told."""
-    rng = np.random.default_rng(0)
-    pooled, part, classes, per_class = (5, 3), (2, 4), 3, 2
-    trans = rng.uniform(-1, 1, size=(1, *part, 2 * classes))
-    y, x = np.mgrid[:40, :40]
-    plane = (100.0 * y + x)[np.newaxis, ..., np.newaxis]
-    attributes = dict(
-        dtype="float64",
-        output_dim=classes * per_class,
-        spatial_scale=1.0,
-        pooled_size=pooled,
-        group_size=1,
-        part_size=part,
-        sample_per_part=2,
-        trans_std=0.25,
-    )
-    inputs = np.repeat(plane, classes * per_class, axis=3)
-    rois = np.array([[0.0, 12, 11, 27, 20]])  # 16 wide, 10 high
-    still = runner.forward(inputs, rois, **attributes)
-    moved = runner.forward(inputs, rois, trans, **attributes) - still
-    rows, cols = [0, 0, 0, 1, 1], [0, 1, 2]
-    for i, j, o in np.ndindex(*pooled, classes * per_class):
-        kind = o // per_class
-        dy, dx = trans[0, rows[i], cols[j], 2 * kind : 2 * kind + 2]
-        expected = 0.25 * (100 * dy * 10 + dx * 16)
-        assert abs(moved[0, i, j, o] - expected) <= 1e-9, (i, j, o)
-
-
 @pytest.mark.parametrize("dtype", HALF_UNIT)
 def test_16_bit_maps_keep_float32_coordinates(runner, dtype):
     """Tests a displacement of 0.3 pixels, a thousand pixels from the origin."""
     inputs = np.zeros((1, 1, 1100, 1))
     inputs[0, 0, 1001] = 1.0
-    output = runner.forward(
-        inputs,
-        np.zeros((1, 5)),
-        np.reshape([0.5, 1000.8], (1, 1, 1, 2)),
-        dtype=dtype,
-        output_dim=1,
-        **runner.op.one_sample,
-    )
+    moved = np.reshape([0.5, 1000.8], (1, 1, 1, 2))
+    options = dict(dtype=dtype, output_dim=1, **runner.op.one_sample)
     fraction = np.float32(1000.8) - np.float32(0.5) - 1000
-    assert abs(output.item() - fraction) <= HALF_UNIT[dtype] * fraction
+    for one in runner.every():
+        output = one.forward(inputs, np.zeros((1, 5)), moved, **options).item()
+        error = abs(output - fraction)
+        assert error <= HALF_UNIT[dtype] * fraction, str(one.on)
 
 
 def test_batch_index_minus_zero_is_the_first_image(runner):

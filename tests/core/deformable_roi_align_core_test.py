@@ -7,7 +7,7 @@ Most tests of the op are shared by both pooling ops: `pooling_core_test.py`.
 import numpy as np
 import pooling
 import pytest
-from compare import assert_close, assert_equal
+from compare import Tolerance, assert_close, assert_equal
 from pairwise import grid
 from tolerances import HALF_UNIT
 
@@ -15,26 +15,7 @@ from tolerances import HALF_UNIT
 @pytest.fixture
 def runner():
     """Returns the object that runs the op: here on the CPU."""
-    return pooling.Cpu(pooling.ROI_ALIGN)
-
-
-# Sizes one below, at, and one past vectors of 4, 8 and 16 elements, and their
-# sums.
-@pytest.mark.parametrize(
-    "channels", [*range(1, 21), 24, 31, 32, 33, 47, 48, 49, 63, 64, 65, 70]
-)
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
-def test_vector_edges(runner, channels, dtype):
-    rng = np.random.default_rng(channels)
-    operands = (
-        rng.normal(size=(1, 4, 5, channels)),
-        [[0, 1, 1, 6, 5]],
-        rng.normal(size=(1, 2, 3, 2)),
-        rng.normal(size=(1, 2, 3, channels)),
-    )
-    attributes = dict(pooled_size=(2, 3), spatial_scale=0.6, sampling_ratio=2)
-    pooling.check(runner, operands, attributes, dtype)
-    pooling.check_threads(runner, operands, attributes, dtype, (2,))
+    return pooling.Runner(pooling.ROI_ALIGN)
 
 
 @grid(
@@ -69,25 +50,6 @@ def test_samples_outside_count_in_the_mean(
     assert_close(output.ravel(), expected, 1e-6)
 
 
-def means_of_rows(inputs, y1, bin_size, samples):
-    """Returns the means of two bins of `samples` rows in three columns."""
-    real = bin_size.dtype.type
-    step = bin_size / real(samples)
-    means = np.zeros((2, 3, 3))
-    for bin_row in range(2):
-        ys = y1 - real(0.5) + bin_row * bin_size
-        ys = ys + (np.arange(samples) + 0.5).astype(real) * step
-        for y in ys.astype(float):
-            if -1 <= y <= 7:
-                y = min(max(y, 0), 6)
-                low = min(int(y), 5)
-                # One sample along x in each of the 3 bins, of width 1.
-                rows = inputs[0, low : low + 2, [4, 5, 6]]
-                both = (low + 1 - y) * rows[:, 0] + (y - low) * rows[:, 1]
-                means[bin_row] += both / samples
-    return means
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(
     "height, samples",
@@ -95,29 +57,32 @@ def means_of_rows(inputs, y1, bin_size, samples):
     + [(13.5, 7), (14, 7), (16, 7), (1e9, 7), (1e30, 7)],
 )
 def test_adaptive_number_of_samples(runner, height, samples, dtype):
-    """Tests 2 bins on 7 rows.
+    """Tests 2 bins on 7 rows; one sample more would give another mean.
 
     The op takes ceil(height / 2) samples, at most ceil(2 * 7 / 2).
-
-    One sample more would give another mean.
     """
-    inputs = np.random.default_rng(0).normal(size=(1, 7, 40, 3))
+    # All columns are equal, so that the samples of a row have no effect.
+    rows = np.random.default_rng(0).normal(size=(1, 7, 1, 3)).astype(dtype)
+    inputs = np.repeat(rows, 40, axis=2)
     rois = np.array([[0, 4, 1.25, 4 + 3, 1.25 + height]], dtype)
-    attributes = dict(pooled_size=(2, 3), spatial_scale=1.0, dtype=dtype)
-    output = runner.forward(inputs, rois, sampling_ratio=0, **attributes)
-    lowest = runner.forward(
-        inputs, rois, sampling_ratio=1 - 2**31, **attributes
-    )
-    assert_equal(lowest, output)
+    attributes = dict(pooled_size=(2, 3), spatial_scale=1.0)
+
+    def compute(ratio):
+        common = dict(sampling_ratio=ratio, dtype=dtype, **attributes)
+        return runner.forward(inputs, rois, **common)
+
+    output = compute(0)
+    assert_equal(compute(1 - 2**31), output)
     if samples == 0:
         assert not output.any()
         return
-    y1, bin_size = rois[0, 2], (rois[0, 4] - rois[0, 2]) / rois.dtype.type(2)
-    means = means_of_rows(inputs, y1, bin_size, samples)
-    np.testing.assert_allclose(output[0], means, rtol=0, atol=1e-5)
-    means = means_of_rows(inputs, y1, bin_size, samples + 1)
-    if samples > 1 and np.abs(means).max() > 1e-3:
-        assert not np.allclose(output[0], means, rtol=0, atol=1e-5)
+    attributes["sampling_ratio"] = samples
+    expected = runner.op.reference(inputs, rois, **attributes)["output"]
+    assert_close(output, expected, Tolerance(1e-5, at_least=1))
+    attributes["sampling_ratio"] += 1
+    other = runner.op.reference(inputs, rois, **attributes)["output"]
+    if samples > 1 and np.abs(other).max() > 1e-3:
+        assert np.abs(output - other).max() > 1e-5
 
 
 @pytest.mark.parametrize("dtype", pooling.DTYPES)
@@ -126,49 +91,14 @@ def test_samples_outside_touch_nothing(runner, dtype):
     rois = np.array([[0, 20, 1, 25, 4], [1, 1, -30, 5, -20.0], [0, 0, 0, 3, 3]])
     offset = np.zeros((3, 2, 2, 2))
     offset[2] = [[[np.nan, 0], [0, np.nan]], [[np.inf, 0], [90, -np.inf]]]
-    received = pooling.results(
-        runner,
-        (
-            np.full((2, 6, 7, 5), np.nan),
-            rois,
-            offset,
-            np.full((3, 2, 2, 5), np.nan),
-        ),
-        dtype=dtype,
-        spatial_scale=1.0,
-        pooled_size=2,
+    exact = (
+        np.full((2, 6, 7, 5), np.nan),
+        rois,
+        offset,
+        np.full((3, 2, 2, 5), np.nan),
     )
-    for name, array in received.items():
-        assert (array == 0).all(), name
-
-
-def test_each_bin_reads_its_own_displacement(runner):
-    """Tests on ramps of rows and columns that the output moves as told."""
-    rng = np.random.default_rng(0)
-    pooled = (5, 3)
-    offset = rng.uniform(-1, 1, size=(1, *pooled, 2))
-    y, x = np.mgrid[:40, :40]
-    inputs = (100.0 * y + x)[np.newaxis, ..., np.newaxis]
-    attributes = dict(
-        dtype="float64",
-        spatial_scale=0.5,
-        pooled_size=pooled,
-        sampling_ratio=2,
-        gamma=0.25,
-    )
-    rois = np.array([[0.0, 24, 22, 56, 42]])  # 16 wide, 10 high
-    still = runner.forward(inputs, rois, **attributes)
-    moved = runner.forward(inputs, rois, offset, **attributes) - still
-    expected = 0.25 * (100 * offset[..., 0] * 10 + offset[..., 1] * 16)
-    np.testing.assert_allclose(moved[..., 0], expected, atol=1e-9)
-    # The corners are 12 and 11, less half a pixel; bins have 16/3 by 2 pixels.
-    rows, cols = (
-        10.5 + 2 * (np.arange(5) + 0.5),
-        11.5 + 16 / 3 * (np.arange(3) + 0.5),
-    )
-    np.testing.assert_allclose(
-        still[0, ..., 0], 100 * rows[:, np.newaxis] + cols, atol=1e-9
-    )
+    common = dict(dtype=dtype, spatial_scale=1.0, pooled_size=2)
+    pooling.assert_zero(pooling.results(runner, exact, **common))
 
 
 @pytest.mark.parametrize("dtype", HALF_UNIT)
@@ -177,15 +107,11 @@ def test_16_bit_maps_keep_float32_coordinates(runner, dtype):
     x1 = np.float32(1000.3)
     inputs = np.zeros((1, 1, 1100, 1))
     inputs[0, 0, 1001] = 1.0
-    output = runner.forward(
-        inputs,
-        np.array([[0, x1, 0, x1 + 1, 1]], np.float32),
-        dtype=dtype,
-        spatial_scale=1.0,
-        pooled_size=1,
-        sampling_ratio=1,
-    )
+    rois = np.array([[0, x1, 0, x1 + 1, 1]], np.float32)
+    options = dict(dtype=dtype, **runner.op.one_sample)
     fraction = np.float64(x1) - 1000
     # Corners that far away are 2**-14 apart.
     allowed = HALF_UNIT[dtype] * fraction + 2.0**-14
-    assert abs(output.item() - fraction) <= allowed
+    for one in runner.every():
+        output = one.forward(inputs, rois, **options).item()
+        assert abs(output - fraction) <= allowed, str(one.on)

@@ -4,12 +4,13 @@
 Work on the CPU must not load the driver.
 """
 
-import ctypes
 import shutil
 import subprocess
 import sys
 
 import core
+import gpu
+import numpy as np
 import pytest
 
 pytestmark = pytest.mark.skipif(
@@ -18,23 +19,16 @@ pytestmark = pytest.mark.skipif(
 )
 
 INTERNAL = 3
-OPS = ("DeformableConv2D", "DeformablePSROIPool", "DeformableROIAlign")
 
 
-class CudaStream(ctypes.Structure):
-    _fields_ = [
-        ("stream", ctypes.c_void_p),
-        ("allow_tf32", ctypes.c_bool),
-        ("deterministic", ctypes.c_bool),
-    ]
-
-
-def call(name: str, *arguments) -> tuple[int, str]:
-    """Returns the code and the text that an entry point returned."""
-    message = ctypes.create_string_buffer(512)
-    function = getattr(core.library(), name)
-    code = function(*arguments, message, core.INT64(len(message)))
-    return code, message.value.decode()
+def verdict(name: str, *arguments) -> str:
+    """Returns the text of an entry point's error; empty if it found none."""
+    try:
+        core.Cpu().call(name, *arguments)
+    except core.CoreError as error:
+        assert error.code == INTERNAL
+        return str(error)
+    return ""
 
 
 @pytest.mark.parametrize(
@@ -42,62 +36,62 @@ def call(name: str, *arguments) -> tuple[int, str]:
     [(13000, 13000), (13020, 13000), (14000, 13000), (12020, 12080)],
 )
 def test_drivers_of_the_same_major_version_or_newer_will_do(driver, runtime):
-    assert call("TfDeformCudaJudgeDriver", driver, runtime) == (0, "")
+    assert verdict("TfDeformCudaJudgeDriver", driver, runtime) == ""
 
 
-def test_an_old_driver_is_an_error_that_names_both_versions():
-    code, text = call("TfDeformCudaJudgeDriver", 12040, 13000)
-    assert code == INTERNAL
-    assert "CUDA 13.0" in text and "a driver for CUDA 12.4" in text
-    assert "Update" in text and "CPU" in text
+@pytest.mark.parametrize("version", [(8, 0), (8, 9), (9, 0), (12, 1)])
+def test_gpus_since_8_0_will_do(version):
+    assert verdict("TfDeformCudaJudgeGpu", *version) == ""
 
 
-def test_no_driver_is_an_error():
-    code, text = call("TfDeformCudaJudgeDriver", 0, 12080)
-    assert code == INTERNAL
-    assert "CUDA 12.8" in text and "no driver" in text
-    assert "Install" in text and "CPU" in text
+@pytest.mark.parametrize(
+    "name, versions, words",
+    [
+        (
+            "Driver",
+            (12040, 13000),
+            ["CUDA 13.0", "a driver for CUDA 12.4", "Update", "CPU"],
+        ),
+        ("Driver", (0, 12080), ["CUDA 12.8", "no driver", "Install", "CPU"]),
+        ("Gpu", (7, 5), ["8.0", "7.5", "CPU"]),
+    ],
+)
+def test_an_error_names_both_versions(name, versions, words):
+    text = verdict(f"TfDeformCudaJudge{name}", *versions)
+    assert [word for word in words if word in text] == words
 
 
-def test_an_old_gpu_is_an_error_that_names_both():
-    for version in ((8, 0), (8, 9), (9, 0), (12, 1)):
-        assert call("TfDeformCudaJudgeGpu", *version) == (0, "")
-    code, text = call("TfDeformCudaJudgeGpu", 7, 5)
-    assert code == INTERNAL
-    assert "8.0" in text and "7.5" in text and "CPU" in text
+POOLING = dict(spatial_scale=1.0, pooled_size=2)
+CALLS = {  # shapes of the operands and of the output's gradient, and attributes
+    core.CONV2D: (
+        [(1, 5, 6, 4), (3, 3, 4, 2), (1, 3, 4, 18), (1, 3, 4, 9), (1, 3, 4, 2)],
+        {},
+    ),
+    core.PSROI_POOL: (
+        [(1, 5, 6, 4), (3, 5), (3, 2, 2, 2), (3, 2, 2, 4)],
+        dict(output_dim=4, group_size=1, **POOLING),
+    ),
+    core.ROI_ALIGN: (
+        [(1, 5, 6, 4), (3, 5), (3, 2, 2, 2), (3, 2, 2, 4)],
+        POOLING,
+    ),
+}
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", CALLS)
 def test_a_gpu_call_without_a_driver_returns_the_verdict(op):
-    expected = call("TfDeformCudaCheckDriver")
-    if expected[0] == 0:
+    expected = verdict("TfDeformCudaCheckDriver")
+    if not expected:
         pytest.skip("there is a driver")
-    if op == "DeformableConv2D":
-        params = core.validate((1, 5, 6, 4), (3, 3, 4, 2), (1, 3, 4, 18))
-        operands, gradients = core.Pointers(), core.Pointers()
-    else:
-        own = dict(output_dim=4, group_size=1) if "PSROI" in op else {}
-        params = core.validate_roi(
-            op, (1, 5, 6, 4), (3, 5), spatial_scale=1.0, pooled_size=2, **own
-        )
-        operands, gradients = core.ROIOperands(), core.ROIGradients()
-    # Memory that a kernel could use if it ran.
-    memory = ctypes.create_string_buffer(1 << 12)
-    address = ctypes.addressof(memory)
-    for struct in (operands, gradients):
-        for name, _ in struct._fields_:
-            setattr(struct, name, address)
-    shared = [ctypes.byref(params), core.DTYPES["float32"]]
-    shared.append(ctypes.byref(operands))
-    pointer, stream = ctypes.c_void_p(address), ctypes.byref(CudaStream())
-    outputs = [pointer] * (2 if "PSROI" in op else 1)
-    assert expected == call(
-        f"TfDeform{op}CudaForward", *shared, pointer, *outputs, stream
-    )
-    assert expected == call(
-        f"TfDeform{op}CudaBackward",
-        *(*shared, pointer, pointer, ctypes.byref(gradients), stream),
-    )
+    shapes, attributes = CALLS[op]
+    operands = [np.ones(shape) for shape in shapes]
+    for run, given in (
+        (core.run_forward, operands[:-1]),
+        (core.run_backward, operands),
+    ):
+        with pytest.raises(core.CoreError) as error:
+            run(op, *given, on=gpu.Gpu(core.library), **attributes)
+        assert (error.value.code, str(error.value)) == (INTERNAL, expected)
 
 
 # Prints "touched" when it is loaded, and is no driver.

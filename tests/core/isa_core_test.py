@@ -6,7 +6,7 @@ before an instruction set is chosen, so it may use only the baseline (SSE2). The
 same goes for functions of the standard library: the linker keeps a single copy
 of an inline function, which may be the copy compiled for AVX-512.
 
-The ops' own tests run once more for each set, to compare its results.
+The ops' own tests compare the results of every set (`core.cpus`).
 """
 
 import collections
@@ -16,7 +16,6 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 
 import core
 import pytest
@@ -51,8 +50,9 @@ def _namespace(symbol: str) -> str:
     return min(found, key=["baseline", *_NAMESPACES].index, default="baseline")
 
 
-def _is_past(isa: str, encoding: str, mnemonic: str, operands: str) -> bool:
+def _is_past(isa: str, encoding: str, text: str) -> bool:
     """Returns whether an instruction is beyond the function's set."""
+    mnemonic, _, operands = text.partition(" ")
     first = next((b for b in encoding.split() if b not in _PREFIXES), "")
     if isa == "baseline":
         return first in _VEX | _EVEX or bool(_AFTER_SSE2.fullmatch(mnemonic))
@@ -63,26 +63,18 @@ def _is_past(isa: str, encoding: str, mnemonic: str, operands: str) -> bool:
     return False
 
 
-def _disassembled(path: str):
-    """Yields (function, its instructions as (encoding, mnemonic, operands))."""
-    listing = subprocess.run(
-        ["objdump", "-d", "-w", path],
-        capture_output=True,
-        text=True,
-        check=True,
+def _objdump(path: str, *options: str) -> str:
+    return subprocess.run(
+        ["objdump", *options, path], capture_output=True, text=True, check=True
     ).stdout
-    symbol, instructions = None, []
-    for line in listing.splitlines():
-        if match := re.fullmatch(r"[0-9a-f]+ <(.*)>:", line):
-            if symbol:
-                yield symbol, instructions
-            symbol, instructions = match[1], []
-        elif line.count("\t") >= 2:
-            _, encoding, text = line.split("\t", 2)
-            mnemonic, _, operands = text.partition(" ")
-            instructions.append((encoding, mnemonic, operands))
-    if symbol:
-        yield symbol, instructions
+
+
+def _disassembled(path: str):
+    """Yields (function, its instructions as pairs of encoding and text)."""
+    for block in _objdump(path, "-d", "-w").split("\n\n"):
+        if match := re.match(r"\n*[0-9a-f]+ <(.*)>:\n", block):
+            lines = [line.split("\t", 2) for line in block.splitlines()]
+            yield match[1], [line[1:] for line in lines if len(line) == 3]
 
 
 def _libraries(name: str) -> list[str]:
@@ -98,10 +90,7 @@ def _skip_unless_readable(path: str) -> None:
         pytest.skip("on x86-64 only is there more than one instruction set")
     if shutil.which("objdump") is None:
         pytest.skip("needs objdump, from binutils")
-    symbols = subprocess.run(
-        ["objdump", "-t", path], capture_output=True, text=True, check=True
-    ).stdout
-    if "no symbols" in symbols:
+    if "no symbols" in _objdump(path, "-t"):
         pytest.skip(f"{path} is stripped: it does not name its functions")
 
 
@@ -122,7 +111,7 @@ def test_code_keeps_to_its_instruction_set(name):
                 if _is_past(isa, *instruction):
                     past.setdefault(symbol, instruction)
                 for register in ("%ymm", "%zmm"):
-                    widest[isa, register] += register in instruction[2]
+                    widest[isa, register] += register in instruction[1]
         assert not past, f"{len(past)} functions of {path}: {past}"
         # All sets are present, under the names that the test looks for.
         assert min(functions[isa] for isa in ("baseline", *_NAMESPACES)) > 50
@@ -146,14 +135,12 @@ def test_code_keeps_to_its_instruction_set(name):
     ],
 )
 def test_what_is_past_a_set_is_found(isa, line):
-    encoding, text = line.split("\t")
-    mnemonic, _, operands = text.partition(" ")
-    assert _is_past(isa, encoding, mnemonic, operands)
+    assert _is_past(isa, *line.split("\t"))
 
 
 def test_what_is_in_a_set_passes():
-    assert not _is_past("baseline", "0f 58 c1", "addps", "%xmm1,%xmm0")
-    assert not _is_past("avx2", "c5 fc 58 c1", "vaddps", "%ymm1,%ymm0,%ymm0")
+    assert not _is_past("baseline", "0f 58 c1", "addps %xmm1,%xmm0")
+    assert not _is_past("avx2", "c5 fc 58 c1", "vaddps %ymm1,%ymm0,%ymm0")
     assert _namespace("_ZN9tf_deform3cpu4avx2L1fEv.cold") == "avx2"
     assert (
         _namespace("_ZSt4sortIZN9tf_deform3cpu6avx512L1fEvEUlvE_E") == "avx512"
@@ -164,66 +151,13 @@ def test_what_is_in_a_set_passes():
     )
 
 
-# Tests of each op that depend on the instructions, by parts of their names.
-TESTS = {
-    "deformable_conv2d": "reference or threads or edges or conversions"
-    " or nearest or alone or strips or groups",
-    "pooling": "reference or threads or place or alone or 16_bit or order",
-    "deformable_psroi_pool": "edges or 16_bit",
-    "deformable_roi_align": "edges or 16_bit",
-}
-
-
-def _runs_with(isa: str) -> str:
-    """Returns the set that the core uses if it may use no more than `isa`."""
-    return subprocess.run(
-        [
-            *(sys.executable, "-c"),
-            "import core; print(core.instruction_set())",
-        ],
-        env={
-            **os.environ,
-            "TF_DEFORM_MAX_ISA": isa,
-            "PYTHONPATH": os.path.dirname(core.__file__),
-        },
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
-
-
-@pytest.fixture(scope="module")
-def expected_results(tmp_path_factory):
-    """Makes a folder of expected results, which all instruction sets share."""
-    return tmp_path_factory.mktemp("expected")
-
-
-# Pooling uses no instructions beyond AVX-512; the other tests use the best set.
-@pytest.mark.parametrize(
-    "isa, name",
-    [
-        *[(isa, name) for name in TESTS for isa in ("baseline", "avx2")],
-        ("avx512", "deformable_conv2d"),
-        ("avx512_bf16", "deformable_conv2d"),
-    ],
-)
-def test_results_of_other_instruction_sets(isa, name, expected_results):
-    """Runs the same tests with faster instructions switched off."""
-    if _runs_with(isa) != isa:
-        pytest.skip(f"this processor has no {isa}")
-    if isa == core.instruction_set():
-        pytest.skip(f"{isa} is what the other tests use")
-    here = pathlib.Path(__file__).parent
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-        + ["-k", TESTS[name], str(here / f"{name}_core_test.py")],
-        env={
-            **os.environ,
-            "TF_DEFORM_MAX_ISA": isa,
-            "TF_DEFORM_TEST_EXPECTED": str(expected_results),
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+def test_the_sets_of_this_processor_are_tested():
+    """Tests that tests of the core run with every set that the CPU has."""
+    if platform.machine() != "x86_64" or "TF_DEFORM_MAX_ISA" in os.environ:
+        pytest.skip("there is one set only")
+    flags = pathlib.Path("/proc/cpuinfo").read_text().split()
+    names = list(map(str, core.cpus()))
+    assert names[0] == core.instruction_set() and names[-1] == "baseline"
+    assert "avx2" in names or not {"avx2", "fma"} <= {*flags}
+    assert "avx512" in names or "avx512vl" not in flags
+    assert "avx512_bf16" in names or "avx512_bf16" not in flags

@@ -7,7 +7,6 @@ ops is tested in the op's own file.
 """
 
 import itertools
-import os
 import re
 import time
 
@@ -16,12 +15,9 @@ import numpy as np
 import pooling
 import pytest
 import roi_reference
-from compare import assert_equal, assert_finite_differences, assert_same_bits
+from compare import assert_close, assert_equal, assert_same_bits
 from pairwise import grid
 from pooling import DTYPES, PSROI_POOL, ROI_ALIGN, results
-
-# The runs with other instruction sets take fewer cases.
-SEEDS = 30 if os.environ.get("TF_DEFORM_MAX_ISA") else 100
 
 
 @pytest.fixture(params=pooling.OPS, ids=str)
@@ -32,63 +28,90 @@ def op(request):
 @pytest.fixture
 def runner(op):
     """Returns the object that runs the op: here on the CPU."""
-    return pooling.Cpu(op)
+    return pooling.Runner(op)
+
+
+# The number of samples follows from the ROI's size, or is given.
+RATIOS = [(ROI_ALIGN, dict(sampling_ratio=ratio)) for ratio in (0, 2)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("seed", range(SEEDS))
-def test_agrees_with_reference(runner, seed, dtype):
+@pytest.mark.parametrize("seed", range(100))
+def test_agrees_with_reference_for_any_threads(runner, seed, dtype):
     operands, attributes = runner.op.draw_call(seed)
-    pooling.check(runner, operands, attributes, dtype)
+    pooling.check(runner, operands, attributes, dtype, threads=(2, 5))
 
 
-@grid({"seed": list(range(SEEDS)), "dtype": DTYPES, "op": pooling.OPS})
-def test_threads_change_no_bit_of_random_calls(op, seed, dtype):
-    operands, attributes = op.draw_call(seed)
-    pooling.check_threads(pooling.Cpu(op), operands, attributes, dtype, (2, 5))
+def draw(op, seed, *, size, channels, num_rois=3, classes=1, batch=2, **more):
+    """Draws ROIs of all kinds, and the attributes; `more` are attributes.
+
+    The channels are those of the output.
+    """
+    common = dict(spatial_scale=0.5, pooled_size=(2, 3), sample_per_part=2)
+    common |= dict(group_size=(2, 1), part_size=(1, 2))
+    attributes = op.attributes(channels, **common | more)
+    sizes = dict(channels=channels, classes=classes)
+    rng = np.random.default_rng(seed)
+    common = dict(batch=batch, size=size, num_rois=num_rois, **sizes)
+    return op.draw(rng, attributes, **common), attributes
+
+
+# Channels of a class, classes, and groups, around vectors of 4, 8 and 16
+# elements, and their sums.
+CLASS_EDGES = [
+    (PSROI_POOL, per_class, classes, (1, 2))
+    for per_class, classes in [
+        *((1, 3), (3, 3), (4, 2), (5, 3), (7, 2), (8, 3), (9, 2), (15, 2)),
+        *((16, 2), (17, 2), (1, 21), (63, 1), (64, 1), (65, 1), (70, 1)),
+        *((35, 2), (23, 3)),
+    ]
+]
+VECTOR_EDGES = [*range(1, 21), 24, 31, 32, 33, 48]
+
+
+@pytest.mark.parametrize(
+    "op, per_class, classes, group_size",
+    CLASS_EDGES
+    + [(PSROI_POOL, n, 1, g) for n in VECTOR_EDGES for g in (1, (2, 1))]
+    + [(ROI_ALIGN, n, 1, 1) for n in [*VECTOR_EDGES, 47, 49, 63, 64, 65, 70]],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_vector_edges(runner, per_class, classes, group_size, dtype):
+    channels = per_class * classes
+    sizes = dict(size=(4, 5), channels=channels, classes=classes)
+    sizes |= dict(group_size=group_size, sampling_ratio=2)
+    operands, attributes = draw(runner.op, channels, **sizes)
+    pooling.check(runner, operands, attributes, dtype, threads=(2,))
 
 
 def draw_crowd(op, seed, num_rois, dtype):
     """Draws many ROIs of all kinds on the same pixels of three images."""
-    attributes = op.attributes(
-        6,
-        spatial_scale=1 / 8,
-        pooled_size=(5, 4),
-        group_size=(3, 4),
-        part_size=(2, 3),
-        sample_per_part=3,
-    )
-    operands = op.draw(
-        np.random.default_rng(seed),
-        attributes,
-        batch=3,
-        size=(19, 23),
-        num_rois=num_rois,
-        channels=21,
-        classes=3,
-    )
+    sizes = dict(size=(19, 23), batch=3, num_rois=num_rois, classes=3)
+    sizes |= dict(pooled_size=(5, 4), group_size=(3, 4), part_size=(2, 3))
+    sizes |= dict(channels=6 if op.counts else 21, sample_per_part=3)
+    operands, attributes = draw(op, seed, spatial_scale=1 / 8, **sizes)
     return core.rounded(operands, dtype), attributes
 
 
-@pytest.mark.parametrize("threads", [2, 3, 5, 16])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_rois", [1, 2, 63, 64, 65, 300])
-def test_threads_change_no_bit_of_many_rois(op, num_rois, dtype, threads):
-    crowd, attributes = draw_crowd(op, num_rois, num_rois, dtype)
-    pooling.check_threads(pooling.Cpu(op), crowd, attributes, dtype, (threads,))
+def test_threads_change_no_bit_of_many_rois(runner, num_rois, dtype):
+    crowd, attributes = draw_crowd(runner.op, num_rois, num_rois, dtype)
+    for one in runner.every():
+        expected = results(one, crowd, dtype=dtype, **attributes)
+        for threads in (2, 3, 5, 16):
+            common = threads, dtype, attributes
+            pooling.check_threads(one, crowd, expected, *common)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_each_result_is_the_same_alone(op, dtype, threads):
-    exact, attributes = draw_crowd(op, 0, 40, dtype)
+def test_each_result_is_the_same_alone(runner, dtype, threads):
+    exact, attributes = draw_crowd(runner.op, 0, 40, dtype)
     common = dict(dtype=dtype, threads=threads, **attributes)
-    runner = pooling.Cpu(op)
+    pooling.check_alone(runner, exact, **common)
     together = results(runner, exact, **common)
-    for name in ("inputs", "displacement"):
-        alone = runner.backward(*exact, wanted=(name,), **common)
-        assert_same_bits(alone, {name: together[name]}, f"{name} alone")
-    assert runner.backward(*exact, wanted=(), **common) == {}
     alone = {"output": runner.forward(*exact[:3], **common)}
     assert_same_bits(alone, {"output": together["output"]}, "without count")
 
@@ -100,112 +123,35 @@ def test_a_roi_does_not_depend_on_the_others(runner, one):
     inputs, rois, displacement, _ = exact
     output = runner.forward(inputs, rois, displacement, **attributes)
     back = slice(None, None, -1)
-    turned = runner.forward(
-        inputs, rois[back], displacement[back], **attributes
-    )
-    assert_same_bits({"output": turned[back]}, {"output": output}, "turned")
-    one = slice(one, one + 1)
-    alone = runner.forward(inputs, rois[one], displacement[one], **attributes)
-    assert_same_bits({"output": alone}, {"output": output[one]}, "alone")
-
-
-DIFFERENTIABLE = [
-    (
-        PSROI_POOL,
-        seed,
-        1 + seed % 3,
-        dict(
-            output_dim=2 * (1 + seed % 3),
-            group_size=[None, 1, (3, 2)][seed // 2],
-            part_size=[(2, 3), (1, 1), (4, 2)][seed % 3],
-            sample_per_part=1 + seed % 3,
-            trans_std=0.2,
-        ),
-    )
-    for seed in range(6)
-] + [
-    (ROI_ALIGN, seed, 1, dict(sampling_ratio=ratio, gamma=0.2))
-    for seed in range(2)
-    for ratio in range(4)
-]
-
-
-@pytest.mark.parametrize(
-    ("op", "seed", "classes", "attributes"), DIFFERENTIABLE, ids=str
-)
-def test_gradients_equal_finite_differences(runner, seed, classes, attributes):
-    """Compares in float64.
-
-    Displacements keep samples off the places of a jump.
-    """
-    rng = np.random.default_rng(seed)
-    attributes = dict(spatial_scale=0.5, pooled_size=(2, 3), **attributes)
-    kinds = ("inside", "across the edge", "padding", "not finite")
-    # A reversed ROI has 0 samples unless the number is given.
-    if attributes.get("sampling_ratio") != 0:
-        kinds += ("reversed",)
-    inputs, rois, displacement, output_grad = runner.op.draw_differentiable(
-        rng,
-        attributes,
-        size=(5, 7),
-        num_rois=5,
-        kinds=kinds,
-        channels=3,
-        classes=classes,
-    )
-    operands = (inputs, rois, displacement)
-    common = dict(dtype="float64", **attributes)
-    gradients = runner.backward(*operands, output_grad, **common)
-
-    def loss():
-        return np.sum(runner.forward(*operands, **common) * output_grad)
-
-    for name, operand in (("inputs", inputs), ("displacement", displacement)):
-        assert_finite_differences(
-            rng, loss, operand, gradients[name], name=name
+    for case, some in (("turned", back), ("alone", slice(one, one + 1))):
+        received = runner.forward(
+            inputs, rois[some], displacement[some], **attributes
         )
-    assert np.abs(gradients["displacement"]).max() > 0.01
+        expected = {"output": output[some]}
+        assert_same_bits({"output": received}, expected, case)
 
 
 # A column of three pixels, 1, 3 and 7, lies under a bin of one sample at y.
-PLACES = [  # y, value, slope in y
-    *[
-        (PSROI_POOL, y, value, slope)
-        for y, value, slope in [
-            (-0.75, 0, 0),  # More than half a pixel outside: skipped.
-            (-0.5, 1, 0),  # Not more than half a pixel: counted, and clamped.
-            (2.25, 7, 0),
-            (2.5, 7, 0),
-            (2.75, 0, 0),
-        ]
-    ],
-    *[
-        (ROI_ALIGN, y, value, slope)
-        for y, value, slope in [
-            (-1.25, 0, 0),
-            (-1, 1, 0),  # The farthest place that is read; clamped.
-            (2.75, 7, 0),
-            (3, 7, 0),
-            (3.25, 0, 0),
-        ]
-    ],
-    *[
-        (op, y, value, slope)
-        for op in pooling.OPS
-        for y, value, slope in [
-            (-0.25, 1, 0),
-            (0, 1, 2),  # The cell [0, 1].
-            (0.25, 1.5, 2),
-            (1, 3, 4),  # The cell to the right of an integer.
-            (1.5, 5, 4),
-            (2, 7, 0),  # The edge's value holds from here on.
-            (1e9, 0, 0),
-            (-1e9, 0, 0),
-            (np.nan, 0, 0),
-            (np.inf, 0, 0),
-            (-np.inf, 0, 0),
-        ]
-    ],
+OWN_PLACES = [  # y, value, slope in y
+    (PSROI_POOL, -0.75, 0, 0),  # More than half a pixel outside: skipped.
+    (PSROI_POOL, -0.5, 1, 0),  # Not more: counted, and clamped.
+    (PSROI_POOL, 2.25, 7, 0),
+    (PSROI_POOL, 2.5, 7, 0),
+    (PSROI_POOL, 2.75, 0, 0),
+    (ROI_ALIGN, -1.25, 0, 0),
+    (ROI_ALIGN, -1, 1, 0),  # The farthest place that is read; clamped.
+    (ROI_ALIGN, 2.75, 7, 0),
+    (ROI_ALIGN, 3, 7, 0),
+    (ROI_ALIGN, 3.25, 0, 0),
+]
+PLACES = [
+    (-0.25, 1, 0),
+    (0, 1, 2),  # The cell [0, 1].
+    (0.25, 1.5, 2),
+    (1, 3, 4),  # The cell to the right of an integer.
+    (1.5, 5, 4),
+    (2, 7, 0),  # The edge's value holds from here on.
+    *((far, 0, 0) for far in (1e9, -1e9, np.nan, np.inf, -np.inf)),
 ]
 
 
@@ -218,7 +164,8 @@ def one_bin(op, channels):
 
 @grid(
     {
-        "op, y, value, slope": PLACES,
+        "op, y, value, slope": OWN_PLACES
+        + [(op, *place) for op in pooling.OPS for place in PLACES],
         "dtype": DTYPES,
         "axis": [0, 1],
         "channels": [1, 40],
@@ -234,24 +181,19 @@ def test_value_and_slope_at_a_place(
     place = np.array([y, 0] if axis == 0 else [0, y]) + op.shift
     output_grad = np.zeros((1, 1, 1, channels))
     output_grad[..., -1] = 1
-    received = results(
-        runner,
-        (
-            np.repeat(np.reshape([1.0, 3.0, 7.0], shape), channels, axis=3),
-            rois,
-            place.reshape(1, 1, 1, 2),
-            output_grad,
-        ),
-        dtype=dtype,
-        **attributes,
+    operands = (
+        np.repeat(np.reshape([1.0, 3.0, 7.0], shape), channels, axis=3),
+        *(rois, place.reshape(1, 1, 1, 2), output_grad),
     )
-    assert (received["output"] == value).all()
     read = float(value != 0)
-    if op.counts:
-        assert (received["count"] == read).all()
-    slopes = received["displacement"].reshape(2)
-    assert slopes[axis] == slope and slopes[1 - axis] == 0
-    assert received["inputs"].sum() == read
+    for one in runner.every():
+        received = results(one, operands, dtype=dtype, **attributes)
+        assert (received["output"] == value).all(), str(one.on)
+        if op.counts:
+            assert (received["count"] == read).all(), str(one.on)
+        slopes = received["displacement"].reshape(2)
+        assert slopes[axis] == slope and slopes[1 - axis] == 0, str(one.on)
+        assert received["inputs"].sum() == read, str(one.on)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -280,8 +222,37 @@ def test_every_place_at_once(runner, size, dtype):
     pooling.check(runner, operands, attributes, dtype)
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("axis", [0, 1])
+def test_each_bin_and_class_reads_its_own_displacement(runner):
+    """Tests on ramps of rows and columns that the output moves as told."""
+    op, classes, part = runner.op, 1, (5, 3)
+    if op.counts:
+        classes, part = 3, (2, 4)
+    rng = np.random.default_rng(0)
+    displacement = rng.uniform(-1, 1, size=(1, *part, 2 * classes))
+    y, x = np.mgrid[:40, :40]
+    inputs = np.repeat((100.0 * y + x)[np.newaxis, ..., np.newaxis], 6, axis=3)
+    attributes = dict(spatial_scale=0.5, pooled_size=(5, 3), part_size=part)
+    attributes |= dict(group_size=1, sample_per_part=2, sampling_ratio=2)
+    attributes = op.attributes(6, trans_std=0.25, gamma=0.25, **attributes)
+    rois = np.array([op.roi(24, 22, 56, 42.0)])  # 16 pixels wide, 10 high
+    common = dict(dtype="float64", **attributes)
+    still = runner.forward(inputs, rois, **common)
+    moved = runner.forward(inputs, rois, displacement, **common)
+    # The mean of two samples of a bin, which begin at its start or lie inside.
+    middle = 0.25 if op.counts else 0.5
+    for i, j, o in np.ndindex(5, 3, 6):
+        row, column = 10.5 + 2 * (i + middle), 11.5 + 16 / 3 * (j + middle)
+        kind = 2 * (o * classes // 6)
+        cell = displacement[0, i * part[0] // 5, j * part[1] // 3]
+        dy, dx = 0.25 * cell[kind : kind + 2] * [10, 16]
+        expected = 100 * row + column + np.array([0, 100 * dy + dx])
+        received = [still[0, i, j, o], moved[0, i, j, o]]
+        assert_close(received, expected, 1e-12, case=(i, j, o))
+
+
+@grid(
+    {"op": pooling.OPS, "axis": [0, 1], "dtype": ["float64", "float32"]},
+)
 def test_far_corners_and_large_sizes_keep_their_order_of_operations(
     runner, axis, dtype
 ):
@@ -306,49 +277,43 @@ def test_far_corners_and_large_sizes_keep_their_order_of_operations(
         sample_per_part=6,  # From 3 on, the product with a step is rounded.
         sampling_ratio=5,
     )
-    pooling.check(runner, operands, attributes, dtype, threads=2)
+    pooling.check(runner, operands, attributes, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("op", "more"),
-    [
-        (PSROI_POOL, dict(output_dim=5)),
-        (ROI_ALIGN, dict(sampling_ratio=0)),
-        (ROI_ALIGN, dict(sampling_ratio=2)),
-    ],
-    ids=str,
+    ("op", "more"), [(PSROI_POOL, dict(output_dim=5)), *RATIOS], ids=str
 )
 def test_padding_and_rois_that_are_not_finite_touch_nothing(
     runner, more, dtype
 ):
     """Tests padding also where maps, displacements and gradients are NaN."""
-    rois = np.zeros((12, 5))
-    rois[:, 3:] = 5
+    attributes = dict(spatial_scale=1.0, pooled_size=2, **more)
+    shapes = runner.op.shapes(attributes, 2, (6, 7), 12, channels=5)
+    operands = [np.full(shape, np.nan) for shape in shapes]
+    rois, displacement = operands[1:3]
+    displacement[::2] = 0
+    rois[:] = [0, 0, 0, 5, 5]
     rois[:4, 0] = [-1, -7, -np.inf, -(2.0**40)]
     for index in range(4, 12):
-        bad = [np.nan, np.inf, -np.inf][index % 3]
-        rois[index, 1 + index % 4] = bad
-    displacement = np.zeros((12, 2, 2, 2))
-    displacement[1::2] = np.nan
-    received = results(
-        runner,
-        (
-            np.full((2, 6, 7, 20 if runner.op.counts else 5), np.nan),
-            rois,
-            displacement,
-            np.full((12, 2, 2, 5), np.nan),
-        ),
-        dtype=dtype,
-        spatial_scale=1.0,
-        pooled_size=2,
-        **more,
+        rois[index, 1 + index % 4] = [np.nan, np.inf, -np.inf][index % 3]
+    pooling.assert_zero(results(runner, operands, dtype=dtype, **attributes))
+
+
+def huge_corners(real):
+    """Returns ROIs with corners at each of five huge numbers."""
+    return np.array(
+        [
+            [0, *corner]
+            for v in [1e30, 1e18, 2.0**31, 2.0**63, float(np.finfo(real).max)]
+            for corner in [
+                *((2, 2, v, v), (2, 1, 5, v), (-v, -v, v, v), (-v, 1, 4, 4)),
+                *((v, v, v, v), (-v, -v, -v, -v), (v, v, -v, -v)),
+                (2, v, 4, -v),
+            ]
+        ],
+        real,
     )
-    for name, array in received.items():
-        assert (array == 0).all(), name
-
-
-HUGE = [1e30, 1e18, 2.0**31, 2.0**63, "the largest number"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -370,24 +335,7 @@ def test_huge_corners_give_what_the_formula_gives(
     If some overflow, nothing is read.
     """
     op, real = runner.op, np.dtype(dtype).type
-    huge = [
-        float(np.finfo(real).max) if isinstance(v, str) else v for v in HUGE
-    ]
-    corners = [
-        corner
-        for v in huge
-        for corner in [
-            (2, 2, v, v),
-            (2, 1, 5, v),
-            (-v, -v, v, v),
-            (-v, 1, 4, 4),
-            (v, v, v, v),
-            (-v, -v, -v, -v),
-            (v, v, -v, -v),
-            (2, v, 4, -v),
-        ]
-    ]
-    rois = np.array([[0, *corner] for corner in corners], real)
+    rois = huge_corners(real)
     rng = np.random.default_rng(0)
     bins = (2, 2) if op.counts else (2, 3)
     attributes = dict(spatial_scale=scale, pooled_size=bins, **more)
@@ -398,10 +346,7 @@ def test_huge_corners_give_what_the_formula_gives(
         displacement = rng.normal(size=(len(rois), *bins, 2)).astype(real)
         displacement *= displaced == "drawn"
     exact = (inputs, rois, displacement, output_grad)
-    expected = {
-        **op.reference(*exact[:3], **attributes),
-        **op.reference_gradients(*exact, **attributes),
-    }
+    expected = op.expected(exact, attributes)
     start = time.monotonic()
     received = results(runner, exact, dtype=dtype, **attributes)
     assert time.monotonic() - start < 5
@@ -424,18 +369,15 @@ def test_16_bit_types_are_summed_in_float32_and_rounded_once(runner, dtype):
     op = runner.op
     rois, attributes = one_bin(op, 1)
     common = dict(dtype=dtype, **attributes)
-    gradients = runner.backward(
-        np.ones((1, 1, 1, 1)),
-        np.tile(rois, (4096, 1)),
-        None,
-        np.ones((4096, 1, 1, 1)),
-        **common,
-    )
-    assert gradients["inputs"].item() == 4096
-    common[op.samples] = 16
-    inputs = np.full((1, 1, 1, 1), 1.5 + 2.0**-7)
-    output = runner.forward(inputs, rois, None, **common)
-    assert output.item() == 1.5 + 2.0**-7
+    one, ones = np.ones((1, 1, 1, 1)), np.ones((4096, 1, 1, 1))
+    for each in runner.every():
+        operands = one, np.tile(rois, (4096, 1)), None, ones
+        gradients = each.backward(*operands, **common)
+        assert gradients["inputs"].item() == 4096, str(each.on)
+        options = common | {op.samples: 16}
+        number = 1.5 + 2.0**-7
+        output = each.forward(number * one, rois, None, **options)
+        assert output.item() == number, str(each.on)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -458,8 +400,7 @@ def test_values_that_are_not_finite_show_where_they_are_read(runner, dtype):
         "dtype": DTYPES,
         "op, more": [
             (PSROI_POOL, dict(output_dim=3, group_size=2, part_size=(2, 1))),
-            (ROI_ALIGN, dict(sampling_ratio=0)),
-            (ROI_ALIGN, dict(sampling_ratio=2)),
+            *RATIOS,
         ],
         "threads": [1, 2],
     }
@@ -485,8 +426,7 @@ def test_empty(runner, more, batch, size, num_rois, dtype, threads):
     )
     assert received["output"].shape == output
     assert received.get("count", received["output"]).shape == output
-    for name, array in received.items():
-        assert not array.any(), name
+    pooling.assert_zero(received)
 
 
 BAD_INDICES = [2, 3, 1e30, np.inf, np.nan, 0.5, 2.5, -0.5, -7.25, 1 + 2.0**-23]
@@ -497,17 +437,16 @@ BAD_INDICES = [2, 3, 1e30, np.inf, np.nan, 0.5, 2.5, -0.5, -7.25, 1 + 2.0**-23]
 @pytest.mark.parametrize("bad", BAD_INDICES)
 @pytest.mark.parametrize("corner", [1.0, np.nan])
 def test_batch_index_is_checked_and_never_followed(
-    op, bad, corner, dtype, threads
+    runner, bad, corner, dtype, threads
 ):
     """Tests that the error names the row, also if corners are not finite."""
-    rois = np.zeros((9, 5))
-    rois[:, 3:] = 2
-    rois[5, 0], rois[5, 2] = bad, corner
-    runner = pooling.Cpu(op)
+    op = runner.op
     attributes = op.attributes(1, spatial_scale=1.0, pooled_size=2)
-    channels = 4 if op.counts else 3
-    inputs, displacement = np.ones((2, 4, 4, channels)), np.zeros((9, 2, 2, 2))
-    output_grad = np.ones((9, 2, 2, 1 if op.counts else channels))
+    shapes = op.shapes(attributes, 2, (4, 4), 9, channels=3)
+    inputs, rois, displacement, output_grad = map(np.ones, shapes)
+    rois[:] = [0, 0, 0, 2, 2]
+    rois[5, 0], rois[5, 2] = bad, corner
+    displacement[:] = 0
     common = dict(dtype=dtype, threads=threads, **attributes)
     with pytest.raises(core.CoreError) as error:
         runner.forward(inputs, rois, displacement, **common)
@@ -525,13 +464,9 @@ def test_batch_index_is_checked_and_never_followed(
     # Callers that cannot take an error get the results of padding.
     padding = rois.copy()
     padding[5, 0] = -1
+    common["bad_rois_are_padding"] = True
     received, expected = (
-        results(
-            runner,
-            (inputs, given, displacement, output_grad),
-            bad_rois_are_padding=True,
-            **common,
-        )
+        results(runner, (inputs, given, displacement, output_grad), **common)
         for given in (rois, padding)
     )
     assert_equal(received, expected)
@@ -549,7 +484,7 @@ def test_more_elements_than_32_bits_can_count(runner):
     # The ROI is one sample, at (size - 1, size - 1.75).
     _, attributes = one_bin(runner.op, 1)
     operands = (
-        inputs,
+        runner.on.lend(inputs),
         np.array([runner.op.roi(size - 2, size - 1, size - 1, size)], float),
         np.reshape([0, 0.25], (1, 1, 1, 2)) + runner.op.shift,
     )

@@ -9,143 +9,90 @@ import pooling
 import pytest
 from pooling import PSROI_POOL, ROI_ALIGN
 
-# Judging shapes and attributes. A change to None means that the call is good.
 BAD_REALS = [-0.5, np.nan, np.inf]
-BAD = [
-    *[
-        (op, change, text)
-        for op in pooling.OPS
-        for change, text in [
-            (dict(inputs=(2, 8, 9)), "`inputs`"),
-            (dict(inputs=(1, 2, 8, 9, 36)), "`inputs`"),
-            (dict(inputs=(1, 2, 8, 9, 6)), "`inputs`"),
-            (dict(rois=(5, 4)), "`rois`"),
-            (dict(rois=(None, 6)), "`rois`"),
-            (dict(rois=(5,)), "`rois`"),
-            (dict(rois=(1, 5, 5)), "`rois`"),
-            (dict(grad_output=(5, 3, 4, 5)), "`grad_output`"),
-            (dict(grad_output=(5, 4, 3, 6)), "`grad_output`"),
-            (dict(grad_output=(4, 3, 4, 6)), "`grad_output`"),
-            (dict(grad_output=(5, 3, 24)), "`grad_output`"),
-            (dict(pooled_size=(0, 4)), "pooled_size"),
-            (dict(pooled_size=(3, -1)), "pooled_size"),
-            (dict(spatial_scale=0.0), "spatial_scale"),
-            *[(dict(spatial_scale=v), "spatial_scale") for v in BAD_REALS],
-            # Products that 64 bits cannot hold.
-            (dict(pooled_size=2**24, rois=(2**20, 5), displacement=None), ""),
-            (dict(rois=(2**62, 5), displacement=None), ""),
-            # Good calls.
-            (dict(), None),
-            (dict(displacement=None), None),
-            (dict(inputs=None, rois=None, displacement=None), None),
-            (
-                dict(
-                    inputs=(None,) * 4,
-                    rois=(None, 5),
-                    displacement=(None,) * 4,
-                ),
-                None,
-            ),
-            (dict(grad_output=(5, 3, 4, 6)), None),
+BOTH = pooling.OPS
+# Pairs ops and an argument with a part of the error's text, and bad values.
+BAD_VALUES = [
+    (
+        BOTH,
+        "inputs",
+        "`inputs`",
+        [(2, 8, 9), (1, 2, 8, 9, 36), (1, 2, 8, 9, 6)],
+    ),
+    (BOTH, "rois", "`rois`", [(5, 4), (None, 6), (5,), (1, 5, 5)]),
+    (BOTH, "grad_output", "`grad_output`", [(5, 3, 4, 5), (5, 4, 3, 6)]),
+    (BOTH, "grad_output", "`grad_output`", [(4, 3, 4, 6), (5, 3, 24)]),
+    (BOTH, "pooled_size", "pooled_size", [(0, 4), (3, -1)]),
+    (BOTH, "spatial_scale", "spatial_scale", [0.0, *BAD_REALS]),
+    ([PSROI_POOL], "inputs", "36", [(2, 8, 9, 35), (2, 8, 9, 0)]),
+    ([PSROI_POOL], "inputs", "36", [(None, None, None, 37)]),
+    ([PSROI_POOL], "displacement", "`trans`", [(5, 5, 2), (4, 5, 2, 6)]),
+    ([PSROI_POOL], "displacement", "`trans`", [(5, 2, 5, 6), (5, 5, 3, 6)]),
+    ([PSROI_POOL], "displacement", "`trans`", [(None, None, 4, None)]),
+    ([PSROI_POOL], "displacement", "`trans`", [(5, 5, 2, 5), (5, 5, 2, 0)]),
+    ([PSROI_POOL], "displacement", "output_dim", [(5, 5, 2, 8)]),
+    ([PSROI_POOL], "displacement", "output_dim", [(None, None, None, 14)]),
+    ([PSROI_POOL], "output_dim", "output_dim", [0, -6]),
+    ([PSROI_POOL], "group_size", "group_size", [(0, 2)]),
+    ([PSROI_POOL], "part_size", "part_size", [(5, 0)]),
+    ([PSROI_POOL], "sample_per_part", "sample_per_part", [0, -1]),
+    ([PSROI_POOL], "trans_std", "trans_std", [-0.1, *BAD_REALS]),
+    # Products that 64 bits cannot hold.
+    ([PSROI_POOL], "sample_per_part", "", [2**40]),
+    ([PSROI_POOL], "inputs", "`inputs`", [(2**62, 8, 9, 36)]),
+    ([PSROI_POOL], "inputs", "`inputs`", [(2**30, 2**30, 9, 36)]),
+    ([ROI_ALIGN], "inputs", "`inputs`", [(2, 8, 9, 0), (2**62, 8, 9, 6)]),
+    ([ROI_ALIGN], "inputs", "`inputs`", [(2**30, 2**30, 9, 6)]),
+    ([ROI_ALIGN], "inputs", "", [(1, 1, 1, 2**60)]),
+    ([ROI_ALIGN], "displacement", "`offset`", [(5, 3, 8), (4, 3, 4, 2)]),
+    ([ROI_ALIGN], "displacement", "`offset`", [(5, 4, 3, 2), (5, 3, 1, 2)]),
+    ([ROI_ALIGN], "displacement", "`offset`", [(None, None, 5, None)]),
+    ([ROI_ALIGN], "displacement", "`offset`", [(5, 3, 4, 1), (5, 3, 4, 4)]),
+    ([ROI_ALIGN], "displacement", "`offset`", [(5, 3, 4, 0)]),
+    ([ROI_ALIGN], "gamma", "gamma", [-0.1, *BAD_REALS]),
+    ([ROI_ALIGN], "sampling_ratio", "sampling_ratio", [2**31, 2**62]),
+]
+ALL = dict(inputs=None, rois=None, displacement=None)
+# Pairs ops with changes of several arguments, of which the sizes are too large.
+TOO_LARGE = [
+    (BOTH, dict(pooled_size=2**24, rois=(2**20, 5), displacement=None)),
+    (BOTH, dict(rois=(2**62, 5), displacement=None)),
+    ([PSROI_POOL], ALL | dict(rois=(5, 5), output_dim=2**62)),
+    ([PSROI_POOL], ALL | dict(rois=(5, 5), output_dim=2**40, group_size=2**20)),
+    ([PSROI_POOL], dict(group_size=2**62, inputs=None)),
+    ([PSROI_POOL], dict(pooled_size=2**40, part_size=(5, 2))),
+    ([PSROI_POOL], dict(pooled_size=2**62, part_size=(5, 2))),
+    ([ROI_ALIGN], dict(pooled_size=2**40, displacement=None)),
+]
+UNKNOWN = dict(inputs=(None,) * 4, rois=(None, 5), displacement=(None,) * 4)
+GOOD = [
+    (BOTH, dict()),
+    (BOTH, dict(displacement=None)),
+    (BOTH, ALL),
+    (BOTH, UNKNOWN),
+    (BOTH, dict(grad_output=(5, 3, 4, 6))),
+    ([PSROI_POOL], dict(displacement=None, part_size=2**31 - 1)),
+    ([PSROI_POOL], dict(trans_std=0.0, sample_per_part=1)),
+    ([PSROI_POOL], dict(pooled_size=(7, 2))),
+    ([ROI_ALIGN], dict(gamma=0.0, sampling_ratio=2**31 - 1)),
+    ([ROI_ALIGN], dict(sampling_ratio=1 - 2**31)),
+    *(
+        (
+            [op],
+            dict(inputs=(0, 0, 0, channels), rois=(0, 5), displacement=moved),
+        )
+        for op, channels, moved in [
+            (PSROI_POOL, 36, (0, 5, 2, 6)),
+            (ROI_ALIGN, 6, (0, 3, 4, 2)),
         ]
-    ],
-    *[
-        (PSROI_POOL, change, text)
-        for change, text in [
-            (dict(inputs=(2, 8, 9, 35)), "36"),
-            (dict(inputs=(None, None, None, 37)), "36"),
-            (dict(inputs=(2, 8, 9, 0)), "36"),
-            (dict(displacement=(5, 5, 2)), "`trans`"),
-            (dict(displacement=(4, 5, 2, 6)), "`trans`"),
-            (dict(displacement=(5, 2, 5, 6)), "`trans`"),
-            (dict(displacement=(5, 5, 3, 6)), "`trans`"),
-            (dict(displacement=(None, None, 4, None)), "`trans`"),
-            (dict(displacement=(5, 5, 2, 5)), "`trans`"),
-            (dict(displacement=(5, 5, 2, 0)), "`trans`"),
-            (dict(displacement=(5, 5, 2, 8)), "output_dim"),
-            (dict(displacement=(None, None, None, 14)), "output_dim"),
-            (dict(output_dim=0), "output_dim"),
-            (dict(output_dim=-6), "output_dim"),
-            (dict(group_size=(0, 2)), "group_size"),
-            (dict(part_size=(5, 0)), "part_size"),
-            (dict(part_size=(5, 0), displacement=None), "part_size"),
-            (dict(sample_per_part=0), "sample_per_part"),
-            (dict(sample_per_part=-1), "sample_per_part"),
-            *[(dict(trans_std=v), "trans_std") for v in [-0.1, *BAD_REALS]],
-            (dict(output_dim=2**62, inputs=None, displacement=None), ""),
-            (
-                dict(
-                    output_dim=2**40,
-                    group_size=2**20,
-                    inputs=None,
-                    displacement=None,
-                ),
-                "",
-            ),
-            (dict(group_size=2**62, inputs=None), ""),
-            (dict(pooled_size=2**40, part_size=(5, 2)), ""),
-            (dict(pooled_size=2**62, part_size=(5, 2)), ""),
-            (dict(sample_per_part=2**40), ""),
-            (dict(inputs=(2**62, 8, 9, 36)), "`inputs`"),
-            (dict(inputs=(2**30, 2**30, 9, 36)), "`inputs`"),
-            # Good calls.
-            (dict(displacement=None, part_size=2**31 - 1), None),
-            (
-                dict(
-                    inputs=(0, 0, 0, 36),
-                    rois=(0, 5),
-                    displacement=(0, 5, 2, 6),
-                ),
-                None,
-            ),
-            (dict(trans_std=0.0, sample_per_part=1), None),
-            (dict(pooled_size=(7, 2)), None),
-        ]
-    ],
-    *[
-        (ROI_ALIGN, change, text)
-        for change, text in [
-            (dict(inputs=(2, 8, 9, 0)), "`inputs`"),
-            (dict(displacement=(5, 3, 8)), "`offset`"),
-            (dict(displacement=(4, 3, 4, 2)), "`offset`"),
-            (dict(displacement=(5, 4, 3, 2)), "`offset`"),
-            (dict(displacement=(5, 3, 1, 2)), "`offset`"),
-            (dict(displacement=(None, None, 5, None)), "`offset`"),
-            (dict(displacement=(5, 3, 4, 1)), "`offset`"),
-            (dict(displacement=(5, 3, 4, 4)), "`offset`"),
-            (dict(displacement=(5, 3, 4, 0)), "`offset`"),
-            *[(dict(gamma=v), "gamma") for v in [-0.1, *BAD_REALS]],
-            (dict(sampling_ratio=2**31), "sampling_ratio"),
-            (dict(sampling_ratio=2**62), "sampling_ratio"),
-            (dict(pooled_size=2**40, displacement=None), ""),
-            (dict(inputs=(2**62, 8, 9, 6)), "`inputs`"),
-            (dict(inputs=(2**30, 2**30, 9, 6)), "`inputs`"),
-            (dict(inputs=(1, 1, 1, 2**60)), ""),
-            # Good calls.
-            (
-                dict(
-                    inputs=(0, 0, 0, 6),
-                    rois=(0, 5),
-                    displacement=(0, 3, 4, 2),
-                ),
-                None,
-            ),
-            (dict(gamma=0.0, sampling_ratio=2**31 - 1), None),
-            (dict(sampling_ratio=1 - 2**31), None),
-        ]
-    ],
+    ),
 ]
 
 
 def good_call(op):
     """Returns shapes and attributes of a good call."""
-    attributes = op.attributes(
-        6,
-        spatial_scale=0.25,
-        pooled_size=(3, 4),
-        group_size=(3, 2),
-        part_size=(5, 2),
-    )
+    sizes = dict(pooled_size=(3, 4), group_size=(3, 2), part_size=(5, 2))
+    attributes = op.attributes(6, spatial_scale=0.25, **sizes)
     inputs, rois, displacement, _ = op.shapes(
         attributes, 2, (8, 9), 5, channels=6, classes=3
     )
@@ -154,16 +101,32 @@ def good_call(op):
     )
 
 
-@pytest.mark.parametrize("op, change, text", BAD, ids=str)
-def test_judges_shapes(op, change, text):
-    call = {**good_call(op), **change}
-    if text is None:
-        core.validate_roi(op.name, **call)
-        return
+@pytest.mark.parametrize(
+    "op, change, text",
+    [
+        (op, {argument: value}, text)
+        for ops, argument, text, values in BAD_VALUES
+        for op in ops
+        for value in values
+    ]
+    + [
+        (PSROI_POOL, dict(part_size=(5, 0), displacement=None), "part_size"),
+        *((op, change, "") for ops, change in TOO_LARGE for op in ops),
+    ],
+    ids=str,
+)
+def test_refuses(op, change, text):
     with pytest.raises(core.CoreError) as error:
-        core.validate_roi(op.name, **call)
+        core.validate_roi(op.name, **{**good_call(op), **change})
     assert text in str(error.value)
     assert re.match("Expected .* Received: ", str(error.value))
+
+
+@pytest.mark.parametrize(
+    "op, change", [(op, c) for ops, c in GOOD for op in ops], ids=str
+)
+def test_accepts(op, change):
+    core.validate_roi(op.name, **{**good_call(op), **change})
 
 
 @pytest.mark.parametrize("op", pooling.OPS, ids=str)

@@ -14,15 +14,18 @@ import pytest
 WORKERS = (1, 2, 3, 5, 8, 13, 31, 64, 129)
 
 
-def gradients(structure):
-    """Yields all choices of wanted gradients."""
-    for wanted in itertools.product((None, 1), repeat=len(structure._fields_)):
-        yield structure(*wanted)
-
-
-def assert_never_less(function, *arguments):
-    needed = [function(*arguments, workers) for workers in WORKERS]
-    assert needed == sorted(needed)
+def check_never_less(op, params, dtype, kind):
+    """Checks both passes, the gradient's for all choices of gradients."""
+    common = ctypes.byref(params), core.DTYPES[dtype]
+    entry = f"TfDeform{op}Cpu"
+    choices = itertools.product((None, 1), repeat=len(kind._fields_))
+    calls = [(entry, *common)]
+    for wanted in choices:
+        gradients = ctypes.byref(kind(*wanted))
+        calls.append((f"{entry}Backward", *common, gradients))
+    for call in calls:
+        needed = [core.Cpu().num_bytes(*call, workers) for workers in WORKERS]
+        assert needed == sorted(needed)
 
 
 @pytest.mark.parametrize("dtype", core.DTYPES)
@@ -38,35 +41,19 @@ def assert_never_less(function, *arguments):
 )
 def test_convolution(inputs, kernel, dtype):
     params = core.validate(inputs, kernel, None, padding="same")
-    common = ctypes.byref(params), core.DTYPES[dtype]
-    name = "TfDeformDeformableConv2DCpu"
-    library = core.library()
-    assert_never_less(getattr(library, f"{name}WorkspaceBytes"), *common)
-    for wanted in gradients(core.Pointers):
-        assert_never_less(
-            getattr(library, f"{name}BackwardWorkspaceBytes"),
-            *common,
-            ctypes.byref(wanted),
-        )
+    check_never_less(core.CONV2D, params, dtype, core.Pointers)
 
 
 @pytest.mark.parametrize("dtype", core.DTYPES)
 @pytest.mark.parametrize("rois", [0, 1, 300])
 @pytest.mark.parametrize("size", [(0, 5, 6), (2, 1, 1), (16, 38, 63)])
-@pytest.mark.parametrize("op", ["DeformablePSROIPool", "DeformableROIAlign"])
+@pytest.mark.parametrize("op", [core.PSROI_POOL, core.ROI_ALIGN])
 def test_roi_pooling(op, size, rois, dtype):
     attributes = dict(spatial_scale=0.1, pooled_size=(3, 7))
-    if op == "DeformablePSROIPool":
+    if op == core.PSROI_POOL:
         attributes["output_dim"] = 21
     params = core.validate_roi(op, (*size, 441), (rois, 5), **attributes)
-    common = ctypes.byref(params), core.DTYPES[dtype]
-    assert_never_less(core._roi_function(op, "CpuWorkspaceBytes"), *common)
-    for wanted in gradients(core.ROIGradients):
-        assert_never_less(
-            core._roi_function(op, "CpuBackwardWorkspaceBytes"),
-            *common,
-            ctypes.byref(wanted),
-        )
+    check_never_less(op, params, dtype, core.ROIGradients)
 
 
 @pytest.mark.parametrize("dtype", core.DTYPES)
@@ -74,13 +61,16 @@ def test_roi_pooling(op, size, rois, dtype):
 def test_roi_align_keeps_to_4_mib_a_worker(samples, channels, dtype):
     """Tests the most samples and channels for which the contract says so."""
     params = core.validate_roi(
-        "DeformableROIAlign",
+        core.ROI_ALIGN,
         (1, 2**17, 2**17, channels),
         (3, 5),
         spatial_scale=1.0,
         pooled_size=(1, 1),
         sampling_ratio=samples,
     )
-    function = core._roi_function("DeformableROIAlign", "CpuWorkspaceBytes")
-    num_bytes = function(ctypes.byref(params), core.DTYPES[dtype], 3)
+    num_bytes = core.Cpu().num_bytes(
+        "TfDeformDeformableROIAlignCpu",
+        ctypes.byref(params),
+        *(core.DTYPES[dtype], 3),
+    )
     assert num_bytes < 3 * 2**22

@@ -6,150 +6,125 @@ results reproducible. The tests here use TensorFlow's default settings. Without
 a GPU the kernels are emulated (emulated_gpu.py), on smaller operands.
 """
 
+import functools
+import itertools
 import json
 import os
+import pathlib
+from collections.abc import Callable
 
 import emulated_gpu
+import full_calls
+import numpy as np
 import pytest
+import tensorflow as tf
+from operands import DTYPES, Conv2DCase
 from tolerances import GPU, GPU_TF32
 
 import tf_deform
 
 DEVICE = os.environ.get("TF_DEFORM_TEST_DEVICE")
-
-OPS = ("conv", "psroi", "align")
-# Arguments: operator, device, whether it is emulated, whether tf32 is allowed,
-# whether the same bits are required. Prints a line of JSON for every type, mode
-# and result.
-_COMPARE = """
-import json
-import sys
-
-import numpy as np
-import tensorflow as tf
-
-from tf_deform import ops
-
-op, device, emulated, tf32, deterministic = sys.argv[1:]
-tf.config.experimental.enable_tensor_float_32_execution(tf32 == "1")
-if deterministic == "1":
-    tf.config.experimental.enable_op_determinism()
-# What the device has no kernel for is an error, not moved to the CPU.
-tf.config.set_soft_device_placement(False)
-
-rng = np.random.default_rng(0)
-# Emulated: still two blocks of pixels.
-image = (3, 9, 5) if emulated == "1" else (3, 19, 17)
-num_rois = 12 if emulated == "1" else 90
-if op == "conv":
-    shapes = [(*image, 40), (3, 3, 20, 72), (*image, 72), (*image, 36)]
-    if emulated == "1":
-        shapes[:2] = [(*image, 16), (3, 3, 8, 20)]
-    values = [rng.normal(size=shape) for shape in shapes]
-    values[2] = (np.floor(8 * values[2]) + 0.5) / 8
-    grad_output = rng.normal(size=(*image, shapes[1][-1]))
-
-    def function(inputs, kernel, offset, mask):
-        return ops.deformable_conv2d(
-            inputs, kernel, offset, mask, padding="same", offset_groups=4
-        )
-
-else:
-    corners = np.floor(rng.uniform(-20, 300, (num_rois, 2, 2)))
-    index = rng.integers(-1, 3, (num_rois, 1))
-    rois = np.concatenate([index, corners.min(1), corners.max(1) + 9], axis=1)
-    sizes = dict(pooled_size=(5, 4), spatial_scale=1 / 16)
-    if op == "psroi":
-        values = [rng.normal(size=(*image, 108))]
-        values += [rng.normal(size=(num_rois, 5, 4, 6))]
-        grad_output = rng.normal(size=(num_rois, 5, 4, 12))
-    else:
-        values = [rng.normal(size=(*image, 44))]
-        values += [rng.normal(size=(num_rois, 5, 4, 2))]
-        grad_output = rng.normal(size=(num_rois, 5, 4, 44))
-
-    def function(inputs, moved):
-        given = rois.astype(moved.dtype.as_numpy_dtype)
-        if op == "align":
-            return ops.deformable_roi_align(inputs, given, moved, **sizes)
-        options = dict(output_dim=12, group_size=3, return_count=True)
-        return ops.deformable_psroi_pool(
-            inputs, given, moved, **options, **sizes
-        )
+TESTS = pathlib.Path(__file__).parents[1]
+FOLDERS = [str(TESTS / name) for name in ("gpu", "lib")]
+# A process cannot go back to an earlier setting.
+SETTINGS = ("default", "float32", "deterministic")
 
 
-def call(operands, grad_outputs):
-    with tf.GradientTape() as tape:
-        tape.watch(operands)
-        outputs = tf.nest.flatten(function(*operands))
-    return outputs + tape.gradient(outputs, operands, grad_outputs)
+def draw(call: full_calls.FullCall, dtype: str) -> tuple[dict, list, dict]:
+    """Returns operands by name, gradients of all outputs, and options."""
+    if call is full_calls.CONV2D:
+        # Two blocks of pixels, and groups that are large enough for products.
+        size = ((19, 17), 40, 72) if DEVICE else ((9, 5), 16, 20)
+        case = Conv2DCase(3, *size, (3, 3), groups=2, offset_groups=4)
+        names = ("inputs", "kernel", "offset", "mask")
+        given = dict(zip(names, case.operands(dtype), strict=True))
+        return given, [case.output_grad(dtype)], case.options
+    given, output_grad = call.draw(dtype, larger=12 if DEVICE else 2)
+    if call is full_calls.ROI_ALIGN:
+        return given, [output_grad], call.options
+    # TensorFlow would fill the gradient of the counts by a kernel of its own.
+    output_grads = [output_grad, np.zeros(output_grad.shape, np.float32)]
+    return given, output_grads, call.options | {"return_count": True}
 
 
-def run(values, grad_output, place, call):
-    grad_outputs = [grad_output]
-    if op == "psroi":  # TensorFlow would fill that of the counts itself
-        grad_outputs.append(np.zeros(grad_output.shape, np.float32))
-    with tf.device(place):
-        operands = [tf.identity(tf.constant(value)) for value in values]
-        grad_outputs = [tf.identity(tf.constant(g)) for g in grad_outputs]
-        return call(operands, grad_outputs)
+def main(device: str) -> None:
+    """Prints a line of JSON for all settings, ops, types, modes and results."""
+    # Otherwise TensorFlow moves calls without a kernel to the CPU.
+    tf.config.set_soft_device_placement(False)
+    for settings, call, dtype in itertools.product(
+        SETTINGS, full_calls.OPS, DTYPES
+    ):
+        experimental = tf.config.experimental
+        experimental.enable_tensor_float_32_execution(settings == "default")
+        if settings == "deterministic":
+            experimental.enable_op_determinism()
+        given, output_grads, options = draw(call, dtype)
 
+        def compute(given, output_grads, call=call, options=options):
+            sources = {k: x for k, x in given.items() if k != "rois"}
+            with tf.GradientTape() as tape:
+                tape.watch(sources)
+                outputs = tf.nest.flatten(call.function(**given, **options))
+            gradients = tape.gradient(outputs, sources, output_grads)
+            return [*outputs, *gradients.values()]
 
-for dtype in ("float64", "float32", "float16", "bfloat16"):
-    T = tf.as_dtype(dtype).as_numpy_dtype
-    wide = np.float64 if dtype == "float64" else np.float32
-    # The first operands have the type, the last are coordinates.
-    typed = 2 if op == "conv" else 1
-    given = [v.astype(T if i < typed else wide) for i, v in enumerate(values)]
-    given_grad = grad_output.astype(T)
-    exact = [value.astype(np.float64) for value in given]
-    expected = run(exact, given_grad.astype(np.float64), "/CPU:0", call)
-    for mode, function_ in (("eager", call), ("graph", tf.function(call))):
-        results = run(given, given_grad, device, function_)
-        again = results
-        if deterministic == "1":
-            again = run(given, given_grad, device, function_)
-        for i, (one, two, wanted) in enumerate(zip(results, again, expected)):
-            wanted = wanted.numpy()
-            error = np.abs(one.numpy().astype(np.float64) - wanted).max()
-            print(
-                json.dumps(
-                    {
-                        "what": [dtype, mode, i],
-                        "device": one.device,
-                        "error": float(error / np.abs(wanted).max()),
-                        "same": one.numpy().tobytes() == two.numpy().tobytes(),
-                    }
+        def run_on(place, function, operands):
+            with tf.device(place):
+                operands = tf.nest.map_structure(
+                    lambda x: tf.identity(tf.constant(x)), operands
                 )
-            )
-"""
+                return function(*operands)
+
+        operands = given, output_grads
+        exact = tf.nest.map_structure(np.float64, operands)
+        exact[1][1:] = output_grads[1:]
+        expected = run_on("/CPU:0", compute, exact)
+        for mode in ("eager", "graph"):
+            function = tf.function(compute) if mode == "graph" else compute
+            results = run_on(device, function, operands)
+            again = results
+            if settings == "deterministic":
+                again = run_on(device, function, operands)
+            for one, two, wanted in zip(results, again, expected, strict=True):
+                wanted = wanted.numpy()
+                error = np.abs(one.numpy().astype(np.float64) - wanted).max()
+                line = {
+                    "what": [settings, str(call), dtype, mode],
+                    "device": one.device,
+                    "error": float(error / np.abs(wanted).max()),
+                    "same": one.numpy().tobytes() == two.numpy().tobytes(),
+                }
+                print(json.dumps(line))
+
+
+@functools.cache
+def run_main(run: Callable[..., str]) -> list[dict]:
+    """Calls `main` in a process of its own; returns the lines."""
+    printed = run(
+        f"import sys; sys.path[1:1] = {FOLDERS}\n"
+        "import gpu_test; gpu_test.main(*sys.argv[1:])",
+        DEVICE or "/GPU:0",
+    )
+    return [json.loads(line) for line in printed.splitlines()]
 
 
 @emulated_gpu.needs_compiler
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("settings", ["default", "float32", "deterministic"])
+@pytest.mark.parametrize("op", [*map(str, full_calls.OPS)])
+@pytest.mark.parametrize("settings", SETTINGS)
 def test_equals_the_cpu_in_float64(op, settings, run_python_as_it_is):
     """Tests TensorFlow's defaults. They allow tf32, and any order of sums."""
     run = run_python_as_it_is if DEVICE else emulated_gpu.build().run
-    printed = run(
-        _COMPARE,
-        op,
-        DEVICE or "/GPU:0",
-        int(DEVICE is None),
-        int(settings == "default"),
-        int(settings == "deterministic"),
-    )
-    results = [json.loads(line) for line in printed.splitlines()]
-    num_results = {"conv": 5, "psroi": 4, "align": 3}[op]
+    results = [r for r in run_main(run) if r["what"][:2] == [settings, op]]
+    num_results = {"conv2d": 5, "psroi_pool": 4, "roi_align": 3}[op]
     assert len(results) == 4 * 2 * num_results
     for result in results:
-        dtype, *_ = result["what"]
+        dtype = result["what"][2]
         tolerance = GPU[dtype].of_largest
-        if settings == "default" and dtype == "float32":
+        if tf32 := settings == "default" and dtype == "float32":
             tolerance = GPU_TF32.of_largest
         assert result["device"].endswith(DEVICE or "GPU:0"), result
         assert result["error"] <= tolerance, result
-        if tolerance == GPU_TF32.of_largest and op == "conv":
+        if tf32 and op == "conv2d":
             # TF32 is in use: all five results are products.
             assert result["error"] > 1e-5, result
         if settings == "deterministic":

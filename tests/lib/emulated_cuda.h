@@ -82,7 +82,7 @@ struct Thread {
 
 struct Warp {
   Barrier barrier;
-  uint64_t values[kWarp][4];
+  uint64_t values[kWarp][6];
 };
 
 struct Block {
@@ -150,7 +150,7 @@ template <typename E>
 E Shuffle(E value, int lane) {
   uint64_t word = 0;
   memcpy(&word, &value, sizeof(value));
-  Exchange(&word, 1, [&](const uint64_t (&values)[kWarp][4]) {
+  Exchange(&word, 1, [&](const auto& values) {
     memcpy(&value, values[lane], sizeof(value));
   });
   return value;
@@ -245,12 +245,11 @@ E __shfl_sync(unsigned, E value, int lane) {
 inline unsigned __ballot_sync(unsigned, int predicate) {
   unsigned bits = 0;
   const uint64_t word = predicate != 0;
-  emulated::Exchange(&word, 1,
-                     [&](const uint64_t (&values)[emulated::kWarp][4]) {
-                       for (int i = 0; i < emulated::kWarp; ++i) {
-                         bits |= static_cast<unsigned>(values[i][0]) << i;
-                       }
-                     });
+  emulated::Exchange(&word, 1, [&](const auto& values) {
+    for (int i = 0; i < emulated::kWarp; ++i) {
+      bits |= static_cast<unsigned>(values[i][0]) << i;
+    }
+  });
   return bits;
 }
 inline void __syncwarp() { emulated::Wait(&emulated::MyWarp().barrier); }
@@ -276,12 +275,13 @@ inline char* SharedMemory() {
 }
 
 inline float HalfToFloat(uint16_t bits) {
-  const int exponent = bits >> 10 & 31;
-  const int mantissa = bits & 1023;
-  const float sign = bits >> 15 ? -1.0f : 1.0f;
-  if (exponent == 31) return mantissa ? NAN : sign * INFINITY;
-  if (exponent == 0) return sign * std::ldexp(float(mantissa), -24);
-  return sign * std::ldexp(float(mantissa + 1024), exponent - 25);
+  if ((bits & 0x7c00) == 0x7c00) {
+    return bits & 0x3ff ? NAN : bits >> 15 ? -INFINITY : INFINITY;
+  }
+  const uint32_t small = (bits & 0x8000u) << 16 | (bits & 0x7fffu) << 13;
+  float value;
+  memcpy(&value, &small, 4);
+  return value * 0x1p112f;  // exact: the biases of the exponents differ by 112
 }
 
 inline uint16_t FloatToHalf(float value) {
@@ -356,7 +356,7 @@ void LoadMatrices(const void* row, uint32_t (&to)[4]) {
     fprintf(stderr, "emulated CUDA: unaligned row of a matrix\n");
     abort();
   }
-  emulated::Exchange(&word, 1, [&](const uint64_t (&rows)[emulated::kWarp][4]) {
+  emulated::Exchange(&word, 1, [&](const auto& rows) {
     for (int m = 0; m < 4; ++m) {
       uint16_t pair[2];
       for (int i = 0; i < 2; ++i) {
@@ -369,33 +369,38 @@ void LoadMatrices(const void* row, uint32_t (&to)[4]) {
   });
 }
 
-// Multiplies a lane's part of a product whose operands are found by
-// element(word, half).
+// Multiplies a lane's part of a product. `widen` finds the elements of a word of
+// operands.
 template <int kInner, typename Widen>
 void Multiply(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
               const Widen& widen) {
-  uint64_t words[4] = {a[0] | uint64_t{a[1]} << 32, a[2] | uint64_t{a[3]} << 32,
-                       b[0] | uint64_t{b[1]} << 32, 0};
-  const int g = emulated::Lane() / 4, t = emulated::Lane() % 4;
   constexpr int kEach = kInner == 16 ? 2 : 1;  // elements of a word
-  emulated::Exchange(
-      words, 3, [&](const uint64_t (&values)[emulated::kWarp][4]) {
-        for (int i = 0; i < 4; ++i) {
-          const int row = g + 8 * (i / 2), column = 2 * t + i % 2;
-          double sum = 0;
-          for (int k = 0; k < kInner; ++k) {
-            const int half = k % kEach;
-            const int t_of_k = k % (kInner / 2) / kEach;
-            const int part = k / (kInner / 2);
-            const int a_word = row / 8 + 2 * part;
-            const uint64_t from_a = values[row % 8 * 4 + t_of_k][a_word / 2];
-            const uint64_t from_b = values[column * 4 + t_of_k][2];
-            sum += double(widen(uint32_t(from_a >> 32 * (a_word % 2)), half)) *
-                   double(widen(uint32_t(from_b >> 32 * part), half));
-          }
-          sums[i] += static_cast<float>(sum);
-        }
-      });
+  constexpr int kWords = 6;
+  float mine[kWords][2] = {};
+  for (int i = 0; i < kWords; ++i) {
+    for (int half = 0; half < kEach; ++half) {
+      mine[i][half] = widen(i < 4 ? a[i] : b[i - 4], half);
+    }
+  }
+  uint64_t words[kWords];
+  memcpy(words, mine, sizeof(words));
+  const int g = emulated::Lane() / 4, t = emulated::Lane() % 4;
+  emulated::Exchange(words, kWords, [&](const auto& values) {
+    for (int i = 0; i < 4; ++i) {
+      const int row = g + 8 * (i / 2), column = 2 * t + i % 2;
+      double sum = 0;
+      for (int k = 0; k < kInner; ++k) {
+        const int half = k % kEach;
+        const int t_of_k = k % (kInner / 2) / kEach;
+        const int part = k / (kInner / 2);
+        float pair_a[2], pair_b[2];
+        memcpy(pair_a, &values[row % 8 * 4 + t_of_k][row / 8 + 2 * part], 8);
+        memcpy(pair_b, &values[column * 4 + t_of_k][4 + part], 8);
+        sum += double(pair_a[half]) * double(pair_b[half]);
+      }
+      sums[i] += static_cast<float>(sum);
+    }
+  });
 }
 inline void MultiplyHalf(float (&sums)[4], const uint32_t (&a)[4],
                          const uint32_t (&b)[2]) {

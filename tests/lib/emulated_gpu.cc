@@ -58,15 +58,30 @@ void Destroy(const SP_Device*, Handle handle) {
   delete reinterpret_cast<char*>(handle);
 }
 
-void Copy(void* to, const void* from, uint64_t bytes, TF_Status* status) {
-  std::memcpy(to, from, bytes);
-  TF_SetStatus(status, TF_OK, "");
-}
-
 using Device = const SP_Device*;
 using Memory = SP_DeviceMemoryBase*;
 using ConstMemory = const SP_DeviceMemoryBase*;
 using Platform = const SP_Platform*;
+
+void* Address(void* host) { return host; }
+const void* Address(const void* host) { return host; }
+void* Address(Memory memory) { return memory->opaque; }
+const void* Address(ConstMemory memory) { return memory->opaque; }
+
+// Implements copies between host and device, in a stream or not.
+template <typename To, typename From, typename... Stream>
+void Copy(Device, Stream..., To to, From from, uint64_t bytes,
+          TF_Status* status) {
+  std::memcpy(Address(to), Address(from), bytes);
+  TF_SetStatus(status, TF_OK, "");
+}
+
+template <typename Value>
+void Fill(Device, SP_Stream, Memory to, Value value, uint64_t bytes,
+          TF_Status* status) {
+  std::fill_n(static_cast<Value*>(to->opaque), bytes / sizeof(value), value);
+  TF_SetStatus(status, TF_OK, "");
+}
 
 void FillExecutor(SP_StreamExecutor* e) {
   e->struct_size = SP_STREAMEXECUTOR_STRUCT_SIZE;
@@ -101,48 +116,21 @@ void FillExecutor(SP_StreamExecutor* e) {
   e->destroy_timer = Destroy<SP_Timer>;
   e->start_timer = Succeed<SP_Stream, SP_Timer>;
   e->stop_timer = Succeed<SP_Stream, SP_Timer>;
-  e->memcpy_dtoh = [](Device, SP_Stream, void* to, ConstMemory from,
-                      uint64_t bytes, TF_Status* status) {
-    Copy(to, from->opaque, bytes, status);
-  };
-  e->memcpy_htod = [](Device, SP_Stream, Memory to, const void* from,
-                      uint64_t bytes, TF_Status* status) {
-    Copy(to->opaque, from, bytes, status);
-  };
-  e->memcpy_dtod = [](Device, SP_Stream, Memory to, ConstMemory from,
-                      uint64_t bytes, TF_Status* status) {
-    Copy(to->opaque, from->opaque, bytes, status);
-  };
-  e->sync_memcpy_dtoh = [](Device, void* to, ConstMemory from, uint64_t bytes,
-                           TF_Status* status) {
-    Copy(to, from->opaque, bytes, status);
-  };
-  e->sync_memcpy_htod = [](Device, Memory to, const void* from, uint64_t bytes,
-                           TF_Status* status) {
-    Copy(to->opaque, from, bytes, status);
-  };
-  e->sync_memcpy_dtod = [](Device, Memory to, ConstMemory from, uint64_t bytes,
-                           TF_Status* status) {
-    Copy(to->opaque, from->opaque, bytes, status);
-  };
+  e->memcpy_dtoh = Copy<void*, ConstMemory, SP_Stream>;
+  e->memcpy_htod = Copy<Memory, const void*, SP_Stream>;
+  e->memcpy_dtod = Copy<Memory, ConstMemory, SP_Stream>;
+  e->sync_memcpy_dtoh = Copy<void*, ConstMemory>;
+  e->sync_memcpy_htod = Copy<Memory, const void*>;
+  e->sync_memcpy_dtod = Copy<Memory, ConstMemory>;
   e->block_host_for_event = Succeed<SP_Event>;
   e->block_host_until_done = Succeed<SP_Stream>;
   e->synchronize_all_activity = Succeed<>;
-  e->mem_zero = [](Device, SP_Stream, Memory to, uint64_t bytes,
+  e->mem_zero = [](Device device, SP_Stream stream, Memory to, uint64_t bytes,
                    TF_Status* status) {
-    std::memset(to->opaque, 0, bytes);
-    TF_SetStatus(status, TF_OK, "");
+    Fill<uint8_t>(device, stream, to, 0, bytes, status);
   };
-  e->memset = [](Device, SP_Stream, Memory to, uint8_t byte, uint64_t bytes,
-                 TF_Status* status) {
-    std::memset(to->opaque, byte, bytes);
-    TF_SetStatus(status, TF_OK, "");
-  };
-  e->memset32 = [](Device, SP_Stream, Memory to, uint32_t word, uint64_t bytes,
-                   TF_Status* status) {
-    std::fill_n(static_cast<uint32_t*>(to->opaque), bytes / 4, word);
-    TF_SetStatus(status, TF_OK, "");
-  };
+  e->memset = Fill<uint8_t>;
+  e->memset32 = Fill<uint32_t>;
   e->host_callback = [](Device, SP_Stream, SE_StatusCallbackFn function,
                         void* argument) -> TF_Bool {
     TF_Status* const status = TF_NewStatus();

@@ -9,12 +9,13 @@ TensorFlow's own kernels fail there, because they ask for CUDA.
 
 import dataclasses
 import functools
+import hashlib
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
-import tempfile
+from collections.abc import Callable
 
 import gpu
 import pytest
@@ -24,6 +25,10 @@ import tf_deform
 
 ROOT = pathlib.Path(__file__).parents[2]
 SECONDS = 600  # seconds, at most, for a build or a script
+PLUGIN = "tests/lib/emulated_gpu.cc"
+# Files that the package is made of.
+PACKAGE = ["*.py", "cc/*.py", "cc/**/*.cc", "cc/**/*.cu", "cc/**/*.h"]
+PACKAGE += ["tf_deform/**/*.py", "tests/lib/emulated_[cn]*", "tests/lib/gpu.py"]
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("c++") is None, reason="needs a C++ compiler"
@@ -86,21 +91,42 @@ def _run(command: list[object], environment: dict[str, str]) -> None:
     assert result.returncode == 0, result.stdout
 
 
+def _kept(
+    folder: pathlib.Path, name: str, sources: list[str], make: Callable
+) -> pathlib.Path:
+    """Returns what `make` made of these sources, now or in an earlier run."""
+    key = hashlib.sha256(tf.__version__.encode())
+    for pattern in sources:
+        for path in sorted(ROOT.glob(pattern)):
+            key.update(str(path).encode() + path.read_bytes())
+    made = folder / f"{name}-{key.hexdigest()[:16]}"
+    if not made.exists():
+        for old in folder.glob(f"{name}-*"):
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+        make(made.with_suffix(".new"))
+        made.with_suffix(".new").rename(made)
+    return made
+
+
 @functools.cache
 def build() -> EmulatedGpu:
-    """Builds the plugin and the package; keeps objects for the next time."""
-    # The folder is this process' own: others may build at the same time.
-    build.folder = tempfile.TemporaryDirectory()  # removed when it ends
-    plugin = pathlib.Path(build.folder.name, "plugin.so")
-    packages = pathlib.Path(build.folder.name, "packages")
+    """Builds the plugin and the package, and keeps them for the next time."""
     with gpu.emulated_build() as (folder, environment):
-        compiler = os.environ.get("CXX") or "c++"
-        command = [compiler, "-O1", "-fPIC", "-shared", "-fvisibility=hidden"]
-        command += tf.sysconfig.get_compile_flags()
-        command += ["tests/lib/emulated_gpu.cc"]
-        command += [*tf.sysconfig.get_link_flags(), "-o", plugin]
-        _run(command, environment)
-        command = [sys.executable, "setup.py", "--quiet", "build"]
-        command += ["--build-temp", folder / "temp", "--build-lib", packages]
-        _run(command, environment)
-    return EmulatedGpu(plugin, packages)
+
+        def build_plugin(path: pathlib.Path) -> None:
+            compiler = os.environ.get("CXX") or "c++"
+            command = [compiler, "-O1", "-fPIC", "-shared"]
+            command += ["-fvisibility=hidden", PLUGIN]
+            command += tf.sysconfig.get_compile_flags()
+            command += [*tf.sysconfig.get_link_flags(), "-o", path]
+            _run(command, environment)
+
+        def build_package(path: pathlib.Path) -> None:
+            command = [sys.executable, "setup.py", "--quiet", "build"]
+            command += ["--build-temp", folder / "temp", "--build-lib", path]
+            _run(command, environment)
+
+        return EmulatedGpu(
+            _kept(folder, "plugin", [PLUGIN], build_plugin),
+            _kept(folder, "packages", PACKAGE, build_package),
+        )

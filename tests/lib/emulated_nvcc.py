@@ -14,7 +14,7 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).parents[2]
-FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-I."]
+FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-I."]
 FLAGS += ["-Wno-attributes", "-Wno-unknown-pragmas", "-ffp-contract=off"]
 FLAGS += ["-include", "tests/lib/emulated_cuda.h", "-x", "c++"]
 

@@ -36,15 +36,6 @@ class CudaStream(ctypes.Structure):
     ]
 
 
-def stream(allow_tf32=False, deterministic=False) -> CudaStream:
-    handle = None
-    if ON_GPU:
-        import torch
-
-        handle = torch.cuda.current_stream().cuda_stream
-    return CudaStream(handle, allow_tf32, deterministic)
-
-
 @contextlib.contextmanager
 def emulated_build() -> Iterator[tuple[pathlib.Path, dict[str, str]]]:
     """Yields a folder for builds with emulated kernels, and their environment.
@@ -56,7 +47,7 @@ def emulated_build() -> Iterator[tuple[pathlib.Path, dict[str, str]]]:
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         # The CPU's kernels are not tested, so they are compiled quickly.
-        yield folder, {**os.environ, "TF_DEFORM_NVCC": nvcc, "CXXFLAGS": "-O1"}
+        yield folder, {**os.environ, "TF_DEFORM_NVCC": nvcc, "CXXFLAGS": "-O0"}
 
 
 def build_emulated(path: str) -> None:
@@ -80,11 +71,20 @@ def library() -> ctypes.CDLL:
     path = os.environ.get("TF_DEFORM_EMULATED_CORE")
     if path:
         return ctypes.CDLL(path)
-    folder = tempfile.TemporaryDirectory()
-    library.folder = folder  # removed when the process ends
-    path = os.path.join(folder.name, "emulated.so")
-    build_emulated(path)
-    return ctypes.CDLL(path)
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "emulated.so")
+        build_emulated(path)
+        return ctypes.CDLL(path)
+
+
+@contextlib.contextmanager
+def opposite_order() -> Iterator[None]:
+    """Runs the threads of emulated blocks in the opposite order."""
+    library().TfDeformEmulatedOrder(1)
+    try:
+        yield
+    finally:
+        library().TfDeformEmulatedOrder(0)
 
 
 def _before_a_wall(
@@ -149,97 +149,33 @@ class Tensor:
         return host[self.start : end].view(self.dtype).reshape(self.shape)
 
 
-def call(name: str, arguments) -> None:
-    """Calls an entry point; raises its error message."""
-    message = ctypes.create_string_buffer(512)
-    code = getattr(library(), name)(
-        *arguments, message, ctypes.c_int64(len(message))
-    )
-    if code != 0:
-        raise core.CoreError(message.value.decode())
+class Gpu(core.Cpu):
+    """Runs the ops' CUDA kernels, with tensors aligned to 16 bytes.
 
-
-class Tensors:
-    """Makes the tensors of one call, all aligned, or only to an element."""
-
-    def __init__(self, misaligned: bool = False):
-        self.misaligned = misaligned
-
-    def of(self, array: np.ndarray | None) -> Tensor | None:
-        if array is None:
-            return None
-        offset = self.misaligned * array.dtype.itemsize
-        return Tensor(array, offset=offset)
-
-    def made(self, shape: tuple, dtype: str) -> Tensor:
-        """Returns a tensor that a kernel writes, in its stored type."""
-        kept = np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
-        offset = self.misaligned * kept.itemsize
-        return Tensor(shape=shape, dtype=kept, offset=offset)
-
-
-def pointers(kind: type[ctypes.Structure], tensors) -> ctypes.Structure:
-    return kind(*(None if t is None else t.pointer for t in tensors))
-
-
-def values(tensor: Tensor, dtype: str) -> np.ndarray:
-    """Returns the values of a tensor, bfloat16 widened."""
-    array = tensor.numpy()
-    return core.from_bfloat16(array) if dtype == "bfloat16" else array
-
-
-def workspace_bytes(name: str, *arguments) -> int:
-    function = getattr(library(), name)
-    function.restype = ctypes.c_int64
-    return function(*arguments)
-
-
-def workspace(num_bytes: int) -> Tensor:
-    return Tensor(shape=(num_bytes,), dtype=np.uint8, alignment=GUARD)
-
-
-def forward(op: str, params, dtype: str, operands, outputs, **options) -> int:
-    """Runs an op's kernels; returns their bytes of scratch.
-
-    `operands` is the op's structure of pointers, `outputs` the tensors to be
-    written, or None.
+    If `misaligned`, tensors are aligned to an element only.
     """
-    name = f"TfDeform{op}Cuda"
-    common = (ctypes.byref(params), core.DTYPES[dtype])
-    num_bytes = workspace_bytes(f"{name}WorkspaceBytes", *common)
-    scratch = workspace(num_bytes)
-    call(
-        f"{name}Forward",
-        [
-            *(*common, ctypes.byref(operands)),
-            ctypes.c_void_p(scratch.pointer),
-            *(ctypes.c_void_p(x.pointer if x else None) for x in outputs),
-            ctypes.byref(stream(**options)),
-        ],
-    )
-    scratch.numpy()
-    return num_bytes
 
+    name = "Cuda"
+    alignment = GUARD
 
-def backward(
-    op: str, params, dtype: str, operands, output_grad, gradients, **options
-) -> int:
-    """Runs the gradient's kernels; returns their bytes of scratch."""
-    name = f"TfDeform{op}CudaBackward"
-    on = ctypes.byref(stream(**options))
-    common = (ctypes.byref(params), core.DTYPES[dtype])
-    num_bytes = workspace_bytes(
-        f"{name}WorkspaceBytes", *common, ctypes.byref(gradients), on
-    )
-    scratch = workspace(num_bytes)
-    call(
-        name,
-        [
-            *(*common, ctypes.byref(operands)),
-            ctypes.c_void_p(output_grad.pointer),
-            ctypes.c_void_p(scratch.pointer),
-            *(ctypes.byref(gradients), on),
-        ],
-    )
-    scratch.numpy()
-    return num_bytes
+    def __init__(self, library=library, *, misaligned=False, **options: bool):
+        super().__init__(library)
+        self.misaligned, self.options = misaligned, options
+
+    def memory(self, array=None, *, shape=(), dtype=None, alignment=16):
+        if self.misaligned and alignment < GUARD:
+            offset = np.dtype(dtype or array.dtype).itemsize
+            return Tensor(array, shape=shape, dtype=dtype, offset=offset)
+        return Tensor(array, shape=shape, dtype=dtype, alignment=alignment)
+
+    def lend(self, array):
+        return Tensor(array) if ON_GPU else core.Array(array)
+
+    def executor(self, threads: int = 1):
+        """Returns the stream of the kernels, with `options`."""
+        handle = None
+        if ON_GPU:
+            import torch
+
+            handle = torch.cuda.current_stream().cuda_stream
+        return ctypes.byref(CudaStream(handle, **self.options))

@@ -7,16 +7,63 @@ difference from our layout. Functions for ROI pooling state their own
 differences.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from reference import Padding, Pair, explicit_padding, pair
 
 
-def _to_nchw(x: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(np.transpose(x, (0, 3, 1, 2)))
+def _transposed(x: np.ndarray, *axes: int) -> np.ndarray:
+    return np.ascontiguousarray(np.transpose(x, axes or (0, 3, 1, 2)))
 
 
-def _to_oihw(kernel: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(np.transpose(kernel, (3, 2, 0, 1)))
+def _run_onnx(
+    op: str, feeds: dict[str, np.ndarray], opset: int, **attributes: object
+) -> np.ndarray:
+    """Runs one node, whose result has the type of the first operand.
+
+    The empty name is an optional operand that is left out.
+    """
+    import onnx
+    import onnxruntime
+
+    def value_info(name, like, shape):
+        dtype = onnx.helper.np_dtype_to_tensor_dtype(like.dtype)
+        return onnx.helper.make_tensor_value_info(name, dtype, shape)
+
+    names = list(feeds)
+    feeds.pop("", None)
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node(op, names, ["Y"], **attributes)],
+        op,
+        [value_info(name, x, x.shape) for name, x in feeds.items()],
+        [value_info("Y", feeds[names[0]], [None] * 4)],
+    )
+    model = onnx.helper.make_model(
+        graph,
+        opset_imports=[onnx.helper.make_opsetid("", opset)],
+        ir_version=10,
+    )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, ["CPUExecutionProvider"]
+    )
+    return _transposed(session.run(None, feeds)[0], 0, 2, 3, 1)
+
+
+def _run_openvino(make_node: Callable, operands: list) -> np.ndarray:
+    """Runs the node that `make_node` makes of the operands' parameters."""
+    import openvino as ov
+    from openvino import opset8
+
+    parameters = [opset8.parameter(x.shape, np.float32) for x in operands]
+    compiled = ov.Core().compile_model(
+        ov.Model([make_node(*parameters)], parameters),
+        "CPU",
+        {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1},
+    )
+    return _transposed(compiled(operands)[0], 0, 2, 3, 1)
 
 
 def onnx_runtime(
@@ -31,26 +78,21 @@ def onnx_runtime(
     offset_groups: int = 1,
 ) -> np.ndarray:
     """Runs standard ONNX `DeformConv`: boundary "zeros", float32 or float64."""
-    import onnx
-    import onnxruntime
-
     strides, dilation_rate = pair(strides), pair(dilation_rate)
     (top, bottom), (left, right) = explicit_padding(
         padding, inputs.shape[1:3], kernel.shape[:2], strides, dilation_rate
     )
     feeds = {
-        "X": _to_nchw(inputs),
-        "W": _to_oihw(kernel),
-        "offset": _to_nchw(offset),
+        "X": _transposed(inputs),
+        "W": _transposed(kernel, 3, 2, 0, 1),
+        "offset": _transposed(offset),
     }
-    names = list(feeds)
     if mask is not None:
-        feeds["mask"] = _to_nchw(mask)
-        names += ["", "mask"]  # The empty name is the bias.
-    node = onnx.helper.make_node(
+        feeds |= {"": None, "mask": _transposed(mask)}
+    return _run_onnx(
         "DeformConv",
-        names,
-        ["Y"],
+        feeds,
+        opset=22,
         dilations=dilation_rate,
         group=inputs.shape[3] // kernel.shape[2],
         kernel_shape=kernel.shape[:2],
@@ -58,26 +100,6 @@ def onnx_runtime(
         pads=[top, left, bottom, right],
         strides=strides,
     )
-    dtype = onnx.helper.np_dtype_to_tensor_dtype(inputs.dtype)
-
-    def value_info(name, shape):
-        return onnx.helper.make_tensor_value_info(name, dtype, shape)
-
-    graph = onnx.helper.make_graph(
-        [node],
-        "deformable_conv2d",
-        [value_info(name, x.shape) for name, x in feeds.items()],
-        [value_info("Y", [None] * 4)],
-    )
-    model = onnx.helper.make_model(
-        graph, opset_imports=[onnx.helper.make_opsetid("", 22)], ir_version=10
-    )
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, ["CPUExecutionProvider"]
-    )
-    return np.transpose(session.run(None, feeds)[0], (0, 2, 3, 1))
 
 
 def openvino(
@@ -93,34 +115,31 @@ def openvino(
     boundary: str = "zeros",
 ) -> np.ndarray:
     """Runs OpenVINO's `DeformableConvolution`: both boundaries, float32."""
-    import openvino as ov
     from openvino import opset8
 
     strides, dilation_rate = pair(strides), pair(dilation_rate)
     (top, bottom), (left, right) = explicit_padding(
         padding, inputs.shape[1:3], kernel.shape[:2], strides, dilation_rate
     )
-    operands = [_to_nchw(inputs), _to_nchw(offset), _to_oihw(kernel)]
+
+    def make_node(inputs_, offset_, kernel_, mask_=None):
+        return opset8.deformable_convolution(
+            *(inputs_, offset_, kernel_),
+            strides=strides,
+            pads_begin=[top, left],
+            pads_end=[bottom, right],
+            dilations=dilation_rate,
+            mask=mask_,
+            group=inputs.shape[3] // kernel.shape[2],
+            deformable_group=offset_groups,
+            bilinear_interpolation_pad=boundary == "zeros",
+        )
+
+    operands = [_transposed(inputs), _transposed(offset)]
+    operands.append(_transposed(kernel, 3, 2, 0, 1))
     if mask is not None:
-        operands.append(_to_nchw(mask))
-    parameters = [opset8.parameter(x.shape, np.float32) for x in operands]
-    node = opset8.deformable_convolution(
-        *parameters[:3],
-        strides=strides,
-        pads_begin=[top, left],
-        pads_end=[bottom, right],
-        dilations=dilation_rate,
-        mask=parameters[3] if mask is not None else None,
-        group=inputs.shape[3] // kernel.shape[2],
-        deformable_group=offset_groups,
-        bilinear_interpolation_pad=boundary == "zeros",
-    )
-    compiled = ov.Core().compile_model(
-        ov.Model([node], parameters),
-        "CPU",
-        {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1},
-    )
-    return np.transpose(compiled(operands)[0], (0, 2, 3, 1))
+        operands.append(_transposed(mask))
+    return _run_openvino(make_node, operands)
 
 
 def openvino_psroi_pool(
@@ -140,33 +159,28 @@ def openvino_psroi_pool(
     The groups are the bins: `group_size` is `pooled_size`. A class's (dx, dy)
     are two planes, x first. OpenVINO stops at the first negative batch index.
     """
-    import openvino as ov
     from openvino import opset1
 
-    operands = [_to_nchw(inputs), rois]
+    def make_node(inputs_, rois_, offsets=None):
+        return opset1.deformable_psroi_pooling(
+            *(inputs_, rois_),
+            output_dim=output_dim,
+            spatial_scale=spatial_scale,
+            group_size=pooled_size,
+            mode="bilinear_deformable",
+            spatial_bins_x=sample_per_part,
+            spatial_bins_y=sample_per_part,
+            trans_std=trans_std,
+            part_size=part_size or pooled_size,
+            offsets=offsets,
+        )
+
+    operands = [_transposed(inputs), rois]
     if trans is not None:
         *parts, channels = trans.shape
         swapped = trans.reshape(*parts, channels // 2, 2)[..., ::-1]
-        operands.append(_to_nchw(swapped.reshape(trans.shape)))
-    parameters = [opset1.parameter(x.shape, np.float32) for x in operands]
-    node = opset1.deformable_psroi_pooling(
-        *parameters[:2],
-        output_dim=output_dim,
-        spatial_scale=spatial_scale,
-        group_size=pooled_size,
-        mode="bilinear_deformable",
-        spatial_bins_x=sample_per_part,
-        spatial_bins_y=sample_per_part,
-        trans_std=trans_std,
-        part_size=part_size or pooled_size,
-        offsets=parameters[2] if trans is not None else None,
-    )
-    compiled = ov.Core().compile_model(
-        ov.Model([node], parameters),
-        "CPU",
-        {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1},
-    )
-    return np.transpose(compiled(operands)[0], (0, 2, 3, 1))
+        operands.append(_transposed(swapped.reshape(trans.shape)))
+    return _run_openvino(make_node, operands)
 
 
 def onnx_runtime_roi_align(
@@ -182,19 +196,16 @@ def onnx_runtime_roi_align(
     `RoiAlign` has no upper limit to the adaptive number of samples, and no
     padding ROIs.
     """
-    import onnx
-    import onnxruntime
-
     pooled_h, pooled_w = pair(pooled_size)
     feeds = {
-        "X": _to_nchw(inputs),
+        "X": _transposed(inputs),
         "rois": np.ascontiguousarray(rois[:, 1:]).astype(inputs.dtype),
         "batch_indices": rois[:, 0].astype(np.int64),
     }
-    node = onnx.helper.make_node(
+    return _run_onnx(
         "RoiAlign",
-        list(feeds),
-        ["Y"],
+        feeds,
+        opset=16,
         coordinate_transformation_mode="half_pixel",
         mode="avg",
         output_height=pooled_h,
@@ -202,23 +213,3 @@ def onnx_runtime_roi_align(
         sampling_ratio=sampling_ratio,
         spatial_scale=spatial_scale,
     )
-
-    def value_info(name, dtype, shape):
-        dtype = onnx.helper.np_dtype_to_tensor_dtype(dtype)
-        return onnx.helper.make_tensor_value_info(name, dtype, shape)
-
-    graph = onnx.helper.make_graph(
-        [node],
-        "roi_align",
-        [value_info(name, x.dtype, x.shape) for name, x in feeds.items()],
-        [value_info("Y", inputs.dtype, [None] * 4)],
-    )
-    model = onnx.helper.make_model(
-        graph, opset_imports=[onnx.helper.make_opsetid("", 16)], ir_version=8
-    )
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, ["CPUExecutionProvider"]
-    )
-    return np.transpose(session.run(None, feeds)[0], (0, 2, 3, 1))

@@ -6,7 +6,7 @@ the names by which each op is asked for the same.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import core
@@ -44,15 +44,11 @@ class Op:
 
     def attributes(self, output_dim: int, /, **attributes: Any) -> dict:
         """Returns this op's attributes for attributes common to both ops."""
-        if not self.counts:
-            names = ("group_size", "part_size", "sample_per_part", "trans_std")
-            return {k: v for k, v in attributes.items() if k not in names}
-        attributes = {
-            k: v
-            for k, v in attributes.items()
-            if k not in ("sampling_ratio", "gamma")
-        }
-        return {"output_dim": output_dim, **attributes}
+        others = ("group_size", "part_size", "sample_per_part", "trans_std")
+        if self.counts:
+            others = ("sampling_ratio", "gamma")
+            attributes["output_dim"] = output_dim
+        return {k: v for k, v in attributes.items() if k not in others}
 
     def roi(self, x1, y1, x2, y2, image=0) -> list[float]:
         """Returns the ROI between two corners; the last corner is exclusive."""
@@ -130,9 +126,8 @@ class Op:
         if not self.counts:
             output = function(inputs, rois, displacement, **attributes)
             return {"output": output}
-        output, count = function(
-            inputs, rois, displacement, return_count=True, **attributes
-        )
+        attributes["return_count"] = True
+        output, count = function(inputs, rois, displacement, **attributes)
         return {"output": output, "count": count}
 
     def reference_gradients(self, *operands, **attributes: Any) -> dict:
@@ -142,6 +137,13 @@ class Op:
         """
         function = getattr(roi_reference, f"{self.function}_grad")
         return function(*operands, **attributes)._asdict()
+
+    def expected(self, exact: Iterable, attributes: dict) -> dict:
+        """Returns outputs and gradients by name, in float64."""
+        return {
+            **self.reference(*exact[:3], **attributes),
+            **self.reference_gradients(*exact, **attributes),
+        }
 
 
 PSROI_POOL = Op(
@@ -177,20 +179,25 @@ ROI_ALIGN = Op(
 OPS = [PSROI_POOL, ROI_ALIGN]
 
 
-class Cpu:
-    """Calls an op's functions in the core, on the CPU."""
+class Runner:
+    """Calls an op's functions in the core, on a device."""
 
-    def __init__(self, op: Op):
-        self.op = op
+    def __init__(self, op: Op, on: core.Cpu | None = None):
+        self.op, self.on = op, on or core.Cpu()
 
     def forward(self, *operands, **options):
-        return core.forward_roi(self.op.name, *operands, **options)
+        return core.run_forward(self.op.name, *operands, on=self.on, **options)
 
     def backward(self, *operands, **options) -> dict[str, np.ndarray]:
-        return core.backward_roi(self.op.name, *operands, **options)
+        return core.run_backward(self.op.name, *operands, on=self.on, **options)
+
+    def every(self) -> Iterator["Runner"]:
+        """Yields a runner for every instruction set, if this runs on a CPU."""
+        cpus = core.cpus() if self.on.name == "Cpu" else [self.on]
+        return (Runner(self.op, on) for on in cpus)
 
 
-def results(runner: Any, exact: Iterable, **options: Any) -> dict:
+def results(runner: Runner, exact: Iterable, **options: Any) -> dict:
     """Returns outputs and gradients by name, for operands and a gradient."""
     *given, output_grad = exact
     if runner.op.counts:
@@ -220,40 +227,47 @@ def assert_results_close(
         )
 
 
+def assert_zero(received: dict) -> None:
+    for name, array in received.items():
+        assert (array == 0).all(), name
+
+
 def check(
-    runner: Any,
+    runner: Runner,
     operands: Iterable,
     attributes: dict,
     dtype: str,
-    case: object = "",
-    **options: Any,
+    threads: tuple[int, ...] = (),
 ) -> None:
-    """Compares outputs and gradients with the reference."""
+    """Compares outputs and gradients with the reference.
+
+    Compares results of several `threads` with those of one by their bits.
+    """
     exact = core.rounded(operands, dtype)
-    op = runner.op
-    assert_results_close(
-        results(runner, exact, dtype=dtype, **attributes, **options),
-        {
-            **op.reference(*exact[:3], **attributes),
-            **op.reference_gradients(*exact, **attributes),
-        },
-        dtype,
-        case or f"{dtype} {attributes}",
+    expected = runner.op.expected(exact, attributes)
+    for one in runner.every():
+        case = f"{one.on}, {dtype}, {attributes}"
+        received = results(one, exact, dtype=dtype, **attributes)
+        assert_results_close(received, expected, dtype, case)
+        for number in threads:
+            check_threads(one, exact, received, number, dtype, attributes)
+
+
+def check_threads(runner, exact, expected, threads, dtype, attributes) -> None:
+    """Compares results of several threads with those expected, by bits."""
+    received = results(
+        runner, exact, dtype=dtype, threads=threads, **attributes
     )
+    case = f"{runner.on}, {threads} threads, {dtype}, {attributes}"
+    assert_same_bits(received, expected, case)
 
 
-def check_threads(
-    runner: Any,
-    operands: Iterable,
-    attributes: dict,
-    dtype: str,
-    threads: tuple[int, ...],
-) -> None:
-    """Compares all results of several threads with those of one, by bits."""
-    exact = core.rounded(operands, dtype)
-    one = results(runner, exact, dtype=dtype, threads=1, **attributes)
-    for number in threads:
-        other = results(
-            runner, exact, dtype=dtype, threads=number, **attributes
-        )
-        assert_same_bits(other, one, f"{number} threads, {dtype} {attributes}")
+def check_alone(runner: Runner, exact: Iterable, **options: Any) -> None:
+    """Compares each gradient alone with the same of all results, by bits."""
+    for one in runner.every():
+        together = results(one, exact, **options)
+        for name in ("inputs", "displacement"):
+            alone = one.backward(*exact, wanted=(name,), **options)
+            case = f"{name} alone, {one.on}"
+            assert_same_bits(alone, {name: together[name]}, case)
+        assert one.backward(*exact, wanted=(), **options) == {}

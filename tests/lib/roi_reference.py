@@ -2,8 +2,8 @@
 """Computes deformable ROI pooling in NumPy float64, slowly but legibly.
 
 The tests compare the ops with this file, so nothing here is shared with them:
-plain loops over ROIs, bins, classes and samples, one line of arithmetic for
-each line of the definition.
+plain loops over ROIs, bins, classes and samples on each axis, one line of
+arithmetic for each line of the definition.
 
 Everything is computed in float64 except one thing: where a sample falls is
 computed in the coordinate type (float64 for float64 inputs, otherwise
@@ -11,8 +11,10 @@ float32), in the order in which the definition writes it, because it decides
 which pixels are read and whether the sample counts.
 """
 
+import functools
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -43,21 +45,6 @@ class Bin(NamedTuple):
     xs: list[float]  # whether they count or not
     place: tuple[int, ...]  # where its (dy, dx) are stored
     reach: tuple[float, float]  # pixels for a displacement of 1
-
-
-class _Limits(NamedTuple):
-    """Says which samples are read, as far outside of the map as `margin`.
-
-    The others are 0, and count in the mean only if `all_count`.
-    """
-
-    margin: float
-    all_count: bool
-
-
-# A sample is read if -margin <= y <= height - 1 + margin.
-_PSROI_POOL = _Limits(margin=0.5, all_count=False)
-_ROI_ALIGN = _Limits(margin=1.0, all_count=True)
 
 
 def coordinate_type(inputs: np.ndarray) -> type:
@@ -199,16 +186,32 @@ def roi_align_bins(
         )
 
 
-def _along_axis(
-    t: float, size: int, limits: _Limits
-) -> list[tuple[int, float, float]]:
-    """Interpolates on one axis: yields `(index, weight, d weight / dt)`.
+class _Rule(NamedTuple):
+    """Describes an op: its bins, and which of their samples are read.
 
-    Yields nothing if the sample is not read. The two pixels are the ends of the
-    cell `[floor(t), floor(t) + 1]`, so the derivative at an integer is the
+    A sample is read if -margin <= y <= height - 1 + margin. The others are 0,
+    and count in the mean only if `all_count`.
+    """
+
+    make_bins: Callable[..., Iterator[Bin]]
+    margin: float
+    all_count: bool
+
+
+_PSROI_POOL = _Rule(psroi_bins, margin=0.5, all_count=False)
+_ROI_ALIGN = _Rule(roi_align_bins, margin=1.0, all_count=True)
+
+
+def _along_axis(
+    t: float, size: int, margin: float
+) -> list[tuple[int, float, float]]:
+    """Interpolates on one axis: returns `(index, weight, d weight / dt)`.
+
+    Returns nothing if the sample is not read. The two pixels are the ends of
+    the cell `[floor(t), floor(t) + 1]`, so the derivative at an integer is the
     right-hand derivative.
     """
-    if not -limits.margin <= t <= size - 1 + limits.margin or size == 0:
+    if not -margin <= t <= size - 1 + margin or size == 0:
         return []  # NaN and infinity end here too.
     if t < 0:
         return [(0, 1.0, 0.0)]
@@ -219,157 +222,104 @@ def _along_axis(
     return [(low, 1.0 - fraction, -1.0), (low + 1, fraction, 1.0)]
 
 
-def _samples_read(b: Bin, inputs: np.ndarray, limits: _Limits) -> list:
-    """Yields a bin's samples that are read: the pixels of each on both axes."""
+class _Axis(NamedTuple):
+    """Describes the samples of a bin along one axis, added up by pixel."""
+
+    read: int  # samples
+    pixels: list[int]
+    weights: np.ndarray
+    slopes: np.ndarray  # derivatives of the weights
+
+
+def _add_up(places: list[float], size: int, margin: float) -> _Axis:
+    samples = [_along_axis(t, size, margin) for t in places]
+    sums: dict[int, np.ndarray] = {}
+    for pixel, *numbers in itertools.chain(*samples):
+        sums[pixel] = sums.get(pixel, 0) + np.array(numbers)
+    columns = np.reshape([*sums.values()], (-1, 2)).T
+    return _Axis(sum(map(bool, samples)), [*sums], *columns)
+
+
+def _read_bins(
+    rule: _Rule, inputs: np.ndarray, bins: Iterator[Bin]
+) -> Iterator[tuple[Bin, int, _Axis, _Axis]]:
+    """Yields each bin, the number of its samples, and those that are read.
+
+    A bin's samples are all pairs of its samples on the two axes, and a sample's
+    weights are products, so the mean is a product of sums.
+    """
     height, width = inputs.shape[1:3]
-    both = [
-        (_along_axis(y, height, limits), _along_axis(x, width, limits))
-        for y in b.ys
-        for x in b.xs
-    ]
-    return [(rows, cols) for rows, cols in both if rows and cols]
+    for b in bins:
+        y = _add_up(b.ys, height, rule.margin)
+        x = _add_up(b.xs, width, rule.margin)
+        every = len(b.ys) * len(b.xs)
+        yield b, every if rule.all_count else y.read * x.read, y, x
 
 
+@np.errstate(all="ignore")
 def _pool(
-    inputs: np.ndarray,
-    bins: Iterator[Bin],
-    shape: tuple[int, ...],
-    limits: _Limits,
+    rule: _Rule, channels: int, inputs, rois, displacement, attributes: dict
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the means over the samples of each bin, and their counts."""
+    shape = (len(rois), *pair(attributes["pooled_size"]), channels)
+    bins = rule.make_bins(inputs, rois, displacement, **attributes)
     inputs = np.asarray(inputs).astype(np.float64)
     output, counts = np.zeros(shape), np.zeros(shape)
-    for b in bins:
-        samples = _samples_read(b, inputs, limits)
-        count = len(b.ys) * len(b.xs) if limits.all_count else len(samples)
-        total = np.zeros(len(b.channels))
-        for rows, cols in samples:
-            for row, wy, _ in rows:
-                for col, wx, _ in cols:
-                    total += wy * wx * inputs[b.image, row, col, b.channels]
+    for b, count, y, x in _read_bins(rule, inputs, bins):
         counts[b.roi, b.row, b.col, b.outputs] = count
-        if count > 0:
+        if y.read and x.read:
+            pixels = inputs[np.ix_([b.image], y.pixels, x.pixels, b.channels)]
+            total = np.einsum("nyxc,y,x->c", pixels, y.weights, x.weights)
             output[b.roi, b.row, b.col, b.outputs] = total / count
     return output, counts
 
 
+@np.errstate(all="ignore")
 def _pool_grad(
-    inputs: np.ndarray,
-    bins: Iterator[Bin],
-    displacement_shape: tuple[int, ...] | None,
-    output_grad: np.ndarray,
-    limits: _Limits,
+    rule: _Rule, inputs, rois, displacement, output_grad, **attributes: object
 ) -> Gradients:
-    """Returns the gradients of `sum(output * output_grad)`.
-
-    `displacement_shape` ends in (classes, 2).
-    """
+    """Returns the gradients of `sum(output * output_grad)`, in float64."""
+    bins = rule.make_bins(inputs, rois, displacement, **attributes)
     inputs = np.asarray(inputs).astype(np.float64)
     output_grad = np.asarray(output_grad).astype(np.float64)
     inputs_grad = np.zeros_like(inputs)
-    displacement_grad = (
-        None if displacement_shape is None else np.zeros(displacement_shape)
-    )
-    for b in bins:
-        samples = _samples_read(b, inputs, limits)
-        count = len(b.ys) * len(b.xs) if limits.all_count else len(samples)
-        grad = output_grad[b.roi, b.row, b.col, b.outputs]
-        slope = np.zeros(2)
-        for rows, cols in samples:
-            for row, wy, wy_dy in rows:
-                for col, wx, wx_dx in cols:
-                    at = b.image, row, col, b.channels
-                    inputs_grad[at] += wy * wx * grad / count
-                    common = inputs[at] @ grad / count
-                    slope += [wy_dy * wx * common, wy * wx_dx * common]
-        if displacement_grad is not None and samples:
-            displacement_grad[b.place] += slope * b.reach
-    return Gradients(inputs_grad, displacement_grad)
+    slopes = None
+    if displacement is not None:
+        *cells, channels = np.shape(displacement)
+        slopes = np.zeros((*cells, channels // 2, 2))
+    for b, count, y, x in _read_bins(rule, inputs, bins):
+        if not (y.read and x.read):
+            continue
+        grad = output_grad[b.roi, b.row, b.col, b.outputs] / count
+        at = np.ix_([b.image], y.pixels, x.pixels, b.channels)
+        inputs_grad[at] += np.einsum("y,x,c->yxc", y.weights, x.weights, grad)
+        if slopes is not None:
+            common = inputs[at][0] @ grad
+            dy = y.slopes @ common @ x.weights
+            dx = y.weights @ common @ x.slopes
+            slopes[b.place] += np.array([dy, dx]) * b.reach
+    if slopes is not None:
+        slopes = slopes.reshape(np.shape(displacement))
+    return Gradients(inputs_grad, slopes)
 
 
 def deformable_psroi_pool(
-    inputs: np.ndarray,
-    rois: np.ndarray,
-    trans: np.ndarray | None = None,
-    *,
-    return_count: bool = False,
-    **attributes: object,
+    inputs, rois, trans=None, *, return_count: bool = False, **attributes
 ):
     """Computes `tf_deform.ops.deformable_psroi_pool` in float64."""
-    with np.errstate(all="ignore"):
-        shape = (
-            len(rois),
-            *pair(attributes["pooled_size"]),
-            attributes["output_dim"],
-        )
-        bins = psroi_bins(inputs, rois, trans, **attributes)
-        output, counts = _pool(inputs, bins, shape, _PSROI_POOL)
-    return (output, counts) if return_count else output
+    channels = attributes["output_dim"]
+    results = _pool(_PSROI_POOL, channels, inputs, rois, trans, attributes)
+    return results if return_count else results[0]
 
 
-def deformable_psroi_pool_grad(
-    inputs: np.ndarray,
-    rois: np.ndarray,
-    trans: np.ndarray | None,
-    output_grad: np.ndarray,
-    **attributes: object,
-) -> Gradients:
-    """Returns the gradients of `sum(output * output_grad)`, in float64."""
-    shape = None if trans is None else np.shape(trans)
-    with np.errstate(all="ignore"):
-        gradients = _pool_grad(
-            inputs,
-            psroi_bins(inputs, rois, trans, **attributes),
-            None if shape is None else (*shape[:3], shape[3] // 2, 2),
-            output_grad,
-            _PSROI_POOL,
-        )
-    if shape is None:
-        return gradients
-    return gradients._replace(
-        displacement=gradients.displacement.reshape(shape)
-    )
-
-
-def deformable_roi_align(
-    inputs: np.ndarray,
-    rois: np.ndarray,
-    offset: np.ndarray | None = None,
-    **attributes: object,
-) -> np.ndarray:
+def deformable_roi_align(inputs, rois, offset=None, **attributes) -> np.ndarray:
     """Computes `tf_deform.ops.deformable_roi_align` in float64."""
-    with np.errstate(all="ignore"):
-        shape = (
-            len(rois),
-            *pair(attributes["pooled_size"]),
-            inputs.shape[3],
-        )
-        bins = roi_align_bins(inputs, rois, offset, **attributes)
-        return _pool(inputs, bins, shape, _ROI_ALIGN)[0]
+    channels = inputs.shape[3]
+    return _pool(_ROI_ALIGN, channels, inputs, rois, offset, attributes)[0]
 
 
-def deformable_roi_align_grad(
-    inputs: np.ndarray,
-    rois: np.ndarray,
-    offset: np.ndarray | None,
-    output_grad: np.ndarray,
-    **attributes: object,
-) -> Gradients:
-    """Returns the gradients of `sum(output * output_grad)`, in float64."""
-    shape = None if offset is None else np.shape(offset)
-    with np.errstate(all="ignore"):
-        gradients = _pool_grad(
-            inputs,
-            roi_align_bins(inputs, rois, offset, **attributes),
-            None if shape is None else (*shape[:3], 1, 2),
-            output_grad,
-            _ROI_ALIGN,
-        )
-    if shape is None:
-        return gradients
-    return gradients._replace(
-        displacement=gradients.displacement.reshape(shape)
-    )
+deformable_psroi_pool_grad = functools.partial(_pool_grad, _PSROI_POOL)
+deformable_roi_align_grad = functools.partial(_pool_grad, _ROI_ALIGN)
 
 
 def reach_of_displacements(
