@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lists every argument of every function and layer, and its wrong values.
 
-A new argument of a function or layer is entered in FUNCTIONS or LAYERS.
+A new argument of a function or layer is entered in KIND_OF.
 """
 
 import decimal
 import fractions
+import inspect
 import re
 
 import keras
@@ -107,6 +108,7 @@ HUGE = {
 }
 LISTS = {
     "no numbers": (),
+    "one number": (2,),
     "a list of one": [2],
     "an array of one": np.array([2]),
     "three numbers": (2, 2, 2),
@@ -122,41 +124,69 @@ PARTS = {
     "NaN of two": (2, float("nan")),
 }
 
-INTEGER = {**NONSENSE, **NOT_FINITE, **BOOLEANS, **FRACTIONS, **HUGE, **LISTS}
+INTEGER = NONSENSE | NOT_FINITE | BOOLEANS | FRACTIONS | HUGE | LISTS
+NUMBER = {
+    **NONSENSE,
+    **NOT_FINITE,
+    **BOOLEANS,
+    **LISTS,
+    **PAIRS,
+    **NONE,
+    "a digit and a point": "0.25",
+    "-0.5": -0.5,
+    "10**400": 10**400,
+}
+OPTION = (
+    NONSENSE
+    | NOT_FINITE
+    | BOOLEANS
+    | FRACTIONS
+    | HUGE
+    | LISTS
+    | {
+        "0": 0,
+        "empty": "",
+        "capital letters": "ZEROS",
+        "of another library": "reflect",
+    }
+)
+PAIR = (
+    INTEGER
+    | PARTS
+    | {
+        "0": 0,
+        "-1": -1,
+        "2**70": 2**70,
+        "0 of two": (1, 0),
+        "-1 of two": (2, -1),
+    }
+)
 KINDS = {
-    "integer": {**INTEGER, **PAIRS, **NONE},
-    "count": {**INTEGER, **PAIRS, **NONE, "0": 0, "-1": -1},
-    "pair": {**INTEGER, **PARTS, **NONE, "0": 0, "(2, -1)": (2, -1)},
-    "pair or None": {**INTEGER, **PARTS, "0": 0, "(2, -1)": (2, -1)},
+    "integer": INTEGER | PAIRS | NONE,
+    "count": INTEGER | PAIRS | NONE | {"0": 0, "-1": -1, "2**40": 2**40},
+    "pair": PAIR | NONE,
+    "pair or None": PAIR,
     "padding": {
         **INTEGER,
         **PARTS,
         **NONE,
         "-1": -1,
+        "-1 of two": (1, -1),
+        "-1 of four": ((0, -1), (0, 0)),
         "three sides": ((1, 1), (1, 1), (1, 1)),
+        "four sides": ((0, 0),) * 4,
         "a number and a pair": (1, (1, 1)),
+        "a pair and a number": ((1, 2), 3),
+        "three numbers and a pair": ((1, 2, 3), (1, 2)),
         "a pair of True": ((1, True), (1, 1)),
+        "a number and text": (1, "same"),
         "full": "full",
-    },
-    "number": {
-        **NONSENSE,
-        **NOT_FINITE,
-        **BOOLEANS,
-        **LISTS,
-        **PAIRS,
-        **NONE,
-        "-0.5": -0.5,
-        "10**400": 10**400,
-    },
-    "option": {
-        **NONSENSE,
-        **NOT_FINITE,
-        **BOOLEANS,
-        **FRACTIONS,
-        **HUGE,
-        **LISTS,
         "empty": "",
     },
+    "number": NUMBER,
+    "positive number": NUMBER | {"0": 0, "0.0": 0.0, "-0.0": -0.0},
+    "option": OPTION | NONE,
+    "option or None": OPTION,
     "boolean": {
         **NONSENSE,
         **NOT_FINITE,
@@ -182,134 +212,105 @@ KINDS = {
         "an array": np.array([8, 4]),
     },
 }
-KINDS["option or None"] = KINDS["option"]
-KINDS["option"] = {**KINDS["option"], **NONE}
+# The kind of each argument of functions and layers.
+KIND_OF = {
+    "boundary": "option",
+    "data_format": "option or None",
+    "dilation_rate": "pair",
+    "filters": "count",
+    "gamma": "number",
+    "group_size": "pair or None",
+    "groups": "count",
+    "implementation": "option",
+    "kernel_size": "pair",
+    "modulation": "option or None",
+    "num_classes": "count",
+    "offset_dilation_rate": "pair or None",
+    "offset_groups": "count",
+    "output_dim": "count",
+    "padding": "padding",
+    "part_size": "pair or None",
+    "pooled_size": "pair",
+    "return_count": "boolean",
+    "sample_per_part": "count",
+    "sampling_ratio": "integer",
+    "spatial_scale": "positive number",
+    "strides": "pair",
+    "trans_std": "number",
+    "units": "units",
+    "use_bias": "boolean",
+}
 
-# A good call of each function, and the kind of each argument except tensors.
+# A good call of each function, with all operands.
 INPUTS = tf.ones((1, 5, 6, 4))
 ROIS = tf.constant([[0, 1.0, 1, 3, 4]])
 FUNCTIONS = {
-    deformable_conv2d: (
-        {
-            "inputs": INPUTS,
-            "kernel": tf.ones((2, 2, 4, 4)),
-            "offset": tf.zeros((1, 4, 5, 8)),
-            "mask": tf.ones((1, 4, 5, 4)),
-        },
-        {
-            "strides": "pair",
-            "padding": "padding",
-            "dilation_rate": "pair",
-            "offset_groups": "count",
-            "boundary": "option",
-            "implementation": "option",
-        },
-    ),
-    deformable_psroi_pool: (
-        {
-            "inputs": INPUTS,
-            "rois": ROIS,
-            "trans": tf.zeros((1, 2, 2, 2)),
-            "output_dim": 1,
-            "spatial_scale": 0.5,
-            "pooled_size": 2,
-        },
-        {
-            "output_dim": "count",
-            "spatial_scale": "number",
-            "pooled_size": "pair",
-            "group_size": "pair or None",
-            "part_size": "pair or None",
-            "sample_per_part": "count",
-            "trans_std": "number",
-            "return_count": "boolean",
-            "implementation": "option",
-        },
-    ),
-    deformable_roi_align: (
-        {
-            "inputs": INPUTS,
-            "rois": ROIS,
-            "offset": tf.zeros((1, 2, 2, 2)),
-            "spatial_scale": 0.5,
-            "pooled_size": 2,
-        },
-        {
-            "pooled_size": "pair",
-            "spatial_scale": "number",
-            "sampling_ratio": "integer",
-            "gamma": "number",
-            "implementation": "option",
-        },
-    ),
+    deformable_conv2d: {
+        "inputs": INPUTS,
+        "kernel": tf.ones((2, 2, 4, 4)),
+        "offset": tf.zeros((1, 4, 5, 8)),
+        "mask": tf.ones((1, 4, 5, 4)),
+    },
+    deformable_psroi_pool: {
+        "inputs": INPUTS,
+        "rois": ROIS,
+        "trans": tf.zeros((1, 2, 2, 2)),
+        "output_dim": 1,
+        "spatial_scale": 0.5,
+        "pooled_size": 2,
+    },
+    deformable_roi_align: {
+        "inputs": INPUTS,
+        "rois": ROIS,
+        "offset": tf.zeros((1, 2, 2, 2)),
+        "spatial_scale": 0.5,
+        "pooled_size": 2,
+    },
+}
+OPTIONAL = {
+    deformable_conv2d: "mask",
+    deformable_psroi_pool: "trans",
+    deformable_roi_align: "offset",
+}
+# Good arguments of each layer, and a call with displacements.
+_ROI = {"pooled_size": 2, "spatial_scale": 0.5}
+_POOLED = {
+    "inputs": np.ones((1, 5, 6, 4), np.float32),
+    "rois": np.float32([[0, 1, 1, 3, 4]]),
+    "offset": np.zeros((1, 2, 2, 2), np.float32),
 }
 LAYERS = {
-    DeformableConv2D: (
-        {"filters": 4, "kernel_size": 2},
-        {
-            "filters": "count",
-            "kernel_size": "pair",
-            "strides": "pair",
-            "padding": "padding",
-            "data_format": "option or None",
-            "dilation_rate": "pair",
-            "groups": "count",
-            "use_bias": "boolean",
-            "offset_groups": "count",
-            "modulation": "option or None",
-            "boundary": "option",
-            "offset_dilation_rate": "pair or None",
-            "implementation": "option",
-        },
-    ),
-    DeformablePSROIPooling: (
-        {"output_dim": 4, "pooled_size": 2, "spatial_scale": 0.5},
-        {
-            "output_dim": "count",
-            "pooled_size": "pair",
-            "spatial_scale": "number",
-            "group_size": "pair or None",
-            "part_size": "pair or None",
-            "sample_per_part": "count",
-            "trans_std": "number",
-            "num_classes": "count",
-            "data_format": "option or None",
-            "implementation": "option",
-        },
-    ),
-    DeformableROIPooling: (
-        {"pooled_size": 2, "spatial_scale": 0.5},
-        {
-            "pooled_size": "pair",
-            "spatial_scale": "number",
-            "sample_per_part": "count",
-            "trans_std": "number",
-            "units": "units",
-            "data_format": "option or None",
-            "implementation": "option",
-        },
-    ),
-    DeformableROIAlign: (
-        {"pooled_size": 2, "spatial_scale": 0.5},
-        {
-            "pooled_size": "pair",
-            "spatial_scale": "number",
-            "sampling_ratio": "integer",
-            "gamma": "number",
-            "units": "units",
-            "data_format": "option or None",
-            "implementation": "option",
-        },
-    ),
+    DeformableConv2D: {"filters": 4, "kernel_size": 2},
+    DeformablePSROIPooling: {"output_dim": 4, **_ROI},
+    DeformableROIPooling: _ROI,
+    DeformableROIAlign: _ROI,
 }
-# Keras' own arguments, which a layer hands on unchanged.
-OF_KERAS = re.compile("activation|.*_(initializer|regularizer|constraint)|kw")
+LAYER_CALLS = {
+    DeformableConv2D: {
+        "inputs": _POOLED["inputs"],
+        "offset": np.zeros((1, 4, 5, 8), np.float32),
+        "modulator": np.ones((1, 4, 5, 4), np.float32),
+    },
+    DeformablePSROIPooling: {
+        "inputs": np.ones((1, 5, 6, 16), np.float32),
+        "rois": _POOLED["rois"],
+        "trans": _POOLED["offset"],
+    },
+    DeformableROIPooling: _POOLED,
+    DeformableROIAlign: _POOLED,
+}
+CALLABLES = FUNCTIONS | LAYERS
 OPERANDS = ("inputs", "kernel", "offset", "mask", "rois", "trans")
-CALLABLES = {**FUNCTIONS, **LAYERS}
+# Keras' own arguments, which a layer hands on unchanged.
+_OF_KERAS = re.compile(
+    "activation|.*_(initializer|regularizer|constraint)|kwargs"
+)
+# The function, the name of an argument that is no operand, and its kind.
 EVERY_ARGUMENT = [
-    (function, name)
-    for function, (_, kinds) in CALLABLES.items()
-    for name in kinds
+    (function, name, KIND_OF[name])
+    for function in CALLABLES
+    for name in inspect.signature(function).parameters
+    if name not in OPERANDS and not _OF_KERAS.fullmatch(name)
 ]
 
 
@@ -334,23 +335,3 @@ BAD_TENSORS = {
     "tensors in a list": [tf.ones((2, 2)), tf.ones((2, 3))],
     "2**70": 2**70,
 }
-
-
-LAYER_CALLS = {
-    DeformableConv2D: {
-        "inputs": np.ones((1, 5, 6, 4), np.float32),
-        "offset": np.zeros((1, 4, 5, 8), np.float32),
-        "modulator": np.ones((1, 4, 5, 4), np.float32),
-    },
-    DeformablePSROIPooling: {
-        "inputs": np.ones((1, 5, 6, 16), np.float32),
-        "rois": np.float32([[0, 1, 1, 3, 4]]),
-        "trans": np.zeros((1, 2, 2, 2), np.float32),
-    },
-    DeformableROIPooling: {
-        "inputs": np.ones((1, 5, 6, 4), np.float32),
-        "rois": np.float32([[0, 1, 1, 3, 4]]),
-        "offset": np.zeros((1, 2, 2, 2), np.float32),
-    },
-}
-LAYER_CALLS[DeformableROIAlign] = LAYER_CALLS[DeformableROIPooling]

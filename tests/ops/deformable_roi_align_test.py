@@ -5,12 +5,12 @@ Most tests of the op are shared by both pooling ops, `pooling_test.py`, or by
 every op, `every_op_test.py`.
 """
 
-import full_calls
 import numpy as np
 import oracles
 import pytest
 import roi_reference
 from compare import assert_close, assert_equal
+from every_op import ROI_ALIGN
 from operands import ROI_KINDS, draw_rois
 from tolerances import POOLING
 
@@ -42,33 +42,19 @@ def draw_plain_call(seed: int, dtype: str) -> tuple[list, dict]:
     return [x.astype(dtype) for x in operands], attributes
 
 
-# Tests of the reference itself, on which other tests rely.
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_reference_equals_onnx_runtime_in_float64(seed):
-    operands, attributes = draw_plain_call(seed, "float64")
-    assert_close(
-        oracles.onnx_runtime_roi_align(*operands, **attributes),
-        roi_reference.deformable_roi_align(*operands, **attributes),
-        POOLING["float64"],
-        case=attributes,
-    )
-
-
-# The forward pass against another implementation.
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("seed", range(100, 140))
-def test_without_displacement_equals_onnx_runtime(seed, dtype):
+def test_op_and_reference_equal_onnx_runtime(seed, dtype):
+    """Tests the reference, too, because other tests rely on it."""
     operands, attributes = draw_plain_call(seed, dtype)
-    assert_close(
-        deformable_roi_align(*operands, **attributes),
-        oracles.onnx_runtime_roi_align(*operands, **attributes),
-        POOLING[dtype],
-        case=attributes,
-    )
+    expected = oracles.onnx_runtime_roi_align(*operands, **attributes)
+    for function in (deformable_roi_align, roi_reference.deformable_roi_align):
+        assert_close(
+            function(*operands, **attributes),
+            expected,
+            POOLING[dtype],
+            case=f"{function.__module__} {attributes}",
+        )
 
 
 def test_a_displacement_equals_a_moved_roi_of_onnx_runtime():
@@ -103,7 +89,7 @@ def test_equals_onnx_runtime_at_the_size_of_a_detector():
 
 def test_defaults():
     """Tests an adaptive number of samples, and a gamma of 0.1."""
-    inputs, rois, offset = full_calls.ROI_ALIGN.draw()[0].values()
+    inputs, rois, offset = ROI_ALIGN.draw()[0].values()
     assert_equal(
         deformable_roi_align(
             inputs, rois, offset, pooled_size=(3, 4), spatial_scale=0.5
@@ -118,23 +104,3 @@ def test_defaults():
             gamma=0.1,
         ),
     )
-    assert_equal(
-        deformable_roi_align(inputs, rois, pooled_size=3, spatial_scale=1),
-        deformable_roi_align(inputs, rois, pooled_size=(3, 3), spatial_scale=1),
-    )
-
-
-@pytest.mark.parametrize("scale, gamma", [(0.1, 0.3), (0.7, 1e-9)])
-def test_options_are_not_rounded_for_float64(scale, gamma):
-    """Tests the scale 0.1, which float32 cannot hold exactly."""
-    output = deformable_roi_align(
-        np.arange(200.0).reshape(1, 1, 200, 1),
-        np.array([[0, 150, 0, 153, 1.0]]),
-        np.array([[[[0.0, 1.0]]]]),
-        spatial_scale=scale,
-        pooled_size=1,
-        sampling_ratio=1,
-        gamma=gamma,
-    )
-    expected = 151.5 * scale - 0.5 + gamma * 3 * scale
-    assert_close(output, np.full((1, 1, 1, 1), expected), 1e-12)
