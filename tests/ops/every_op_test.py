@@ -12,18 +12,21 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from compare import assert_equal, assert_finite_differences
-from every_op import CONV2D, COORDINATES, KNOWN, OPS, POOLING, every_op, typed
+from every_op import (
+    CONV2D,
+    COORDINATES,
+    KNOWN,
+    OPS,
+    POOLING,
+    every_op,
+    every_variant,
+    typed,
+)
 from operands import DTYPES, coordinate_type
 from pairwise import grid
 
 from tf_deform import _loader
 from tf_deform.layers import DeformableConv2D
-
-
-def every_variant(test):
-    rows = [(op, variant) for op in OPS for variant in op.variants]
-    return pytest.mark.parametrize(("op", "variant"), rows, ids=str)(test)
-
 
 # Outputs and gradients against the float64 reference, and its own gradients, on
 # which other tests rely.
