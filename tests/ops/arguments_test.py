@@ -21,6 +21,7 @@ from arguments import (
     CALLABLES,
     EVERY_ARGUMENT,
     FUNCTIONS,
+    KIND_OF,
     KINDS,
     LAYER_CALLS,
     LAYERS,
@@ -39,11 +40,14 @@ from tf_deform.layers import (
 )
 from tf_deform.ops import deformable_psroi_pool
 
+PLAIN = (int, float, complex, str, tuple, dict, type(None))
+
 
 def refusal(function, name, value, **arguments) -> str:
     """Returns the words of the error, which must be ours and name `name`.
 
-    Other answers are an AssertionError. The words show plain values of Python.
+    Other answers are an AssertionError. Of an argument that is no operand, the
+    words show plain values of Python.
     """
     try:
         result = function(**{**arguments, name: value})
@@ -57,14 +61,13 @@ def refusal(function, name, value, **arguments) -> str:
         raise AssertionError(f"was accepted: {result!r:.100}")
     assert re.match(f"(?s)Expected .*`{name}`.*Received: ", text), text[:200]
     assert len(text) < 1000, text
-    if isinstance(value, int | float | str | tuple | dict | complex | None):
-        parts = [value, *(value if isinstance(value, tuple) else [])]
-        if isinstance(value, int) and abs(value) > 2**500:
-            assert "bits" in text
-        else:
-            received = text[text.rindex("Received: ") :]
-            shown = [f"{part!r:.50}" for part in parts]
-            assert any(part in received for part in shown), text
+    if name in KIND_OF and isinstance(value, PLAIN):
+        parts = [value, *tf.nest.flatten(value)]
+        shown = [f"{part!r:.50}" for part in parts]
+        shown += ["0"] * (value == 0) + ["bits"] * (value == 10**400)
+        # A data format is read in any case, as by Keras.
+        received = text[text.rindex("Received: ") :].lower()
+        assert any(part.lower() in received for part in shown), text
     return text
 
 

@@ -280,7 +280,7 @@ def check_modes(op, place, implementation, modes, **options):
     for mode in modes:
         of_values = mode in (forward, forward_inside)
         expected = directional(
-            by_itself if of_values else gradient_of(by_itself), [X], [DIRECTION]
+            function if of_values else gradient_of(function), [X], [DIRECTION]
         )
         assert np.abs(expected).max() > 1e-3
         np.testing.assert_allclose(
