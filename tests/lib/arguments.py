@@ -41,176 +41,58 @@ def symbolic_tensor() -> tf.Tensor:
 
 
 # Values that are no number, list of numbers, option or tensor of numbers.
-NONSENSE = {
-    "text": "two",
-    "a digit": "2",
-    "bytes": b"2",
-    "bytearray": bytearray(b"2"),
-    "NumPy's text": np.array("2"),
-    "a tensor of text": tf.constant("2"),
-    "a complex number": 1j,
-    "NumPy's complex number": np.complex64(2),
-    "an array of complex numbers": np.array(2 + 0j),
-    "an array of objects": np.array([2, None], dtype=object),
-    "one object": np.array(2, dtype=object),
-    "a dictionary": {"height": 2, "width": 2},
-    "a set": {2, 3},
-    "a function": lambda: 2,
-    "a class": int,
-    "a strange object": Strange(),
-    "an ellipsis": ...,
-    "a slice": slice(2, 3),
-    "a duration": np.timedelta64(2),
-    "a date": np.datetime64("2020-01-01"),
-    "a sparse tensor": tf.sparse.from_dense([[2.0, 0.0]]),
-    "a ragged tensor": tf.ragged.constant([[2.0], []]),
-    "a ragged list": [[2], [2, 3]],
-    "a mixed list": [2, "two"],
-    "a list with None": [2, None],
-    "a Keras tensor": keras.KerasTensor((2,)),
-    "a Keras scalar": keras.KerasTensor((), "int32"),
-    "a tensor of another graph": symbolic_tensor(),
-    "a type": tf.float32,
-    "a specification": tf.TensorSpec((2,)),
-    "a data set": tf.data.Dataset.range(2),
-    "an exception": ValueError("2"),
-}
-NOT_FINITE = {
-    "NaN": float("nan"),
-    "NumPy's NaN": np.float32("nan"),
-    "infinity": float("inf"),
-    "minus infinity": -np.inf,
-}
-BOOLEANS = {
-    "True": True,
-    "False": False,
-    "NumPy's True": np.True_,
-    "an array of True": np.array(True),
-    "a tensor of True": tf.constant(True),
-}
-FRACTIONS = {
-    "2.0": 2.0,
-    "2.5": 2.5,
-    "NumPy's 2.0": np.float32(2),
-    "an array of 2.0": np.array(2.0),
-    "a tensor of 2.0": tf.constant(2.0),
-    "bfloat16": ml_dtypes.bfloat16(2),
-    "a decimal": decimal.Decimal(2),
-    "a fraction": fractions.Fraction(2),
-}
-NONE = {"None": None}
-HUGE = {
-    "2**31": 2**31,
-    "2**62": 2**62,
-    "2**64": 2**64,
-    "-2**64": -(2**64),
-    "10**400": 10**400,
-}
-LISTS = {
-    "no numbers": (),
-    "one number": (2,),
-    "a list of one": [2],
-    "an array of one": np.array([2]),
-    "three numbers": (2, 2, 2),
-    "an array of three": np.array([2, 2, 2]),
-    "lists of one": ([2], [2]),
-}
-PAIRS = {"a pair": (2, 2), "an array of two": np.array([2, 2])}
-PARTS = {
-    "2.0 of two": (2, 2.0),
-    "True of two": (True, 2),
-    "text of two": (2, "2"),
-    "an array of two 2.0": np.array([2.0, 2.0]),
-    "NaN of two": (2, float("nan")),
-}
+NONSENSE = [
+    *("two", "2", b"2", bytearray(b"2"), np.array("2"), tf.constant("2")),
+    *(1j, np.complex64(2), np.array(2 + 0j)),
+    *(np.array([2, None], dtype=object), np.array(2, dtype=object), Strange()),
+    *({"height": 2, "width": 2}, {2, 3}, lambda: 2, int, ..., slice(2, 3)),
+    *(np.timedelta64(2), np.datetime64("2020-01-01"), ValueError("2")),
+    *(tf.sparse.from_dense([[2.0, 0.0]]), tf.ragged.constant([[2.0], []])),
+    *([[2], [2, 3]], [2, "two"], [2, None]),  # ragged or mixed
+    *(tf.float32, tf.data.Dataset.range(2)),
+]
+KERAS_TENSORS = [keras.KerasTensor((2,)), keras.KerasTensor((), "int32")]
+SYMBOLS = [*KERAS_TENSORS, symbolic_tensor(), tf.TensorSpec((2,))]
+NOT_FINITE = [float("nan"), np.float32("nan"), float("inf"), -np.inf]
+BOOLEANS = [True, False, np.True_, np.array(True), tf.constant(True)]
+FRACTIONS = [
+    *(2.0, 2.5, np.float32(2), np.array(2.0), tf.constant(2.0)),
+    *(ml_dtypes.bfloat16(2), decimal.Decimal(2), fractions.Fraction(2)),
+]
+HUGE = [2**31, 2**40, 2**62, 2**64, 2**70, -(2**64), 10**400]
+ARRAYS = [np.array([2]), np.array([2, 2, 2])]
+LISTS = [(), (2,), [2], (2, 2, 2), ([2], [2])]
+PAIRS = [(2, 2), np.array([2, 2])]
+PARTS = [(2, 2.0), (True, 2), (2, "2"), (2, float("nan"))]
 
-INTEGER = NONSENSE | NOT_FINITE | BOOLEANS | FRACTIONS | HUGE | LISTS
-NUMBER = {
-    **NONSENSE,
-    **NOT_FINITE,
-    **BOOLEANS,
-    **LISTS,
-    **PAIRS,
-    **NONE,
-    "a digit and a point": "0.25",
-    "-0.5": -0.5,
-    "10**400": 10**400,
-}
-OPTION = (
-    NONSENSE
-    | NOT_FINITE
-    | BOOLEANS
-    | FRACTIONS
-    | HUGE
-    | LISTS
-    | {
-        "0": 0,
-        "empty": "",
-        "capital letters": "ZEROS",
-        "of another library": "reflect",
-    }
-)
-PAIR = (
-    INTEGER
-    | PARTS
-    | {
-        "0": 0,
-        "-1": -1,
-        "2**70": 2**70,
-        "0 of two": (1, 0),
-        "-1 of two": (2, -1),
-    }
-)
+ANYTHING = [*NONSENSE, *SYMBOLS, *NOT_FINITE]
+INTEGER = [*ANYTHING, *BOOLEANS, *FRACTIONS, *HUGE, *LISTS, *ARRAYS]
+PAIR = [*INTEGER, *PARTS, np.array([2.0, 2.0]), 0, -1, (1, 0), (2, -1)]
+NUMBER = [*ANYTHING, *BOOLEANS, *LISTS, *ARRAYS, *PAIRS, None]
+NUMBER += ["0.25", -0.5, 10**400]
+OPTION = [*INTEGER, 0, "", "ZEROS", "reflect"]
 KINDS = {
-    "integer": INTEGER | PAIRS | NONE,
-    "count": INTEGER | PAIRS | NONE | {"0": 0, "-1": -1, "2**40": 2**40},
-    "pair": PAIR | NONE,
+    "integer": [*INTEGER, *PAIRS, None],
+    "count": [*INTEGER, *PAIRS, None, 0, -1],
+    "pair": [*PAIR, None],
     "pair or None": PAIR,
-    "padding": {
-        **INTEGER,
-        **PARTS,
-        **NONE,
-        "-1": -1,
-        "-1 of two": (1, -1),
-        "-1 of four": ((0, -1), (0, 0)),
-        "three sides": ((1, 1), (1, 1), (1, 1)),
-        "four sides": ((0, 0),) * 4,
-        "a number and a pair": (1, (1, 1)),
-        "a pair and a number": ((1, 2), 3),
-        "three numbers and a pair": ((1, 2, 3), (1, 2)),
-        "a pair of True": ((1, True), (1, 1)),
-        "a number and text": (1, "same"),
-        "full": "full",
-        "empty": "",
-    },
+    "padding": [
+        *(*INTEGER, *PARTS, np.array([2.0, 2.0]), None, -1, "full", ""),
+        *((1, -1), ((0, -1), (0, 0)), ((1, True), (1, 1)), (1, "same")),
+        *((1, (1, 1)), ((1, 2), 3), ((1, 2, 3), (1, 2))),
+        *(((1, 1), (1, 1), (1, 1)), ((0, 0),) * 4),
+    ],
     "number": NUMBER,
-    "positive number": NUMBER | {"0": 0, "0.0": 0.0, "-0.0": -0.0},
-    "option": OPTION | NONE,
+    "positive number": [*NUMBER, 0, 0.0, -0.0],
+    "option": [*OPTION, None],
     "option or None": OPTION,
-    "boolean": {
-        **NONSENSE,
-        **NOT_FINITE,
-        **FRACTIONS,
-        **HUGE,
-        **LISTS,
-        **PAIRS,
-        **NONE,
-        "2": 2,
-        "-1": -1,
-    },
-    "units": {
-        **NONSENSE,
-        **NOT_FINITE,
-        **BOOLEANS,
-        **FRACTIONS,
-        **HUGE,
-        **NONE,
-        **{name: v for name, v in PARTS.items() if "array" not in name},
-        "a number": 8,
-        "0 among them": (8, 0),
-        "-1 among them": [8, -1],
-        "an array": np.array([8, 4]),
-    },
+    "boolean": [
+        *(*ANYTHING, *FRACTIONS, *HUGE, *LISTS, *ARRAYS, *PAIRS, None, 2, -1),
+    ],
+    "units": [
+        *(*ANYTHING, *BOOLEANS, *FRACTIONS, *HUGE, *PARTS, None),
+        *(8, (8, 0), [8, -1], np.array([8, 4])),
+    ],
 }
 # The kind of each argument of functions and layers.
 KIND_OF = {
@@ -316,22 +198,12 @@ EVERY_ARGUMENT = [
 
 # Tensors.
 
-BAD_TENSORS = {
-    name: NONSENSE[name]
-    for name in NONSENSE
-    if name not in ("a tensor of another graph", "a specification")
-} | {
-    "no number": np.zeros((0, 2), "U1"),
-    "True": True,
-    "a list of text": ["a", "b"],
-    "a list of lists of unequal lengths": [[[1.0]], [[1.0], [2.0]]],
-    "an array of booleans": np.ones((2, 2), bool),
-    "an array of dates": np.zeros((2, 2), "datetime64[s]"),
-    "an array of records": np.zeros(2, [("y", "f4"), ("x", "f4")]),
-    "a quantized tensor": tf.quantization.quantize(
-        [1.0, 2.0], 0.0, 2.0, tf.quint8
-    ).output,
-    "tensors in a tuple": (tf.ones(2), tf.ones(3)),
-    "tensors in a list": [tf.ones((2, 2)), tf.ones((2, 3))],
-    "2**70": 2**70,
-}
+# Maps may be images of integers, or masks.
+BAD_MAPS = [
+    *(*NONSENSE, np.zeros((0, 2), "U1"), ["a", "b"], 2**70),
+    *([[[1.0]], [[1.0], [2.0]]], [tf.ones((2, 2)), tf.ones((2, 3))]),
+    *(np.zeros((2, 2), "datetime64[s]"), (tf.ones(2), tf.ones(3))),
+    np.zeros(2, [("y", "f4"), ("x", "f4")]),
+    tf.quantization.quantize([1.0, 2.0], 0.0, 2.0, tf.quint8).output,
+]
+BAD_TENSORS = [*BAD_MAPS, True, np.ones((2, 2), bool)]

@@ -17,15 +17,16 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from arguments import (
+    BAD_MAPS,
     BAD_TENSORS,
     CALLABLES,
     EVERY_ARGUMENT,
     FUNCTIONS,
+    KERAS_TENSORS,
     KIND_OF,
     KINDS,
     LAYER_CALLS,
     LAYERS,
-    NONE,
     OPERANDS,
     OPTIONAL,
 )
@@ -71,14 +72,15 @@ def refusal(function, name, value, **arguments) -> str:
     return text
 
 
-def check_all(kind_of_values, check):
+def check_all(values, check):
     """Calls `check` with every value; a failure says which values failed."""
-    wrong = {}
-    for what, value in kind_of_values.items():
+    wrong = []
+    for value in values:
         try:
             check(value)
         except AssertionError as failure:
-            wrong[what] = str(failure)[:300]
+            what = f"{type(value).__name__} {value!r:.50}"
+            wrong.append(f"{what}: {failure!s:.300}")
     assert not wrong
 
 
@@ -250,8 +252,9 @@ def test_text_of_every_kind(same):
 )
 def test_every_operand(function, name, implementation):
     call = {**FUNCTIONS[function], "implementation": implementation}
+    bad = [*BAD_TENSORS, *KERAS_TENSORS]
     check_all(
-        BAD_TENSORS | ({} if name == OPTIONAL[function] else NONE),
+        bad if name == OPTIONAL[function] else [*bad, None],
         lambda value: refusal(function, name, value, **call),
     )
 
@@ -283,20 +286,14 @@ def test_every_argument_of_a_layers_call(layer, name, data_format):
 
                 refusal(by_position, name, value, **good)
 
-    bad = {
-        what: value
-        for what, value in BAD_TENSORS.items()
-        # Tensors of Keras are good here, except for their shape.
-        if "Keras" not in what
-        # Maps may be images of integers or masks.
-        and not (
-            name in ("inputs", "trans_inputs")
-            and what in ("True", "an array of booleans")
-        )
-    }
-    bad["a sparse Keras tensor"] = keras.KerasTensor((1, 5), sparse=True)
-    bad["a Keras tensor of text"] = keras.KerasTensor((1, 5), "string")
-    check_all(bad | (NONE if name in ("inputs", "rois") else {}), check)
+    bad = BAD_MAPS if name in ("inputs", "trans_inputs") else BAD_TENSORS
+    bad = [
+        *bad,
+        # Tensors of Keras are good here, except for these.
+        keras.KerasTensor((1, 5), sparse=True),
+        keras.KerasTensor((1, 5), "string"),
+    ]
+    check_all([*bad, None] if name in ("inputs", "rois") else bad, check)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
