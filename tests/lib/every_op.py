@@ -6,8 +6,7 @@ The full call of an op uses every feature.
 
 import dataclasses
 import functools
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -60,12 +59,6 @@ class Op:
         """Returns the names of operands that have gradients, in order."""
         return [name for name in self.make(**self.full)[0] if name != "rois"]
 
-    def subsets(self) -> Iterator[tuple[str, ...]]:
-        """Yields all choices of gradients, from none to all."""
-        names = self.differentiable
-        for count in range(len(names) + 1):
-            yield from itertools.combinations(names, count)
-
     def draw(self, dtype: str = "float32", larger: int = 1) -> tuple:
         """Returns the operands of the full call by name, and a gradient."""
         size = {self.larger: larger * self.full[self.larger]}
@@ -98,30 +91,24 @@ class Op:
 
     def check(self, call: Call, dtype: str, case: Any = None) -> None:
         """Compares all results, and their types, with the reference's."""
-        given, output_grad, options = call
-        outputs, gradients = self.results(*call)
-        expected, right = self.reference(*call)
-        case = options if case is None else case
-        for name, received, wanted in zip(
-            ("output", "count"), outputs, expected, strict=False
-        ):
+        given, _, options = call
+        (outputs, gradients), (wanted, right) = (
+            self.results(*call),
+            self.reference(*call),
+        )
+        names = ("output", "count")[: len(outputs)]
+        types = {"output": dtype, "count": "float32"}
+        received = {**dict(zip(names, outputs, strict=True)), **gradients}
+        expected = {**dict(zip(names, wanted, strict=True)), **right}
+        for name, array in received.items():
+            is_gradient = name not in names
             assert_close(
-                received,
-                wanted,
+                array,
+                expected[name],
                 self.tolerance(name, dtype),
-                case=case,
-                name=name,
-                dtype=dtype if name == "output" else "float32",
-            )
-        assert len(outputs) == len(expected)
-        for name, gradient in gradients.items():
-            assert_close(
-                gradient,
-                right[name],
-                self.tolerance(name, dtype),
-                case=case,
-                name=f"gradient of {name}",
-                dtype=given[name].dtype,
+                case=options if case is None else case,
+                name=f"gradient of {name}" if is_gradient else name,
+                dtype=given[name].dtype if is_gradient else types[name],
             )
 
 

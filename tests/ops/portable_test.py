@@ -34,26 +34,19 @@ def portable(op, call):
 
 def check_equal(received, expected, dtype, case=""):
     """Compares outputs and gradients, by value and type."""
-    for one, two, tolerance in zip(
-        received, expected, (PORTABLE, PORTABLE_GRADIENT), strict=True
+    for name, one, two, tolerance in zip(
+        ("outputs", "gradients"),
+        received,
+        expected,
+        (PORTABLE, PORTABLE_GRADIENT),
+        strict=True,
     ):
-        for name, wanted in flat(two).items():
-            assert_close(
-                flat(one)[name],
-                wanted,
-                tolerance[dtype],
-                case=case,
-                name=name,
-                dtype=wanted.dtype,
-            )
-        assert flat(one).keys() == flat(two).keys()
-
-
-def flat(results):
-    """Returns outputs or gradients by name."""
-    if isinstance(results, dict):
-        return {f"gradient of {name}": x for name, x in results.items()}
-    return {f"output {index}": x for index, x in enumerate(results)}
+        assert_close(one, two, tolerance[dtype], case=case, name=name)
+    types, wanted = (
+        [x.dtype for x in tf.nest.flatten(results)]
+        for results in (received, expected)
+    )
+    assert types == wanted, case
 
 
 def check_against_native(op, call, dtype, case=""):
