@@ -15,7 +15,6 @@ from compare import assert_close
 from every_op import (
     CONV2D,
     COORDINATES,
-    OPS,
     PSROI_POOL,
     ROI_ALIGN,
     conv2d_call,
@@ -183,7 +182,9 @@ def call(op, x, implementation="native"):
     for seed, name in enumerate(op.differentiable):
         size = (given[name].size, x.shape[0])
         factors = np.random.default_rng(seed).normal(size=size)
-        moves = tf.sin(tf.linalg.matvec(factors, x))
+        # XLA has to compute displacements while it compiles: no sine.
+        moves = tf.reduce_sum(factors * x, -1)
+        moves = 0.5 * moves + 0.1 * moves**3
         scale = 0.01 if name in COORDINATES else 1
         given[name] += scale * tf.reshape(moves, given[name].shape)
     return op.function(**given, **options, implementation=implementation)
@@ -227,7 +228,10 @@ X, DIRECTION = draw((6,), 5), draw((6,), 6)
 
 def gradient_of(function):
     def gradient(x):
-        return gradients_of(lambda x: tf.reduce_sum(function(x) ** 2), [x])[0]
+        def loss(x):
+            return tf.reduce_sum(tf.square(function(x)))
+
+        return gradients_of(loss, [x])[0]
 
     return gradient
 
@@ -418,7 +422,11 @@ def test_second_derivatives_of_some_gradients(wanted, in_graph):
                     CONV2D, given, options, wanted, output_grad
                 )
                 penalty = tf.add_n([tf.reduce_sum(g**2) for g in gradients])
-            return tape.gradient(penalty, given, unconnected_gradients="zero")
+            return tape.gradient(
+                penalty,
+                given,
+                unconnected_gradients=tf.UnconnectedGradients.ZERO,
+            )
 
     native = tf.function(penalty_gradients) if in_graph else penalty_gradients
     assert_close(native("native"), penalty_gradients("portable"), 1e-9)
@@ -459,22 +467,18 @@ def test_a_gradient_penalty_trains_a_model():
             (gradient,) = gradients_of(model, [images])
             norms = tf.sqrt(tf.reduce_sum(gradient**2, (1, 2, 3)))
             loss = tf.reduce_mean((norms - 1) ** 2)
-        gradients = tape.gradient(
-            loss, model.trainable_variables, unconnected_gradients="zero"
-        )
-        for variable, gradient in zip(
-            model.trainable_variables, gradients, strict=True
-        ):
-            variable.assign_sub(0.5 * gradient)
+        variables = model.trainable_variables
+        gradients = tape.gradient(loss, variables)
+        for variable, gradient in zip(variables, gradients, strict=True):
+            if gradient is not None:  # none of the last bias
+                variable.assign_sub(0.5 * gradient)
         return loss
 
     losses = [float(step()) for _ in range(8)]
     assert losses[-1] < losses[0]
 
 
-def test_first_derivatives_stay_native():
+@every_op
+def test_first_derivatives_stay_native(op):
     """Tests that the portable ops run only for second derivatives."""
-    for op in OPS:
-        assert implementations(lambda op=op: op.results(*op.draw())) == {
-            "native"
-        }
+    assert implementations(lambda: op.results(*op.draw())) == {"native"}
