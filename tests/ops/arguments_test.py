@@ -39,7 +39,6 @@ from tf_deform.layers import (
     DeformablePSROIPooling,
     DeformableROIPooling,
 )
-from tf_deform.ops import deformable_psroi_pool
 
 PLAIN = (int, float, complex, str, tuple, dict, type(None))
 
@@ -145,89 +144,67 @@ def test_implementation():
     )
 
 
-# Good values are good in every form.
+# Good values are good in every form. By the kind of an argument: what a layer
+# makes of a value, and forms of the value.
+
+TWOS = [
+    2,
+    np.int8(2),
+    np.uint64(2),
+    np.array(2),
+    tf.constant(2),
+    tf.Variable(2),
+]
+THREE_AND_TWO = [
+    *((3, 2), [3, 2], np.array([3, 2]), (np.int64(3), np.array(2))),
+    *(tf.constant([3, 2]), [tf.constant(3), 2]),
+]
+HALVES = [
+    *(0.5, np.float16(0.5), np.float64(0.5), np.array(0.5), tf.constant(0.5)),
+    *(ml_dtypes.bfloat16(0.5), np.longdouble(0.5), tf.Variable(0.5)),
+    *(decimal.Decimal("0.5"), fractions.Fraction(1, 2)),
+]
+GOOD = {
+    "count": [(2, TWOS)],
+    "integer": [(2, TWOS)],
+    "number": [(2, TWOS), (0.5, HALVES)],
+    "positive number": [(2, TWOS), (0.5, HALVES)],
+    "pair": [((2, 2), TWOS), ((3, 2), THREE_AND_TWO)],
+    "pair or None": [((2, 2), TWOS), ((3, 2), THREE_AND_TWO)],
+    "padding": [
+        (((2, 2), (2, 2)), TWOS),
+        (((3, 3), (2, 2)), THREE_AND_TWO),
+    ],
+    "units": [((2, 2), [[two, two] for two in TWOS])],
+    "boolean": [
+        (False, [False, 0, np.False_, np.array(False)]),
+        (True, [True, 1, np.True_, np.array(True)]),
+    ],
+}
 
 
-@pytest.mark.parametrize(
-    "two",
-    [2, np.int8(2), np.uint64(2), np.array(2), tf.constant(2), tf.Variable(2)],
-    ids=repr,
-)
-@arguments_where(
-    lambda of_layer, kind: kind != "boolean" and "option" not in kind
-)
-def test_integers_of_every_kind(function, name, kind, two):
-    call = CALLABLES[function]
-    if function in LAYERS:
-        if kind == "units":
-            layer = function(**call, units=[two, two])
-        else:
-            layer = function(**{**call, name: two})
-        expected = {"padding": ((2, 2), (2, 2))}.get(name, (2, 2))
-        if kind in ("count", "integer") or "number" in kind:
-            expected = 2
-        assert getattr(layer, name) == expected
-        json.dumps(layer.get_config())
-        return
-    of_others = {
-        "output_dim": "channels",
-        "offset_groups": "channels",
-        "padding": "to have height",
-        "strides": "to have (height|width)",
-        "dilation_rate": "to have (height|width)",
-    }
-    if name in of_others:
-        with pytest.raises(ERRORS, match=of_others[name]):
-            function(**{**call, name: two})
-    else:
-        as_pair = (2, 2) if "pair" in kind else 2
-        expected = function(**{**call, name: as_pair})
-        np.testing.assert_array_equal(function(**{**call, name: two}), expected)
+@arguments_where(lambda of_layer, kind: kind in GOOD)
+def test_every_form_of_good_values(function, name, kind):
+    def outcome(value):
+        """Returns a layer's attribute, the op's results or its error."""
+        try:
+            result = function(**{**CALLABLES[function], name: value})
+        except ERRORS as error:  # Other arguments no longer fit.
+            assert not words(error).startswith(f"Expected `{name}`")
+            return words(error)
+        if function in LAYERS:
+            json.dumps(result.get_config())
+            result = getattr(result, name)
+            return type(result) if kind == "boolean" else None, result
+        return [x.numpy().tolist() for x in tf.nest.flatten(result)]
 
+    def check(value):
+        assert outcome(value) == outcome(plain)
 
-@pytest.mark.parametrize(
-    "pair",
-    [(3, 2), [3, 2], np.array([3, 2]), (np.int64(3), np.array(2))]
-    + [tf.constant([3, 2]), [tf.constant(3), 2]],
-    ids=str,
-)
-@arguments_where(
-    lambda of_layer, kind: of_layer and kind.startswith(("pad", "pair"))
-)
-def test_pairs_of_every_kind(function, name, kind, pair):
-    layer = function(**{**LAYERS[function], name: pair})
-    expected = ((3, 3), (2, 2)) if name == "padding" else (3, 2)
-    assert getattr(layer, name) == expected
-    json.dumps(layer.get_config())
-
-
-@pytest.mark.parametrize(
-    "half",
-    [0.5, np.float16(0.5), np.float64(0.5), np.array(0.5), tf.constant(0.5)]
-    + [ml_dtypes.bfloat16(0.5), decimal.Decimal("0.5")]
-    + [fractions.Fraction(1, 2), np.longdouble(0.5), tf.Variable(0.5)],
-    ids=repr,
-)
-@arguments_where(lambda of_layer, kind: "number" in kind)
-def test_numbers_of_every_kind(function, name, kind, half):
-    call = CALLABLES[function]
-    result = function(**{**call, name: half})
-    if function in LAYERS:
-        assert getattr(result, name) == 0.5
-        json.dumps(result.get_config())
-    else:
-        expected = function(**{**call, name: 0.5})
-        np.testing.assert_array_equal(result, expected)
-
-
-@pytest.mark.parametrize("false", [False, 0, np.False_, np.array(False)])
-def test_booleans_of_every_kind(false):
-    layer = DeformableConv2D(4, 2, use_bias=false)
-    assert layer.use_bias is False
-    json.dumps(layer.get_config())
-    call = FUNCTIONS[deformable_psroi_pool]
-    assert deformable_psroi_pool(**call, return_count=false).shape.rank == 4
-    assert len(deformable_psroi_pool(**call, return_count=not false)) == 2
+    for plain, forms in GOOD[kind]:
+        if function in LAYERS:
+            assert outcome(plain)[1] == plain
+        check_all(forms, check)
 
 
 @pytest.mark.parametrize("same", ["same", "SAME", np.str_("same")])
@@ -328,41 +305,36 @@ def test_maps_and_rois_in_one_list(layer):
         layer(**LAYERS[layer])([*LAYER_CALLS[layer].values()])
 
 
-def error_of(layer, call, symbolic):
-    """Returns the text of the error of a bad call, of values or of symbols."""
-    if symbolic:
-        call = {k: keras.KerasTensor(v.shape) for k, v in call.items()}
-    with pytest.raises(ERRORS) as info:
-        layer(**call)
-    return str(info.value)
-
-
 @pytest.mark.parametrize("symbolic", [False, True])
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 @pytest.mark.parametrize(
-    "shape", [(1, 4, 5, 5), (1, 3, 5, 4), (1, 4, 6, 4), (2, 4, 5, 4)]
+    ("layer", "name", "shape", "of_the_op"),
+    [
+        *(
+            (DeformableConv2D, "modulator", shape, "mask")
+            for shape in [
+                (1, 4, 5, 5),
+                (1, 3, 5, 4),
+                (1, 4, 6, 4),
+                (2, 4, 5, 4),
+            ]
+        ),
+        (DeformableROIPooling, "offset", (3, 2, 2, 2), "trans"),
+    ],
 )
-def test_a_modulator_is_called_so(shape, data_format, symbolic):
-    """Tests that the error says `modulator`, not `mask` like the op.
-
-    The order is the order in which it was given.
-    """
-    layer = DeformableConv2D(4, 2, data_format=data_format)
-    call = {**LAYER_CALLS[DeformableConv2D], "modulator": np.ones(shape)}
+def test_errors_name_the_layers_argument(
+    layer, name, shape, of_the_op, data_format, symbolic
+):
+    """Tests the name, and the order in which the shape was given."""
+    call = {**LAYER_CALLS[layer], name: np.ones(shape, np.float32)}
     if data_format == "channels_first":
         call = to_channels_first(call)
-    text = error_of(layer, call, symbolic)
-    received = re.escape(f"modulator.shape={call['modulator'].shape}")
-    assert re.search(f"(?s)Expected `modulator` .*Received: {received}", text)
-    assert "`mask`" not in text and "mask.shape" not in text
-
-
-@pytest.mark.parametrize("symbolic", [False, True])
-def test_offsets_of_another_number_of_regions_are_called_so(symbolic):
-    call = dict(LAYER_CALLS[DeformableROIPooling])
-    call["offset"] = np.zeros((3, 2, 2, 2), np.float32)
-    text = error_of(DeformableROIPooling(2, 0.5), call, symbolic)
-    assert re.search(
-        r"(?s)Expected `offset` .*offset.shape=\(3, 2, 2, 2\)", text
-    )
-    assert "`trans`" not in text and "trans.shape" not in text
+    received = re.escape(f"{name}.shape={call[name].shape}")
+    if symbolic:
+        call = {k: keras.KerasTensor(v.shape) for k, v in call.items()}
+    with pytest.raises(
+        ERRORS, match=f"(?s)Expected `{name}` .*Received: .*{received}"
+    ) as info:
+        layer(**LAYERS[layer], data_format=data_format)(**call)
+    assert f"`{of_the_op}`" not in str(info.value)
+    assert f"{of_the_op}.shape" not in str(info.value)
