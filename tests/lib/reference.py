@@ -78,10 +78,6 @@ def output_size(
 ) -> Pair:
     """Returns `(out_h, out_w)` of a convolution over a map of `size`."""
     strides, dilation_rate = pair(strides), pair(dilation_rate)
-    if padding == "same":
-        return tuple(
-            math.ceil(n / s) for n, s in zip(size, strides, strict=True)
-        )
     pads = explicit_padding(padding, size, kernel_size, strides, dilation_rate)
     return tuple(
         (n + sum(p) - d * (k - 1) - 1) // s + 1
