@@ -13,6 +13,7 @@ import keras
 import ml_dtypes
 import numpy as np
 import tensorflow as tf
+from bad_calls import OPERANDS
 
 from tf_deform.layers import (
     DeformableConv2D,
@@ -123,7 +124,7 @@ KIND_OF = {
     "use_bias": "boolean",
 }
 
-# A good call of each function, with all operands.
+# A good call of each function, with all operands, the optional one last.
 INPUTS = tf.ones((1, 5, 6, 4))
 ROIS = tf.constant([[0, 1.0, 1, 3, 4]])
 FUNCTIONS = {
@@ -148,11 +149,6 @@ FUNCTIONS = {
         "spatial_scale": 0.5,
         "pooled_size": 2,
     },
-}
-OPTIONAL = {
-    deformable_conv2d: "mask",
-    deformable_psroi_pool: "trans",
-    deformable_roi_align: "offset",
 }
 # Good arguments of each layer, and a call with displacements.
 _ROI = {"pooled_size": 2, "spatial_scale": 0.5}
@@ -182,7 +178,6 @@ LAYER_CALLS = {
     DeformableROIAlign: _POOLED,
 }
 CALLABLES = FUNCTIONS | LAYERS
-OPERANDS = ("inputs", "kernel", "offset", "mask", "rois", "trans")
 # Keras' own arguments, which a layer hands on unchanged.
 _OF_KERAS = re.compile(
     "activation|.*_(initializer|regularizer|constraint)|kwargs"
