@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from compare import assert_close
-from every_op import CONV2D, KNOWN, POOLING, conv2d_call, every_op, typed
+from every_op import CONV2D, KNOWN, OPS, POOLING, conv2d_call, every_op, typed
 from operands import (
     BOUNDARIES,
     DTYPES,
@@ -20,6 +20,7 @@ from operands import (
     draw_conv2d_case,
     one_sample_per_image,
 )
+from pairwise import grid
 from tolerances import PORTABLE, PORTABLE_GRADIENT
 from traced import kinds_of_ops
 
@@ -139,16 +140,24 @@ def test_convolution_reads_nothing_else():
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 def test_nothing_to_convolve(settings, boundary):
     case = Conv2DCase(**settings, boundary=boundary)
-    operands, output_grad, options = conv2d_call(case, "float32")
-    native = CONV2D.results(operands, output_grad, options)
+    operands, output_grad, options = call = conv2d_call(case, "float32")
+    native = CONV2D.results(*call)
+    check_equal(portable(CONV2D, call), native, "float32")
+    graph = graph_of_any_shapes(tuple(operands), tuple(options.items()))
+    check_equal(graph(*operands.values(), output_grad), native, "float32")
 
-    @tf.function(input_signature=[tf.TensorSpec((None,) * 4)] * len(operands))
+
+@functools.cache
+def graph_of_any_shapes(names, options):
+    """Returns a graph that serves every convolution with these options."""
+
+    @tf.function(input_signature=[tf.TensorSpec([None] * 4)] * (len(names) + 1))
     def graph(*tensors):
-        given = dict(zip(operands, tensors, strict=True))
-        return portable(CONV2D, (given, output_grad, options))
+        *given, output_grad = tensors
+        given = dict(zip(names, given, strict=True))
+        return portable(CONV2D, (given, output_grad, dict(options)))
 
-    check_against_native(CONV2D, (operands, output_grad, options), "float32")
-    check_equal(graph(*operands.values()), native, "float32")
+    return graph
 
 
 @both_pooling_ops
@@ -227,29 +236,24 @@ def test_finite():
 # Graphs: only the kernel's size must be known.
 
 CALLS = {
-    "conv2d": (
-        CONV2D,
-        conv2d_call(Conv2DCase(groups=2, offset_groups=3), "float32"),
-    ),
-    **{
-        f"{op}-{seed}": (op, op.draw_random(seed, "float32"))
-        for op in POOLING.values()
-        for seed in (941, 943)
-    },
+    f"{op}-{seed}": (op, op.draw_random(seed, "float32"))
+    for op in OPS
+    for seed in (941, 943)
 }
+every_call = pytest.mark.parametrize("name", CALLS)
 
 
-def graph_of(name, shape, run):
+def graph_of(name, known, run):
     """Returns a function of the operands that are not None, and these.
 
-    `shape` returns the part of an array's shape that the graph knows, `run`
-    takes an op and a call.
+    `known` returns the part of a shape that the graph knows, from an array and
+    an operand's name; `run` takes an op and a call.
     """
     op, (operands, *rest) = CALLS[name]
     present = {k: x for k, x in operands.items() if x is not None}
 
     @tf.function(
-        input_signature=[tf.TensorSpec(shape(x)) for x in present.values()]
+        input_signature=[tf.TensorSpec(known(x, k)) for k, x in present.items()]
     )
     def graph(*tensors):
         given = {**operands, **dict(zip(present, tensors, strict=True))}
@@ -263,29 +267,35 @@ def forward(op, call, implementation="portable"):
     return op.function(**operands, **options, implementation=implementation)
 
 
-@pytest.mark.parametrize("known", ["channels", "rank", "nothing"])
-@pytest.mark.parametrize("name", CALLS)
-def test_dynamic_shapes(name, known):
-    def shape(x):
-        if known == "channels" and x.shape[:2] == (3, 2):
-            return x.shape  # A kernel's size.
+@grid(
+    {
+        "op": OPS,
+        "seed": [941, 943],
+        "known": ["channels", "rank", "nothing"],
+    }
+)
+def test_dynamic_shapes(op, seed, known):
+    def shape(x, name):
+        if known == "channels" and name == "kernel":
+            return x.shape
         return KNOWN[known](x)
 
+    name = f"{op}-{seed}"
     graph, operands = graph_of(name, shape, portable)
     check_equal(graph(*operands), portable(*CALLS[name]), "float32")
 
 
-@pytest.mark.parametrize("name", CALLS)
+@every_call
 def test_static_shapes_are_those_of_the_native_op(name):
-    for shape in (
-        lambda x: x.shape,
-        lambda x: (None, *x.shape[1:]),
-        lambda x: (*[None] * (x.ndim - 1), x.shape[-1]),
+    for known in (
+        lambda x, _: x.shape,
+        lambda x, _: (None, *x.shape[1:]),
+        lambda x, _: (*[None] * (x.ndim - 1), x.shape[-1]),
     ):
         received, expected = (
             graph_of(
                 name,
-                shape,
+                known,
                 functools.partial(forward, implementation=implementation),
             )[0]
             .get_concrete_function()
@@ -295,10 +305,10 @@ def test_static_shapes_are_those_of_the_native_op(name):
         assert received == expected
 
 
-@pytest.mark.parametrize("name", CALLS)
+@every_call
 def test_only_ops_that_exist_elsewhere(name):
     """Tests that there is no loop, no condition, and no op of this package."""
-    graph, _ = graph_of(name, KNOWN["rank"], forward)
+    graph, _ = graph_of(name, lambda x, _: [None] * x.ndim, forward)
     kinds = kinds_of_ops(graph.get_concrete_function())
     assert not any("Deform" in kind for kind in kinds)
     assert not kinds & {"While", "StatelessWhile", "If", "StatelessIf"}
