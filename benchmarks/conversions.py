@@ -3,12 +3,11 @@
 
     python benchmarks/conversions.py
 
-It writes small models with `tf_deform.export`, converts the files with other
-programs, and prints by how much the outputs of these files differ from the
-model's: the largest difference, and the root of the mean square, in percent of
-the largest number. It leaves out conversions of packages that are not
-installed: nncf and onnxconverter-common are no part of `pip install
-'tf-deform[test]'`.
+Writes small models with `tf_deform.export`, converts the files with other
+programs, and prints how far the outputs of these files are from the model's:
+the largest difference, and the root of the mean square, in percent of the
+largest number. Leaves out conversions whose package is not installed: nncf and
+onnxconverter-common are no part of `pip install 'tf-deform[test]'`.
 """
 
 import argparse
