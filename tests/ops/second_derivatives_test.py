@@ -207,8 +207,8 @@ def mapped(op, x, **options):
 
 def repeated(op, x, **options):
     def step(i, x):
-        output = tf.reshape(call(op, x, **options), [-1])
-        return i + 1, 0.2 + 0.1 * tf.tanh(output[: x.shape[0]])
+        output = tf.reshape(call(op, x, **options), (x.shape[0], -1))
+        return i + 1, 0.2 + 0.3 * tf.tanh(0.1 * tf.reduce_sum(output, 1))
 
     return tf.while_loop(
         lambda i, _: i < 2, step, (0, x), maximum_iterations=2
