@@ -58,13 +58,16 @@ def check_against_native(op, call, dtype, case=""):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("seed", range(900, 908))
+@pytest.mark.parametrize("seed", ["full call", *range(900, 908)])
 @every_op
 def test_equals_native(op, seed, dtype):
-    check_against_native(op, op.draw_random(seed, dtype), dtype)
+    call = *op.draw(dtype), op.options
+    if seed != "full call":
+        call = op.draw_random(seed, dtype)
+    check_against_native(op, call, dtype)
 
 
-@pytest.mark.parametrize("seed", range(930, 936))
+@pytest.mark.parametrize("seed", [920, 921, 922, 924, *range(930, 936)])
 @every_op
 def test_equals_the_reference(op, seed):
     call, tolerance = op.draw_random(seed, "float64"), 1e-9
