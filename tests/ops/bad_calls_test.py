@@ -79,19 +79,22 @@ def test_bad_shape_under_a_tape(op, bad_call):
 
 @pytest.mark.parametrize(**rows_of(BAD_SHAPES))
 def test_portable_ops_say_the_same(op, bad_call):
-    """Tests the same text in the same type of error.
+    """Tests the same text in the same type of error, alone and in graphs.
 
     In graphs that know no shapes, an error takes the place of broadcasting or
     reshaping to a wrong result.
     """
     operands, options = arguments_of(op, bad_call.changes)
-    errors = []
-    for implementation in ("portable", "native"):
-        options["implementation"] = implementation
-        with pytest.raises(ERRORS) as info:
-            op(**operands, **options)
-        errors.append((type(info.value), words(info.value)))
-    assert errors[0] == errors[1]
+
+    def errors(implementation):
+        call = {**options, "implementation": implementation}
+        with pytest.raises(ERRORS) as eager:
+            op(**operands, **call)
+        with pytest.raises(ERRORS) as graph:
+            in_graph(op, operands, call, known=True)
+        return [(info.type, words(info.value)) for info in (eager, graph)]
+
+    assert errors("portable") == errors("native")
     options["implementation"] = "portable"
     with pytest.raises((ValueError, tf.errors.OpError)):
         in_graph_once(op, operands, options)
