@@ -17,9 +17,7 @@ from setuptools.command.build_py import build_py
 
 VERSION = "0.1.0"
 ROOT = os.path.dirname(os.path.abspath(__file__))
-# These are the same globs as in BUILD: a new op edits no build file.
-OPS_SOURCES = "cc/tf/*.cc"
-XLA_SOURCES = "cc/xla/*.cc"
+GLUE_SOURCES = "cc/*.cc"  # as in BUILD
 
 sys.path.insert(0, ROOT)
 from cc import build  # noqa: E402
@@ -44,10 +42,11 @@ TENSORFLOW_FLAGS = [
 TENSORFLOW_INCLUDE = tf.sysconfig.get_include()
 # Older TensorFlow has no header for ops inside jit_compile=True.
 XLA = os.path.exists(os.path.join(TENSORFLOW_INCLUDE, "xla/ffi/api/c_api.h"))
-XLA_FLAGS = [
-    f"-isystem{os.path.join(TENSORFLOW_INCLUDE, 'external', folder)}"
-    for folder in ("highwayhash", "farmhash_archive/src")
-]
+if XLA:
+    TENSORFLOW_FLAGS += [
+        f"-isystem{os.path.join(TENSORFLOW_INCLUDE, 'external', folder)}"
+        for folder in ("highwayhash", "farmhash_archive/src")
+    ]
 # `import tensorflow` loads both libraries before the ops.
 LINK_FLAGS = tf.sysconfig.get_link_flags()
 LINK_FLAGS += ["-l:libtensorflow_cc.so.2"] if XLA else []
@@ -73,17 +72,16 @@ class BuildExtension(build_ext):
         folder = os.path.abspath(self.build_temp)
         # The folder names the version, as the paths of TensorFlow's headers do
         # not.
-        ops_folder = os.path.join(folder, f"tensorflow-{tf.__version__}")
-        ops = build.cxx_steps(OPS_SOURCES, ops_folder, cuda, TENSORFLOW_FLAGS)
-        if XLA:
-            flags = [*TENSORFLOW_FLAGS, *XLA_FLAGS]
-            ops += build.cxx_steps(XLA_SOURCES, ops_folder, cuda, flags)
+        glue_folder = os.path.join(folder, f"tensorflow-{tf.__version__}")
+        glue = build.cxx_steps(
+            GLUE_SOURCES, glue_folder, cuda, TENSORFLOW_FLAGS
+        )
         core = build.core_steps(folder, cuda)
-        # The ops come first, as XLA's headers take longest to compile: at the
-        # end, all other processors would wait for them.
-        objects = build.compile_all([*ops, *core])
+        # The glue comes first, as it takes long to compile: at the end, all
+        # other processors would wait for it.
+        objects = build.compile_all([*glue, *core])
         for name, parts, flags in (
-            ("tf_deform._core", objects[len(ops) :], ["-lpthread"]),
+            ("tf_deform._core", objects[len(glue) :], ["-lpthread"]),
             ("tf_deform._ops", objects, LINK_FLAGS),
         ):
             build.link(self.get_ext_fullpath(name), parts, cuda, flags)

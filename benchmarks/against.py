@@ -7,6 +7,7 @@ other one runs.
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 from processes import WORKER, kill, last_lines, start, worker_environment
 from report import TITLES, describe, interval, markdown, remarks, summary
-from timing import TOLERANCES, Sampler, agree, take_turns
+from timing import TOLERANCES, agree, take_turns
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BUILDS = ("this", "other")
@@ -55,24 +56,22 @@ class Build:
 
     def __init__(self, job: dict[str, Any], stack: contextlib.ExitStack):
         self._job = job
-        self._log = stack.enter_context(
-            tempfile.TemporaryFile("w+", errors="replace")
+        log = tempfile.TemporaryFile("w+", errors="replace")
+        self._log = stack.enter_context(log)
+        process = start(
+            [sys.executable, WORKER, json.dumps(job)],
+            stdin=subprocess.PIPE,
+            stderr=self._log,
+            env=worker_environment(job),
         )
-        self._process = stack.enter_context(
-            start(
-                [sys.executable, WORKER, json.dumps(job)],
-                stdin=subprocess.PIPE,
-                stderr=self._log,
-                env=worker_environment(job),
-            )
-        )
+        self.process = stack.enter_context(process)
         self.kinds: list[str] = []
 
     def _read(self) -> dict[str, Any]:
-        line = self._process.stdout.readline()
+        line = self.process.stdout.readline()
         if not line:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(10)  # it may still be printing the reason
+                self.process.wait(10)  # it may still be printing the reason
             raise RuntimeError(
                 f"the process ended: {last_lines(self._log)[-1]}"
             )
@@ -81,7 +80,7 @@ class Build:
     def results(self) -> dict[str, np.ndarray]:
         """Waits for the results: by kind of call and operand."""
         ready = self._read()
-        expected = os.path.realpath(os.path.join(self._job["tree"]))
+        expected = os.path.realpath(self._job["tree"])
         received = os.path.realpath(os.path.dirname(ready["package"]))
         if received != expected:
             raise RuntimeError(
@@ -92,18 +91,11 @@ class Build:
         with np.load(self._job["results"]) as file:
             return dict(file)
 
-    def sampler(self, kind: str) -> Sampler:
-        """Returns a function that has the process make a call, in ms."""
-
-        def sample() -> float:
-            self._process.stdin.write(f"{kind}\n")
-            self._process.stdin.flush()
-            return self._read()["ms"]
-
-        return sample
-
-    def kill(self) -> None:
-        kill(self._process)
+    def sample(self, kind: str) -> float:
+        """Has the process make a call; returns the call's milliseconds."""
+        self.process.stdin.write(f"{kind}\n")
+        self.process.stdin.flush()
+        return self._read()["ms"]
 
 
 def time_unit(
@@ -156,7 +148,7 @@ def _time_pair(
         def end() -> None:
             is_over.set()
             for build in builds.values():
-                build.kill()
+                kill(build.process)
 
         timer = threading.Timer(timeout, end)
         timer.start()
@@ -164,7 +156,7 @@ def _time_pair(
         try:
             rows = _compare(job, builds)
             samplers = {
-                (name, kind): build.sampler(kind)
+                (name, kind): functools.partial(build.sample, kind)
                 for kind, row in rows.items()
                 for name, build in builds.items()
                 if not row["errors"]
@@ -210,12 +202,12 @@ def judge(rows: list[dict[str, Any]]) -> list[str]:
     if not rows:
         return []
     different = [row for row in rows if not row["equal_bits"]]
-    bits = f"Results are equal to the bit in all {len(rows)} rows."
+    bits = f"are equal to the bit in all {len(rows)} rows"
     if different:
         most = max(row["disagreement"] for row in different)
         bits = (
-            f"Results DIFFER in {len(different)} of {len(rows)} rows, by up to "
-            f"{most:.1e} of the root mean square."
+            f"DIFFER in {len(different)} of {len(rows)} rows, by up to "
+            f"{most:.1e} of the root mean square"
         )
     ratios = [row["this"]["ratio_by_round"]["median"] for row in rows]
     mean = statistics.geometric_mean(ratios)
@@ -225,14 +217,13 @@ def judge(rows: list[dict[str, Any]]) -> list[str]:
         if row["interval"][0] > ROW_GOAL
     ]
     return [
-        bits,
+        f"Results {bits}.",
         f"Geometric mean of {len(rows)} ratios, this tree to the other: "
         f"{mean:.4f} (goal: at most {MEAN_GOAL:g}, "
         f"{'met' if mean <= MEAN_GOAL else 'MISSED'}); "
         f"{min(ratios):.3f} to {max(ratios):.3f}.",
         f"Rows whose 95 % interval lies wholly above {ROW_GOAL:g}: "
-        + (", ".join(slower) or "none")
-        + ".",
+        f"{', '.join(slower) or 'none'}.",
     ]
 
 

@@ -169,12 +169,13 @@ class TensorFlow(Contender):
         # Each function also returns one number of its result. Fetching this
         # number proves that the call has finished, and costs nothing; fetching
         # the result would add a copy that no model makes.
-        @tf.function
         def forward(*tensors):
             output = self._call(**dict(zip(names, tensors, strict=True)))
             return output, tf.reshape(output, [-1])[0]
 
-        def differentiate(cotangent, *tensors):
+        # Returns the output, too: otherwise the forward pass would be pruned
+        # from the graph where no gradient needs it.
+        def both(cotangent, *tensors):
             operands = dict(zip(names, tensors, strict=True))
             sources = {
                 name: tensor
@@ -190,25 +191,19 @@ class TensorFlow(Contender):
             first = tf.reshape(gradients["inputs"], [-1])[0]
             return output, gradients, first
 
-        # Returns the output, too: otherwise the forward pass would be pruned
-        # from the graph where no gradient needs it.
-        @tf.function
-        def both(cotangent, *tensors):
-            return differentiate(cotangent, *tensors)
-
         # Leaves the output out, so that the forward pass is pruned.
-        @tf.function
         def backward(cotangent, *tensors):
-            return differentiate(cotangent, *tensors)[1:]
+            return both(cotangent, *tensors)[1:]
 
-        # Makes concrete functions: tracing happens here, not in the first call.
-        forward = forward.get_concrete_function(*tensors)
-        both = both.get_concrete_function(cotangent, *tensors)
-        self._forward = lambda: forward(*tensors)
-        self._both = lambda: both(cotangent, *tensors)
+        def trace(function, *tensors):
+            # Tracing happens here, not in the first call.
+            graph = tf.function(function).get_concrete_function(*tensors)
+            return lambda: graph(*tensors)
+
+        self._forward = trace(forward, *tensors)
+        self._both = trace(both, cotangent, *tensors)
         if self.backward:
-            backward = backward.get_concrete_function(cotangent, *tensors)
-            self._backward = lambda: backward(cotangent, *tensors)
+            self._backward = trace(backward, cotangent, *tensors)
 
     def _call(self, **tensors: Any) -> Any:
         raise NotImplementedError

@@ -10,7 +10,6 @@ so that the harness can be tried on a machine without a GPU.
 import ctypes
 import dataclasses
 import functools
-import importlib.metadata
 import math
 import os
 import statistics
@@ -18,6 +17,7 @@ import sys
 from typing import Any
 
 import convolution
+import machine
 import numpy as np
 import roi_pooling
 from contenders import Contender, Setting, Suite, Unsupported
@@ -59,6 +59,14 @@ def representable(array: np.ndarray) -> np.ndarray:
     return tensor.float().numpy()
 
 
+def representable_fields(operands: Any) -> Any:
+    """Rounds all operands but coordinates."""
+    names = ("inputs", "kernel", "mask", "cotangent")
+    given = {name: getattr(operands, name, None) for name in names}
+    fields = {k: representable(a) for k, a in given.items() if a is not None}
+    return dataclasses.replace(operands, **fields)
+
+
 class ConvOperands(convolution.Operands):
     @classmethod
     def random(cls, case: convolution.Case) -> "ConvOperands":
@@ -67,25 +75,15 @@ class ConvOperands(convolution.Operands):
         torchvision adds up coordinates in float16; these offsets make the sums
         exact there, too (in images of less than 256 pixels).
         """
-        operands = super().random(case)
-        fields = {
-            name: representable(getattr(operands, name))
-            for name in ("inputs", "kernel", "mask", "cotangent")
-            if getattr(operands, name) is not None
-        }
+        operands = representable_fields(super().random(case))
         offset = (np.floor(4 * operands.offset) + 0.5) / 4
-        return dataclasses.replace(operands, offset=offset, **fields)
+        return dataclasses.replace(operands, offset=offset)
 
 
 class PoolingOperands(roi_pooling.Operands):
     @classmethod
     def random(cls, case: roi_pooling.Case) -> "PoolingOperands":
-        operands = super().random(case)
-        return dataclasses.replace(
-            operands,
-            inputs=representable(operands.inputs),
-            cotangent=representable(operands.cotangent),
-        )
+        return representable_fields(super().random(case))
 
 
 # The operators have these names in the core.
@@ -441,30 +439,21 @@ def describe(device: str) -> dict[str, Any]:
     """
     import torch
 
-    versions = {}
-    for name in ("torch", "torchvision", "numpy"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    if device == "cpu":
-        machine: dict[str, Any] = {"gpu": "none (emulated)"}
-        return {
-            "machine": machine | {"capability": "9.0"},
-            "versions": versions,
+    versions = machine.versions(("torch", "torchvision", "numpy"))
+    found: dict[str, Any] = {"gpu": "none (emulated)", "capability": "9.0"}
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise RuntimeError("PyTorch sees no GPU")
+        properties = torch.cuda.get_device_properties(0)
+        found = {
+            "gpu": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
+            "cuda_of_torch": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
         }
-    if not torch.cuda.is_available():
-        raise RuntimeError("PyTorch sees no GPU")
-    properties = torch.cuda.get_device_properties(0)
-    machine = {
-        "gpu": properties.name,
-        "capability": f"{properties.major}.{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
-        "cuda_of_torch": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-    }
-    return {"machine": machine, "versions": versions}
+    return {"machine": found, "versions": versions}
 
 
 def peaks(device: str, clock: HostClock) -> dict[str, float]:

@@ -9,7 +9,6 @@ It needs a GPU, nvcc and PyTorch. See "On a GPU" in README.md in this folder.
 import argparse
 import ctypes
 import importlib.util
-import json
 import os
 import pathlib
 import re
@@ -20,15 +19,15 @@ import time
 from typing import Any
 
 import machine
-from processes import WORKER, run_program
+from processes import run_program
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
 from cc import build  # noqa: E402
 
-# The sections run in this order; the profile runs only if it is asked for.
-SECTIONS = ("table", "tests", "memcheck", "racecheck", "profile")
+# The sections run in this order.
+SECTIONS = ("table", "tests", "memcheck", "racecheck")
 # Seconds after which a unit is ended. A unit of most sections is a test file; a
 # unit of the table is a shape, whose limit is run.py's.
 TIMEOUTS = {
@@ -36,7 +35,6 @@ TIMEOUTS = {
     "tests": 120,
     "memcheck": 45,
     "racecheck": 30,
-    "profile": 120,
 }
 EMULATION = 20  # times slower than a GPU, about
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
@@ -64,17 +62,14 @@ def count_gpus() -> int:
 
 def find_missing(options: argparse.Namespace) -> list[str]:
     """Returns a list of missing requirements of this machine."""
-    found = []
-    if not options.emulate:
-        if not count_gpus():
-            found.append("a GPU with its driver")
-        if not options.core and not build.find_nvcc():
-            found.append("nvcc")
+    needed = {
+        "a GPU with its driver": options.emulate or count_gpus(),
+        "nvcc": options.emulate or options.core or build.find_nvcc(),
+    }
     packages = {"torch": "PyTorch", "numpy": "NumPy", "pytest": "pytest"}
     for package, title in packages.items():
-        if importlib.util.find_spec(package) is None:
-            found.append(title)
-    return found
+        needed[title] = importlib.util.find_spec(package)
+    return [title for title, found in needed.items() if not found]
 
 
 # The functions below choose and run sections and units.
@@ -155,7 +150,7 @@ class Check:
         if not self.options.core:
             command = [sys.executable, "cc/build.py", "--output", self.core]
             command += ["--objects", str(self.folder / "objects")]
-            if not (self.options.emulate or self.options.all_architectures):
+            if not self.options.emulate:
                 command += find_architecture()
             commands.append(command)
         name = "TF_DEFORM_EMULATED_CORE"
@@ -216,40 +211,18 @@ class Check:
         # time.
         collect = [*PYTEST, "--collect-only", "-k", "not 32_bits"]
         for file in files:
+            unit = f"{tool}, {file}"
             status, listed = self.run(tool, [*collect, file])
             chosen = choose_cases(listed.splitlines(), CHECK_CASES[tool])
             if status != 0 or not chosen:
-                text = "no tests could be collected"
-                self.close(f"{tool}, {file}", text, failed=True)
+                self.close(unit, "no tests could be collected", failed=True)
                 continue
             status, printed = self.run(
                 tool,
                 [*command, *PYTEST, *chosen],
                 PYTORCH_NO_CUDA_MEMORY_CACHING="1",
             )
-            text, failed = judge_check(status, printed, len(chosen))
-            self.close(f"{tool}, {file}", text, failed)
-
-    def profile(self, arguments: list[str]) -> None:
-        """Runs one call of our kernels under Nsight Compute."""
-        import run
-
-        program = shutil.which("ncu")
-        if program is None:
-            self.close("profile", "not run: no ncu on this machine")
-            return
-        options = run.parse_arguments(arguments)
-        options.precisions = options.precisions[:1]
-        report = run.new_report(options, [])
-        job = run.make_job(options, report, options.units[0])
-        command = [program, "--clock-control", "none", "--kernel-name-base"]
-        command += ["demangled", "--kernel-name", "regex:tf_deform"]
-        for section in ("SpeedOfLight", "LaunchStats", "Occupancy"):
-            command += ["--section", section]
-        command += ["--section", "MemoryWorkloadAnalysis", sys.executable]
-        job = json.dumps(job | {"mode": "once"})
-        status, _ = self.run("profile", [*command, WORKER, job])
-        self.close("profile", f"exit status {status}; see profile.log")
+            self.close(unit, *judge_check(status, printed, len(chosen)))
 
 
 def find_architecture() -> list[str]:
@@ -291,7 +264,7 @@ def choose_units(
     if not sections:
         sections = [
             name
-            for name in SECTIONS[:-1]
+            for name in SECTIONS
             if not words or (of_table if name == "table" else files)
         ]
     return sections, of_table, files
@@ -301,7 +274,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Builds, times and tests the CUDA kernels on a machine "
         "with a GPU, nvcc and PyTorch, and no TensorFlow. Options of run.py "
-        "such as --precisions, --repeats and --eager are for the table."
+        "such as --precisions and --repeats are for the table."
     )
     parser.add_argument(
         "--only",
@@ -309,8 +282,7 @@ def make_parser() -> argparse.ArgumentParser:
         default=[],
         metavar="WORD",
         help=f"sections ({', '.join(SECTIONS)}) and units: parts of shapes or "
-        "of the names of tests, such as psroi or 56x56 (default: all but the "
-        "profile, which is of the first unit)",
+        "of the names of tests, such as psroi or 56x56 (default: all)",
     )
     parser.add_argument(
         "--out",
@@ -319,11 +291,6 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--core", help="a core that is built already, by cc/build.py"
-    )
-    parser.add_argument(
-        "--all-architectures",
-        action="store_true",
-        help="build for all GPUs that a release is for, not for this one only",
     )
     parser.add_argument(
         "--emulate",
@@ -368,8 +335,8 @@ def main(arguments: list[str] | None = None) -> int:
         log.unlink()  # it is the last run's: logs are appended to
     if check.make():
         for section in sections:
-            if section in ("table", "profile"):
-                getattr(check, section)([*of_table, "--core", check.core])
+            if section == "table":
+                check.table([*of_table, "--core", check.core])
             elif section == "tests":
                 check.tests(files)
             else:

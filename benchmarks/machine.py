@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Describes the machine and the installed packages, for readers of results."""
 
+import contextlib
 import ctypes
 import glob
 import importlib.metadata
@@ -41,32 +42,23 @@ def instruction_set() -> str | None:
 
 def describe() -> dict[str, Any]:
     """Returns facts that explain the numbers; none names the host."""
-    model, flags = platform.processor() or platform.machine(), []
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            fields = dict(
-                re.findall(r"^(.*?)\s*:[ \t]*(.*)$", file.read(), re.M)
-            )
-    except OSError:
-        fields = {}
-    model = fields.get("model name", model)
+    fields, memory = {}, None
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        text = file.read()
+        fields = dict(re.findall(r"^(.*?)\s*:[ \t]*(.*)$", text, re.M))
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        memory = round(pages / 2**30, 1)
+    model = platform.processor() or platform.machine()
     flags = fields.get("flags", fields.get("Features", "")).split()
     return {
-        "cpu": model,
+        "cpu": fields.get("model name", model),
         "architecture": platform.machine(),
         "processors": count_processors(),
         "instruction_sets": [f for f in flags if INSTRUCTION_SETS.fullmatch(f)],
-        "memory_gib": _memory_gib(),
+        "memory_gib": memory,
         "system": f"{platform.system()} {platform.release()}",
     }
-
-
-def _memory_gib() -> float | None:
-    try:
-        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None
-    return round(pages / 2**30, 1)
 
 
 def ask_driver(field: str) -> str:

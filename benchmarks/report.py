@@ -6,15 +6,12 @@ one contender at one shape and one setting: a number of threads on the CPU, a
 precision on a GPU. Files of earlier versions can be read.
 """
 
-import dataclasses
-import functools
 import json
 import math
 import os
 import statistics
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from contenders import Suite
@@ -32,16 +29,15 @@ HEADS = {"forward": "forward", "both": "fwd+bwd", "backward": "backward"}
 NOISE = 0.15  # a larger distance of quartiles over the median is reported
 
 
-@dataclasses.dataclass(frozen=True)
-class Goal:
+class Goal(NamedTuple):
     """Holds a bound on a ratio, which may depend on the shape."""
 
     text: str
     of: Callable[[Any], float]  # takes the case
 
-    @classmethod
-    def at(cls, bound: float) -> "Goal":
-        return cls(f"{bound:g}", lambda case: bound)
+
+def at(bound: float) -> Goal:
+    return Goal(f"{bound:g}", lambda case: bound)
 
 
 SAMPLING = Goal(
@@ -57,26 +53,26 @@ SAMPLING = Goal(
 GOAL_THREADS = 2
 TWO = f"threads {GOAL_THREADS}"
 GOALS = {
-    ("conv", "forward", "ratio", TWO): Goal.at(1.3),
-    ("conv", "forward", "mean", TWO): Goal.at(1.1),
-    ("conv", "forward", "onnxruntime or openvino", TWO): Goal.at(1.25),
-    ("conv", "forward", "threads", TWO): Goal.at(1.8),
-    ("conv", "both", "ratio", TWO): Goal.at(1.35),
-    ("conv", "both", "gather", TWO): Goal.at(2.5),
-    ("conv", "both", "threads", TWO): Goal.at(1.8),
+    ("conv", "forward", "ratio", TWO): at(1.3),
+    ("conv", "forward", "mean", TWO): at(1.1),
+    ("conv", "forward", "onnxruntime or openvino", TWO): at(1.25),
+    ("conv", "forward", "threads", TWO): at(1.8),
+    ("conv", "both", "ratio", TWO): at(1.35),
+    ("conv", "both", "gather", TWO): at(2.5),
+    ("conv", "both", "threads", TWO): at(1.8),
     ("conv_kinds", "forward", "ratio", TWO): SAMPLING,
     ("conv_kinds", "both", "ratio", TWO): SAMPLING,
-    ("roi", "forward", "openvino, psroi", TWO): Goal.at(10),
-    ("roi", "backward", "ratio", TWO): Goal.at(3),
+    ("roi", "forward", "openvino, psroi", TWO): at(10),
+    ("roi", "backward", "ratio", TWO): at(3),
 }
 for _kind in KINDS:  # on a GPU
     GOALS |= {
-        ("conv", _kind, "torchvision", "float32"): Goal.at(2),
-        ("conv", _kind, "torchvision", "tf32"): Goal.at(2),
-        ("conv", _kind, "torchvision", "float16"): Goal.at(4),
-        ("conv", _kind, "ratio", "bfloat16"): Goal.at(1.6),
-        ("roi", _kind, "torchvision, psroi", "float32"): Goal.at(5),
-        ("roi", _kind, "torchvision, psroi", "float16"): Goal.at(5),
+        ("conv", _kind, "torchvision", "float32"): at(2),
+        ("conv", _kind, "torchvision", "tf32"): at(2),
+        ("conv", _kind, "torchvision", "float16"): at(4),
+        ("conv", _kind, "ratio", "bfloat16"): at(1.6),
+        ("roi", _kind, "torchvision, psroi", "float32"): at(5),
+        ("roi", _kind, "torchvision, psroi", "float16"): at(5),
     }
 
 
@@ -129,10 +125,6 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return ordered[fewer - 1], ordered[-fewer]
 
 
-def is_noisy(time: Mapping[str, float]) -> bool:
-    return time["q75_ms"] - time["q25_ms"] > NOISE * time["median_ms"]
-
-
 def setting(row: Row) -> str:
     """Returns a row's setting as goals name it."""
     if row.get("threads"):
@@ -160,39 +152,36 @@ def table(report: dict[str, Any], op: str) -> str:
     rows = rows_of(report, op)
     on_gpu = report.get("device") == "cuda"
     peaks = report.get("peaks", {})
-    columns: list[tuple[str, Callable[[Row], str]]] = [
-        ("shape", lambda row: row["shape"]),
-        ("precision", lambda row: row["precision"])
-        if on_gpu
-        else ("threads", lambda row: str(row["threads"])),
-        ("contender", lambda row: row["contender"]),
-    ]
-    for kind in TIMED_KINDS:
-        if kind == "backward" and not any(kind in row for row in rows):
-            continue
-        # A GPU's calls take fractions of a millisecond.
-        time_cell = functools.partial(_time_cell, kind, 3 if on_gpu else 1)
-        columns += [
-            (f"{HEADS[kind]} ms (25-75 %)", time_cell),
-            (
-                "to forward" if kind == "backward" else "ratio",
-                functools.partial(_ratio_cell, kind),
-            ),
-        ]
-        if any("flop" in row for row in rows) and on_gpu:
-            cell = functools.partial(_rate_cell, kind, peaks)
-            columns.append(("TFLOP/s (of peak)", cell))
-    if on_gpu:
-        columns.append(("largest difference", _difference_cell))
-    elif any(row["extra_mib"] for row in rows):
-        columns += [
-            (f"extra MiB {HEADS[kind]}", functools.partial(_memory_cell, kind))
-            for kind in KINDS
-        ]
+    kinds = TIMED_KINDS if any("backward" in row for row in rows) else KINDS
+    has_rates = on_gpu and any("flop" in row for row in rows)
+    has_memory = not on_gpu and any(row["extra_mib"] for row in rows)
+
+    def cells(row: Row) -> list[tuple[str, str]]:
+        """Returns the heads of all columns, and the row's texts."""
+        place = "precision" if on_gpu else "threads"
+        found = [(k, str(row[k])) for k in ("shape", place, "contender")]
+        for kind in kinds:
+            # A GPU's calls take fractions of a millisecond.
+            time = _time_cell(kind, 3 if on_gpu else 1, row)
+            ratio = "to forward" if kind == "backward" else "ratio"
+            found.append((f"{HEADS[kind]} ms (25-75 %)", time))
+            found.append((ratio, _ratio_cell(kind, row)))
+            if has_rates:
+                rate = _rate_cell(kind, peaks, row)
+                found.append(("TFLOP/s (of peak)", rate))
+        if on_gpu:
+            found.append(("largest difference", _difference_cell(row)))
+        if has_memory:
+            found += [
+                (f"extra MiB {HEADS[kind]}", _memory_cell(kind, row))
+                for kind in KINDS
+            ]
+        return found
+
     return markdown(
-        [head for head, _ in columns],
+        [head for head, _ in cells(rows[0])],
         [
-            [cell(row) for _, cell in columns]
+            [text for _, text in cells(row)]
             for row in rows
             if "unsupported" not in row
         ],
@@ -297,11 +286,13 @@ def notes(report: dict[str, Any], op: str, suite: Suite) -> list[str]:
                 f"{tolerance:.0e})."
             )
     lines += _judge(rows, op, suite)
+    timed = [
+        (row, row[kind]) for row in rows for kind in TIMED_KINDS if kind in row
+    ]
     noisy = [
         f"{row['shape']} at {setting(row)}"
-        for row in rows
-        for kind in TIMED_KINDS
-        if kind in row and is_noisy(row[kind])
+        for row, time in timed
+        if time["q75_ms"] - time["q25_ms"] > NOISE * time["median_ms"]
     ]
     if noisy:
         lines.append(
@@ -309,12 +300,7 @@ def notes(report: dict[str, Any], op: str, suite: Suite) -> list[str]:
             f"{len(noisy)} timings; do not trust the ratios of "
             f"{', '.join(dict.fromkeys(noisy))}."
         )
-    eager = sum(
-        row[k].get("mode") == "launches"
-        for row in rows
-        for k in KINDS
-        if k in row
-    )
+    eager = sum(time.get("mode") == "launches" for _, time in timed)
     if eager:
         lines.append(
             f"{eager} times are of launches, not of CUDA graphs: they contain "
@@ -341,9 +327,8 @@ def _judge(rows: list[Row], op: str, suite: Suite) -> list[str]:
     judged: set[tuple[str, ...]] = set()
     for kind in TIMED_KINDS:
         for name, threads in found.items():
-            for what, text, ratios in comparisons(
-                rows, suite, kind, name, threads
-            ):
+            compared = comparisons(rows, suite, kind, name, threads)
+            for what, (text, ratios) in compared.items():
                 key = op, kind, what, name
                 judged |= {key, (op, kind, "mean", name)}
                 title = f"tf_deform, {TITLES[kind]}, {name}"
@@ -358,11 +343,11 @@ def _judge(rows: list[Row], op: str, suite: Suite) -> list[str]:
 
 def comparisons(
     rows: list[Row], suite: Suite, kind: str, name: str, threads: int | None
-) -> list[tuple[str, str, dict[str, float]]]:
-    """Returns (subject, words, ratios by shape) of `tf_deform`.
+) -> dict[str, tuple[str, dict[str, float]]]:
+    """Returns words and ratios by shape of `tf_deform`, by subject.
 
-    Ratios that are a cost come first, then gains over peers and the gain by a
-    second thread.
+    The ratio of the table, which is a cost, comes first, then gains over peers
+    and the gain by a second thread.
     """
     times: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for row in rows:
@@ -371,42 +356,36 @@ def comparisons(
             times.setdefault(key, {})[row["shape"]] = row[kind]
     ours = times.get(("tf_deform", name), {})
 
-    def gains(groups: Mapping[str, list[float]]) -> dict[str, float]:
+    def gains(others: list[tuple[str, str]], operator: str) -> dict[str, float]:
+        """Returns how many times as long the fastest of others takes."""
+        peers = [times.get(other, {}) for other in others]
         return {
-            shape: min(groups[shape]) / time["median_ms"]
+            shape: min(
+                peer[shape]["median_ms"] for peer in peers if shape in peer
+            )
+            / time["median_ms"]
             for shape, time in ours.items()
-            if groups.get(shape)
+            if shape.rpartition(":")[0].startswith(operator)
+            and any(shape in peer for peer in peers)
         }
 
-    found = []
+    found = {}
     reference = "its forward" if kind == "backward" else suite.ratio_to
     if reference != "tf_deform":
-        ratios = {
-            shape: time["ratio"]
-            for shape, time in ours.items()
-            if "ratio" in time
-        }
-        found.append(("ratio", f"times {reference}", ratios))
+        ratios = {k: t["ratio"] for k, t in ours.items() if "ratio" in t}
+        found["ratio"] = f"times {reference}", ratios
     # Groups shapes by operator, if they begin with an operator's name.
     for operator in dict.fromkeys(shape.rpartition(":")[0] for shape in ours):
         for names in suite.peers:
-            others = {
-                shape: [
-                    times[peer, name][shape]["median_ms"]
-                    for peer in names
-                    if shape in times.get((peer, name), {})
-                ]
-                for shape in ours
-                if shape.rpartition(":")[0] == operator
-            }
             what = " or ".join(names) + (f", {operator}" if operator else "")
-            found.append((what, f"times as fast as {what}", gains(others)))
+            peers = [(peer, name) for peer in names]
+            found[what] = f"times as fast as {what}", gains(peers, operator)
     if threads and threads > 1:
-        alone = times.get(("tf_deform", "threads 1"), {})
-        others = {shape: [time["median_ms"]] for shape, time in alone.items()}
-        text = "times as fast as with one thread"
-        found.append(("threads", text, gains(others)))
-    return [entry for entry in found if entry[2]]
+        found["threads"] = (
+            "times as fast as with one thread",
+            gains([("tf_deform", "threads 1")], ""),
+        )
+    return {what: entry for what, entry in found.items() if entry[1]}
 
 
 def _verdict(
@@ -493,19 +472,6 @@ def save(path: str, content: str | dict[str, Any]) -> None:
     """Writes text, or a dictionary as JSON: the whole new file or nothing."""
     if isinstance(content, dict):
         content = json.dumps(content, indent=1) + "\n"
-    folder = os.path.dirname(os.path.abspath(path))
-    with tempfile.NamedTemporaryFile(
-        "w", dir=folder, suffix=".tmp", delete=False, encoding="utf-8"
-    ) as file:
-        try:
-            file.write(content)
-            file.flush()
-            # Temporary files are private; a report has the permissions of any
-            # file.
-            mask = os.umask(0)
-            os.umask(mask)
-            os.chmod(file.name, 0o666 & ~mask)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        file.write(content)
+    os.replace(f"{path}.tmp", path)

@@ -104,98 +104,68 @@ def make_parser() -> argparse.ArgumentParser:
         "'align:1x50x64x256->512x7x7x256' (map, ROIs, bins, channels), with "
         "suffixes for displacement classes and samples: ',c21,s4'",
     )
-    parser.add_argument(
-        "--contenders",
-        nargs="+",
-        metavar="NAME",
-        help="which to compare (default: all)",
-    )
-    parser.add_argument(
-        "--repeats",
-        type=int,
-        help="timed calls of each contender (default: the operator's own; with "
-        "--quick 3)",
-    )
-    parser.add_argument(
-        "--no-mask", action="store_true", help="leave out the modulation"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--contenders", nargs="+", metavar="NAME", help="(default: all)")
+    add("--repeats", type=int, help="timed calls (default: the operator's own)")
+    add("--no-mask", action="store_true", help="leave out the modulation")
+    add(
         "--quick",
         action="store_true",
         help="small shapes and few repeats: tries the harness, and says "
         "nothing about speed",
     )
-    parser.add_argument(
+    add(
         "--timeout",
         type=float,
         metavar="SECONDS",
         help=f"give up a shape after so long (default: {TIMEOUTS['cpu']}, with "
         f"--device cuda {TIMEOUTS['cuda']})",
     )
-    parser.add_argument("--json", metavar="PATH", help="write all results here")
-    parser.add_argument(
+    add("--json", metavar="PATH", help="write all results here")
+    add(
         "--out",
         metavar="FOLDER",
         help="write results.json and table.md there, as results come",
     )
 
-    add_device_arguments(parser)
-    return parser
-
-
-def add_device_arguments(parser: argparse.ArgumentParser) -> None:
-    cpu = parser.add_argument_group("on the CPU")
-    cpu.add_argument(
+    add = parser.add_argument_group("on the CPU").add_argument
+    add(
         "--baseline",
         choices=BASELINES,
         default="tf_deform",
         help="whose results all others must reproduce (default: %(default)s)",
     )
-    cpu.add_argument(
+    add(
         "--threads",
         nargs="+",
         type=int,
         help="(default: 1 and, if there is a second processor, 2)",
     )
-    cpu.add_argument(
-        "--dtype",
-        choices=[name for name in TOLERANCES if name != "tf32"],
-        default="float32",
-    )
-    cpu.add_argument(
+    types = [name for name in TOLERANCES if name != "tf32"]
+    add("--dtype", choices=types, default="float32")
+    add(
         "--memory-repeats",
         type=int,
         help="processes that measure each contender's peak memory; 0 leaves "
-        "it out (default: the operator's own; with --quick 1)",
+        "it out (default: the operator's own)",
     )
-    cpu.add_argument(
+    add(
         "--against",
         metavar="FOLDER",
         help="compare this tree's build of tf_deform with that of another "
         "tree, side by side, and with nothing else",
     )
 
-    cuda = parser.add_argument_group("with --device cuda")
-    cuda.add_argument(
-        "--core", help="made by cc/build.py (default: the installed package's)"
-    )
-    cuda.add_argument(
-        "--precisions",
-        nargs="+",
-        choices=PRECISIONS,
-        help=f"(default: {' '.join(PRECISIONS)})",
-    )
-    cuda.add_argument(
-        "--eager",
-        action="store_true",
-        help="time launches by the host, not CUDA graphs",
-    )
-    cuda.add_argument(
+    add = parser.add_argument_group("with --device cuda").add_argument
+    add("--core", help="made by cc/build.py (default: the package's)")
+    add("--precisions", nargs="+", choices=PRECISIONS, help="(default: all)")
+    add(
         "--emulate",
         action="store_true",
         help="small shapes and emulated kernels on the CPU: tries the harness "
         "without a GPU",
     )
+    return parser
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -203,37 +173,32 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser()
     options = parser.parse_args(arguments)
     on_cpu = options.device == "cpu"
-    if on_cpu and (
-        options.core or options.precisions or options.eager or options.emulate
-    ):
-        parser.error(
-            "--core, --precisions, --eager and --emulate go with --device cuda"
-        )
-    if not on_cpu and (options.threads or options.memory_repeats):
-        parser.error("--threads and --memory-repeats are for the CPU only")
+    of_cpu = options.threads or options.memory_repeats or options.against
+    of_cuda = options.core or options.precisions or options.emulate
+    available = machine.count_processors()
+    options.threads = options.threads or [1, 2][:available]
     options.precisions = options.precisions or PRECISIONS
-    if not on_cpu and options.against:
-        parser.error("--against is for the CPU only")
     options.quick |= options.emulate
-    if options.against and options.repeats is None:
+    if options.repeats is None and (options.against or options.quick):
         # A confidence interval needs this number of calls to say much.
-        options.repeats = AGAINST_REPEATS
-    if options.quick and options.memory_repeats is None:
+        options.repeats = AGAINST_REPEATS if options.against else 3
+    if options.memory_repeats is None and options.quick:
         options.memory_repeats = 1
-    if options.quick and options.repeats is None:
-        options.repeats = 3
+    if options.timeout is None:
+        options.timeout = TIMEOUTS[options.device]
+        options.timeout *= EMULATION if options.emulate else 1
+    if on_cpu and of_cuda:
+        parser.error("--core, --precisions and --emulate go with --device cuda")
+    if not on_cpu and of_cpu:
+        parser.error(
+            "--threads, --memory-repeats and --against are for the CPU only"
+        )
     if options.repeats is not None and options.repeats < 1:
         parser.error(f"--repeats must be at least 1, not {options.repeats}")
     if options.against and options.repeats < 6:
         parser.error("--against needs 6 --repeats or more for an interval")
     if options.memory_repeats is not None and options.memory_repeats < 0:
         parser.error("--memory-repeats must be at least 0")
-    if options.timeout is None:
-        options.timeout = TIMEOUTS[options.device]
-        options.timeout *= EMULATION if options.emulate else 1
-    available = machine.count_processors()
-    if options.threads is None:
-        options.threads = [1, 2][:available]
     for threads in options.threads:
         if on_cpu and not 1 <= threads <= available:
             parser.error(
@@ -303,12 +268,14 @@ def make_job(
 ) -> dict[str, Any]:
     suite = suites(options.device)[unit.op]
     on_gpu = options.device == "cuda"
+    precisions = options.precisions if on_gpu else [options.dtype]
+    if unit.op == "roi":
+        precisions = [name for name in precisions if name != "tf32"]
     return {
         "mode": "time",
         "device": options.device,
         "torch_device": "cuda" if on_gpu and not options.emulate else "cpu",
         "core": options.core and os.path.abspath(options.core),
-        "eager": options.eager,
         "op": unit.op,
         "shape": unit.shape,
         "threads": unit.threads or 1,
@@ -316,17 +283,13 @@ def make_job(
         "baseline": options.baseline,
         "repeats": report["settings"]["repeats"][unit.op],
         "dtype": report["settings"]["dtype"],
-        "precisions": [
-            precision
-            for precision in (options.precisions if on_gpu else [options.dtype])
-            if not (unit.op == "roi" and precision == "tf32")
-        ],
+        "precisions": precisions,
         "mask": not options.no_mask,
     }
 
 
-def run_all(options: argparse.Namespace, report: dict[str, Any]) -> None:
-    """Fills `report`, saving it after every unit."""
+def run_all(options: argparse.Namespace, report: dict[str, Any]) -> bool:
+    """Fills `report`, saving it after every unit; returns whether all ran."""
     jobs = {unit: make_job(options, report, unit) for unit in options.units}
     if options.device == "cuda":
         job = jobs[options.units[0]] | {"mode": "describe"}
@@ -334,20 +297,24 @@ def run_all(options: argparse.Namespace, report: dict[str, Any]) -> None:
         for result in results:
             for name, value in result.items():
                 report[name] |= value
-        report["errors"] += [f"the GPU: {failure}"] if failure else []
         if failure:
-            return
+            report["errors"].append(f"the GPU: {failure}")
+            return False
     for unit, job in jobs.items():
         progress(f"{unit}: comparing and timing")
-        if options.against:
-            time_builds(unit, job, options, report)
-        else:
+        if not options.against:
             time_unit(unit, job, options.timeout, report)
+        else:
+            try:
+                rows = against.time_unit(job, options.trees, options.timeout)
+                report["rows"] += [unit._asdict() | row for row in rows]
+            except (OSError, RuntimeError) as error:
+                report["errors"].append(f"{unit}: {error}")
         save(options, report)
-    if options.against:
-        return
-    for row in report["rows"]:
-        measure_memory(row, jobs, options, report)
+    if not options.against:
+        for row in report["rows"]:
+            measure_memory(row, jobs, options, report)
+    return True
 
 
 def time_unit(
@@ -370,24 +337,8 @@ def time_unit(
             ]
         if not failure:
             return
-        if waiting:
-            lost = waiting.pop(0)
-            report["errors"].append(f"{unit}, {lost}: {failure}")
-
-
-def time_builds(
-    unit: Unit,
-    job: dict[str, Any],
-    options: argparse.Namespace,
-    report: dict[str, Any],
-) -> None:
-    """Appends rows about two builds of tf_deform."""
-    try:
-        rows = against.time_unit(job, options.trees, options.timeout)
-    except (OSError, RuntimeError) as error:
-        report["errors"].append(f"{unit}: {error}")
-        return
-    report["rows"] += [unit._asdict() | row for row in rows]
+        lost = waiting.pop(0) if waiting else "after the last result"
+        report["errors"].append(f"{unit}, {lost}: {failure}")
 
 
 def measure_memory(
@@ -442,7 +393,6 @@ def new_report(
     options: argparse.Namespace, arguments: list[str]
 ) -> dict[str, Any]:
     on_cpu = options.device == "cpu"
-    chosen = suites(options.device)
     now = datetime.datetime.now(datetime.timezone.utc)
     limits = [
         f"{name}={shlex.quote(os.environ[name])}"
@@ -455,14 +405,10 @@ def new_report(
         """Returns, by operator, the user's choice or the suite's default."""
         return {
             op: getattr(suite, name) if choice is None else choice
-            for op, suite in chosen.items()
+            for op, suite in suites(options.device).items()
         }
 
-    tolerance: Any = {name: TOLERANCES[name] for name in options.precisions}
-    baseline = "tf_deform on the CPU in float64"
-    if on_cpu:
-        tolerance, baseline = TOLERANCES[options.dtype], options.baseline
-    return {
+    report = {
         "complete": False,
         "date": now.isoformat("T", "seconds"),
         "command": " ".join([*limits, script]),
@@ -470,18 +416,20 @@ def new_report(
         "emulated": options.emulate,
         "machine": machine.describe()
         | ({} if on_cpu else machine.describe_cuda()),
-        "instruction_set": machine.instruction_set() if on_cpu else None,
-        "versions": machine.versions(PACKAGES if on_cpu else ()),
+        "instruction_set": None,
+        "versions": {},
         "settings": {
-            "dtype": options.dtype if on_cpu else "float32",
+            "dtype": "float32",
             "mask": not options.no_mask,
             "repeats": of_suites(options.repeats, "repeats"),
             "memory_repeats": of_suites(
                 options.memory_repeats if on_cpu else 0, "memory_repeats"
             ),
-            "baseline": baseline,
+            "baseline": "tf_deform on the CPU in float64",
             "ratio_to": of_suites(None, "ratio_to"),
-            "tolerance": tolerance,
+            "tolerance": {
+                name: TOLERANCES[name] for name in options.precisions
+            },
         },
         "load_average": {"before": machine.load()},
         "peaks": {},
@@ -489,15 +437,23 @@ def new_report(
         "errors": [],
         "rows": [],
     }
+    if on_cpu:
+        report["instruction_set"] = machine.instruction_set()
+        report["versions"] = machine.versions(PACKAGES)
+        report["settings"] |= {
+            "dtype": options.dtype,
+            "baseline": options.baseline,
+            "tolerance": TOLERANCES[options.dtype],
+        }
+    return report
 
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse_arguments(arguments)
     report = new_report(options, arguments)
-    run_all(options, report)
+    report["complete"] = run_all(options, report)
     report["load_average"]["after"] = machine.load()
-    report["complete"] = True
     save(options, report)
     print(document(options, report), end="")
     return 1 if reports.errors(report) else 0

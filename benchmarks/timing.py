@@ -126,19 +126,16 @@ class HostClock:
 class CudaClock(HostClock):
     """Times launches by a GPU's events, as replays of CUDA graphs.
 
-    No launch of a graph waits for the host. If one call cannot be captured, or
-    if `eager` is set, the host launches all calls.
+    No launch of a graph waits for the host. If one call cannot be captured, the
+    host launches all calls.
     """
 
-    def __init__(self, eager: bool = False):
-        self._eager = eager
+    def __init__(self):
         self._mode = "launches"
         self._launches: dict[Any, int] = {}
 
     def samplers(self, calls: Mapping[Any, Call]) -> dict[Any, Sampler]:
-        self._mode = "launches"
-        if not self._eager:
-            calls = self._capture(calls)
+        calls = self._capture(calls)
         started = time.monotonic()
         while True:  # runs at least once
             for key, call in calls.items():
@@ -153,6 +150,7 @@ class CudaClock(HostClock):
         }
 
     def _capture(self, calls: Mapping[Any, Call]) -> Mapping[Any, Call]:
+        self._mode = "launches"
         try:
             graphs = {key: self._graph(call) for key, call in calls.items()}
         except Exception as error:

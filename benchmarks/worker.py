@@ -43,6 +43,7 @@ CPU_SUITES = {
     "roi": roi_pooling.SUITE,
 }
 Results = dict[str, np.ndarray]
+Calls = dict[tuple[str, str], Callable[[], Any]]  # by contender and kind
 
 
 def suites(device: str) -> dict[str, Suite]:
@@ -87,24 +88,19 @@ def start_frameworks(
         for package in suite.contenders[name][1]:
             try:
                 importlib.import_module(package)
-            except ModuleNotFoundError as error:
-                if error.name != package:
-                    missing[name] = f"cannot be imported: {error}"
-                else:
-                    missing[name] = (
-                        "not installed: pip install 'tf-deform[benchmark]'"
-                    )
             # A package may raise any error on import: for example, it may
             # refuse to load next to the wrong TensorFlow. All other contenders
             # can still be compared.
             except Exception as error:
                 missing[name] = f"cannot be imported: {first_line(error)}"
-            else:
-                if package == "tensorflow":
-                    # Both pools have the size of TensorFlow's own default.
-                    configure_tensorflow(threads, threads)
-                continue
-            break
+                if getattr(error, "name", None) == package:
+                    missing[name] = (
+                        "not installed: pip install 'tf-deform[benchmark]'"
+                    )
+                break
+            if package == "tensorflow":
+                # Both pools have the size of TensorFlow's own default.
+                configure_tensorflow(threads, threads)
     return missing
 
 
@@ -127,7 +123,7 @@ class Unit:
         self.operands = self.suite.operands.random(self.case)
         self.clock = HostClock()
         if job["torch_device"] == "cuda":
-            self.clock = CudaClock(job["eager"])
+            self.clock = CudaClock()
         self._expected: dict[tuple[bool, str], Results] = {}
 
     def build(
@@ -165,21 +161,26 @@ class Unit:
         return found, error if contender.agreement == "required" else None
 
     def compare(
-        self, name: str, row: dict[str, Any], precision: str
-    ) -> dict[tuple[str, str], Callable[[], Any]]:
-        """Fills in a contender's row; returns the calls that may be timed."""
-        calls: dict[tuple[str, str], Callable[[], Any]] = {}
+        self, name: str, precision: str
+    ) -> tuple[dict[str, Any], Calls]:
+        """Returns a contender's row, and the calls that may be timed."""
+        row: dict[str, Any] = {"contender": name, "precision": precision}
+        differences = row["disagreement"] = {}
+        errors = row["errors"] = {}
+        if hasattr(self.case, "product_flop"):
+            work = self.case.product_flop
+            row["flop"] = {"forward": work, "both": 3 * work}
+        calls: Calls = {}
         try:
             make = self.suite.contenders[name][0]
             contender = self.build(make, precision, self.operands)
         except Unsupported as reason:
-            row["unsupported"] = str(reason)
-            return calls
+            return row | {"unsupported": str(reason)}, calls
         # A contender's failure ends its row, not the run.
         except Exception as error:
-            row["errors"]["forward"] = first_line(error)
+            errors["forward"] = first_line(error)
             self.clock.synchronize()  # a failed device ends the process here
-            return calls
+            return row, calls
         if hasattr(contender, "workspace_mib"):
             row["workspace_mib"] = contender.workspace_mib
         for kind in TIMED_KINDS:
@@ -192,29 +193,19 @@ class Unit:
                 found, error = {}, first_line(failure)
                 self.clock.synchronize()
             for result, value in found.items():
-                known = row["disagreement"].get(result, 0.0)
-                row["disagreement"][result] = max(value, known)
+                differences[result] = max(value, differences.get(result, 0.0))
             if error:
-                row["errors"][kind] = error
+                errors[kind] = error
             else:
                 calls[name, kind] = call
-        return calls
+        return row, calls
 
     def time(self, precision: str) -> list[dict[str, Any]]:
         """Checks all contenders, then times them in turns; a row for each."""
-        rows = {}
-        calls: dict[tuple[str, str], Callable[[], Any]] = {}
+        rows, calls, of_row = {}, {}, {}
         for name in self._names:
-            rows[name] = {
-                "contender": name,
-                "precision": precision,
-                "disagreement": {},
-                "errors": {},
-            }
-            if hasattr(self.case, "product_flop"):
-                work = self.case.product_flop
-                rows[name]["flop"] = {"forward": work, "both": 3 * work}
-            calls |= self.compare(name, rows[name], precision)
+            rows[name], of_row = self.compare(name, precision)
+            calls |= of_row
         samples = take_turns(self.clock.samplers(calls), self._job["repeats"])
         for (name, kind), times in samples.items():
             # Divides the time of backward alone by the same contender's
@@ -231,7 +222,7 @@ class Unit:
                 result: value if math.isfinite(value) else None
                 for result, value in row["disagreement"].items()
             }
-        del calls
+        del calls, of_row
         self.clock.free()
         return list(rows.values())
 
@@ -342,16 +333,6 @@ def measure_memory(job: dict[str, Any], emit: Callable[..., None]) -> None:
         emit(memory=peak_extra_memory(job, name))
 
 
-def run_once(job: dict[str, Any], emit: Callable[..., None]) -> None:
-    """Calls our kernels alone, after a warm-up, for a profiler."""
-    del emit
-    unit = Unit(job, job["contenders"])
-    make = unit.suite.contenders["tf_deform"][0]
-    for precision in job["precisions"]:
-        unit.build(make, precision, unit.operands).both()
-        unit.clock.synchronize()
-
-
 def serve(job: dict[str, Any], emit: Callable[..., None]) -> None:
     """Computes results, then a sample for each kind on a line of input."""
     names = ["tf_deform"]
@@ -381,7 +362,6 @@ MODES = {
     "describe": describe_gpu,
     "time": time_unit,
     "memory": measure_memory,
-    "once": run_once,
     "serve": serve,
 }
 

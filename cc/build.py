@@ -178,7 +178,11 @@ def core_steps(folder: str, cuda: Cuda | None) -> list[Step]:
     if "CXX" in os.environ:
         command += ["-ccbin", os.environ["CXX"]]
     for name in cuda.architectures:
-        command.append(f"-gencode=arch=compute_{name},code=sm_{name}")
+        # The sources ask for a GPU's generation only, such as 8 of "80" and
+        # "89", so nvcc reads them once for its oldest GPU: the machine code is
+        # the same.
+        oldest = min(a for a in cuda.architectures if a[:-1] == name[:-1])
+        command.append(f"-gencode=arch=compute_{oldest},code=sm_{name}")
     # An architecture with a letter, like 90a, fits one GPU only and has no PTX.
     newest = re.sub(r"\D", "", cuda.architectures[-1])
     command.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")

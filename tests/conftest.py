@@ -5,6 +5,7 @@ TensorFlow runs on the CPU or, with the environment variable
 TF_DEFORM_TEST_DEVICE=/GPU:0, on that device (`make gpu-check-tf`).
 """
 
+import functools
 import os
 import pathlib
 import subprocess
@@ -93,18 +94,18 @@ def clean_keras() -> Iterator[None]:
     keras.config.set_dtype_policy("float32")
 
 
-def _run_python(script: str, *arguments: object, **environment: object) -> str:
+def _run_python(
+    settings: str, script: str, *arguments: object, **environment: object
+) -> str:
     import tf_deform
 
     home = str(pathlib.Path(tf_deform.__file__).parent.parent)
     path = [home, os.environ.get("PYTHONPATH", "")]
+    environment = {name: str(value) for name, value in environment.items()}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     result = subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, path)),
-            **{name: str(value) for name, value in environment.items()},
-        },
+        [sys.executable, "-c", settings + script, *map(str, arguments)],
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         timeout=300,
@@ -114,22 +115,17 @@ def _run_python(script: str, *arguments: object, **environment: object) -> str:
     return result.stdout
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_python() -> Callable[..., str]:
     """Runs a script in a process of its own and returns its output.
 
     The script imports the same `tf_deform` as the tests do, and has their
     settings.
     """
-
-    def run(script: str, *arguments: object, **environment: object) -> str:
-        settings = _SETTINGS if DEVICE else ""
-        return _run_python(settings + script, *arguments, **environment)
-
-    return run
+    return functools.partial(_run_python, _SETTINGS if DEVICE else "")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_python_as_it_is() -> Callable[..., str]:
     """Does the same with TensorFlow's own settings."""
-    return _run_python
+    return functools.partial(_run_python, "")

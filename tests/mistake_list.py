@@ -252,8 +252,8 @@ MISTAKES = [
     # TensorFlow's and XLA's glue.
     Mistake(
         "tf-shape-function",
-        "? context->Dim(operand, dim.axis) : context->UnknownDim());",
-        "? context->Dim(operand, 0) : context->UnknownDim());",
+        "context->Dim(context->input(dim.operand), dim.axis)",
+        "context->Dim(context->input(dim.operand), 0)",
         CONV_OP,
     ),
     Mistake(

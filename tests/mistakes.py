@@ -60,26 +60,19 @@ def find(mistake: Mistake) -> list[tuple[pathlib.Path, re.Match]]:
 
 def find_tests(mistake: Mistake) -> list[pathlib.Path]:
     """Returns the paths of the test files from the root."""
-    found = []
-    for name in mistake.tests:
-        paths = list((ROOT / "tests").rglob(f"{name}.py"))
-        if len(paths) != 1:
-            raise ValueError(
-                f"Expected one test file {name}.py, of {mistake.name}. "
-                f"Received: {len(paths)}"
-            )
-        found.append(paths[0].relative_to(ROOT))
-    return found
+    found = [list((ROOT / "tests").rglob(f"{x}.py")) for x in mistake.tests]
+    if any(len(paths) != 1 for paths in found):
+        raise ValueError(
+            f"Expected one file of each of {mistake.tests}, of {mistake.name}. "
+            f"Received: {found}"
+        )
+    return [path.relative_to(ROOT) for (path,) in found]
 
 
 def copy_checkout() -> None:
     """Brings the copy up to date and keeps the built files there."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "-co", "--exclude-standard"],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        check=True,
-    ).stdout
+    command = ["git", "ls-files", "-z", "-co", "--exclude-standard"]
+    listed = subprocess.check_output(command, cwd=ROOT)
     wanted = {name for name in os.fsdecode(listed).split("\0") if name}
     record = WORK / "build" / "copied.txt"
     before = record.read_text().split("\n") if record.exists() else ()

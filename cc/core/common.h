@@ -13,12 +13,8 @@ namespace tf_deform {
 // Tells the outcome of a call. The core never throws, prints or exits: the
 // caller decides what to do about an error.
 struct Status {
-  enum Code : int {
-    kOk = 0,
-    kInvalidArgument = 1,
-    kUnimplemented = 2,
-    kInternal = 3
-  };
+  // The numbers are part of the C interface.
+  enum Code : int { kOk = 0, kInvalidArgument = 1, kInternal = 3 };
 
   Code code = kOk;
   char message[512] = "";

@@ -21,6 +21,7 @@
 #define TF_DEFORM_CC_CORE_OP_H_
 
 #include <array>
+#include <cstdint>
 
 #include "cc/core/common.h"
 
@@ -45,10 +46,11 @@ struct OperandOf {
 };
 
 // Describes one dimension of the output: its size, or -1 if the size is not
-// known, and the axis of an operand that has the same size.
+// known, and the axis of an operand that has the same size; no operand (-1) if
+// an attribute is the size.
 struct Dimension {
   int64_t size;
-  int operand = 0, axis = 0;
+  int operand = -1, axis = -1;
 };
 
 // Defines the types of an op, and defaults for ops that do not override them.
@@ -68,12 +70,13 @@ struct OpTypes {
   static constexpr bool Inputs::* kBadRoisArePadding = nullptr;
 };
 
-// Counts the operands that every call of an op has.
+// Counts the operands that every call of an op has: all, or all but the last.
 template <typename Op>
 constexpr int NumRequired() {
   int number = 0;
   for (const auto& operand : Op::kOperands) {
-    number += operand.presence == kRequired;
+    if (operand.presence == kOptional) break;
+    ++number;
   }
   return number;
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Reads the attributes of ops, for TensorFlow's glue and for XLA's.
+// Reads the attributes of ops, and converts types and errors, for TensorFlow's
+// glue and for XLA's.
 //
 // Nothing here needs a kernel or a graph, whose headers take long to compile.
 
@@ -13,6 +14,7 @@
 #include <vector>
 
 #include "cc/core/common.h"
+#include "tensorflow/core/framework/types.pb.h"
 #include "tensorflow/core/platform/errors.h"
 #include "tensorflow/core/platform/status.h"
 
@@ -25,6 +27,20 @@ inline tensorflow::Status ToTensorFlow(const Status& status) {
     return tensorflow::errors::InvalidArgument(status.message);
   }
   return tensorflow::errors::Internal(status.message);
+}
+
+// Returns the core's number for an element type of the registered kernels.
+inline DataType ToDataType(tensorflow::DataType type) {
+  switch (type) {
+    case tensorflow::DT_HALF:
+      return DataType::kFloat16;
+    case tensorflow::DT_BFLOAT16:
+      return DataType::kBFloat16;
+    case tensorflow::DT_DOUBLE:
+      return DataType::kFloat64;
+    default:
+      return DataType::kFloat32;
+  }
 }
 
 // The attributes of an op, specialized for each:
@@ -49,7 +65,7 @@ tensorflow::Status GetWanted(Source* source, int num_outputs,
   }
   return tensorflow::errors::InvalidArgument(
       "Expected `wanted` to have an entry for each of the ", num_outputs,
-      " operands. Received: ", wanted->size());
+      " gradients. Received: ", wanted->size());
 }
 
 // Reads the length of the optional operand `name`, a list of one tensor or

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Converts TensorFlow's shapes, types and threads to the core's.
+// Converts TensorFlow's shapes, threads and streams to the core's.
 
 #ifndef TF_DEFORM_CC_TF_GLUE_H_
 #define TF_DEFORM_CC_TF_GLUE_H_
@@ -43,20 +43,6 @@ inline Shape ToShape(tensorflow::shape_inference::InferenceContext* context,
     result.dims[i] = context->ValueKnown(dim) ? context->Value(dim) : -1;
   }
   return result;
-}
-
-// Returns the core's number for an element type of the registered kernels.
-inline DataType ToDataType(tensorflow::DataType type) {
-  switch (type) {
-    case tensorflow::DT_HALF:
-      return DataType::kFloat16;
-    case tensorflow::DT_BFLOAT16:
-      return DataType::kBFloat16;
-    case tensorflow::DT_DOUBLE:
-      return DataType::kFloat64;
-    default:
-      return DataType::kFloat32;
-  }
 }
 
 // The time for which the caller leaves a loop to the pool before the caller

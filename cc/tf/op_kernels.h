@@ -47,11 +47,14 @@ tensorflow::Status ForwardShape(
   TF_RETURN_IF_ERROR(InferParams<Op>(context, false, &num_operands, &params));
   std::vector<tensorflow::shape_inference::DimensionHandle> dims;
   for (const Dimension& dim : Op::OutputShape(params)) {
-    const auto operand = context->input(dim.operand);
-    dims.push_back(dim.size >= 0 ? context->MakeDim(dim.size)
-                   : context->RankKnown(operand)
-                       ? context->Dim(operand, dim.axis)
-                       : context->UnknownDim());
+    if (dim.size >= 0) {
+      dims.push_back(context->MakeDim(dim.size));
+    } else if (dim.operand >= 0 &&
+               context->RankKnown(context->input(dim.operand))) {
+      dims.push_back(context->Dim(context->input(dim.operand), dim.axis));
+    } else {
+      dims.push_back(context->UnknownDim());
+    }
   }
   const auto output = context->MakeShape(dims);
   for (int i = 0; i < kNumOutputs<Op>; ++i) context->set_output(i, output);
@@ -144,8 +147,9 @@ class ForwardKernel : public Kernel<Op> {
   }
 };
 
-// Counts the gradients of each operand that kernels of this process have
-// computed.
+// Counts, for each output of the gradient op, the gradients that kernels of the
+// process had to compute. A gradient is counted when its memory is allocated,
+// so also if its computation fails.
 template <typename Op>
 std::atomic<int64_t> gradients_computed[std::size(Op::kOperands)];
 

@@ -36,6 +36,8 @@ std::string OpName(bool is_gradient) {
 template <typename Op, typename Source>
 tensorflow::Status ReadCall(Source* source, int* num_operands,
                             typename Op::Params* params) {
+  static_assert(NumRequired<Op>() + 1 >= std::size(Op::kOperands),
+                "only the last operand may be optional");
   *num_operands = NumRequired<Op>();
   for (const auto& operand : Op::kOperands) {
     if (operand.presence == kRequired) continue;

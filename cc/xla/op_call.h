@@ -173,7 +173,7 @@ class OpCall final : public XlaCall {
     const int number = NumGradients<Op>(num_operands_);
     if (static_cast<int>(wanted_.size()) != number) {
       return InvalidArgument(
-          "Expected `wanted` to have an entry for each of the %d operands. "
+          "Expected `wanted` to have an entry for each of the %d gradients. "
           "Received: %d",
           number, static_cast<int>(wanted_.size()));
     }

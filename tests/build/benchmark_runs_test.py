@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests runs of the benchmarks: a failure costs one unit.
+"""Tests runs of the benchmarks: a failure costs one unit; builds are compared.
 
-Two builds are compared.
-
-Child processes run a suite of toy units, some of which fail on purpose, instead
-of the operators.
+Child processes run the toy units of `toy_worker.py` instead of the operators.
 """
 
 import importlib.util
@@ -24,9 +21,8 @@ import processes
 import pytest
 import run
 import timing
+import toy_worker
 import worker
-
-ROOT = pathlib.Path(run.__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -58,146 +54,40 @@ def test_run_program_ends_what_hangs_and_its_children(tmp_path):
         f"while not os.path.exists({str(file)!r}): time.sleep(0.05)\n"
         "print('begun', flush=True); time.sleep(600)"
     )
-    assert processes.run_program(python(script), 4) == (None, "begun\n")
+    assert processes.run_program(python(script), 3) == (None, "begun\n")
     size = file.stat().st_size
-    time.sleep(0.5)
+    time.sleep(0.2)
     assert file.stat().st_size == size
 
 
-# Toy units: the shape says which fault happens, and in which contender.
-TOYS = """
-import dataclasses, os, re, sys, time
-import numpy as np
-from contenders import Contender, Suite, Unsupported
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    text: str
-    dtype: str = "float32"
-
-    @classmethod
-    def parse(cls, text, dtype, with_mask):
-        if not re.fullmatch("[a-z]+[0-9]*", text):
-            raise ValueError(f"Expected a toy. Received: {text}")
-        return cls(text, dtype)
-
-    def __str__(self):
-        return self.text
-
-@dataclasses.dataclass(frozen=True)
-class Operands:
-    inputs: np.ndarray
-
-    @classmethod
-    def random(cls, case):
-        return cls(np.arange(1, 9, dtype=case.dtype))
-
-class Ours(Contender):
-    name = "tf_deform"
-
-    def __init__(self, case, arrays, setting):
-        self.case, self.inputs = case, arrays["inputs"]
-
-    @classmethod
-    def prepare(cls, case, operands):
-        return {"inputs": operands.inputs}
-
-    def forward(self):
-        self.outputs()
-
-    def both(self):
-        self.outputs()
-
-    def outputs(self):
-        print("libraries print", flush=True)
-        return 2 * self.inputs
-
-    def gradients(self, kind="both"):
-        return {"inputs": np.full_like(self.inputs, 2)}
-
-class Built(Ours):
-    def outputs(self):
-        import tf_deform
-        print("libraries print", flush=True)
-        return tf_deform.double(self.inputs)
-
-class Peer(Ours):
-    def __init__(self, case, arrays, setting):
-        super().__init__(case, arrays, setting)
-        if case.text == "raise":
-            raise RuntimeError("no such operator\\nat all")
-        if case.text == "lacks":
-            raise Unsupported("toys")
-        if case.text == "crash":
-            print("illegal memory access", file=sys.stderr, flush=True)
-            os._exit(7)
-        if case.text == "hang":
-            time.sleep(600)
-
-    def outputs(self):
-        wrong = 0.01 * (self.case.text == "wrong")
-        return super().outputs() + np.float32(wrong)
-
-def suite(ours):
-    return Suite(
-        title="Toys", case=Case, operands=Operands,
-        contenders={"tf_deform": (ours, ()), "peer": (Peer, ())},
-        shapes=("right", "wrong", "raise", "lacks", "crash", "hang", "last"),
-        quick_shapes=(), ratio_to="tf_deform", peers=(("peer",),),
-        repeats=3, memory_repeats=0, memory_at_all_threads=True)
-"""
-# The shapes above whose fault does not end the process.
-GOOD_TOYS = ["right", "wrong", "raise", "lacks", "last"]
-CHILD = """
-import sys
-sys.path[:0] = {path!r}
-import worker, toys
-worker.CPU_SUITES.clear()
-worker.CPU_SUITES["conv"] = toys.suite({ours})
-worker.main()
-"""
-
-
 @pytest.fixture
-def use_toys(tmp_path, monkeypatch):
-    """Returns a function that replaces the operators by toy units."""
+def run_toys(tmp_path, monkeypatch):
+    """Returns a function that runs toys: exit status, report and table."""
+    monkeypatch.setattr(worker, "CPU_SUITES", toy_worker.SUITES)
+    for module in (processes, against):
+        monkeypatch.setattr(module, "WORKER", toy_worker.__file__)
 
-    def use(ours: str) -> None:
-        folder = tmp_path / "toys"
-        folder.mkdir()
-        (folder / "toys.py").write_text(TOYS)
-        path = [str(folder), str(ROOT / "benchmarks")]
-        child = folder / "child.py"
-        child.write_text(CHILD.format(path=path, ours=ours))
-        monkeypatch.syspath_prepend(folder)
-        monkeypatch.delitem(sys.modules, "toys", raising=False)
-        import toys
+    def main(*arguments: object) -> tuple[int, dict, str]:
+        options = ["--threads", "1", "--out", tmp_path / "out", *arguments]
+        status = run.main(list(map(str, options)))
+        report = json.loads((tmp_path / "out/results.json").read_text())
+        return status, report, (tmp_path / "out/table.md").read_text()
 
-        suites = {"conv": toys.suite(toys.Ours)}
-        monkeypatch.setattr(worker, "CPU_SUITES", suites)
-        for module in (processes, against):
-            monkeypatch.setattr(module, "WORKER", str(child))
-
-    return use
+    return main
 
 
-def test_failures_cost_their_unit_and_no_more(
-    tmp_path, use_toys, capsys, monkeypatch
-):
+def test_failures_cost_their_unit_and_no_more(run_toys, capsys, monkeypatch):
     def run_worker(job: dict, timeout: float) -> tuple:
         assert timeout == 321
         return processes.run_worker(job, 2 if job["shape"] == "hang" else 321)
 
-    use_toys("toys.Ours")
     monkeypatch.setattr(run, "run_worker", run_worker)
-    out = tmp_path / "out"
-    status = run.main(["--threads", "1", "--timeout", "321", "--out", str(out)])
+    status, report, table = run_toys("--timeout", 321)
     assert status == 1
-    report = json.loads((out / "results.json").read_text())
     assert report["complete"]
     rows = {(row["shape"], row["contender"]): row for row in report["rows"]}
-    shapes = [shape for shape, _ in rows]
-    assert shapes == [shape for shape in GOOD_TOYS for _ in range(2)]
+    good = ["right", "wrong", "raise", "lacks", "late"]
+    assert [shape for shape, _ in rows] == [s for s in good for _ in range(2)]
     # A wrong result gets no time; the right results beside it do.
     assert rows["wrong", "peer"]["errors"] == {
         "forward": "differs from the baseline: output by 0.00099"
@@ -206,35 +96,40 @@ def test_failures_cost_their_unit_and_no_more(
     assert "both" in rows["wrong", "peer"]
     assert "RuntimeError: no such operator" in str(rows["raise", "peer"])
     assert rows["lacks", "peer"]["unsupported"] == "toys"
-    for shape in GOOD_TOYS:
+    for shape in good:
         assert len(rows[shape, "tf_deform"]["forward"]["samples_ms"]) == 3
     assert rows["right", "peer"]["forward"]["ratio"] > 0
-    # A crash and a hang cost one unit each.
-    crash, hang = report["errors"]
+    # Processes that end or hang cost one unit each; no failure is left out.
+    late, crash, hang = report["errors"]
+    assert late.startswith("late, threads 1, after the last result: the proc")
+    assert "ended with exit status 9" in late
     assert crash == (
         "crash, threads 1, float32: the process ended with exit status 7: "
         "illegal memory access"
     )
     assert hang == "hang, threads 1, float32: not finished after 2 s"
-    table = (out / "table.md").read_text()
     assert table == capsys.readouterr().out
     assert "| wrong | 1 | peer | error |" in table
     assert "- Not supported by peer: toys." in table
     assert "- ERROR crash, threads 1" in table
 
 
+def test_the_environment_names_no_folder_of_results(
+    tmp_path, monkeypatch, run_toys
+):
+    monkeypatch.setenv("OUT", str(tmp_path / "other"))
+    assert run_toys("--only", "right")[0] == 0
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (
-            ["conv"],
-            ["right", "wrong", "raise", "lacks", "crash", "hang", "last"],
-        ),
-        (["ri", "la"], ["right", "lacks", "last"]),
+        (["roi"], list(toy_worker.SUITES["roi"].shapes)),
+        (["ri", "la"], ["right", "lacks", "late"]),
     ],
 )
-def test_only_takes_operators_and_parts_of_shapes(use_toys, words, expected):
-    use_toys("toys.Ours")
+def test_only_takes_operators_and_parts_of_shapes(run_toys, words, expected):
     options = run.parse_arguments(["--threads", "1", "--only", *words])
     assert [unit.shape for unit in options.units] == expected
 
@@ -242,77 +137,51 @@ def test_only_takes_operators_and_parts_of_shapes(use_toys, words, expected):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            ["--only", "right", "nothing"],
-            "a part of a shape. Received: nothing",
-        ),
-        (["--shapes", "1x2"], "Expected a toy. Received: 1x2"),
-        (["--threads", "9999"], "--threads 9999: this process may use"),
-        (["--contenders", "peer", "who"], "who: not one of tf_deform, peer"),
-        (["--repeats", "0"], "--repeats must be at least 1"),
-        (["--emulate"], "go with --device cuda"),
-        (["--against", "/nowhere"], "without tf_deform/_ops.so"),
+        ("--only right nothing", "a part of a shape. Received: nothing"),
+        ("--shapes a2", "Expected a toy. Received: a2"),
+        ("--threads 9999", "--threads 9999: this process may use"),
+        ("--contenders peer who", "who: not one of tf_deform, peer"),
+        ("--repeats 0", "--repeats must be at least 1"),
+        ("--emulate", "go with --device cuda"),
+        ("--against /nowhere", "without tf_deform/_ops.so"),
     ],
 )
-def test_bad_arguments(use_toys, capsys, arguments, message):
-    use_toys("toys.Ours")
+def test_bad_arguments(run_toys, capsys, arguments, message):
     with pytest.raises(SystemExit) as error:
-        run.parse_arguments(arguments)
+        run.parse_arguments(arguments.split())
     assert error.value.code == 2
     assert message in capsys.readouterr().err
-
-
-def test_the_environment_names_no_folder_of_results(
-    tmp_path, monkeypatch, use_toys
-):
-    use_toys("toys.Ours")
-    monkeypatch.setenv("OUT", str(tmp_path / "out"))
-    assert run.main(["--threads", "1", "--only", "right"]) == 0
-    assert not (tmp_path / "out").exists()
 
 
 # Two builds side by side.
 
 
-def make_tree(folder: pathlib.Path, double: str) -> pathlib.Path:
-    """Makes a tree with a package whose function is written in `double`."""
-    package = folder / "tf_deform"
-    package.mkdir(parents=True)
-    (package / "_ops.so").touch()
-    (package / "__init__.py").write_text(
-        f"import os, time\ndef double(inputs):\n    {double}\n"
-    )
-    return folder
-
-
 @pytest.fixture
-def compare_builds(tmp_path, use_toys, monkeypatch):
-    """Returns a function that compares two packages: status and report."""
+def compare_builds(tmp_path, run_toys, monkeypatch):
+    """Returns a function that compares two packages, by their functions."""
 
-    def compare(
-        this: str, other: str, timeout: int = 60
-    ) -> tuple[int, dict, str]:
-        use_toys("toys.Built")
-        this_tree = make_tree(tmp_path / "this", this)
-        monkeypatch.setattr(against, "ROOT", str(this_tree))
-        other_tree = make_tree(tmp_path / "other", other)
-        out = tmp_path / "out"
-        status = run.main(
-            ["--threads", "1", "--only", "right", "--against", str(other_tree)]
-            + ["--out", str(out), "--timeout", str(timeout)]
-        )
-        report = json.loads((out / "results.json").read_text())
-        return status, report, (out / "table.md").read_text()
+    def compare(*doubles: str, timeout: int = 60) -> tuple[int, dict, str]:
+        for name, double in zip(("this", "other"), doubles, strict=True):
+            package = tmp_path / name / "tf_deform"
+            package.mkdir(parents=True)
+            (package / "_ops.so").touch()
+            (package / "__init__.py").write_text(
+                f"import os, time\ndef double(inputs):\n    {double}\n"
+            )
+        monkeypatch.setattr(against, "ROOT", str(tmp_path / "this"))
+        options = ["--shapes", "built", "--against", tmp_path / "other"]
+        return run_toys(*options, "--timeout", timeout)
 
     return compare
 
 
 RIGHT = "return 2 * inputs"
 SLOW = "time.sleep(0.01); return 2 * inputs"
+SLOWER = "time.sleep(0.02); return 2 * inputs"
 
 
 def test_a_slower_build_is_found(compare_builds):
-    status, report, text = compare_builds(SLOW.replace("0.01", "0.02"), SLOW)
+    status, report, text = compare_builds(SLOWER, SLOW)
     assert status == 0  # failed timings are no failure
     assert [row["kind"] for row in report["rows"]] == ["forward", "both"]
     for row in report["rows"]:
@@ -323,11 +192,11 @@ def test_a_slower_build_is_found(compare_builds):
     bits, mean, slower = text.splitlines()[-3:]
     assert bits == "- Results are equal to the bit in all 2 rows."
     assert "MISSED" in mean
-    assert "above 1.02: right, threads 1, forward (" in slower
+    assert "above 1.02: built, threads 1, forward (" in slower
 
 
 def test_a_build_is_not_slower_than_a_slower_one(compare_builds):
-    _, _, text = compare_builds(SLOW, SLOW.replace("0.01", "0.02"))
+    _, _, text = compare_builds(SLOW, SLOWER)
     assert "(goal: at most 1.01, met)" in text
     assert text.endswith("lies wholly above 1.02: none.\n")
 
@@ -345,7 +214,7 @@ def test_a_build_whose_results_are_wrong_is_not_timed(compare_builds):
     status, report, text = compare_builds(RIGHT, "return 2.01 * inputs")
     assert status == 1
     assert (
-        "ERROR right, threads 1, tf_deform, forward: differs from the "
+        "ERROR built, threads 1, tf_deform, forward: differs from the "
         "baseline: forward output by 0.0"
     ) in text
     timed = {row["kind"]: "interval" in row for row in report["rows"]}
@@ -362,9 +231,9 @@ def test_a_build_whose_results_are_wrong_is_not_timed(compare_builds):
 )
 def test_a_build_that_fails_costs_its_unit(compare_builds, other, message):
     timeout = 2 if "sleep" in other else 60
-    status, report, text = compare_builds(RIGHT, other, timeout)
+    status, report, text = compare_builds(RIGHT, other, timeout=timeout)
     assert status == 1 and report["rows"] == []
-    assert f"- ERROR right, threads 1: {message}" in text
+    assert f"- ERROR built, threads 1: {message}" in text
 
 
 def test_a_build_must_be_that_of_its_tree(compare_builds, monkeypatch):
@@ -408,7 +277,7 @@ DEFAULT = ["table", "tests", "memcheck", "racecheck"]
         (["56x56"], ["table"], ["56x56"], []),
         (["conv"], DEFAULT, ["conv"], FILES[:1]),
         (["x_test"], DEFAULT[1:], [], FILES[1:]),
-        (["psroi", "profile"], ["profile"], ["psroi"], []),
+        (["psroi", "tests"], ["tests"], ["psroi"], []),
     ],
 )
 def test_only_takes_sections_and_units(words, sections, of_table, files):
@@ -451,7 +320,7 @@ def test_what_compute_sanitizer_says(status, printed, text, failed):
     assert is_failure == failed
 
 
-def test_shapes_for_a_gpu():
+def test_shapes_and_precisions_for_a_gpu():
     for suite in contenders_torch.SUITES.values():
         for shape in (*suite.shapes, *suite.quick_shapes):
             case = suite.case.parse(shape, "float32", True)
@@ -459,51 +328,68 @@ def test_shapes_for_a_gpu():
             if suite.case is convolution.Case:
                 # torchvision and cuDNN pad both sides by the same amount.
                 assert all(one == two for one, two in case.padding)
-
-
-def test_every_precision_has_a_tolerance():
     assert tuple(contenders_torch.PRECISIONS) == run.PRECISIONS
     assert set(run.PRECISIONS) <= set(timing.TOLERANCES)
 
 
-CRASHES_IN_TF32 = """
+CRASHES = """
 import json, os, sys
 job = json.loads(sys.argv[1])
+def end(status):
+    print("CUDA error: an illegal memory access", file=sys.stderr, flush=True)
+    os._exit(status)
 if job["mode"] == "describe":
+    if CRASH == "describe":
+        end(1)
     machine = {"gpu": "toy", "capability": "9.0"}
     print(json.dumps({"machine": machine, "versions": {"torch": "0"}}))
     print(json.dumps({"peaks": {"float32": 50.0}}), flush=True)
     os._exit(0)
 for precision in job["precisions"]:
-    if precision == "tf32":
-        print("CUDA error: an illegal memory access", file=sys.stderr)
-        sys.stderr.flush()
-        os._exit(1)
+    if precision == CRASH:
+        end(1)
     rows = [row | {"precision": precision} for row in ROWS]
     print(json.dumps({"precision": precision, "rows": rows}), flush=True)
 """
 
 
-def test_a_kernel_that_crashes_costs_its_own_rows(tmp_path, monkeypatch):
+@pytest.fixture
+def crash(tmp_path, monkeypatch):
+    """Returns a function that runs a table with a crash: report and table."""
     rows = []
     for contender, ms in (("tf_deform", 1.0), ("torchvision", 3.0)):
         row = {"contender": contender, "disagreement": {}, "errors": {}}
         time_ = {"median_ms": ms, "q25_ms": ms, "q75_ms": ms}
         rows.append(row | {"forward": time_, "both": time_})
     child = tmp_path / "child.py"
-    child.write_text(CRASHES_IN_TF32.replace("ROWS", repr(rows)))
     monkeypatch.setattr(processes, "WORKER", str(child))
-    arguments = ["--device", "cuda", "--only", "28x28", "--out", str(tmp_path)]
-    assert run.main(arguments) == 1
-    report = json.loads((tmp_path / "results.json").read_text())
+
+    def main(where: str) -> tuple[dict, str]:
+        child.write_text(f"CRASH, ROWS = {where!r}, {rows!r}\n{CRASHES}")
+        options = ["--device", "cuda", "--only", "28x28", "--out"]
+        assert run.main([*options, str(tmp_path)]) == 1
+        report = json.loads((tmp_path / "results.json").read_text())
+        return report, (tmp_path / "table.md").read_text()
+
+    return main
+
+
+def test_a_kernel_that_crashes_costs_its_own_rows(crash):
+    report, table = crash("tf32")
+    assert report["complete"]
     assert len(report["rows"]) == 2 * 3
     (error,) = report["errors"]
     assert "8x28x28x512->512, tf32: " in error
     assert "illegal memory access" in error
     assert report["peaks"] == {"float32": 50.0}
-    table = (tmp_path / "table.md").read_text()
     assert "3.00 to 3.00 times as fast as torchvision" in table
     assert "EMULATED" not in table
+
+
+def test_a_gpu_that_cannot_be_described_ends_the_run(crash):
+    report, table = crash("describe")
+    assert not report["complete"] and not report["rows"]
+    assert "- ERROR the GPU: the process ended with exit status 1" in table
 
 
 @pytest.mark.skipif(

@@ -3,12 +3,15 @@
 
 import os
 import pathlib
+import re
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
+import tensorflow as tf
 
 import tf_deform
 from tf_deform import _build_info, _loader
@@ -20,16 +23,15 @@ MODULE = [sys.executable, "-m", "tf_deform"]
 STEPS = ["TensorFlow", "Keras", "tf_deform", "ops", "XLA"]
 
 
-def run(command, *arguments, path=PACKAGE.parent, **environment):
-    """Runs a command with the folders `path` before all other packages."""
-    folders = [str(path)] if isinstance(path, pathlib.Path) else map(str, path)
+def run(command, *arguments, paths=(PACKAGE.parent,), **environment):
+    """Runs a command with the folders `paths` before all other packages."""
     return subprocess.run(
         [*command, *arguments],
         # Python puts the folder in which a module runs before PYTHONPATH.
-        cwd=path if isinstance(path, pathlib.Path) else path[-1],
+        cwd=paths[-1],
         env={
             **os.environ,
-            "PYTHONPATH": os.pathsep.join(folders),
+            "PYTHONPATH": os.pathsep.join(map(str, paths)),
             **environment,
         },
         capture_output=True,
@@ -39,36 +41,37 @@ def run(command, *arguments, path=PACKAGE.parent, **environment):
     )
 
 
-def diagnose(path=PACKAGE.parent, **environment) -> tuple[int, dict[str, str]]:
+def diagnose(*paths, **environment) -> tuple[int, dict[str, str]]:
     """Returns the doctor's exit status, and its findings by name."""
-    result = run(COMMAND, "doctor", path=path, **environment)
-    findings: dict[str, str] = {}
-    for line in result.stdout.splitlines():
-        if line.startswith(" "):
-            name = list(findings)[-1]
-            findings[name] += "\n" + line.strip()
-        else:
-            name, finding = line.split(":", 1)
-            findings[name] = finding.strip()
+    paths = paths or (PACKAGE.parent,)
+    result = run(COMMAND, "doctor", paths=paths, **environment)
+    found = re.findall(r"^(\S.*?): *(.*(?:\n .*)*)", result.stdout, re.M)
+    findings = {name: re.sub(r"\n +", "\n", text) for name, text in found}
     assert result.stderr == ""
     return result.returncode, findings
 
 
-def write_module(folder: pathlib.Path, name: str, text: str) -> pathlib.Path:
-    """Writes a module that replaces another module; returns the folder."""
-    folder.mkdir(exist_ok=True)
-    (folder / f"{name}.py").write_text(text)
-    return folder
+@pytest.fixture
+def stubs(tmp_path):
+    """Returns a function that makes a folder with a module of a given text."""
+
+    def stub(text: str, name: str = "tensorflow") -> pathlib.Path:
+        folder = tmp_path / "stubs"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}.py").write_text(text)
+        return folder
+
+    return stub
 
 
 @pytest.fixture
-def no_tensorflow(tmp_path) -> pathlib.Path:
-    """Makes a folder with a TensorFlow that cannot be imported."""
-    return write_module(
-        tmp_path / "stubs",
-        "tensorflow",
-        "raise ModuleNotFoundError('No module named tensorflow')",
-    )
+def no_tensorflow(stubs) -> pathlib.Path:
+    """Makes a folder with packages that cannot be imported."""
+    for name in ("keras", "numpy", "tensorflow"):
+        folder = stubs(
+            f"raise ModuleNotFoundError('No module named {name}')", name
+        )
+    return folder
 
 
 @pytest.fixture
@@ -121,7 +124,7 @@ def test_answers_that_need_no_tensorflow(
 
     Commands use it: `serve $(tf-deform library)`.
     """
-    result = run(COMMAND, *arguments, path=[no_tensorflow, PACKAGE.parent])
+    result = run(COMMAND, *arguments, paths=[no_tensorflow, PACKAGE.parent])
     assert result.returncode == status, result.stderr
     said, other = result.stdout, result.stderr
     if status:
@@ -130,33 +133,20 @@ def test_answers_that_need_no_tensorflow(
     assert other == ""
 
 
-def test_help_loads_neither_tensorflow_nor_the_package(run_python):
-    run_python(
-        """
-import sys
-import tf_deform_cli
-
-try:
-    tf_deform_cli.main(["--help"])
-except SystemExit as exit:
-    assert exit.code == 0
-for name in ("tensorflow", "keras", "numpy", "tf_deform"):
-    assert name not in sys.modules, name
-"""
-    )
+@pytest.mark.parametrize("arguments, status", [([], 2), (["library"], 0)])
+def test_the_module_is_the_command(arguments, status, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["tf_deform", *arguments])
+    with pytest.raises(SystemExit) as error:
+        runpy.run_module("tf_deform", run_name="__main__")
+    command = run(COMMAND, *arguments)
+    assert error.value.code == command.returncode == status
+    assert capsys.readouterr() == (command.stdout, command.stderr)
 
 
-@pytest.mark.parametrize(
-    "arguments, implementation",
-    [([], ""), (["library"], ""), (["library"], "portable")],
-)
-def test_the_module_is_the_command(arguments, implementation):
-    variables = {"TF_DEFORM_IMPLEMENTATION": implementation}
-    module = run(MODULE, *arguments, **variables)
-    command = run(COMMAND, *arguments, **variables)
-    assert module.returncode == command.returncode == (0 if arguments else 2)
-    assert module.stdout == command.stdout
-    assert module.stderr.endswith(command.stderr)
+def test_the_module_without_native_ops():
+    module = run(MODULE, "library", TF_DEFORM_IMPLEMENTATION="portable")
+    assert module.returncode == 0
+    assert module.stdout == f"{_loader.LIBRARY}\n"
 
 
 def test_pip_installs_the_command(metadata):
@@ -170,15 +160,17 @@ def test_pip_installs_the_command(metadata):
 
 
 def test_version_of_an_installed_package_and_of_a_source_tree(copy):
-    (copy / "tf_deform/_build_info.py").write_text('VERSION = "7.8.9"')
-    result = run(COMMAND, "--version", path=copy)
-    assert result.stdout == "tf-deform 7.8.9\n"
-    (copy / "tf_deform/_build_info.py").unlink()
-    result = run(COMMAND, "--version", path=copy)
-    assert result.stdout == "tf-deform unknown (a package without built ops)\n"
+    info = copy / "tf_deform/_build_info.py"
+
+    def version() -> str:
+        return run(COMMAND, "--version", paths=[copy]).stdout
+
+    info.write_text('VERSION = "7.8.9"')
+    assert version() == "tf-deform 7.8.9\n"
+    info.unlink()
+    assert version() == "tf-deform unknown (a package without built ops)\n"
     shutil.copy(ROOT / "setup.py", copy)
-    result = run(COMMAND, "--version", path=copy)
-    assert result.stdout == (
+    assert version() == (
         f"tf-deform {tf_deform.__version__} (a source tree without built ops)\n"
     )
 
@@ -187,7 +179,7 @@ def test_version_of_an_installed_package_and_of_a_source_tree(copy):
 def test_without_a_library_there_is_no_path(command, copy):
     library = copy / "tf_deform/_ops.so"
     library.unlink()
-    result = run(command, "library", path=copy)
+    result = run(command, "library", paths=[copy])
     assert result.returncode == 1
     assert result.stdout == ""
     # The first line is the package's warning.
@@ -202,7 +194,7 @@ def test_without_a_library_there_is_no_path(command, copy):
 
 def test_a_sound_installation(metadata):
     """Tests that the extras are the ones of setup.py, `test` included."""
-    status, findings = diagnose([metadata, PACKAGE.parent])
+    status, findings = diagnose(metadata, PACKAGE.parent)
     assert status == 0, findings
     assert findings["tf-deform"] == tf_deform.__version__
     assert findings["verdict"] == "the native ops work"
@@ -224,16 +216,13 @@ def test_a_sound_installation(metadata):
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_the_instruction_set_and_its_limit(isa, no_tensorflow):
-    _, findings = diagnose(
-        [no_tensorflow, PACKAGE.parent], TF_DEFORM_MAX_ISA=isa
-    )
+    _, findings = diagnose(no_tensorflow, PACKAGE.parent, TF_DEFORM_MAX_ISA=isa)
     assert findings["instruction set"] == (
         f"{isa}, limited by TF_DEFORM_MAX_ISA={isa}"
     )
 
 
 def assert_stopped_at(step: str, status: int, findings: dict[str, str]) -> str:
-    """Checks that `step` failed and that no later step was tried."""
     assert status == 1
     assert findings["verdict"] == "the native ops do not work"
     assert findings[step].startswith("FAILED: "), findings
@@ -242,77 +231,112 @@ def assert_stopped_at(step: str, status: int, findings: dict[str, str]) -> str:
     return findings[step].removeprefix("FAILED: ")
 
 
-def test_tensorflow_is_missing(no_tensorflow):
-    status, findings = diagnose([no_tensorflow, PACKAGE.parent])
-    assert assert_stopped_at("TensorFlow", status, findings) == (
+# Ends of a process that imports TensorFlow, with its last words.
+ENDS = {
+    "raise ModuleNotFoundError('No module named tensorflow')": (
         "ModuleNotFoundError: No module named tensorflow"
-    )
+    ),
+    f"os.kill(os.getpid(), {int(signal.SIGSEGV)})": (
+        "the process ended with signal SIGSEGV\nof the old kind"
+    ),
+    "os._exit(3)": "the process ended with exit status 3\nof the old kind",
+}
 
 
-def test_tensorflow_is_of_another_version(copy):
-    info = copy / "tf_deform/_build_info.py"
-    text = info.read_text().replace(_build_info.TENSORFLOW_VERSION, "2.4.1")
-    info.write_text(text)
-    status, findings = diagnose(copy)
-    assert ", expected 2.4.*; " in findings["TensorFlow"]
-    text = assert_stopped_at("tf_deform", status, findings)
-    assert text.startswith("ImportError: Expected TensorFlow 2.4, ")
-    assert "pip install 'tensorflow==2.4.*'" in text
-
-
-@pytest.mark.parametrize(
-    "end, expected",
-    [
-        (f"os.kill(os.getpid(), {int(signal.SIGSEGV)})", "signal SIGSEGV"),
-        ("os._exit(3)", "exit status 3"),
-    ],
-)
-def test_the_process_ends_before_its_answer(end, expected, tmp_path):
+@pytest.mark.parametrize("end", ENDS)
+def test_tensorflow_cannot_be_imported(end, stubs):
     """Tests that the last words are reported, even without a line break."""
-    stubs = write_module(
-        tmp_path / "stubs",
-        "tensorflow",
+    folder = stubs(
         "import os, sys\n"
         "print('loading', end='', flush=True)\n"
-        "print('of the old kind', file=sys.stderr, flush=True)\n" + end,
+        f"print('of the old kind', file=sys.stderr, flush=True)\n{end}"
     )
-    status, findings = diagnose([stubs, PACKAGE.parent])
-    text = assert_stopped_at("TensorFlow", status, findings)
-    assert text == f"the process ended with {expected}\nof the old kind"
+    status, findings = diagnose(folder, PACKAGE.parent)
+    assert assert_stopped_at("TensorFlow", status, findings) == ENDS[end]
 
 
-def test_the_process_hangs(tmp_path):
-    stubs = write_module(
-        tmp_path / "stubs", "tensorflow", "import time; time.sleep(600)"
-    )
+def test_the_process_hangs(stubs):
+    folder = stubs("import time; time.sleep(600)")
     script = "import tf_deform_cli as c; c._TIMEOUT = 1; exit(c.main())"
     command = [sys.executable, "-c", script]
-    result = run(command, "doctor", path=[stubs, PACKAGE.parent])
+    result = run(command, "doctor", paths=[folder, PACKAGE.parent])
     assert result.returncode == 1
     assert "FAILED: the process ended with no answer for 1 s" in result.stdout
 
 
-def test_the_op_library_is_broken(copy):
-    (copy / "tf_deform/_ops.so").write_bytes(b"not a library")
-    status, findings = diagnose(copy)
-    text = assert_stopped_at("tf_deform", status, findings)
-    assert text.startswith("NotFoundError: ")
-    assert str(copy / "tf_deform/_ops.so") in text
+INFO = (PACKAGE / "_build_info.py").read_text()
+# An editable installation would find in the source tree what a copy lacks.
+NO_EDITABLE = """
+import sys
+sys.meta_path = [f for f in sys.meta_path if "Editable" not in str(f)]
+"""
+DOUBLE = """
+_right = deformable_conv2d
+def deformable_conv2d(*args, **kwargs):
+    return _right(*args, **kwargs) * 2
+"""
+OP = "ops/deformable_conv2d.py"
+# Files of a broken package (None: not there), the step at which the doctor
+# stops, and texts of its finding. The version is checked before the library is
+# loaded; a package without its library can be imported, for portable ops.
+BROKEN = {
+    "version": (
+        {
+            "_build_info.py": INFO.replace(
+                _build_info.TENSORFLOW_VERSION, "2.4.1"
+            ),
+            "_ops.so": "not a library",
+        },
+        "tf_deform",
+        "ImportError: Expected TensorFlow 2.4, ",
+        f"Received: TensorFlow {tf.__version__}",
+        "pip install 'tensorflow==2.4.*'",
+    ),
+    "not built": (
+        {"_build_info.py": None, "../sitecustomize.py": NO_EDITABLE},
+        "tf_deform",
+        "ImportError: Expected",
+        "pip install",
+    ),
+    "library": (
+        {"_ops.so": "not a library"},
+        "tf_deform",
+        "NotFoundError: ",
+        "/site/tf_deform/_ops.so",
+    ),
+    "no library": (
+        {"_ops.so": None},
+        "ops",
+        "FileNotFoundError: Expected the op library of tf_deform at ",
+        "/site/tf_deform/_ops.so. ",
+    ),
+    "results": (
+        {OP: (PACKAGE / OP).read_text() + DOUBLE},
+        "ops",
+        "ArithmeticError: Expected outputs [[1.5, 2.5]",
+    ),
+}
 
 
-def test_the_op_library_is_missing(copy):
-    """Tests that the package can be imported, and runs the portable ops."""
-    library = copy / "tf_deform/_ops.so"
-    library.unlink()
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_package(kind, copy):
+    files, step, beginning, *others = BROKEN[kind]
+    for name, text in files.items():
+        path = copy / "tf_deform" / name
+        path.unlink() if text is None else path.write_text(text)
     status, findings = diagnose(copy)
-    text = assert_stopped_at("ops", status, findings)
-    assert f"Expected the op library of tf_deform at {library}. " in text
+    text = assert_stopped_at(step, status, findings)
+    assert text.startswith(beginning)
+    assert all(other in text for other in others), text
+    expected = {"version": "2.4.*", "not built": "unknown"}
+    if kind in expected:
+        assert f", expected {expected[kind]}; " in findings["TensorFlow"]
 
 
 def test_the_core_library_is_missing(copy, no_tensorflow):
     library = copy / "tf_deform/_core.so"
     library.unlink()
-    status, findings = diagnose([no_tensorflow, copy])
+    status, findings = diagnose(no_tensorflow, copy)
     assert status == 1
     assert findings["instruction set"].startswith(
         "FAILED: FileNotFoundError: Expected the core library of tf_deform at "
@@ -325,19 +349,6 @@ def test_native_ops_are_switched_off():
     status, findings = diagnose(TF_DEFORM_IMPLEMENTATION="portable")
     text = assert_stopped_at("ops", status, findings)
     assert "TF_DEFORM_IMPLEMENTATION=portable" in text
-
-
-def test_wrong_results_are_found(copy):
-    """Tests that the doctor compares the kernels' results."""
-    path = copy / "tf_deform/ops/deformable_conv2d.py"
-    path.write_text(
-        path.read_text() + "\n_right = deformable_conv2d\n\n\n"
-        "def deformable_conv2d(*args, **kwargs):\n"
-        "    return _right(*args, **kwargs) * 2\n"
-    )
-    status, findings = diagnose(copy)
-    text = assert_stopped_at("ops", status, findings)
-    assert text.startswith("ArithmeticError: Expected outputs [[1.5, 2.5]")
 
 
 @pytest.mark.parametrize(
@@ -359,18 +370,17 @@ def test_an_extra_and_what_it_lacks(
         f'Requires-Dist: {requirement}; extra == "some"\n'
         'Requires-Dist: no-such-thing; extra == "other"\n'
     )
-    _, findings = diagnose([no_tensorflow, folder.parent, PACKAGE.parent])
+    _, findings = diagnose(no_tensorflow, folder.parent, PACKAGE.parent)
     assert findings["extra some"].startswith(expected)
     assert findings["extra other"] == "lacks no-such-thing"
 
 
-def test_no_extras(tmp_path, no_tensorflow):
+def test_no_extras(stubs, no_tensorflow):
     """Tests an installation without metadata, as in a source tree."""
     hidden = "import importlib.metadata as m\n"
     hidden += "def metadata(name): raise m.PackageNotFoundError(name)\n"
-    hidden += "m.metadata = metadata\n"
-    write_module(no_tensorflow, "sitecustomize", hidden)
-    status, findings = diagnose([no_tensorflow, PACKAGE.parent])
+    stubs(hidden + "m.metadata = metadata\n", "sitecustomize")
+    status, findings = diagnose(no_tensorflow, PACKAGE.parent)
     assert status == 1
     assert findings["extras"] == "unknown: a source tree that is not installed"
     assert findings["Python"].endswith("expected unknown")

@@ -143,10 +143,6 @@ arch = sm_90
 # The build itself.
 
 
-def test_architectures():
-    assert build.ARCHITECTURES == "80;89;90"
-
-
 def fake_nvcc(folder: pathlib.Path) -> str:
     """Makes an `nvcc` that wraps a CUDA 12.4 elsewhere, as on some systems."""
     home = folder / "cuda 12"
@@ -180,21 +176,18 @@ def test_without_nvcc_by_choice(tmp_path, value):
 
 
 def test_where_nvcc_is_looked_for(tmp_path):
-    nvcc = {}
-    for name in ("named", "home", "path"):
-        nvcc[name] = fake_nvcc(tmp_path / name)
+    nvcc = {x: fake_nvcc(tmp_path / x) for x in ("named", "home", "path")}
     environ = {
-        "TF_DEFORM_NVCC": nvcc["named"],
-        "CUDA_HOME": str(tmp_path / "home"),
         "PATH": os.path.dirname(nvcc["path"]),
+        "CUDA_HOME": str(tmp_path),
     }
-    assert build.find_nvcc(environ) == nvcc["named"]
-    del environ["TF_DEFORM_NVCC"]
-    assert build.find_nvcc(environ) == nvcc["home"]
-    environ["CUDA_HOME"] = str(tmp_path)
     assert build.find_nvcc(environ) == nvcc["path"]
-    environ["PATH"] = str(tmp_path)
-    assert build.find_nvcc(environ) in (None, "/usr/local/cuda/bin/nvcc")
+    environ["CUDA_HOME"] = str(tmp_path / "home")
+    assert build.find_nvcc(environ) == nvcc["home"]
+    environ["TF_DEFORM_NVCC"] = nvcc["named"]
+    assert build.find_nvcc(environ) == nvcc["named"]
+    found = build.find_nvcc({"PATH": str(tmp_path)})
+    assert found in (None, "/usr/local/cuda/bin/nvcc")
 
 
 def test_a_wrong_name_is_an_error(tmp_path):
@@ -204,18 +197,22 @@ def test_a_wrong_name_is_an_error(tmp_path):
 
 def test_the_runtime_is_found_through_a_wrapper(tmp_path):
     nvcc = fake_nvcc(tmp_path)
-    cuda = build.find_cuda("80;90a", {"TF_DEFORM_NVCC": nvcc})
+    assert build.ARCHITECTURES == "80;89;90"
+    cuda = build.find_cuda("80;89;90a", {"TF_DEFORM_NVCC": nvcc})
     assert cuda.version == "12.4"
     assert cuda.runtime == str(
         tmp_path / "cuda 12" / "lib64" / "libcudart_static.a"
     )
-    assert "12.4" in build.describe(cuda) and "80, 90a" in build.describe(cuda)
+    assert "12.4" in build.describe(cuda) and "80, 89, 90a" in build.describe(
+        cuda
+    )
     steps = build.core_steps(str(tmp_path), cuda)
     commands = {os.path.basename(s.source): s.command for s in steps}
     device = commands["device.cu"]
     assert device[0] == nvcc
     assert [f for f in device if "gencode" in f] == [
         "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_80,code=sm_89",
         "-gencode=arch=compute_90a,code=sm_90a",
         "-gencode=arch=compute_90,code=compute_90",
     ]

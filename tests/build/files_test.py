@@ -4,6 +4,7 @@
 Processes are killed.
 """
 
+import concurrent.futures
 import errno
 import fcntl
 import os
@@ -11,7 +12,7 @@ import pathlib
 import subprocess
 import sys
 import textwrap
-import threading
+import types
 
 import pytest
 
@@ -202,14 +203,12 @@ def test_a_dead_ones_folder_is_cleared(tmp_path):
 def test_a_living_ones_folder_stays(tmp_path):
     """Tests folders of another process, and of this process while it writes."""
     staging = make_staging(tmp_path)
+    script = (
+        "import fcntl, sys; file = open(sys.argv[1])\n"
+        "fcntl.flock(file, fcntl.LOCK_EX); print(flush=True); input()"
+    )
     child = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "import fcntl, sys; file = open(sys.argv[1])\n"
-            "fcntl.flock(file, fcntl.LOCK_EX); print(flush=True); input()",
-            staging / "lock",
-        ],
+        [sys.executable, "-c", script, staging / "lock"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
@@ -230,21 +229,16 @@ def test_a_living_ones_folder_stays(tmp_path):
 def test_what_others_own_stays(tmp_path):
     """Tests that similar names stay, although no process holds a lock."""
     for name in (
-        ".model-abcdefgh",
-        ".model",
-        ".tf_deform-partial-",
-        ".tf_deform-partial-ABCDEFGH",
-        ".tf_deform-partial-abcdefgh.old",
-        "tf_deform-partial-abcdefgh",
+        *(".model-abcdefgh", ".model", "tf_deform-partial-abcdefgh"),
+        *(".tf_deform-partial-", ".tf_deform-partial-ABCDEFGH"),
+        *(".tf_deform-partial-abcdefgh.old", "target"),
     ):
         (tmp_path / name).mkdir()
     holding = make_staging(tmp_path, "holding1")
     (holding / "notes").write_text("precious")
     (tmp_path / ".tf_deform-partial-afile123").write_text("precious")
-    target = tmp_path / "target"
-    target.mkdir()
-    (tmp_path / ".tf_deform-partial-linkabcd").symlink_to(target)
-    before = sorted(os.listdir(tmp_path))
+    (tmp_path / ".tf_deform-partial-linkabcd").symlink_to(tmp_path / "target")
+    before = os.listdir(tmp_path)
     write(tmp_path / "model")
     assert sorted(os.listdir(tmp_path)) == sorted([*before, "model"])
     assert sorted(os.listdir(holding)) == ["before", "lock", "new", "notes"]
@@ -259,15 +253,20 @@ def test_folders_of_other_users_stay(tmp_path, monkeypatch):
     assert staging.exists()
 
 
+def raising(number):
+    """Returns a function that fails as a call of the system does."""
+
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
 @pytest.mark.parametrize("number", sorted(_files._NO_LOCKS))
 def test_a_file_system_without_locks(number, tmp_path, monkeypatch):
     """Tests that writing works, and never clears another process's folder."""
     staging = make_staging(tmp_path)
-
-    def refuse(*_):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", raising(number))
     write(tmp_path / "model")
     write(tmp_path / "model", "again")
     assert (tmp_path / "model" / "mark").read_text() == "again"
@@ -275,10 +274,7 @@ def test_a_file_system_without_locks(number, tmp_path, monkeypatch):
 
 
 def test_a_lock_that_cannot_be_made(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", raising(errno.EIO))
     with pytest.raises(OSError, match="Expected `path` to be in a folder"):
         write(tmp_path / "model")
     assert os.listdir(tmp_path) == []
@@ -304,13 +300,13 @@ def test_taken_for_dead_while_it_begins(tmp_path, monkeypatch):
 def test_the_systems_call(libc, tmp_path, monkeypatch):
     """Tests the system call by name, by number (old C library), and absent."""
     if libc != "glibc":
+        load = _files.ctypes.CDLL
 
-        class Old:
-            def __init__(self, *arguments, **options):
-                self.syscall = ctypes_cdll(*arguments, **options).syscall
+        def load_old(*arguments, **options):
+            library = load(*arguments, **options)
+            return types.SimpleNamespace(syscall=library.syscall)
 
-        ctypes_cdll = _files.ctypes.CDLL
-        monkeypatch.setattr(_files.ctypes, "CDLL", Old)
+        monkeypatch.setattr(_files.ctypes, "CDLL", load_old)
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()
     two.write_text("2")
@@ -334,26 +330,24 @@ def test_a_swap_that_fails_leaves_what_was_there(
 ):
     """Tests a failure of every rename in turn."""
     rename = os.rename
-    call = 0
+    error = OSError(errno.EIO, "Input/output error")
+    if kind == "interrupt":
+        error = KeyboardInterrupt()
     for turn in range(6):
         path = tmp_path / str(turn) / "model"
         path.parent.mkdir()
         write(path, "old")
-        call = 0
+        calls = []
 
-        def fail(source, target, turn=turn):
-            nonlocal call
-            call += 1
-            if call - 1 != turn:
-                return rename(source, target)
+        def fail(*paths, turn=turn, calls=calls):
+            calls.append(paths)
+            if len(calls) - 1 != turn:
+                return rename(*paths)
             if when == "after":
-                rename(source, target)
-            raise (
-                KeyboardInterrupt
-                if kind == "interrupt"
-                else OSError(errno.EIO, "Input/output error")
-            )
+                rename(*paths)
+            raise error
 
+        found = {"old", "new"}
         with monkeypatch.context() as patch:
             patch.setattr(os, "rename", fail)
             if not exchange:
@@ -362,13 +356,12 @@ def test_a_swap_that_fails_leaves_what_was_there(
                 write(path, "new")
                 found = {"new"}
             except KeyboardInterrupt:
-                found = {"old", "new"}
-            except OSError as error:
-                assert "Expected `path` to be one that can be" in str(error)
-                found = {"old", "new"}
+                pass
+            except OSError as raised:
+                assert "Expected `path` to be one that can be" in str(raised)
         assert os.listdir(path.parent) == ["model"]
         assert (path / "mark").read_text() in found
-    assert call < 6
+    assert len(calls) < 6
 
 
 def test_what_may_not_be_replaced(tmp_path):
@@ -397,9 +390,9 @@ def test_what_may_not_be_replaced(tmp_path):
 def test_names(tmp_path):
     """Tests the longest names, and the names that staging folders use."""
     for name in ("a" * 255, "lock", "new", "before", " ", "ü*[?]", "-rf"):
-        write(tmp_path / name, "first")
-        write(tmp_path / name, "second")
-        assert (tmp_path / name / "mark").read_text() == "second"
+        for content in ("first", "second"):
+            write(tmp_path / name, content)
+            assert (tmp_path / name / "mark").read_text() == content
     assert len(os.listdir(tmp_path)) == 7
 
 
@@ -416,21 +409,13 @@ def test_links(tmp_path):
 
 def test_threads(tmp_path):
     """Tests threads of one process: each thread has its own lock."""
-    failed = []
 
     def work(index):
-        try:
-            for _ in range(30):
-                write(tmp_path / "model", str(index))
-        except BaseException as error:
-            failed.append(error)
+        for _ in range(30):
+            write(tmp_path / "model", str(index))
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failed
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
     assert os.listdir(tmp_path) == ["model"]
 
 

@@ -44,6 +44,7 @@ MAY_INCLUDE = {
     "core/cuda": {"core", "core/cuda"},
     "tf": {"core", "tf"},
     "xla": {"core", "tf", "xla"},
+    "": {"tf", "xla"},
 }
 
 
@@ -52,18 +53,13 @@ def part(module: str) -> str:
     return (module.split(".") + [""])[1]
 
 
-def modules() -> dict[str, pathlib.Path]:
-    """Returns the files of the package by the names of their modules."""
-    found = {}
-    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
-        names = path.relative_to(ROOT).with_suffix("").parts
-        if names[-1] == "__init__":
-            names = names[:-1]
-        found[".".join(names)] = path
-    return found
+def name_of(path: pathlib.Path) -> str:
+    names = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(names).removesuffix(".__init__")
 
 
-MODULES = modules()
+# The files of the package by the names of their modules.
+MODULES = {name_of(path): path for path in (ROOT / PACKAGE).rglob("*.py")}
 
 
 def imports(
@@ -100,16 +96,14 @@ def is_of_package(module: str) -> bool:
 def wrong_imports(files: dict[str, pathlib.Path]) -> list[str]:
     """Describes the imports that go up or sideways."""
     levels = {name: i for i, floor in enumerate(FLOORS) for name in floor}
-    wrong = []
-    for module, path in files.items():
-        own = part(module)
-        for imported, line in filter(
-            lambda x: is_of_package(x[0]), imports(path)
-        ):
-            other = part(imported)
-            if own != other and levels[other] >= levels[own]:
-                wrong.append(f"{path}:{line}: {module} imports {imported}")
-    return wrong
+    return [
+        f"{path}:{line}: {module} imports {imported}"
+        for module, path in files.items()
+        for imported, line in imports(path)
+        if is_of_package(imported)
+        and part(imported) != part(module)
+        and levels[part(imported)] >= levels[part(module)]
+    ]
 
 
 def test_every_part_has_a_floor():
@@ -171,29 +165,25 @@ def test_only_the_module_main_imports_the_command():
     assert importing == ["tf_deform/__main__.py"]
 
 
+def tops(path: pathlib.Path, *, at_once: bool = False) -> set[str]:
+    """Returns the packages that a file imports."""
+    return {name.split(".")[0] for name, _ in imports(path, at_once=at_once)}
+
+
 def test_the_command_imports_the_standard_library_at_first():
-    names = {
-        name.split(".")[0]
-        for name, _ in imports(ROOT / f"{COMMAND}.py", at_once=True)
-    }
+    names = tops(ROOT / f"{COMMAND}.py", at_once=True)
     assert names <= sys.stdlib_module_names
 
 
 def test_ops_do_without_keras():
     for module, path in MODULES.items():
-        if part(module) in NO_KERAS:
-            names = {name.split(".")[0] for name, _ in imports(path)}
-            assert "keras" not in names, path
+        assert part(module) not in NO_KERAS or "keras" not in tops(path), path
 
 
-def test_what_an_extra_brings_is_imported_when_used():
+def test_an_extra_is_imported_when_it_is_used():
     for path in MODULES.values():
-        for name, line in imports(path, at_once=True):
-            top = name.split(".")[0]
-            assert (
-                top in REQUIRED | {PACKAGE, COMMAND}
-                or top in sys.stdlib_module_names
-            ), f"{path}:{line}"
+        others = tops(path, at_once=True) - REQUIRED - {PACKAGE, COMMAND}
+        assert others <= sys.stdlib_module_names, path
 
 
 def test_the_import_brings_nothing_of_others(run_python):
@@ -238,54 +228,46 @@ def folder_of(path: str) -> str:
     return path.removeprefix("cc/").rpartition("/")[0]
 
 
-def sources() -> list[str]:
-    return [
-        path.relative_to(ROOT).as_posix()
-        for path in sorted((ROOT / "cc").rglob("*"))
-        if path.suffix in (".h", ".cc", ".cu")
-    ]
-
-
-def includes(path: str) -> list[str]:
-    text = (ROOT / path).read_text()
-    return re.findall(r'^\s*#\s*include\s+["<](.+)[">]', text, re.MULTILINE)
+SOURCES = [
+    path.relative_to(ROOT).as_posix()
+    for path in sorted((ROOT / "cc").rglob("*"))
+    if path.suffix in (".h", ".cc", ".cu")
+]
+INCLUDES = [
+    (path, header)
+    for path in SOURCES
+    for header in re.findall(
+        r'^\s*#\s*include\s+["<](.+)[">]', (ROOT / path).read_text(), re.M
+    )
+]
 
 
 def test_every_folder_of_sources_is_known():
-    assert {folder_of(path) for path in sources()} <= MAY_INCLUDE.keys()
-    assert len(sources()) > 50
+    assert {folder_of(path) for path in SOURCES} <= MAY_INCLUDE.keys()
+    assert len(SOURCES) > 50 and len(INCLUDES) > 200
 
 
 def test_includes_go_one_way():
-    for path in sources():
-        for header in includes(path):
-            if header.startswith("cc/"):
-                allowed = MAY_INCLUDE[folder_of(path)]
-                assert folder_of(header) in allowed, f"{path}: {header}"
-                assert (ROOT / header).exists(), f"{path}: {header}"
+    for path, header in INCLUDES:
+        if header.startswith("cc/"):
+            allowed = MAY_INCLUDE[folder_of(path)]
+            assert folder_of(header) in allowed, f"{path}: {header}"
+            assert (ROOT / header).exists(), f"{path}: {header}"
 
 
-def test_the_core_knows_no_framework():
-    """Tests the includes of the core.
-
-    TensorFlow's glue must include nothing of XLA either.
-    """
-    for path in sources():
-        for header in includes(path):
-            top = header.split("/")[0]
-            if top in ("tensorflow", "xla", "absl", "Eigen", "unsupported"):
-                assert folder_of(path) in ("tf", "xla"), f"{path}: {header}"
-            if top == "xla":
-                assert folder_of(path) == "xla", f"{path}: {header}"
+# Folders whose sources may include headers of other people. No C++ source
+# includes a header of CUDA, because the stream is passed as `void*`, and tests
+# compile the kernels for the host.
+OTHERS = {
+    r"(tensorflow|absl|Eigen|unsupported)/": {"tf", "xla"},
+    r"xla/": {"xla"},
+    r"(cuda|cublas|mma)": {"core/cuda"},
+}
 
 
-def test_the_compiler_of_cpp_sees_no_header_of_cuda():
-    """Tests that no C++ source includes CUDA headers.
-
-    The stream is passed as `void*`, and tests compile the kernels for the host.
-    """
-    for path in sources():
-        if path.startswith("cc/core/cuda/"):
-            continue
-        for header in includes(path):
-            assert not re.match(r"(cuda|cublas|mma)", header), path
+@pytest.mark.parametrize("headers", OTHERS)
+def test_who_includes_headers_of_others(headers):
+    found = {
+        folder_of(p) for p, header in INCLUDES if re.match(headers, header)
+    }
+    assert found <= OTHERS[headers]

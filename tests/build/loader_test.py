@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests loading the op library more than once in a process, in every order."""
 
+import json
 import pathlib
 import shutil
 
@@ -20,6 +21,11 @@ def ours():
 def load(path):
     module = tf.load_op_library(path)
     print("functions", hasattr(module, "tf_deform_deformable_conv2d"))
+def attempt(step, *arguments):
+    try:
+        step(*arguments)
+    except (ImportError, tf.errors.FailedPreconditionError) as error:
+        print(f"{type(error).__name__}: {error}")
 def work():
     import tf_deform
     x = tf.ones((1, 4, 5, 2))
@@ -36,154 +42,62 @@ def work():
         x, rois, output_dim=2, group_size=1, pooled_size=2, spatial_scale=1)
     print("works")
 """
-
-
-@pytest.fixture
-def copy(tmp_path):
-    return pathlib.Path(shutil.copy(LIBRARY, tmp_path / "beside_a_model.so"))
-
-
-@pytest.fixture
-def another_version(copy):
-    """Copies the library and changes the version that the copy reports."""
-    version = tf_deform.__version__.encode() + b"\0"
-    content = copy.read_bytes()
-    assert content.count(b"\0" + version) == 1
-    # The new text is as long as the old text: nothing in the file may move.
-    other = b"9" * (len(version) - 1) + b"\0"
-    copy.write_bytes(content.replace(b"\0" + version, b"\0" + other))
-    return copy
-
-
-@pytest.mark.parametrize(
-    ("first", "loads"),
-    [
-        ("ours", "copy"),
-        ("ours", "link"),
-        ("file", "copy"),
-        ("file", "link"),
-        ("file", "relative"),
-        ("file", "same"),
-    ],
-)
-def test_loaded_twice(run_python, tmp_path, copy, first, loads):
-    """Tests that the ops that are registered already are used."""
-    (tmp_path / "link.so").symlink_to(LIBRARY)
-    path = {
-        "copy": str(copy),
-        "link": str(tmp_path / "link.so"),
-        "relative": "./" + LIBRARY.name,
-        "same": str(LIBRARY),
-    }[loads]
-    steps = ["ours()", "load(sys.argv[1])"]
-    printed = run_python(
-        START
-        + "os.chdir(sys.argv[2])\n"
-        + "\n".join(steps if first == "ours" else steps[::-1])
-        + "\nwork()\n",
-        path,
-        LIBRARY.parent if loads == "relative" else tmp_path,
-    )
-    assert "works" in printed
-    assert ("functions True" in printed) == (first == "file")
-
-
-def test_a_model_beside_a_copy(run_python, tmp_path, copy):
-    """Tests a script that loads model and library from a folder.
-
-    The package is used in the same process.
-    """
-    printed = run_python(
-        START
-        + """
+# Runs each script in a copy of this process, which has imported TensorFlow, and
+# has not used it yet. The import takes seconds.
+FORK = """
+import json, traceback
+os.chdir(sys.argv[2])
+OTHER = os.path.abspath("other.so")
+for name, script in json.loads(sys.argv[1]).items():
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        continue
+    output = os.open(f"{name}.txt", os.O_CREAT | os.O_WRONLY)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    try:
+        exec(script)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    os._exit(0)
+"""
+# In the folder are the library as `same.so` (a link) and `copy.so`, and, of
+# another version, `other.so`.
+SCRIPTS = {
+    # The ops that are registered already are used.
+    "ours, then others": (
+        "ours(); load('./copy.so'); load('./same.so'); work()"
+    ),
+    "copy": "load(os.path.abspath('copy.so')); ours(); work()",
+    "link": "load(os.path.abspath('same.so')); ours(); work()",
+    "relative": "load('./same.so'); ours(); work()",
+    "same": "load(os.path.realpath('same.so')); ours(); work()",
+    # A script loads model and library from a folder, and uses the package.
+    "model": """
 import tf_deform
 call = tf.Module()
 call.run = tf.function(
     lambda x: tf_deform.ops.deformable_conv2d(
         x, tf.ones((1, 1, 2, 3)), x * 0.0),
     input_signature=[tf.TensorSpec((1, 4, 5, 2))])
-tf.saved_model.save(call, sys.argv[1])
-load(sys.argv[2])
-loaded = tf.saved_model.load(sys.argv[1])
+tf.saved_model.save(call, "model")
+load("./copy.so")
+loaded = tf.saved_model.load("model")
 print(tf.reduce_sum(loaded.run(tf.ones((1, 4, 5, 2)))))
 work()
 """,
-        tmp_path / "model",
-        copy,
-    )
-    assert "120" in printed
-    assert "works" in printed
-
-
-def test_another_version_first(run_python, another_version):
-    """Tests that the second version registers nothing.
-
-    The error is raised again at every try.
-    """
-    printed = run_python(
-        START
-        + """
-load(sys.argv[1])
-for _ in range(2):
-    try:
-        ours()
-    except ImportError as error:
-        print("ImportError:", error)
-""",
-        another_version,
-    )
-    assert "functions True" in printed
-    said = [line for line in printed.splitlines() if "ImportError" in line]
-    assert len(said) == 2
-    for line in said:
-        assert "Expected one version of tf_deform's op library" in line
-        assert f"{LIBRARY} of version {tf_deform.__version__}" in line
-        assert f"{another_version} of version 9" in line
-
-
-def test_another_version_afterwards(run_python, another_version):
-    printed = run_python(
-        START
-        + """
-ours()
-try:
-    load(sys.argv[1])
-except tf.errors.FailedPreconditionError as error:
-    print("Error:", error)
-work()
-""",
-        another_version,
-    )
-    assert "Error: Expected one version of tf_deform's op library" in printed
-    assert f"after {LIBRARY} of version {tf_deform.__version__}" in printed
-    assert str(another_version) in printed
-    assert "works" in printed
-
-
-def test_loaded_by_something_else(run_python, copy):
-    """Tests ops that are registered without TensorFlow's functions for them."""
-    printed = run_python(
-        START
-        + """
+    "other first": "load(OTHER); attempt(ours); attempt(ours)",
+    "other afterwards": "ours(); attempt(load, OTHER); work()",
+    # Ops are registered without TensorFlow's functions for them.
+    "something else": """
 import ctypes
-ctypes.CDLL(sys.argv[1])
-try:
-    ours()
-except ImportError as error:
-    print("ImportError:", error)
+ctypes.CDLL(os.path.abspath("copy.so"))
+attempt(ours)
 """,
-        copy,
-    )
-    assert "ImportError: Expected tf_deform's op library" in printed
-    assert str(copy) in printed
-    assert str(LIBRARY) in printed
-
-
-def test_modules_are_loaded_anew(run_python):
-    """Tests `importlib.reload`, and an import after removing all modules."""
-    printed = run_python(
-        START
-        + """
+    # `importlib.reload`, and an import after all modules were removed.
+    "anew": """
 import tf_deform
 for name in sorted(name for name in sys.modules if "tf_deform" in name):
     if name != "tf_deform._build_info":
@@ -192,9 +106,82 @@ work()
 for name in [name for name in sys.modules if "tf_deform" in name]:
     del sys.modules[name]
 work()
-"""
-    )
-    assert printed.count("works") == 2
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, run_python) -> pathlib.Path:
+    """Makes a folder with libraries, and with the outputs of all scripts."""
+    folder = tmp_path_factory.mktemp("libraries")
+    (folder / "same.so").symlink_to(LIBRARY)
+    shutil.copy(LIBRARY, folder / "copy.so")
+    version = tf_deform.__version__.encode() + b"\0"
+    content = LIBRARY.read_bytes()
+    assert content.count(b"\0" + version) == 1
+    # The new text is as long as the old text: nothing in the file may move.
+    other = b"9" * (len(version) - 1) + b"\0"
+    content = content.replace(b"\0" + version, b"\0" + other)
+    (folder / "other.so").write_bytes(content)
+    run_python(START + FORK, json.dumps(SCRIPTS), folder)
+    return folder
+
+
+@pytest.fixture
+def output(folder):
+    """Returns a function that returns a script's output."""
+    return lambda name: (folder / f"{name}.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    "name", ["ours, then others", "copy", "link", "relative", "same"]
+)
+def test_loaded_twice(name, output):
+    """Tests that the ops that are registered already are used."""
+    printed = output(name)
+    assert "works" in printed
+    assert ("functions True" in printed) == (name != "ours, then others")
+    assert printed.count("functions") == 1 + ("others" in name)
+
+
+def test_a_model_beside_a_copy(output):
+    printed = output("model")
+    assert "120" in printed
+    assert "works" in printed
+
+
+def test_another_version_first(output, folder):
+    """Tests that the second version registers nothing.
+
+    The error is raised again at every try.
+    """
+    printed = output("other first")
+    assert "functions True" in printed
+    said = [line for line in printed.splitlines() if "ImportError" in line]
+    assert len(said) == 2
+    for line in said:
+        assert "Expected one version of tf_deform's op library" in line
+        assert f"{LIBRARY} of version {tf_deform.__version__}" in line
+        assert f"{folder}/other.so of version 9" in line
+
+
+def test_another_version_afterwards(output, folder):
+    printed = output("other afterwards")
+    assert "Error: Expected one version of tf_deform's op library" in printed
+    assert f"after {LIBRARY} of version {tf_deform.__version__}" in printed
+    assert f"{folder}/other.so" in printed
+    assert "works" in printed
+
+
+def test_loaded_by_something_else(output, folder):
+    printed = output("something else")
+    assert "ImportError: Expected tf_deform's op library" in printed
+    assert f"{folder}/copy.so" in printed
+    assert str(LIBRARY) in printed
+
+
+def test_modules_are_loaded_anew(output):
+    assert output("anew").count("works") == 2
 
 
 def test_versions_are_the_same():

@@ -8,7 +8,6 @@ in nan_test.py.
 
 import functools
 import itertools
-import pathlib
 
 import exported
 import keras
@@ -17,21 +16,14 @@ import operands
 import pytest
 import reference
 import tensorflow as tf
+from compare import assert_close, assert_equal
+from layer_cases import displace, new, value_and_gradients
 
 import tf_deform
 from tf_deform.layers import DeformableConv2D
 from tf_deform.layers._branch import convolve
 
 random = functools.partial(operands.random, dtype="float64")
-
-
-def displace(layer: DeformableConv2D) -> None:
-    """Sets weights that move each sample by its own pixel or two."""
-    for seed, weight in enumerate(layer.weights):
-        scale = 0.5 / np.sqrt(np.prod(weight.shape[:-1]))
-        if weight is layer.offset_bias:
-            scale = 1.3
-        weight.assign(scale * random(*weight.shape, seed=seed))
 
 
 def operations(*functions: object) -> set[str]:
@@ -51,22 +43,23 @@ CONTROL_FLOW = {"If", "StatelessIf", "Switch", "Merge", "Case"}
 
 
 def plain(x, kernel, strides, padding, dilations):
-    """Computes a plain convolution by the deformable op's reference."""
-    if padding != "same":
-        (top, bottom), (left, right) = padding
-        rows, columns = x.shape[1:3]
-        x = x[:, max(-top, 0) : rows - max(-bottom, 0)]
-        x = x[:, :, max(-left, 0) : columns - max(-right, 0)]
-        padding = tuple(tuple(max(n, 0) for n in side) for side in padding)
-    arguments = dict(strides=strides, dilation_rate=dilations)
-    size = reference.output_size(
-        padding, x.shape[1:3], kernel.shape[:2], **arguments
-    )
-    taps = kernel.shape[0] * kernel.shape[1]
-    offset = np.zeros((len(x), *size, 2 * taps))
-    return reference.deformable_conv2d(
-        x, kernel, offset, padding=padding, **arguments
-    )
+    """Sums products with slices of the image, tap by tap."""
+    size = x.shape[1:3], kernel.shape[:2], strides, dilations
+    pads = np.array(reference.explicit_padding(padding, *size))
+    (top, bottom), (left, right) = np.maximum(-pads, 0)
+    x = np.pad(x, [(0, 0), *np.maximum(pads, 0), (0, 0)])
+    x = x[:, top : x.shape[1] - bottom, left : x.shape[2] - right]
+    size = reference.output_size("valid", x.shape[1:3], *size[1:])
+    output = 0
+    for tap in np.ndindex(kernel.shape[:2]):
+        rows, columns = (
+            rate * index + stride * np.arange(n)
+            for index, rate, stride, n in zip(
+                tap, dilations, strides, size, strict=True
+            )
+        )
+        output = output + x[:, rows][:, :, columns] @ kernel[tap]
+    return output
 
 
 PADDINGS = ["same", ((0, 0), (0, 0)), ((3, 1), (0, 4)), ((4, -1), (-2, 3))]
@@ -76,11 +69,12 @@ PADDINGS = ["same", ((0, 0), (0, 0)), ((3, 1), (0, 4)), ((4, -1), (-2, 3))]
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2), (3, 1), (2, 4)], ids=str)
 def test_convolution(strides, padding):
     """Tests rates that divide the strides, are multiples, or neither."""
-    kernels = {size: random(*size, 2, 3) for size in [(3, 3), (2, 1), (1, 4)]}
-    cases = itertools.product(
-        kernels.items(), [(1, 1), (2, 2), (3, 2), (1, 3), (4, 6)], [11, 12]
-    )
-    for (size, kernel), dilations, height in cases:
+    for size, dilations, height in itertools.product(
+        [(3, 3), (2, 1), (1, 4)],
+        [(1, 1), (2, 2), (3, 2), (1, 3), (4, 6)],
+        [11, 12],
+    ):
+        kernel = random(*size, 2, 3)
         x = random(2, height, 25, 2, seed=height)
         expected = plain(x, kernel, strides, padding, dilations)
         arguments = dict(strides=strides, padding=padding, dilations=dilations)
@@ -98,14 +92,9 @@ def test_convolution(strides, padding):
 @pytest.mark.parametrize("padding", PADDINGS[::3], ids=str)
 def test_convolution_of_unknown_sizes(padding, strides, dilations, jit_compile):
     kernel = random(3, 3, 2, 3)
+    arguments = dict(strides=strides, padding=padding, dilations=dilations)
     run = tf.function(
-        lambda x: convolve(
-            x,
-            tf.constant(kernel),
-            strides=strides,
-            padding=padding,
-            dilations=dilations,
-        ),
+        lambda x: convolve(x, tf.constant(kernel), **arguments),
         input_signature=[tf.TensorSpec((None, None, None, 2), tf.float64)],
         jit_compile=jit_compile,
     )
@@ -128,10 +117,7 @@ def test_convolution_of_unknown_sizes(padding, strides, dilations, jit_compile):
     ],
 )
 def test_second_derivatives(strides, dilations, padding, in_graph):
-    """Differentiates the gradient's square.
-
-    Compares with differences and with forward mode.
-    """
+    """Compares with differences and with forward mode."""
     x, kernel = tf.constant(random(1, 9, 8, 2)), tf.constant(random(3, 3, 2, 2))
     arguments = dict(strides=strides, padding=padding, dilations=dilations)
 
@@ -182,81 +168,49 @@ EMPTY_CONFIGS = [
 ]
 
 
-def empty_results(layer, x, how):
-    """Returns the layer's result and its gradients."""
-    known = {"unknown": (None,) * 3, "batch": (None, *x.shape[1:3])}
-
-    def step(x):
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            y = layer(x)
-            loss = tf.reduce_sum(y**2)
-        return y, *tape.gradient(loss, [x, *(w.value for w in layer.weights)])
-
-    if how != "eager":
-        signature = (*known.get(how, x.shape[:3]), 2)
-        step = tf.function(
-            step,
-            input_signature=[tf.TensorSpec(signature)],
-            jit_compile=how == "xla",
-        )
-    return step(x)
-
-
-@pytest.mark.parametrize("how", ["eager", "unknown", "batch", "known", "xla"])
+@pytest.mark.parametrize(
+    "how", ["eager", "unknown", "width", "batch", "known", "xla"]
+)
 @pytest.mark.parametrize("config", EMPTY_CONFIGS, ids=str)
 def test_empty(config, how, implementation="native"):
     """Tests that shapes equal the op's, and gradients are zero.
 
-    Only biases have other gradients.
+    Only biases have other gradients. The graph is the same for all sizes.
     """
-    layer = DeformableConv2D(
-        3, 3, modulation="sigmoid", implementation=implementation, **config
-    )
+    layer = new("conv2d", implementation=implementation, **config)
     layer.build((None, None, None, 2))
     displace(layer)
+
+    def step(x):
+        return value_and_gradients(layer, {"inputs": x}, layer.weights)
+
     # XLA, and a graph of another shape, are compiled anew each time.
-    sizes = EMPTY if how in ("eager", "unknown") else EMPTY[:2]
-    for size in sizes:
-        x = tf.zeros((*size, 2))
-        y, *gradients = empty_results(layer, x, how)
-        expected = layer.compute_output_shape(x.shape)
-        assert y.shape == expected, size
-        np.testing.assert_array_equal(y, np.broadcast_to(layer.bias, expected))
-        operands = [x, *layer.weights]
-        for gradient, operand in zip(gradients, operands, strict=True):
-            assert gradient.shape == operand.shape, size
-            if operand is not layer.bias:
-                assert not np.any(gradient), size
+    for size in EMPTY if how in ("eager", "unknown") else EMPTY[:2]:
+        run, x = step, tf.zeros((*size, 2))
+        if how != "eager":
+            unknown = {"unknown": 3, "width": 2, "batch": 1}.get(how, 0)
+            known = (*[None] * unknown, *size[unknown:], 2)
+            specs = [tf.TensorSpec(known)]
+            run = tf.function(step, specs, jit_compile=how == "xla")
+            found = operations(run.get_concrete_function())
+            assert "Conv2D" in found and not found & CONTROL_FLOW
+        output, operands, weights = run(x)
+        expected = np.empty(layer.compute_output_shape(x.shape))
+        expected[:] = layer.bias
+        assert_equal(output, expected, case=size)
+        for operand, gradient in [
+            (x, operands["inputs"]),
+            *zip(layer.weights, weights, strict=True),
+        ]:
+            zeros = np.zeros(operand.shape)
+            if operand is layer.bias:
+                assert gradient.shape == zeros.shape
+            else:
+                assert_equal(gradient, zeros, case=size)
 
 
 def test_empty_in_stock_ops():
     test_empty(EMPTY_CONFIGS[2], "unknown", "portable")
-
-
-_EMPTY_WITHOUT_ONEDNN = """
-import sys
-
-sys.path += sys.argv[1:]
-import branch_test
-
-for config in branch_test.EMPTY_CONFIGS:
-    for how in ("eager", "unknown", "batch"):
-        branch_test.test_empty(config, how)
-print("done")
-"""
-
-
-def test_empty_without_onednn(run_python):
-    layers = pathlib.Path(__file__).parent
-    received = run_python(
-        _EMPTY_WITHOUT_ONEDNN,
-        layers,
-        layers.parent / "lib",
-        layers.parents[1] / "examples",
-        TF_ENABLE_ONEDNN_OPTS=0,
-    )
-    assert received == "done\n"
 
 
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
@@ -296,52 +250,24 @@ def test_a_small_image_is_an_error(dilation_rate, padding):
             call(np.zeros((1, 2, 9, 2), "float32"))
 
 
-@pytest.mark.parametrize("size", [(None, None), (None, 9), (8, 9)], ids=str)
-@pytest.mark.parametrize("config", EMPTY_CONFIGS, ids=str)
-def test_no_graph_has_branches(config, size):
-    layer = DeformableConv2D(3, 3, modulation="sigmoid", **config)
-    layer.build((None, *size, 2))
-
-    def step(x):
-        with tf.GradientTape() as tape:
-            y = tf.reduce_sum(layer(x))
-        return tape.gradient(y, layer.trainable_weights)
-
-    signature = [tf.TensorSpec((None, *size, 2))]
-    graphs = [
-        tf.function(f, input_signature=signature).get_concrete_function()
-        for f in (layer, step)
-    ]
-    found = operations(*graphs)
-    assert not found & CONTROL_FLOW
-    assert "Conv2D" in found
-
-
 def test_a_graph_of_known_sizes_has_nothing_in_vain():
     """Tests that the branch is a convolution, padded only where needed."""
-    x = tf.zeros((2, 8, 9, 2))
-    for padding, dilation_rate, expected in [
+    split = {"Pad", "SpaceToBatchND", "BatchToSpaceND", "Slice"}
+    for padding, rate, expected in [
         ("same", 1, set()),
-        ("valid", 1, set()),
-        ("same", 2, {"Pad", "SpaceToBatchND", "BatchToSpaceND"}),
-        (1, 1, {"Pad"}),
+        (((0, 0), (0, 0)), 1, set()),
+        ("same", 2, split),
+        (((1, 1), (1, 1)), 1, {"Pad"}),
     ]:
-        run = tf.function(
-            lambda x, padding=padding, rate=dilation_rate: convolve(
-                x,
-                tf.zeros((3, 3, 2, 4)),
-                strides=(1, 1),
-                padding={"valid": ((0, 0),) * 2, 1: ((1, 1),) * 2}.get(
-                    padding, padding
-                ),
-                dilations=(rate, rate),
-            )
+        arguments = dict(padding=padding, dilations=(rate, rate))
+        run = tf.function(convolve).get_concrete_function(
+            tf.TensorSpec((2, 8, 9, 2)),
+            tf.TensorSpec((3, 3, 2, 4)),
+            strides=(1, 1),
+            **arguments,
         )
-        found = operations(run.get_concrete_function(x))
-        assert found - {"Placeholder", "Const", "Identity", "NoOp"} == {
-            "Conv2D",
-            *expected,
-        } | ({"Slice"} if dilation_rate > 1 else set())
+        found = operations(run) - {"Placeholder", "Const", "Identity", "NoOp"}
+        assert found == {"Conv2D", *expected}, arguments
 
 
 @pytest.mark.parametrize("how", ["native", "portable", "keras"])
@@ -401,10 +327,6 @@ def test_gradients_per_example(config):
         input_signature=[tf.TensorSpec(shape)],
     )(images)
     for index, image in enumerate(images):
-        for actual, expected in zip(
-            together, gradient(tf.constant(image)), strict=True
-        ):
-            assert np.any(expected)
-            np.testing.assert_allclose(
-                actual[index], expected, 0, 1e-5 * np.abs(expected).max()
-            )
+        expected = gradient(tf.constant(image))
+        assert all(np.any(value) for value in expected)
+        assert_close([x[index] for x in together], expected, 1e-5, case=index)

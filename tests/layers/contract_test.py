@@ -2,7 +2,7 @@
 """Tests the promises of all four layers to Keras.
 
 The values of a layer are tested in its own file, types in types_test.py, data
-formats in data_format_test.py, NaN in nan_test.py.
+formats and shapes in data_format_test.py, NaN in nan_test.py.
 """
 
 import copy
@@ -18,14 +18,18 @@ from compare import assert_close, assert_equal
 from keras.src import testing
 from layer_cases import (
     BRANCHES,
-    CALLS,
+    DENSE,
+    EVERY_CALL,
     KINDS,
     ONE_OF_EACH,
+    POOLS,
     SOURCES,
+    built,
     displace,
     displaced,
     fit,
     given_call,
+    in_mode,
     loss_of,
     model_of,
     new,
@@ -50,13 +54,60 @@ def outputs_of(kind: str, seed: int = 0) -> np.ndarray:
 
 # Configuration and copies.
 
+_LAST = "data_format=None, implementation='native', **kwargs)"
+# The constructors of the design; the convolution's is that of Keras, and more.
+SIGNATURES = {
+    "psroi": "(output_dim, pooled_size, spatial_scale, group_size=None, "
+    "part_size=None, sample_per_part=4, trans_std=0.1, num_classes=1, " + _LAST,
+    "pool": "(pooled_size, spatial_scale, sample_per_part=4, trans_std=0.1, "
+    "units=(), " + _LAST,
+    "align": "(pooled_size, spatial_scale, sampling_ratio=0, gamma=0.1, "
+    "units=(), " + _LAST,
+}
+# No argument is called `mask`: Keras fills it from its own masks.
+CALL_SIGNATURES = {
+    "conv2d": "(self, inputs, offset=None, modulator=None)",
+    "psroi": "(self, inputs, rois, trans=None, trans_inputs=None)",
+    "pool": "(self, inputs, rois, offset=None)",
+    "align": "(self, inputs, rois, offset=None)",
+}
+
+
+def text_of_signature(function: object) -> str:
+    """Returns names and defaults, without types."""
+    signature = inspect.signature(function)
+    parameters = [
+        parameter.replace(annotation=parameter.empty)
+        for parameter in signature.parameters.values()
+    ]
+    return str(
+        signature.replace(
+            parameters=parameters, return_annotation=signature.empty
+        )
+    )
+
+
+@every_kind
+def test_signatures(kind):
+    layer = KINDS[kind].layer
+    assert text_of_signature(layer.call) == CALL_SIGNATURES[kind]
+    if kind in SIGNATURES:
+        assert text_of_signature(layer) == SIGNATURES[kind]
+        return
+    theirs = text_of_signature(keras.layers.Conv2D).removesuffix("**kwargs)")
+    assert text_of_signature(layer) == theirs + (
+        "offset_groups=1, modulation=None, boundary='zeros', "
+        "offset_dilation_rate=None, implementation='native', **kwargs)"
+    )
+
+
+_OTHERS = {"data_format": "channels_first", "implementation": "portable"}
 EVERYTHING = {
     "conv2d": {
         "filters": 6,
         "kernel_size": (3, 2),
         "strides": (2, 1),
         "padding": ((1, 0), (2, 1)),
-        "data_format": "channels_first",
         "dilation_rate": (1, 2),
         "groups": 2,
         "activation": "tanh",
@@ -72,66 +123,9 @@ EVERYTHING = {
         "modulation": "2sigmoid",
         "boundary": "clamp",
         "offset_dilation_rate": (2, 1),
-        "implementation": "portable",
     },
-    "psroi": {
-        "output_dim": 6,
-        "pooled_size": (3, 4),
-        "spatial_scale": 0.3,
-        "group_size": (3, 2),
-        "part_size": (2, 5),
-        "sample_per_part": 3,
-        "trans_std": 0.7,
-        "num_classes": 2,
-        "data_format": "channels_first",
-        "implementation": "portable",
-    },
-    "pool": {
-        "pooled_size": (3, 4),
-        "spatial_scale": 0.3,
-        "sample_per_part": 3,
-        "trans_std": 0.7,
-        "units": (8, 4),
-        "data_format": "channels_first",
-        "implementation": "portable",
-    },
-    "align": {
-        "pooled_size": (3, 4),
-        "spatial_scale": 0.3,
-        "sampling_ratio": 3,
-        "gamma": 0.7,
-        "units": (8, 4),
-        "data_format": "channels_first",
-        "implementation": "portable",
-    },
+    **{kind: KINDS[kind].config for kind in POOLS},
 }
-
-
-@every_kind
-def test_config_holds_every_argument(kind):
-    cls = KINDS[kind].layer
-    everything = {
-        **EVERYTHING[kind],
-        "name": "everything",
-        "dtype": "mixed_bfloat16",
-        "trainable": False,
-    }
-    constructor = inspect.signature(cls).parameters.keys()
-    assert {*constructor, "name", "dtype", "trainable"} == {
-        *everything,
-        "kwargs",
-    }
-    layer = cls(**everything)
-    config = layer.get_config()
-    assert everything.keys() <= config.keys()
-    for name, value in everything.items():
-        if name != "dtype" and not isinstance(config[name], dict):
-            assert config[name] == value, name
-    clone = cls.from_config(config)
-    assert clone.get_config() == config
-    assert clone.name == "everything"
-    assert clone.compute_dtype == "bfloat16"
-    assert not clone.trainable
 
 
 def through_json(layer: keras.layers.Layer) -> keras.layers.Layer:
@@ -141,51 +135,62 @@ def through_json(layer: keras.layers.Layer) -> keras.layers.Layer:
     clone = keras.saving.deserialize_keras_object(stored)
     assert type(clone) is type(layer)
     assert clone.get_config() == layer.get_config()
-    # The copy is built like the layer, with or without a branch, before any
-    # call.
-    assert clone.built and len(clone.weights) == len(layer.weights)
-    clone.set_weights(layer.get_weights())
     return clone
+
+
+@every_kind
+def test_config_holds_every_argument(kind):
+    cls = KINDS[kind].layer
+    more = {"name": "all", "dtype": "mixed_bfloat16", "trainable": False}
+    everything = {**EVERYTHING[kind], **_OTHERS, **more}
+    if kind in DENSE:
+        everything["units"] = (8, 4)
+    constructor = inspect.signature(cls).parameters
+    assert {*constructor, *more} == {*everything, "kwargs"}
+    layer = cls(**everything)
+    config = layer.get_config()
+    assert everything.keys() <= config.keys()
+    for name, value in everything.items():
+        if name != "dtype" and not isinstance(config[name], dict):
+            assert config[name] == value, name
+    for clone in (cls.from_config(config), through_json(layer)):
+        assert clone.get_config() == config
+        assert clone.name == "all" and not clone.trainable
+        assert clone.compute_dtype == "bfloat16"
 
 
 PADDINGS = ["valid", "same", "SAME", 0, 2, (2, 1), ((0, 1), (3, 2))]
 PADDINGS += [[[0, 1], [3, 2]]]
 
 
+def from_json(layer: keras.layers.Layer) -> keras.layers.Layer:
+    """Returns a copy with weights; it is built before it is called."""
+    clone = through_json(layer)
+    assert clone.built and len(clone.weights) == len(layer.weights)
+    if isinstance(layer, KINDS["conv2d"].layer):
+        assert clone.padding == layer.padding
+    clone.set_weights(layer.get_weights())
+    return clone
+
+
+def from_pickle(layer: keras.layers.Layer) -> keras.layers.Layer:
+    return pickle.loads(pickle.dumps(layer))
+
+
+@pytest.mark.parametrize("copied", [from_json, from_pickle, copy.deepcopy])
 @pytest.mark.parametrize(
-    ("kind", "config"),
-    [*BRANCHES, *[("conv2d", {"padding": padding}) for padding in PADDINGS]],
+    ("kind", "source", "config"),
+    EVERY_CALL + [("conv2d", "own", {"padding": side}) for side in PADDINGS],
     ids=str,
 )
-def test_survives_json(kind, config):
-    layer, call = displaced(kind, **config), own_call(kind)
-    clone = through_json(layer)
-    if "padding" in config:
-        assert clone.padding == layer.padding
-    assert_equal(clone(**call), layer(**call))
-
-
-@every_kind
-def test_survives_json_without_branch(kind):
-    layer, call = new(kind), given_call(kind)
-    expected = layer(**call)
-    clone = through_json(layer)
-    assert clone.offset_kernel is None
-    assert_equal(clone(**call), expected)
-
-
-@pytest.mark.parametrize("how", ["pickle", "deepcopy"])
-@every_branch
-def test_copies(kind, config, how):
-    layer, call = displaced(kind, **config), own_call(kind)
-    if how == "pickle":
-        clone = pickle.loads(pickle.dumps(layer))
-    else:
-        clone = copy.deepcopy(layer)
+def test_copies(kind, source, config, copied):
+    layer, call = built(kind, source, **config)
+    clone = copied(layer)
     assert clone is not layer
     expected = layer(**call)
     assert_equal(clone(**call), expected)
-    clone.offset_bias.assign(0 * clone.offset_bias)
+    for weight in clone.weights:
+        weight.assign(0 * weight)
     assert_equal(layer(**call), expected)
 
 
@@ -277,46 +282,41 @@ def test_a_fresh_process_loads_the_model(tmp_path, run_python):
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
 
 
-def test_save_and_load_weights(tmp_path):
+def test_weights_of_a_model_in_others(tmp_path):
+    """Loads a file into a model of other numbers, and clones the model."""
     model = functional_model()
+    expected = model(model_call())
     model.save_weights(tmp_path / "model.weights.h5")
     other = functional_model()
     for variable in other.weights:
         variable.assign(np.full(variable.shape, 0.25))
     other.load_weights(tmp_path / "model.weights.h5")
-    assert_equal_outputs(other(model_call()), model(model_call()))
-
-
-def test_clone_model():
-    model = functional_model()
+    assert_equal_outputs(other(model_call()), expected)
     clone = keras.models.clone_model(model)
     assert [v.path for v in clone.weights] == [v.path for v in model.weights]
     assert [v.shape for v in clone.weights] == [v.shape for v in model.weights]
     clone.set_weights(model.get_weights())
-    assert_equal_outputs(clone(model_call()), model(model_call()))
+    assert_equal_outputs(clone(model_call()), expected)
 
 
-@pytest.mark.parametrize("has_branch", [True, False])
 @every_kind
-def test_weights_with_and_without_a_branch_are_not_mixed_up(
-    kind, has_branch, tmp_path
-):
-    def model(own_branch):
-        call = own_call(kind) if own_branch else given_call(kind)
-        return model_of(new(kind), call)
-
-    model(has_branch).save_weights(tmp_path / "model.weights.h5")
+def test_weights_with_and_without_a_branch_are_not_mixed_up(kind, tmp_path):
+    models = [
+        model_of(new(kind), call) for call in (own_call(kind), given_call(kind))
+    ]
     text = "expected [02] variables"
     if kind == "conv2d":
         text = "Expected weights .* branch"
-    with pytest.raises(ValueError, match=text):
-        model(not has_branch).load_weights(tmp_path / "model.weights.h5")
+    for source, other in (models, models[::-1]):
+        source.save_weights(tmp_path / "model.weights.h5")
+        with pytest.raises(ValueError, match=text):
+            other.load_weights(tmp_path / "model.weights.h5")
 
 
 @one_of_each
 def test_a_layer_in_two_models(kind, config):
     """Tests that the second call uses the same layer and weights."""
-    layer, call = displaced(kind, **config), own_call(kind)
+    layer, call = built(kind, "own", **config)
     expected = layer(**call)
     for size in (None, call["inputs"].shape[1]):
         inputs = symbols(call)
@@ -404,52 +404,37 @@ def test_a_frozen_layer_stays_as_it_is(kind, config):
     assert len(model.trainable_weights) == 2
 
 
+def trained(kind: str, config: dict, steps: int = 1, **arguments) -> tuple:
+    """Returns weights before training, and weights and predictions after."""
+    keras.utils.set_random_seed(3)
+    call, layer = own_call(kind), new(kind, **config)
+    model = model_of(layer, call)
+    displace(layer)
+    before = layer.get_weights()
+    model.compile(loss="mse", **arguments)
+    assert model.jit_compile is arguments.get("jit_compile", model.jit_compile)
+    fit(model, call, outputs_of(kind), steps)
+    return before, layer.get_weights(), model.predict_on_batch(call)
+
+
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 @one_of_each
 def test_mixed_training_updates_float32_weights(kind, config, policy):
     keras.config.set_dtype_policy(policy)
-    call = own_call(kind)
-    layer = new(kind, **config)
-    model = model_of(layer, call)
-    displace(layer)
-    before = layer.get_weights()
-    model.compile("adam", "mse")
-    fit(model, call, outputs_of(kind))
-    for old, after in zip(before, layer.get_weights(), strict=True):
+    before, weights, _ = trained(kind, config, optimizer="adam")
+    for old, after in zip(before, weights, strict=True):
         assert after.dtype == np.float32
         assert np.all(np.isfinite(after)) and np.any(after != old)
 
 
-@every_kind
-def test_training_is_deterministic(kind):
-    call, results = own_call(kind), []
-    for _ in range(2):
-        keras.utils.set_random_seed(3)
-        layer = new(kind)
-        model = model_of(layer, call)
-        displace(layer)
-        model.compile("adam", "mse")
-        fit(model, call, outputs_of(kind), steps=5)
-        results.append([*layer.get_weights(), model(call)])
-    assert_equal(*results)
-
-
 @one_of_each
-def test_training_inside_xla(kind, config):
-    """Tests that a model trains and predicts with XLA as it does without."""
-    if not _build_info.XLA:
-        pytest.skip("built without the bridge to XLA")
-    call, results = own_call(kind), []
-    for jit_compile in (False, True):
-        keras.utils.set_random_seed(3)
-        layer = new(kind, **config)
-        model = model_of(layer, call)
-        displace(layer)
-        model.compile("sgd", "mse", jit_compile=jit_compile)
-        assert model.jit_compile is jit_compile
-        fit(model, call, outputs_of(kind))
-        results.append([model.predict_on_batch(call), *layer.get_weights()])
-    assert_close(results[1], results[0], 1e-5)
+def test_training_is_deterministic_and_the_same_inside_xla(kind, config):
+    """Trains and predicts, also with XLA."""
+    results = [trained(kind, config, 3, optimizer="sgd") for _ in range(2)]
+    assert_equal(*results)
+    if _build_info.XLA:
+        inside = trained(kind, config, 3, optimizer="sgd", jit_compile=True)
+        assert_close(inside, results[0], 1e-5)
 
 
 @every_kind
@@ -489,7 +474,7 @@ def test_keras_own_test_of_layers(kind, config):
         {**KINDS[kind].config, **config},
         input_shape=shapes,
         input_dtype=dtypes,
-        expected_output_shape=(3, *KINDS[kind].output),
+        expected_output_shape=(3, *output_shape(kind)[1:]),
         expected_output_dtype="float32",
         expected_num_trainable_weights=2 if kind == "psroi" else 4,
         expected_num_non_trainable_weights=0,
@@ -504,14 +489,11 @@ def test_variables_are_attributes_and_their_paths_say_so(kind, config):
     """Tests the names that a regular expression of an optimizer matches."""
     layer = new(kind, name="head", **config)
     model = model_of(layer, own_call(kind))
-    for name in ["offset_kernel", "offset_bias"]:
-        variable = getattr(layer, name)
-        assert variable.name == name
-        assert variable.path.endswith(f"head/{name}")
     names = {"offset_kernel", "offset_bias"}
     if kind == "conv2d":
         names |= {"kernel", "bias"}
-        assert layer.kernel.name == "kernel" and layer.bias.name == "bias"
+    for name in names:
+        assert getattr(layer, name).name == name
     if "units" in config:
         names |= {"offset_hidden_kernel_0", "offset_hidden_bias_0"}
     assert {v.path for v in model.trainable_variables} == {
@@ -520,29 +502,25 @@ def test_variables_are_attributes_and_their_paths_say_so(kind, config):
 
 
 @pytest.mark.filterwarnings("ignore:.*does not support masking")
-@pytest.mark.parametrize(
-    ("kind", "source"), [*SOURCES, ("pool", "plain"), ("align", "plain")]
-)
+@pytest.mark.parametrize(("kind", "source"), SOURCES)
 def test_a_keras_mask_never_becomes_anything(kind, source):
     """Tests that the mask becomes no modulation, modulator or region."""
-    call = CALLS[source](kind)
-    layer = new(kind)
-    layer(**call)
-    if source == "own":
-        displace(layer)
+    layer, call = built(kind, source)
     call["inputs"][:, 2:5, 3:] = 0.0
     masking = keras.layers.Masking()
-    masked = {k: masking(v) if k != "rois" else v for k, v in call.items()}
-    assert not np.all(keras.src.backend.get_keras_mask(masked["inputs"]))
+
+    def masked(call):
+        return {k: masking(v) if k != "rois" else v for k, v in call.items()}
+
+    mask_of = keras.src.backend.get_keras_mask
+    assert not np.all(mask_of(masked(call)["inputs"]))
     expected = layer(**call)
-    output = layer(**masked)
+    output = layer(**masked(call))
     assert_equal(output, expected)
-    assert keras.src.backend.get_keras_mask(output) is None
+    assert mask_of(output) is None
     inputs = symbols(call)
-    outputs = layer(
-        **{k: masking(v) if k != "rois" else v for k, v in inputs.items()}
-    )
-    assert_equal(keras.Model(inputs, outputs)(call), expected)
+    model = keras.Model(inputs, layer(**masked(inputs)))
+    assert_equal(model(call), expected)
 
 
 @every_kind
@@ -554,39 +532,53 @@ def test_activity_regularizer(kind):
     np.testing.assert_allclose(layer.losses, expected.losses, rtol=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["eager", "unknown sizes", "nothing known"])
+@pytest.mark.parametrize(("kind", "source", "config"), EVERY_CALL, ids=str)
+def test_any_number_of_images_or_regions(kind, source, config, mode):
+    layer, call = built(kind, source, **config)
+    function, expected = in_mode(layer, call, mode), layer(**call)
+    for count in (len(expected), 0, 1):
+        some = {
+            name: value
+            if kind != "conv2d" and "inputs" in name
+            else value[:count]
+            for name, value in call.items()
+        }
+        # Sums may be in another order for another number.
+        exact = source != "own" and count == len(expected)
+        tolerance = 0 if exact else 1e-5
+        assert_close(function(some), expected[:count], tolerance, case=count)
+
+
 @one_of_each
 def test_in_tf_function_and_tf_data(kind, config):
-    layer, call = displaced(kind, **config), own_call(kind)
+    layer, call = built(kind, "own", **config)
     expected = layer(**call)
-    function = tf.function(lambda call: layer(**call))
-    assert_close(function(call), expected, 1e-5)
+    assert_close(in_mode(layer, call, "graph")(call), expected, 1e-5)
     data = tf.data.Dataset.from_tensors(call).map(lambda call: layer(**call))
     (output,) = data.as_numpy_iterator()
     assert_close(output, expected, 1e-5)
 
 
-@every_kind
-def test_images_of_integers_are_cast(kind):
-    layer, call = displaced(kind), own_call(kind)
-    call["inputs"] = np.round(10 * call["inputs"]).clip(0)
-    expected = layer(**call)
-    call["inputs"] = call["inputs"].astype("uint8")
-    assert_equal(layer(**call), expected)
-
-
 @pytest.mark.parametrize(
     "convert",
-    [np.float64, np.float16, tf.constant, tf.Variable, keras.Variable],
-    ids=["float64", "float16", "tensor", "variable", "keras"],
+    [np.float64, np.float16, tf.constant, tf.Variable, keras.Variable]
+    + [np.uint8],
+    ids=["float64", "float16", "tensor", "variable", "keras", "uint8"],
 )
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 @every_kind
-def test_operands_of_every_kind(kind, convert):
-    """Tests that the result equals the result of float32 operands."""
-    layer = displaced(kind)
+def test_operands_of_every_kind(kind, data_format, convert):
+    """Compares with float32 operands; only images may be of uint8."""
+    layer, call = built(kind, "own", data_format=data_format)
     # Whole numbers of 16 bits, and regions that float16 can hold.
-    call = {k: np.round(4 * v) / 4 for k, v in own_call(kind).items()}
+    call = {k: np.round(4 * v) / 4 for k, v in call.items()}
+    names = call.keys()
+    if convert is np.uint8:
+        names = ["inputs"]
+        call["inputs"] = np.round(10 * call["inputs"]).clip(0)
     expected = layer(**call)
-    actual = layer(**{k: convert(v) for k, v in call.items()})
+    actual = layer(**{**call, **{k: convert(call[k]) for k in names}})
     assert_equal(actual, expected, dtype="float32")
 
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests that all layers give the same in channels first, up to a transpose."""
+"""Tests that all layers give the same in channels first, up to a transpose.
+
+Shapes of outputs are tested in both formats.
+"""
 
 import copy
 import json
@@ -9,46 +12,34 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from compare import assert_close, assert_equal
-from exported import CLOSE, FORMATS, run, write
 from layer_cases import (
     CALLS,
+    CONVOLUTIONS,
     EVERY_CALL,
     KINDS,
+    MODULATIONS,
     POOLS,
     SOURCES,
+    built,
     channels_first,
-    displace,
     displaced,
     fit,
     model_of,
     new,
     output_shape,
     own_call,
-    regions,
+    signature_of,
+    tensors,
+    value_and_gradients,
 )
 from operands import random
 
 from tf_deform.layers import DeformableROIAlign
 
-CONVOLUTIONS = [
-    {},
-    {"padding": "same"},
-    {"strides": 2, "padding": "same"},
-    {"strides": (2, 3), "dilation_rate": (2, 1), "padding": "same"},
-    {"strides": 2, "dilation_rate": 2},
-    {"padding": 1},
-    {"padding": (2, 1)},
-    {"padding": ((0, 1), (3, 2)), "strides": (1, 2)},
-    {"groups": 2, "offset_groups": 3},
-    {"groups": 3, "offset_groups": 2, "filters": 6, "kernel_size": (2, 3)},
-    {"boundary": "clamp", "padding": "same"},
-    {"use_bias": False},
-    {"filters": 7},  # as many as the output's columns
-]
 EVERY_LAYER = EVERY_CALL + [
     ("conv2d", "own", {**config, "modulation": modulation})
     for config in CONVOLUTIONS
-    for modulation in (None, "sigmoid", "2sigmoid")
+    for modulation in MODULATIONS
 ]
 
 
@@ -59,65 +50,43 @@ def keras_setting():
 
 
 def first_of(shape: tuple) -> tuple:
-    """Returns the shape in channels first."""
-    return (shape[0], shape[3], *shape[1:3])
-
-
-def pair_of_layers(kind: str, source: str, **config) -> tuple:
-    """Returns a layer and its call in each format, with the same weights."""
-    call = CALLS[source](kind)
-    last = new(kind, data_format="channels_last", **config)
-    last(**call)
-    if source == "own":
-        displace(last)
-    first = new(kind, data_format="channels_first", **config)
-    first(**channels_first(call))
-    first.set_weights(last.get_weights())
-    return last, call, first, channels_first(call)
+    """Returns the shape in channels first, if it is one of maps."""
+    return (shape[0], shape[3], *shape[1:3]) if len(shape) == 4 else shape
 
 
 @pytest.mark.parametrize(("kind", "source", "config"), EVERY_LAYER, ids=str)
 def test_the_same_with_the_same_weights(kind, source, config):
-    """Compares both formats, also in a graph that does not know its sizes."""
-    last, call, first, first_call = pair_of_layers(kind, source, **config)
-    expected = np.moveaxis(last(**call), 3, 1)
-    assert_equal(first(**first_call), expected)
-    channels = call["inputs"].shape[-1]
-    if kind != "conv2d" and source == "own":
-        channels = None  # The branch's weights tell the number of channels.
-    function = tf.function(
-        lambda *values: first(**dict(zip(call, values, strict=True))),
-        input_signature=[
-            tf.TensorSpec((None, channels, None, None))
-            if name == "inputs"
-            else tf.TensorSpec(None)
-            for name in call
-        ],
+    """Compares outputs and gradients, also of a graph that knows no sizes."""
+    last, call = built(kind, source, data_format="channels_last", **config)
+    first, first_call = built(
+        kind, source, data_format="channels_first", **config
     )
-    tolerance = 1e-6 if kind == "conv2d" else 0
-    assert_close(function(*first_call.values()), expected, tolerance)
+    first.set_weights(last.get_weights())
+    target = random(*last(**call).shape)
+    first_target = np.moveaxis(target, 3, 1)
+    expected, *gradients = value_and_gradients(last, call, last.weights, target)
+    expected = np.moveaxis(expected, 3, 1)
+    for gradient in (*gradients[0].values(), *gradients[1]):
+        assert gradient is gradients[0].get("rois", 0) or np.any(gradient)
+    gradients[0] = channels_first(gradients[0])
+    output, *actual = value_and_gradients(
+        first, first_call, first.weights, first_target
+    )
+    assert_equal(output, expected)
+    assert_close(actual, gradients, 1e-6, name="gradients")
+    specs = signature_of(first, first_call, "nothing known")
+    has_gradients = (kind, source, config) in EVERY_CALL
 
+    @tf.function(input_signature=specs)
+    def run(*values):
+        operands = dict(zip(call, values, strict=True))
+        if not has_gradients:
+            return first(**operands), *gradients
+        return value_and_gradients(first, operands, first.weights, first_target)
 
-@pytest.mark.parametrize(("kind", "source", "config"), EVERY_CALL, ids=str)
-def test_gradients_are_the_same(kind, source, config):
-    last, call, first, first_call = pair_of_layers(kind, source, **config)
-    target = random(*output_shape(kind))
-    results = []
-    for layer, values, weight in [
-        (last, call, target),
-        (first, first_call, np.moveaxis(target, 3, 1)),
-    ]:
-        values = {name: tf.constant(value) for name, value in values.items()}
-        with tf.GradientTape() as tape:
-            tape.watch(list(values.values()))
-            loss = tf.reduce_sum(layer(**values) * weight)
-        values.pop("rois", None)
-        weights = [weight.value for weight in layer.weights]
-        results.append(tape.gradient(loss, [values, weights]))
-    (maps, weights), actual = results
-    for gradient in (*maps.values(), *weights):
-        assert np.any(gradient)
-    assert_close(actual, [channels_first(maps), weights], 1e-6)
+    output, *actual = run(*first_call.values())
+    assert_close(output, expected, 1e-6 if kind == "conv2d" else 0)
+    assert_close(actual, gradients, 1e-6, name="gradients of the graph")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -167,42 +136,65 @@ def test_a_class_that_fixes_arguments_and_has_a_config_of_its_own():
     assert clone.units == (4,) and clone.data_format == "channels_last"
 
 
-@pytest.mark.parametrize(
-    ("kind", "source"), [*SOURCES, ("pool", "plain"), ("align", "plain")]
-)
-def test_shapes(kind, source):
-    """Tests shapes before a layer is built, as far as sizes are known."""
-    call = channels_first(CALLS[source](kind))
-    layer = new(kind, data_format="channels_first")
-    shapes = {f"{name}_shape": value.shape for name, value in call.items()}
-    expected = first_of(output_shape(kind))
-    assert layer.compute_output_shape(**shapes) == expected
-    unknown = {
-        name: (None, value.shape[1], None, None)
-        if name in ("inputs", "trans_inputs")
-        else (None, *value.shape[1:])
-        for name, value in call.items()
-    }
-    expected = (None, *expected[1:])
-    if kind == "conv2d" and source == "own":
-        expected = (None, 4, None, None)
-    symbols = {k: keras.KerasTensor(v) for k, v in unknown.items()}
-    assert layer(**symbols).shape == expected
-    as_tensor_shapes = {
-        f"{name}_shape": tf.TensorShape(v) for name, v in unknown.items()
-    }
-    assert layer.compute_output_shape(**as_tensor_shapes) == expected
-
-
-@pytest.mark.parametrize("units", [(), (8, 4)])
-def test_weights_do_not_know_the_format(units):
-    """Tests hidden layers too, whose weights have rows of pooled features."""
-    last, _, first, _ = pair_of_layers("align", "own", units=units)
-    shapes = [
-        [(v.name, tuple(v.shape)) for v in layer.weights]
-        for layer in (last, first)
+def _shapes() -> list[tuple]:
+    """Lists layers, shapes of calls, and of outputs as far as it is known."""
+    rows = [
+        ("conv2d", config, {"inputs": (*sizes, 6)}, (*expected, 4))
+        for sizes, config, expected in [
+            ((2, 8, 9), {}, (2, 6, 7)),
+            ((None, 8, 9), {}, (None, 6, 7)),
+            ((None, None, 9), {"padding": "same"}, (None, None, 9)),
+            ((None, None, None), {"strides": 2}, (None, None, None)),
+            ((2, 8, 9), {"strides": 2, "padding": "same"}, (2, 4, 5)),
+            ((2, 8, 9), {"strides": 2, "dilation_rate": 2}, (2, 2, 3)),
+            ((2, 8, 9), {"padding": 1}, (2, 8, 9)),
+            ((2, 8, None), {"padding": (2, 1)}, (2, 10, None)),
+            ((2, 8, 9), {"padding": ((0, 1), (3, 2))}, (2, 7, 12)),
+        ]
     ]
-    assert shapes[0] == shapes[1]
+    for maps, rois, count in [
+        ((None, None, None), (None, 5), None),
+        ((None, None, None), (7, 5), 7),
+        ((2, 8, None), (None, None), None),
+        ((0, None, 9), (0, 5), 0),
+        ((None, 0, 9), (3, None), 3),
+    ]:
+        for kind in POOLS:
+            call = {"inputs": (*maps, KINDS[kind].channels), "rois": rois}
+            rows.append((kind, {}, call, (count, 3, 4, 6)))
+        call = {**call, "inputs": (*maps, 36)}
+        call["trans_inputs"] = (None, None, None, 3)
+        rows.append(("psroi", {}, call, (count, 3, 4, 6)))
+    for kind, source in [*SOURCES, ("pool", "plain"), ("align", "plain")]:
+        call = {k: v.shape for k, v in CALLS[source](kind).items()}
+        _, *size, channels = expected = output_shape(kind)
+        rows.append((kind, {}, call, expected))
+        # Nothing tells the number of images or regions.
+        unknown = {k: (None, *v[1:]) for k, v in call.items()}
+        rows.append((kind, {}, unknown, (None, *size, channels)))
+        for name in unknown.keys() & {"inputs", "trans_inputs"}:
+            unknown = {**unknown, name: (None, None, None, call[name][3])}
+        if (kind, source) == ("conv2d", "own"):
+            size = (None, None)
+        rows.append((kind, {}, unknown, (None, *size, channels)))
+    return rows
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize(("kind", "config", "call", "expected"), _shapes())
+def test_shapes(kind, config, call, expected, data_format):
+    """Tests shapes before a layer is built, and of its outputs."""
+    layer = new(kind, data_format=data_format, **config)
+    if data_format == "channels_first":
+        call = {name: first_of(shape) for name, shape in call.items()}
+        expected = first_of(expected)
+    for form in (tuple, tf.TensorShape):
+        shapes = {f"{name}_shape": form(shape) for name, shape in call.items()}
+        assert layer.compute_output_shape(**shapes) == expected
+    assert layer(**tensors(call)).shape == expected
+    if not any(None in shape for shape in call.values()):
+        zeros = {name: np.zeros(shape) for name, shape in call.items()}
+        assert layer(**zeros).shape == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -224,31 +216,3 @@ def test_trained_saved_and_loaded(kind, tmp_path):
     other = model_of(last, own_call(kind))
     other.load_weights(tmp_path / "model.weights.h5")
     assert_equal(np.moveaxis(other(own_call(kind)), 3, 1), expected)
-
-
-@pytest.mark.parametrize("target", FORMATS)
-def test_exported(target, tmp_path):
-    """Exports all layers in channels first over the same maps."""
-    inputs = keras.Input((6, 11, 12), name="inputs")
-    rois = keras.Input((5,), name="rois")
-    first = dict(data_format="channels_first")
-    convolved = new("conv2d", filters=6, padding="same", **first)(inputs)
-    wide = keras.layers.Concatenate(1)([convolved, *[inputs] * 5])
-    outputs = [
-        new("psroi", **first)(wide, rois, trans_inputs=inputs),
-        new("pool", **first)(inputs, rois),
-        new("align", **first)(convolved, rois),
-    ]
-    model = keras.Model(
-        [inputs, rois], keras.layers.Concatenate(1, name="all")(outputs)
-    )
-    rng = np.random.default_rng(0)
-    for weight in model.weights:
-        weight.assign(rng.normal(0, 0.1, weight.shape))
-    call = {"inputs": random(2, 6, 11, 12), "rois": regions(7)}
-    expected = model(call).numpy()
-    assert expected.shape == (7, 18, 3, 4)
-    # Each writer compares its file with the model as well.
-    write(target, model, tmp_path / "model", sample=call)
-    (actual,) = run(target, tmp_path / "model", call).values()
-    assert_close(actual, expected, CLOSE)

@@ -5,7 +5,6 @@ The common behaviour of all layers is tested in contract_test.py.
 """
 
 import ctypes
-import inspect
 
 import keras
 import numpy as np
@@ -13,12 +12,12 @@ import pytest
 import tensorflow as tf
 from compare import assert_close, assert_equal
 from layer_cases import (
-    CALLS,
     DENSE,
     KINDS,
     POOL_BRANCHES,
     POOLS,
     TRANS_CHANNELS,
+    built,
     by_hand,
     by_the_op,
     displace,
@@ -32,16 +31,16 @@ from layer_cases import (
     plain_call,
     pool_branch,
     symbols,
+    value_and_gradients,
 )
 from operands import random
 
 from tf_deform import _loader
-from tf_deform.layers import (
-    DeformablePSROIPooling,
-    DeformableROIAlign,
-    DeformableROIPooling,
-)
 
+every_pool = pytest.mark.parametrize("kind", POOLS)
+every_branch = pytest.mark.parametrize(
+    ("kind", "config"), POOL_BRANCHES, ids=str
+)
 # Kernels take several narrow classes at once, and then sum in another order.
 # The bits equal those of plain pooling only with one class, or with wide
 # classes.
@@ -55,10 +54,10 @@ def widen(kind: str, call: dict) -> dict:
     return {**call, "inputs": random(2, 11, 12, 3 * 2 * 48)}
 
 
-@pytest.mark.parametrize(("kind", "config"), POOL_BRANCHES, ids=str)
+@every_branch
 def test_displace_moves_bins_by_more_than_a_pixel(kind, config):
     """Tests the helper `displace`, on which the other tests rely."""
-    layer, call = displaced(kind, **config), own_call(kind)
+    layer, call = built(kind, "own", **config)
     moves = pool_branch(layer, **call) * getattr(layer, KINDS[kind].factor)
     dy, dx = moves[..., 0::2], moves[..., 1::2]
     assert 0.2 < np.mean(dy) < 0.4 and -0.6 < np.mean(dx) < -0.3
@@ -69,78 +68,13 @@ def test_displace_moves_bins_by_more_than_a_pixel(kind, config):
     assert np.count_nonzero(output) > 0.5 * plain.size
 
 
-# Arguments.
-
-
-def test_signatures_are_those_of_the_design():
-    def of(function):
-        parameters = inspect.signature(function).parameters.values()
-        return {
-            p.name: p.default
-            for p in parameters
-            if p.name not in ("self", "kwargs")
-        }
-
-    required = inspect.Parameter.empty
-    assert of(DeformablePSROIPooling.__init__) == {
-        "output_dim": required,
-        "pooled_size": required,
-        "spatial_scale": required,
-        "group_size": None,
-        "part_size": None,
-        "sample_per_part": 4,
-        "trans_std": 0.1,
-        "num_classes": 1,
-        "data_format": None,
-        "implementation": "native",
-    }
-    assert of(DeformableROIPooling.__init__) == {
-        "pooled_size": required,
-        "spatial_scale": required,
-        "sample_per_part": 4,
-        "trans_std": 0.1,
-        "units": (),
-        "data_format": None,
-        "implementation": "native",
-    }
-    assert of(DeformableROIAlign.__init__) == {
-        "pooled_size": required,
-        "spatial_scale": required,
-        "sampling_ratio": 0,
-        "gamma": 0.1,
-        "units": (),
-        "data_format": None,
-        "implementation": "native",
-    }
-    given = {"inputs": required, "rois": required, "offset": None}
-    assert of(DeformableROIPooling.call) == given
-    assert of(DeformableROIAlign.call) == given
-    assert of(DeformablePSROIPooling.call) == {
-        "inputs": required,
-        "rois": required,
-        "trans": None,
-        "trans_inputs": None,
-    }
-
-
-def test_one_size_is_both():
-    layer = DeformablePSROIPooling(2, 3, 1.0, group_size=2, part_size=4)
-    assert layer.pooled_size == (3, 3)
-    assert layer.group_size == (2, 2) and layer.part_size == (4, 4)
-    layer = DeformablePSROIPooling(2, [3, 2], 1.0)
-    assert layer.group_size == layer.part_size == (3, 2)
-    for each in (DeformableROIPooling, DeformableROIAlign):
-        assert each(3, 1).pooled_size == (3, 3)
-        assert each([3, 2], 1, units=[4, 5]).units == (4, 5)
-
-
 # The branch.
 
 
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-5)]
 )
-@pytest.mark.parametrize(("kind", "config"), POOL_BRANCHES, ids=str)
+@every_branch
 def test_own_branch(kind, config, dtype, tolerance):
     """Computes displacements from the weights, and the result, by hand."""
     layer = displaced(kind, dtype=dtype, **config)
@@ -148,23 +82,14 @@ def test_own_branch(kind, config, dtype, tolerance):
     displacements = pool_branch(layer, **call)
     expected = by_hand(layer, call["inputs"], call["rois"], displacements)
     assert_close(layer(**call), expected, tolerance)
-    expected = by_the_op(
-        layer, call["inputs"], call["rois"], displacements.astype(dtype)
-    )
-    assert_close(layer(**call), expected, tolerance)
 
 
-@pytest.mark.parametrize(("kind", "config"), POOL_BRANCHES, ids=str)
+@every_branch
 def test_a_new_layer_pools_plainly(kind, config):
     """Tests a new layer, whose branch gives zeros."""
     layer, call = new(kind, **config), own_call(kind)
-    assert_close(
-        layer(**call), by_hand(layer, call["inputs"], call["rois"]), 1e-5
-    )
-    wide, call = new(kind, **WIDE[kind], **config), widen(kind, call)
-    plain = by_the_op(wide, call["inputs"], call["rois"])
-    assert_equal(wide(**call), plain)
-    assert not np.any(layer.offset_kernel) and not np.any(layer.offset_bias)
+    plain = by_hand(layer, *plain_call(kind).values())
+    assert_close(layer(**call), plain, 1e-5)
     for variable in layer.weights:
         if "hidden_kernel" in variable.name:
             assert np.std(variable) > 0.1
@@ -172,35 +97,44 @@ def test_a_new_layer_pools_plainly(kind, config):
             assert not np.any(variable)
 
 
-def test_without_displacements_position_sensitive_pooling_is_plain():
-    """Tests plain pooling, for which a branch needs no input."""
-    call = plain_call("psroi")
-    layer = new("psroi")
-    plain = by_the_op(layer, **call)
-    assert_equal(layer(**call), plain)
-    assert layer.weights == []
-    assert_equal(displaced("psroi")(**call), plain)
+@pytest.mark.parametrize(
+    ("kind", "config", "call"),
+    [(kind, config, own_call) for kind, config in POOL_BRANCHES]
+    + [(kind, {}, given_call) for kind in POOLS],
+)
+def test_displacements_of_zero_are_none(kind, config, call):
+    """Compares bits with those of plain pooling."""
+    call = widen(kind, call(kind))
+    if KINDS[kind].given in call:
+        call[KINDS[kind].given] *= 0
+    layer = new(kind, **WIDE[kind], **config)
+    output = layer(**call)
+    assert_equal(output, by_the_op(layer, call["inputs"], call["rois"]))
 
 
-def test_shapes_of_the_branch():
+@pytest.mark.parametrize("kind", DENSE)
+def test_shapes_of_a_dense_branch(kind):
+    layer = displaced(kind)
+    assert layer.offset_kernel.shape == (3 * 4 * 6, 3 * 4 * 2)
+    assert layer.offset_bias.shape == (3 * 4 * 2,)
+    layer = displaced(kind, units=[8, 5])
+    assert layer.units == (8, 5)
+    assert [(v.name, tuple(v.shape)) for v in layer.weights] == [
+        ("offset_hidden_kernel_0", (3 * 4 * 6, 8)),
+        ("offset_hidden_bias_0", (8,)),
+        ("offset_hidden_kernel_1", (8, 5)),
+        ("offset_hidden_bias_1", (5,)),
+        ("offset_kernel", (5, 3 * 4 * 2)),
+        ("offset_bias", (3 * 4 * 2,)),
+    ]
+
+
+def test_shapes_of_a_position_sensitive_branch():
     layer = displaced("psroi")
     assert layer.offset_kernel.shape == (1, 1, TRANS_CHANNELS, 3 * 2 * 2 * 5)
     assert layer.offset_bias.shape == (3 * 2 * 2 * 5,)
-    for kind in DENSE:
-        layer = displaced(kind)
-        assert layer.offset_kernel.shape == (3 * 4 * 6, 3 * 4 * 2)
-        assert layer.offset_bias.shape == (3 * 4 * 2,)
-        layer = displaced(kind, units=(8, 5))
-        assert [(v.name, tuple(v.shape)) for v in layer.weights] == [
-            ("offset_hidden_kernel_0", (3 * 4 * 6, 8)),
-            ("offset_hidden_bias_0", (8,)),
-            ("offset_hidden_kernel_1", (8, 5)),
-            ("offset_hidden_bias_1", (5,)),
-            ("offset_kernel", (5, 3 * 4 * 2)),
-            ("offset_bias", (3 * 4 * 2,)),
-        ]
-        parameters = (72 * 8 + 8) + (8 * 5 + 5) + (5 * 24 + 24)
-        assert layer.count_params() == parameters
+    layer = new("psroi", group_size=None, part_size=None)
+    assert layer.group_size == layer.part_size == (3, 4)
 
 
 def _ramps(channels: int) -> np.ndarray:
@@ -209,195 +143,97 @@ def _ramps(channels: int) -> np.ndarray:
     return np.tile(grid, channels // 2)[np.newaxis]
 
 
-def test_order_of_position_sensitive_fields():
-    """Sets one number of the bias at `[class][(dy, dx)][part_h][part_w]`."""
-    config = {"group_size": 1, "output_dim": 6, "pooled_size": (4, 10)}
-    layer = new("psroi", **config)
+# Displacements of the fields of the branch of one region of 10 (ROIAlign: 9.75)
+# map pixels, and of the two channels, `y` and `x`, of a class.
+@pytest.mark.parametrize(
+    ("kind", "config", "fields", "reach"),
+    [
+        (
+            "psroi",
+            {"group_size": 1, "pooled_size": (4, 10)},
+            (3, 2, 2, 5),  # [class][(dy, dx)][part_h][part_w]
+            10,
+        ),
+        ("pool", {}, (3, 4, 2), 10),  # [ph][pw][(dy, dx)]
+        ("align", {}, (3, 4, 2), 39 / 4),
+    ],
+)
+def test_order_of_fields(kind, config, fields, reach):
+    """Sets one number of the bias."""
+    layer = new(kind, **config)
+    channels = 6 if kind == "psroi" else 2
     call = {
-        "inputs": _ramps(6),
-        "rois": np.float32([[0, 40, 40, 79, 79]]),  # 10 map pixels
-        "trans_inputs": np.zeros((1, 30, 30, 1), np.float32),
+        "inputs": _ramps(channels),
+        "rois": np.float32([[0, 40, 40, 79, 79]]),
     }
+    if kind == "psroi":
+        call["trans_inputs"] = np.zeros((1, 30, 30, 1), np.float32)
     plain = layer(**call)
-    for field in np.ndindex(3, 2, 2, 5):
-        bias = np.zeros((3, 2, 2, 5), np.float32)
+    for field in np.ndindex(fields):
+        bias = np.zeros(fields, np.float32)
         bias[field] = 0.25
         layer.offset_bias.assign(bias.reshape(-1))
-        moved = np.zeros((1, 4, 10, 6))
-        k, axis, row, col = field  # channels 2k (y) and 2k + 1 (x)
-        rows, cols = slice(2 * row, 2 * row + 2), slice(2 * col, 2 * col + 2)
-        moved[0, rows, cols, 2 * k + axis] = 0.25 * 0.5 * 10
-        assert_close(layer(**call), plain + moved, 1e-5)
+        moved = np.zeros(plain.shape)
+        if kind == "psroi":
+            k, axis, i, j = field
+            rows, cols = slice(2 * i, 2 * i + 2), slice(2 * j, 2 * j + 2)
+            moved[0, rows, cols, 2 * k + axis] = 0.25 * 0.5 * reach
+        else:
+            moved[(0, *field)] = 0.25 * 0.5 * reach
+        assert_close(layer(**call), plain + moved, 1e-5, case=field)
 
 
-@pytest.mark.parametrize("kind", DENSE)
-def test_order_of_dense_fields(kind):
-    """Sets one number of the bias at `[ph][pw][(dy, dx)]`."""
-    layer = new(kind)
-    call = {"inputs": _ramps(2), "rois": np.float32([[0, 40, 40, 79, 79]])}
-    plain = layer(**call)
-    size = 10 if kind == "pool" else 39 / 4
-    for field in np.ndindex(3, 4, 2):
-        bias = np.zeros((3, 4, 2), np.float32)
-        bias[field] = 0.25
-        layer.offset_bias.assign(bias.reshape(-1))
-        moved = np.zeros((1, 3, 4, 2))
-        moved[(0, *field)] = 0.25 * 0.5 * size
-        assert_close(layer(**call), plain + moved, 1e-5)
+# Regions that are none.
 
 
-# Displacements given by the caller.
-
-
-@pytest.mark.parametrize("kind", POOLS)
-def test_displacements_of_zero_are_none(kind):
-    call = given_call(kind)
-    call[KINDS[kind].given] *= 0
-    plain = by_hand(new(kind), call["inputs"], call["rois"])
-    assert_close(new(kind)(**call), plain, 1e-5)
-    call = widen(kind, call)
-    layer = new(kind, **WIDE[kind])
-    plain = by_the_op(layer, call["inputs"], call["rois"])
-    assert_equal(layer(**call), plain)
-
-
-# The number of ROIs is small and odd.
-
-
-@pytest.mark.parametrize("how", ["eager", "known", "unknown", "rank unknown"])
-@pytest.mark.parametrize(("kind", "config"), POOL_BRANCHES, ids=str)
-def test_in_tf_function(kind, config, how):
-    layer, call = displaced(kind, **config), own_call(kind)
-    specs = {
-        k: {
-            "eager": None,
-            "known": tf.TensorSpec(v.shape),
-            "unknown": tf.TensorSpec((None,) * (v.ndim - 1) + v.shape[-1:]),
-            "rank unknown": tf.TensorSpec(None),
-        }[how]
-        for k, v in call.items()
-    }
-    if how == "rank unknown" and kind != "psroi":
-        specs["inputs"] = tf.TensorSpec((None, None, None, 6))
-
-    def function(*tensors):
-        return layer(**dict(zip(call, tensors, strict=True)))
-
-    if how != "eager":
-        function = tf.function(function, input_signature=[*specs.values()])
-    for count in (7, 0, 1):
-        call = own_call(kind, count)
-        if how == "known" and count != 7:
-            continue
-        expected = by_the_op(
-            layer,
-            call["inputs"],
-            call["rois"],
-            pool_branch(layer, **call).astype(np.float32),
-        )
-        assert expected.shape == (count, 3, 4, 6)
-        actual = function(*call.values())
-        assert actual.shape == (count, 3, 4, 6)
-        if count:
-            assert_close(actual, expected, 1e-5)
-
-
-@pytest.mark.parametrize("kind", POOLS)
-def test_in_tf_function_of_unknown_channels(kind):
-    """Tests that a branch takes the number of channels from its weights."""
-    layer, call = displaced(kind), own_call(kind)
-    function = tf.function(
-        lambda *tensors: layer(**dict(zip(call, tensors, strict=True))),
-        input_signature=[tf.TensorSpec(None)] * len(call),
-    )
-    assert_equal(function(*call.values()), layer(**call))
-
-
-def _value_and_gradients(layer: keras.layers.Layer, call: dict) -> tuple:
-    """Returns gradients of a weighted sum, by weights, then by `inputs`."""
-    call = {k: tf.constant(v) for k, v in call.items()}
-    with tf.GradientTape() as tape:
-        tape.watch(call["inputs"])
-        output = layer(**call)
-        weight = tf.reshape(tf.range(tf.size(output)), output.shape)
-        loss = tf.reduce_sum(output * tf.cos(tf.cast(weight, output.dtype)))
-    sources = [*(v.value for v in layer.weights), call["inputs"]]
-    return output.numpy(), [g.numpy() for g in tape.gradient(loss, sources)]
-
-
-@pytest.mark.parametrize(("kind", "config"), POOL_BRANCHES, ids=str)
-def test_no_rois(kind, config):
-    layer = displaced(kind, **config)
-    output, gradients = _value_and_gradients(layer, own_call(kind, 0))
-    assert output.shape == (0, 3, 4, 6)
-    for gradient in gradients:
-        assert not np.any(gradient)
-    assert [g.shape for g in gradients[:-1]] == [v.shape for v in layer.weights]
-
-
-@pytest.mark.parametrize("kind", POOLS)
-def test_no_images(kind):
-    """Tests that without images only padding can be pooled."""
-    layer, call = displaced(kind), own_call(kind)
-    call = {k: v if k == "rois" else v[:0] for k, v in call.items()}
-    call["rois"][:, 0] = -1
-    output, gradients = _value_and_gradients(layer, call)
-    assert_equal(output, np.zeros((7, 3, 4, 6)))
-    for gradient in gradients:
-        assert not np.any(gradient)
-    call["rois"] = call["rois"][:0]
+@pytest.mark.parametrize("case", ["no ROIs", "no images", "index", "corner"])
+@every_branch
+def test_nothing_to_pool(kind, config, case):
+    """Tests zeros and no gradient without regions, or with padding alone."""
+    layer, call = built(kind, "own", **config)
+    if case == "no ROIs":
+        call["rois"] = call["rois"][:0]
+    elif case == "corner":
+        call["rois"][:, 3] = np.nan
+    else:
+        call["rois"][:, 0] = -1
+    if case == "no images":
+        call = {k: v if k == "rois" else v[:0] for k, v in call.items()}
+    output, operands, weights = value_and_gradients(layer, call, layer.weights)
+    assert_equal(output, np.zeros((len(call["rois"]), 3, 4, 6)))
+    call.pop("rois")
+    operands.pop("rois")
+    zeros = {name: np.zeros(value.shape) for name, value in call.items()}
+    assert_equal(operands, zeros, name="gradients")
+    zeros = [np.zeros(weight.shape) for weight in layer.weights]
+    assert_equal(weights, zeros, name="gradients of weights")
+    call["rois"] = np.zeros((0, 5), np.float32)
     assert layer(**call).shape == (0, 3, 4, 6)
 
 
 @pytest.mark.parametrize("bad", [-1.0, np.nan])
-@pytest.mark.parametrize("kind", POOLS)
-def test_padding_gives_zeros_and_no_gradient(kind, bad):
-    """Tests ROIs with a negative index, or with a corner that is not finite."""
-    layer, call = displaced(kind), own_call(kind)
-    call["rois"][:, 0 if bad == -1 else 3] = bad
-    output, gradients = _value_and_gradients(layer, call)
-    assert_equal(output, np.zeros((7, 3, 4, 6)))
-    for gradient in gradients:
-        assert not np.any(gradient)
-
-
-@pytest.mark.parametrize("bad", [-1.0, np.nan])
-@pytest.mark.parametrize(("kind", "config"), POOL_BRANCHES, ids=str)
+@every_branch
 def test_padding_among_others_has_no_say(kind, config, bad):
     """Tests that values and gradients are as if there were no padding."""
-    layer, call = displaced(kind, **config), own_call(kind)
-    expected, expected_gradients = _value_and_gradients(layer, call)
+    layer, call = built(kind, "own", **config)
+    expected, *expected_gradients = value_and_gradients(
+        layer, call, layer.weights
+    )
     nowhere = np.float32([[0, 4, 8, 20, 24]] * 3)
     nowhere[:, 0 if bad == -1 else 2] = bad
     # Padding goes to the end, so that the weights of the sum stay the same.
     call["rois"] = np.concatenate([call["rois"], nowhere])
-    output, gradients = _value_and_gradients(layer, call)
+    output, *gradients = value_and_gradients(layer, call, layer.weights)
     assert_equal(output[:7], expected)
     assert_equal(output[7:], np.zeros((3, 3, 4, 6)))
-    for ours, theirs in zip(gradients, expected_gradients, strict=True):
-        assert np.any(theirs)
-        assert_close(ours, theirs, 1e-6)
-
-
-def test_export_of_a_layer_alone(tmp_path):
-    layer = displaced("pool", units=(8,))
-    archive = keras.export.ExportArchive()
-    archive.track(layer)
-    signature = [
-        tf.TensorSpec((None, None, None, 6)),
-        tf.TensorSpec((None, 5)),
-    ]
-    archive.add_endpoint("serve", layer.__call__, signature)
-    archive.write_out(tmp_path / "layer", verbose=False)
-    served = tf.saved_model.load(tmp_path / "layer")
-    call = own_call("pool")
-    assert_equal(served.serve(*call.values()), layer(**call))
+    assert_close(gradients, expected_gradients, 1e-6, name="gradients")
+    assert all(np.any(gradient) for gradient in expected_gradients[1])
 
 
 # Gradients.
 
 
-@pytest.mark.parametrize(("kind", "config"), POOL_BRANCHES, ids=str)
+@every_branch
 def test_gradients_equal_finite_differences(kind, config):
     """Compares all weights and inputs, through the branch and around it."""
     small = {"pooled_size": (2, 3), "dtype": "float64", **config}
@@ -453,36 +289,12 @@ def test_gradients_equal_finite_differences(kind, config):
         variable.assign(old)
 
 
-@pytest.mark.parametrize("mode", ["eager", "graph"])
-@pytest.mark.parametrize("source", CALLS)
-@pytest.mark.parametrize("kind", POOLS)
-def test_rois_have_no_gradient(kind, source, mode):
-    call = {k: tf.constant(v) for k, v in CALLS[source](kind).items()}
-    layer = new(kind)
-    layer(**call)
-    if source == "own":
-        displace(layer)
-
-    def gradients():
-        with tf.GradientTape() as tape:
-            tape.watch([call["inputs"], call["rois"]])
-            output = layer(**call)
-        gradients = tape.gradient(output, [call["inputs"], call["rois"]])
-        assert gradients[1] is None
-        return gradients[0]
-
-    assert np.any((gradients if mode == "eager" else tf.function(gradients))())
-
-
 # Training.
 
 
-@pytest.mark.parametrize("kind", POOLS)
+@every_pool
 def test_a_branch_learns_to_look_at_a_shifted_blob(kind):
-    """Learns that a blob lies 4 pixels right or left.
-
-    Another map tells the side.
-    """
+    """Learns from another map on which side a blob lies, 4 pixels away."""
     config = {"pooled_size": 1, "spatial_scale": 1.0}
     rng = np.random.default_rng(0)
     side = np.tile([1.0, -1.0], 4)
@@ -547,10 +359,7 @@ def test_a_learning_rate_of_its_own():
 
 
 def gradients_computed(kind: str) -> np.ndarray:
-    """Returns how many gradients have been computed.
-
-    These are gradients of inputs and displacements.
-    """
+    """Counts the computed gradients of inputs and of displacements."""
     counts = (ctypes.c_int64 * 2)()
     name = "DeformableROIAlign" if kind == "align" else "DeformablePSROIPool"
     library = ctypes.CDLL(_loader.LIBRARY)
@@ -559,37 +368,29 @@ def gradients_computed(kind: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("mode", ["eager", "graph"])
-@pytest.mark.parametrize("kind", POOLS)
-def test_a_frozen_layer_costs_no_gradient_when_only_a_head_learns(kind, mode):
-    """Tests that not even gradients of displacements are computed."""
-    layer, call = displaced(kind), own_call(kind)
-    layer.trainable = False
+@pytest.mark.parametrize(("source", "counts"), [("own", 0), ("given", 1)])
+@every_pool
+def test_what_costs_no_gradient(kind, source, counts, mode):
+    """Tests a frozen layer before a head that learns, and given constants.
+
+    Of a frozen layer not even gradients of displacements are computed. Given
+    displacements that are constant leave the gradient of the inputs.
+    """
+    layer, call = built(kind, source)
+    call = {name: tf.constant(value) for name, value in call.items()}
+    layer.trainable = source == "given"
     head = keras.layers.Dense(1)
     head.build((None, 3, 4, 6))
 
     def gradient():
         with tf.GradientTape() as tape:
+            if source == "given":
+                tape.watch(call["inputs"])
             output = head(layer(**call))
-        return tape.gradient(output, head.trainable_variables)
+        sources = [*head.trainable_variables, call["inputs"]]
+        return tape.gradient(output, sources)
 
     before = gradients_computed(kind)
     gradients = (gradient if mode == "eager" else tf.function(gradient))()
     assert np.any(gradients[0])
-    assert_equal(gradients_computed(kind) - before, [0, 0])
-
-
-@pytest.mark.parametrize("mode", ["eager", "graph"])
-@pytest.mark.parametrize("kind", POOLS)
-def test_given_constants_cost_no_gradient(kind, mode):
-    layer = new(kind)
-    call = {k: tf.constant(v) for k, v in given_call(kind).items()}
-
-    def gradient():
-        with tf.GradientTape() as tape:
-            tape.watch(call["inputs"])
-            output = layer(**call)
-        return tape.gradient(output, call["inputs"])
-
-    before = gradients_computed(kind)
-    (gradient if mode == "eager" else tf.function(gradient))()
-    assert_equal(gradients_computed(kind) - before, [1, 0])
+    assert_equal(gradients_computed(kind) - before, [counts, 0])

@@ -14,6 +14,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from layer_cases import displace
+from operands import random
 from pairwise import Row, all_rows, pairs_of, pairwise
 
 from tf_deform.layers import DeformableConv2D
@@ -66,14 +68,17 @@ def images_of(row: Row) -> np.ndarray:
     return images
 
 
+def shape_of(row: Row, images: Any) -> list[int | None]:
+    """Returns the shape as far as it is known: the channels at least."""
+    known = row["sizes"] == "known"
+    return [size if known or size <= 6 else None for size in images.shape]
+
+
 def train(row: Row) -> None:
     """Trains from zero displacements: they move, and the loss falls."""
     images = images_of(row)
-    shape = images.shape[1:]
-    if row["sizes"] == "unknown":
-        shape = [None if size > 6 else size for size in shape]
     layer = layer_of(row)
-    model = keras.Sequential([keras.Input(shape), layer])
+    model = keras.Sequential([keras.Input(shape_of(row, images)[1:]), layer])
     assert not np.any(layer.offset_kernel) and not np.any(layer.offset_bias)
     model.compile(
         keras.optimizers.Adam(0.02),
@@ -92,9 +97,8 @@ def train(row: Row) -> None:
     if row["lora_rank"]:
         moved.append(layer.lora_kernel_b)
     for weight in moved:
-        assert np.all(np.any(weight, tuple(range(weight.ndim - 1)))), (
-            weight.path
-        )
+        changed = np.any(weight, tuple(range(weight.ndim - 1)))
+        assert np.all(changed), weight.path
 
 
 def check_gradients(row: Row) -> None:
@@ -103,28 +107,18 @@ def check_gradients(row: Row) -> None:
     rng = np.random.default_rng(2)
     images = tf.constant(images_of(row))
     layer.build(images.shape)
-    # Samples move by more than a pixel, each by another distance.
-    for weight in layer.weights:
-        scale = 0.5 / np.sqrt(np.prod(weight.shape[:-1]))
-        weight.assign(rng.normal(0, scale, weight.shape))
-    fields = layer.offset_bias.shape[0]
-    if layer.modulation:
-        fields = fields // 3 * 2
-    bias = rng.normal(0, 0.5, layer.offset_bias.shape)
-    bias[:fields] += np.tile([1.4, -2.3], fields // 2)
-    layer.offset_bias.assign(bias)
+    displace(layer)
+    if layer.lora_rank:  # Starts at zero, too.
+        layer.lora_kernel_b.assign(random(*layer.lora_kernel_b.shape))
     factors = rng.normal(size=layer.compute_output_shape(images.shape))
 
     def loss(images: tf.Tensor) -> tf.Tensor:
         return tf.reduce_sum(layer(images) * factors)
 
     if row["mode"] != "eager":
-        signature = [None if size > 6 else size for size in images.shape]
-        if row["sizes"] == "known":
-            signature = images.shape
         loss = tf.function(
             loss,
-            input_signature=[tf.TensorSpec(signature, tf.float64)],
+            input_signature=[tf.TensorSpec(shape_of(row, images), tf.float64)],
             jit_compile=row["mode"] == "xla",
         )
     weights = layer.trainable_weights
@@ -159,10 +153,6 @@ def check_gradients(row: Row) -> None:
         assert abs(actual - expected) < tolerance * max(scale, 1), name
 
 
-def text_of(row: Row) -> str:
-    return ", ".join(f"{name}={value}" for name, value in row.items())
-
-
 def check(rows: list[Row], gradients: bool) -> None:
     """Checks all rows, and reports all failures at the end."""
     failed = []
@@ -174,31 +164,30 @@ def check(rows: list[Row], gradients: bool) -> None:
             if gradients or row["dtype"] == "float64":
                 check_gradients(row)
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"[:500]
-            failed.append(f"{text_of(row)}\n    {reason}")
+            failed.append(f"{row}\n    {type(error).__name__}: {error}"[:900])
     assert not failed, f"{len(failed)} of {len(rows)}:\n" + "\n".join(failed)
 
 
-COVER = pairwise({**AXES, **MORE_AXES})
+EVERY_AXIS = {**AXES, **MORE_AXES}
+COVER = pairwise(EVERY_AXIS)
 
 
-def test_the_cover_holds_every_pair():
-    axes = {**AXES, **MORE_AXES}
-    held = {frozenset(pair) for row in COVER for pair in pairs_of(row)}
-    for first, second in itertools.combinations(axes, 2):
-        for one, other in itertools.product(axes[first], axes[second]):
-            assert frozenset([(first, one), (second, other)]) in held
-    assert len(COVER) < 30
-    assert pairwise(axes) == COVER
+def pairs_in(rows: list[Row]) -> set[frozenset]:
+    return {frozenset(pair) for row in rows for pair in pairs_of(row)}
 
 
-def test_the_grid_holds_every_combination():
+def test_the_cover_and_the_grid_hold_every_pair():
+    wanted = {
+        frozenset([(first, one), (second, other)])
+        for first, second in itertools.combinations(EVERY_AXIS, 2)
+        for one in EVERY_AXIS[first]
+        for other in EVERY_AXIS[second]
+    }
     rows = grid()
+    assert pairs_in(COVER) == pairs_in(rows) == wanted
+    assert len(COVER) < 30 and pairwise(EVERY_AXIS) == COVER
     assert len(rows) == 4 * 2 * 3 * 4 * 2 * 2 * 2 * 2
-    axes = {**AXES, **MORE_AXES}
-    held = {frozenset(pair) for row in rows for pair in pairs_of(row)}
-    wanted = {frozenset(pair) for row in COVER for pair in pairs_of(row)}
-    assert held == wanted and rows[0].keys() == axes.keys()
+    assert rows[0].keys() == EVERY_AXIS.keys()
 
 
 @pytest.mark.parametrize("index", range(len(COVER)))
@@ -210,8 +199,12 @@ _WITHOUT_ONEDNN = """
 import sys
 
 sys.path += sys.argv[1:]
+import branch_test
 import training_grid_test as grid
 
+for config in branch_test.EMPTY_CONFIGS:
+    for how in ("eager", "unknown", "batch"):
+        branch_test.test_empty(config, how)
 rows = [row for row in grid.COVER if row["mode"] != "xla"]
 grid.check(rows, gradients=False)
 print("trained", len(rows))
@@ -220,10 +213,12 @@ print("trained", len(rows))
 
 def test_without_onednn(run_python):
     """Tests TensorFlow's own kernels, which have other limits."""
+    layers = pathlib.Path(__file__).parent
     received = run_python(
         _WITHOUT_ONEDNN,
-        pathlib.Path(__file__).parent,
-        pathlib.Path(__file__).parents[1] / "lib",
+        layers,
+        layers.parent / "lib",
+        layers.parents[1] / "examples",
         TF_ENABLE_ONEDNN_OPTS=0,
     )
     assert received.startswith("trained")

@@ -14,23 +14,37 @@ from layer_cases import (
     KINDS,
     POOLS,
     Call,
+    built,
     displace,
     given_call,
     in_its_type,
     model_of,
     new,
     own_call,
+    tensors,
 )
 from operands import coordinate_type
 from pairwise import grid
 
-PLACES = [
-    "alone",
-    "mixed model",
-    "mixed subclassed model",
-    "float32 model",
-    "policy of all",
-]
+# Outer policies; None is the layer's.
+PLACES = {
+    "alone": "float32",
+    "mixed model": "mixed_float16",
+    "mixed subclassed model": "mixed_float16",
+    "float32 model": "float32",
+    "policy of all": None,
+}
+
+
+class Outer(keras.Model):
+    """Hands its dictionary of inputs to a layer as they are."""
+
+    def __init__(self, layer):
+        super().__init__(autocast=False)
+        self.layer = layer
+
+    def call(self, call):
+        return self.layer(**call)
 
 
 def at_a_place(place: str, policy: str, kind: str, call: Call, **config):
@@ -38,31 +52,13 @@ def at_a_place(place: str, policy: str, kind: str, call: Call, **config):
 
     The outer model is called with a dictionary like `call`.
     """
-    outer = {
-        "alone": "float32",
-        "mixed model": "mixed_float16",
-        "mixed subclassed model": "mixed_float16",
-        "float32 model": "float32",
-        "policy of all": policy,
-    }[place]
-    keras.config.set_dtype_policy(outer)
-    layer = new(kind, dtype=policy, **config)
-    if place == "policy of all":
-        layer = new(kind, **config)
-        assert layer.dtype_policy.name == policy
+    keras.config.set_dtype_policy(PLACES[place] or policy)
+    layer = new(kind, dtype=policy if PLACES[place] else None, **config)
+    assert layer.dtype_policy.name == policy
     if place == "alone":
         return layer, lambda call: layer(**call)
     if place == "mixed subclassed model":
-
-        class Outer(keras.Model):
-            def __init__(self):
-                super().__init__(autocast=False)
-                self.layer = layer
-
-            def call(self, call):
-                return self.layer(**call)
-
-        return layer, Outer()
+        return layer, Outer(layer)
     # An outer model cannot handle float64: it casts to its inputs' type.
     dtype = "float64" if policy == "float64" else "float32"
     return layer, model_of(layer, call, **dict.fromkeys(call, dtype))
@@ -82,7 +78,7 @@ LAYERS = {
     {
         "policy": FLOAT_POLICIES,
         "x_dtype": ["float32", "float64"],
-        "place": PLACES,
+        "place": list(PLACES),
     }
 )
 def test_dtype_policies(name, policy, x_dtype, place):
@@ -103,15 +99,13 @@ def test_dtype_policies(name, policy, x_dtype, place):
 @pytest.mark.parametrize("kind", KINDS)
 def test_type_of_a_symbolic_output(kind, policy):
     layer = new(kind, dtype=policy)
-    symbols = {
-        k: keras.KerasTensor(v.shape, "float32")
-        for k, v in own_call(kind).items()
-    }
-    assert layer(**symbols).dtype == layer.compute_dtype
+    call = tensors({k: v.shape for k, v in own_call(kind).items()})
+    assert layer(**call).dtype == layer.compute_dtype
 
 
 # One sample. The map has 128 columns whose pixels are `x - origin`, times a
 # factor, so that the output tells the sample's place.
+_REGION = {"pooled_size": 1, "spatial_scale": 1 / 64}
 ONE_SAMPLE = {
     "conv2d": {
         "filters": 1,
@@ -120,27 +114,16 @@ ONE_SAMPLE = {
         "modulation": None,
     },
     "psroi": {
+        **_REGION,
         "output_dim": 1,
-        "pooled_size": 1,
-        "spatial_scale": 1 / 64,
         "group_size": 1,
         "part_size": 1,
         "sample_per_part": 1,
         "trans_std": 1.0,
         "num_classes": 1,
     },
-    "pool": {
-        "pooled_size": 1,
-        "spatial_scale": 1 / 64,
-        "sample_per_part": 1,
-        "trans_std": 1.0,
-    },
-    "align": {
-        "pooled_size": 1,
-        "spatial_scale": 1 / 64,
-        "sampling_ratio": 1,
-        "gamma": 1.0,
-    },
+    "pool": {**_REGION, "sample_per_part": 1, "trans_std": 1.0},
+    "align": {**_REGION, "sampling_ratio": 1, "gamma": 1.0},
 }
 # The column of the sample that is not displaced, in the regions below.
 PLAIN = {"conv2d": 0.0, "psroi": 31.5, "pool": 31.5, "align": 63.5}
@@ -162,7 +145,7 @@ CORNER = np.float32([[0, 2049, 64, 3072, 127]])
 GRID = {
     "policy": ["float32", "mixed_float16", "mixed_bfloat16"],
     "x_dtype": ["float32", "float64"],
-    "place": PLACES,
+    "place": list(PLACES),
 }
 
 
@@ -171,10 +154,7 @@ GRID = {
 def test_rois_remain_float32(kind, policy, x_dtype, place):
     """Tests the layer and its branch: neither may read 2049 as 2048."""
     origin = 39.5 if kind == "align" else 31.5
-    call = {
-        "inputs": ramp(origin, x_dtype),
-        "rois": CORNER.astype(x_dtype),
-    }
+    call = {"inputs": ramp(origin, x_dtype), "rois": CORNER.astype(x_dtype)}
     if kind == "align":  # (2049 + 3073) / 2 / 64 - 0.5
         call["rois"][0, 3] = 3073
     if kind == "psroi":
@@ -273,9 +253,7 @@ def test_displacements_of_another_type(kind):
 @pytest.mark.parametrize("dtype", ["int32", "int64", "uint8"])
 @pytest.mark.parametrize("kind", POOLS)
 def test_rois_may_be_integers(kind, dtype):
-    layer, call = new(kind), own_call(kind)
-    layer(**call)
-    displace(layer)
+    layer, call = built(kind, "own")
     call["rois"] = np.round(call["rois"])
     expected = layer(**call)
     call["rois"] = call["rois"].astype(dtype)

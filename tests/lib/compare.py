@@ -61,17 +61,10 @@ def assert_close(
         raise AssertionError(f"{case}: {problem}" if str(case) else problem)
 
 
-def assert_equal(
-    actual: Any,
-    expected: Any,
-    *,
-    case: object = "",
-    name: str = "result",
-    dtype: object = None,
-) -> None:
+def assert_equal(actual: Any, expected: Any, **options: object) -> None:
     """Compares as `assert_close` does, without any error allowed."""
     __tracebackhide__ = True
-    assert_close(actual, expected, case=case, name=name, dtype=dtype)
+    assert_close(actual, expected, EXACT, **options)
 
 
 def assert_same_bits(
@@ -103,32 +96,25 @@ def _compare(
     dtype: object,
 ) -> str:
     """Returns a description of the differences, or an empty text."""
+    problem = f"{name}: expected {_kind(expected)}, received {_kind(actual)}"
     if expected is None or actual is None:
-        if actual is expected:
-            return ""
-        return f"{name}: expected {_kind(expected)}, received {_kind(actual)}"
+        return "" if actual is expected else problem
     if isinstance(expected, Mapping):
         if not isinstance(actual, Mapping) or actual.keys() != expected.keys():
-            return (
-                f"{name}: expected the keys {sorted(map(str, expected))}, "
-                f"received {_keys(actual)}"
-            )
+            return problem
         pairs = [(key, actual[key], expected[key]) for key in expected]
     elif isinstance(expected, list | tuple) and _is_nested(expected, actual):
         if not isinstance(actual, list | tuple) or len(actual) != len(expected):
-            return (
-                f"{name}: expected {len(expected)} values, "
-                f"received {_kind(actual)}"
-            )
+            return problem
         names = getattr(expected, "_fields", range(len(expected)))
         pairs = list(zip(names, actual, expected, strict=True))
     else:
         return _compare_arrays(actual, expected, tolerance, name, dtype)
-    for key, one, two in pairs:
-        problem = _compare(one, two, tolerance, f"{name}[{key}]", dtype)
-        if problem:
-            return problem
-    return ""
+    found = (
+        _compare(one, two, tolerance, f"{name}[{key}]", dtype)
+        for key, one, two in pairs
+    )
+    return next(filter(None, found), "")
 
 
 def _is_nested(expected: list | tuple, actual: object) -> bool:
@@ -141,15 +127,11 @@ def _is_nested(expected: list | tuple, actual: object) -> bool:
 def _kind(value: object) -> str:
     if value is None:
         return "None"
-    if isinstance(value, list | tuple | Mapping):
+    if isinstance(value, Mapping):
+        return f"the keys {sorted(map(str, value))}"
+    if isinstance(value, list | tuple):
         return f"a {type(value).__name__} of {len(value)}"
     return f"an array of shape {np.shape(value)}"
-
-
-def _keys(value: object) -> object:
-    if isinstance(value, Mapping):
-        return sorted(map(str, value))
-    return _kind(value)
 
 
 def _compare_arrays(
@@ -227,7 +209,6 @@ def assert_finite_differences(
     *,
     name: str = "operand",
     how_many: int = 60,
-    step: float = 1e-4,
 ) -> None:
     """Compares some slopes of `loss` with `gradient`.
 
@@ -236,7 +217,7 @@ def assert_finite_differences(
     """
     __tracebackhide__ = True
     assert gradient.shape == operand.shape, name
-    flat = operand.reshape(-1)
+    flat, step = operand.reshape(-1), 1e-4
     for index in rng.permutation(flat.size)[:how_many]:
         value = flat[index]
         flat[index] = value + step

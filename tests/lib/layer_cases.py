@@ -6,27 +6,27 @@ So the tests start with `displaced`, which gives the branch random values that
 move samples by more than a pixel.
 """
 
+import inspect
 import math
+import types
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
+import pytest
 import reference
 import roi_reference
 import tensorflow as tf
 from operands import coordinate_type, random
 from tolerances import FORWARD, POOLING
 
+from tf_deform import _build_info, ops
 from tf_deform.layers import (
     DeformableConv2D,
     DeformablePSROIPooling,
     DeformableROIAlign,
     DeformableROIPooling,
-)
-from tf_deform.ops import (
-    deformable_conv2d,
-    deformable_psroi_pool,
-    deformable_roi_align,
 )
 
 Layer = keras.layers.Layer
@@ -38,80 +38,71 @@ class Kind(NamedTuple):
 
     Attributes:
         layer: The class.
-        config: Arguments of its constructor, unless a test sets others.
         channels: Channels of `inputs`, with this config.
         given: The argument for displacements.
         displacements: Their shape for an image, or for a region.
         factor: The argument that scales them, if there is one.
-        output: The shape of the output for an image, or for a region.
+        config: Arguments of its constructor, unless a test sets others.
     """
 
     layer: type
-    config: dict
     channels: int
     given: str
     displacements: tuple[int, ...]
     factor: str | None
-    output: tuple[int, ...]
+    config: dict
+
+
+def _pooling(layer: type, *args: Any, **config: Any) -> Kind:
+    config |= {"pooled_size": (3, 4), "spatial_scale": 0.25}
+    return Kind(layer, *args, config)
 
 
 KINDS = {
     "conv2d": Kind(
         DeformableConv2D,
-        {"filters": 4, "kernel_size": 3, "modulation": "sigmoid"},
         6,
         "offset",
         (6, 7, 18),
         None,
-        (6, 7, 4),
+        {"filters": 4, "kernel_size": 3, "modulation": "sigmoid"},
     ),
-    "psroi": Kind(
-        DeformablePSROIPooling,
-        {
-            "output_dim": 6,
-            "pooled_size": (3, 4),
-            "spatial_scale": 0.25,
-            "group_size": (3, 2),
-            "part_size": (2, 5),
-            "sample_per_part": 3,
-            "trans_std": 0.5,
-            "num_classes": 3,
-        },
-        36,
-        "trans",
-        (2, 5, 6),
-        "trans_std",
-        (3, 4, 6),
+    "psroi": _pooling(
+        *(DeformablePSROIPooling, 36, "trans", (2, 5, 6), "trans_std"),
+        output_dim=6,
+        group_size=(3, 2),
+        part_size=(2, 5),
+        sample_per_part=3,
+        trans_std=0.5,
+        num_classes=3,
     ),
-    "pool": Kind(
-        DeformableROIPooling,
-        {
-            "pooled_size": (3, 4),
-            "spatial_scale": 0.25,
-            "sample_per_part": 3,
-            "trans_std": 0.5,
-        },
-        6,
-        "offset",
-        (3, 4, 2),
-        "trans_std",
-        (3, 4, 6),
+    "pool": _pooling(
+        *(DeformableROIPooling, 6, "offset", (3, 4, 2), "trans_std"),
+        sample_per_part=3,
+        trans_std=0.5,
     ),
-    "align": Kind(
-        DeformableROIAlign,
-        {
-            "pooled_size": (3, 4),
-            "spatial_scale": 0.25,
-            "sampling_ratio": 3,
-            "gamma": 0.5,
-        },
-        6,
-        "offset",
-        (3, 4, 2),
-        "gamma",
-        (3, 4, 6),
+    "align": _pooling(
+        *(DeformableROIAlign, 6, "offset", (3, 4, 2), "gamma"),
+        sampling_ratio=3,
+        gamma=0.5,
     ),
 }
+CONVOLUTIONS = [
+    {},
+    {"padding": "same"},
+    {"strides": 2, "padding": "same"},
+    {"strides": (2, 3), "dilation_rate": (2, 1), "padding": "same"},
+    {"strides": 2, "dilation_rate": 2},
+    {"padding": 1},
+    {"padding": (2, 1)},
+    {"padding": ((0, 1), (3, 2)), "strides": (1, 2)},
+    {"groups": 2, "offset_groups": 3},
+    {"groups": 3, "offset_groups": 2, "filters": 6, "kernel_size": (2, 3)},
+    {"boundary": "clamp", "padding": "same"},
+    {"use_bias": False},
+    {"filters": 7},  # as many as the output's columns
+]
+MODULATIONS = [None, "sigmoid", "2sigmoid"]
 POOLS = ["psroi", "pool", "align"]
 DENSE = ["pool", "align"]  # Their branch consists of dense layers.
 TRANS_CHANNELS = 7
@@ -210,7 +201,7 @@ EVERY_CALL = [
 
 def output_shape(kind: str) -> tuple[int, ...]:
     """Returns the shape of the output of a call made in this file."""
-    return (2 if kind == "conv2d" else 7, *KINDS[kind].output)
+    return (2, 6, 7, 4) if kind == "conv2d" else (7, 3, 4, 6)
 
 
 def channels_first(values: Call) -> Call:
@@ -219,6 +210,11 @@ def channels_first(values: Call) -> Call:
         name: np.moveaxis(value, 3, 1) if np.ndim(value) == 4 else value
         for name, value in values.items()
     }
+
+
+def tensors(shapes: dict) -> dict:
+    """Returns a symbolic call with these shapes."""
+    return {name: keras.KerasTensor(shape) for name, shape in shapes.items()}
 
 
 def symbols(call: Call, **dtypes: str) -> dict:
@@ -245,6 +241,66 @@ def loss_of(model: keras.Model, call: Call, target: Any) -> float:
     """Returns the loss of one batch."""
     data = tf.data.Dataset.from_tensors((call, target))
     return model.evaluate(data, verbose=0)
+
+
+MODES = ["eager", "graph", "unknown sizes", "XLA"]
+
+
+def signature_of(layer: Layer, call: Call, mode: str) -> list[tf.TensorSpec]:
+    """Returns what a graph knows of the call.
+
+    With "nothing known", the channels of `inputs` are known if no weights of a
+    branch tell them.
+    """
+    shapes = {name: np.shape(value) for name, value in call.items()}
+    if mode == "unknown sizes":
+        shapes = {k: (None,) * (len(v) - 1) + v[-1:] for k, v in shapes.items()}
+    elif mode == "nothing known":
+        inputs = [None] * 4
+        axis = 1 if layer.data_format == "channels_first" else 3
+        inputs[axis] = shapes["inputs"][axis]
+        shapes = dict.fromkeys(shapes)
+        if isinstance(layer, DeformableConv2D) or layer.offset_kernel is None:
+            shapes["inputs"] = inputs
+    return [
+        tf.TensorSpec(shape, np.asarray(call[name]).dtype)
+        for name, shape in shapes.items()
+    ]
+
+
+def in_mode(layer: Layer, call: Call, mode: str) -> Callable:
+    """Returns a function of calls like `call`: the layer, or a graph of it."""
+    if mode == "eager":
+        return lambda call: layer(**call)
+    if mode == "XLA" and not _build_info.XLA:
+        pytest.skip("built without the bridge to XLA")
+    function = tf.function(
+        lambda *values: layer(**dict(zip(call, values, strict=True))),
+        input_signature=signature_of(layer, call, mode),
+        jit_compile=mode == "XLA",
+    )
+    return lambda call: function(*call.values())
+
+
+def value_and_gradients(
+    function: Callable, call: Call, weights: Any = (), output_grad: Any = None
+) -> tuple:
+    """Returns the output, and gradients of a weighted sum of it.
+
+    They are the gradients of the call's operands, by name, and of weights.
+    Unless `output_grad` is given, an element's weight depends on the number of
+    elements before it, not after it.
+    """
+    call = {name: tf.convert_to_tensor(x) for name, x in call.items()}
+    with tf.GradientTape() as tape:
+        tape.watch(list(call.values()))
+        output = function(**call)
+        if output_grad is None:
+            places = tf.reshape(tf.range(tf.size(output)), tf.shape(output))
+            output_grad = tf.cos(tf.cast(places, output.dtype))
+        loss = tf.reduce_sum(output * output_grad)
+    values = [weight.value for weight in weights]
+    return output, *tape.gradient(loss, [call, values])
 
 
 # Branches that are not zero.
@@ -282,93 +338,124 @@ def displace(layer: Layer, seed: int = 0) -> None:
     layer.offset_bias.assign(bias)
 
 
-def displaced(kind: str, seed: int = 0, **config: Any) -> Layer:
-    """Returns a built layer whose displacements are far from zero."""
-    layer = new(kind, **config)
-    call = own_call(kind)
+def built(
+    kind: str, source: str, seed: int = 0, **config: Any
+) -> tuple[Layer, Call]:
+    """Returns a built layer and its call; a branch is far from zero."""
+    layer, call = new(kind, **config), CALLS[source](kind)
     if layer.data_format == "channels_first":
         call = channels_first(call)
     layer(**call)
-    displace(layer, seed)
-    return layer
+    if layer.offset_kernel is not None:
+        displace(layer, seed)
+    return layer, call
+
+
+def displaced(kind: str, seed: int = 0, **config: Any) -> Layer:
+    """Returns a built layer whose displacements are far from zero."""
+    return built(kind, "own", seed, **config)[0]
 
 
 # Expected results of a layer.
 
 
-def attributes(layer: Layer) -> dict:
-    """Returns the layer's attributes for its op: all arguments but tensors."""
-    if isinstance(layer, DeformableConv2D):
-        names = ["strides", "padding", "dilation_rate", "offset_groups"]
-        names += ["boundary"]
-    else:
-        names = ["pooled_size", "spatial_scale"]
-        if isinstance(layer, DeformableROIAlign):
-            names += ["sampling_ratio", "gamma"]
-        else:
-            names += ["sample_per_part", "trans_std"]
-        if isinstance(layer, DeformablePSROIPooling):
-            names += ["output_dim", "group_size", "part_size"]
-    return {name: getattr(layer, name) for name in names}
+_BY_HAND = types.SimpleNamespace(
+    deformable_conv2d=reference.deformable_conv2d,
+    deformable_psroi_pool=roi_reference.deformable_psroi_pool,
+    deformable_roi_align=roi_reference.deformable_roi_align,
+)
 
 
 def by_the_op(
-    layer: Layer, inputs: Any, *coordinates: Any, **options: Any
-) -> tf.Tensor:
+    layer: Layer, inputs: Any, *coordinates: Any, functions: Any = ops
+) -> Any:
     """Returns the op's output for `(offset, modulator)` or `(rois, trans)`."""
-    options |= attributes(layer)
     if isinstance(layer, DeformableConv2D):
-        output = deformable_conv2d(
-            inputs, layer.kernel, *coordinates, **options
-        )
-        return output if layer.bias is None else output + layer.bias
-    if isinstance(layer, DeformableROIAlign):
-        return deformable_roi_align(inputs, *coordinates, **options)
+        name, operands = "deformable_conv2d", [layer.kernel, *coordinates]
+    else:
+        align = isinstance(layer, DeformableROIAlign)
+        name = "deformable_roi_align" if align else "deformable_psroi_pool"
+        operands = coordinates
+    # The layer's attributes that the op has under the same names.
+    options = {
+        option: getattr(layer, option)
+        for option, parameter in inspect.signature(
+            getattr(ops, name)
+        ).parameters.items()
+        if parameter.kind == parameter.KEYWORD_ONLY and hasattr(layer, option)
+    }
+    del options["implementation"]
     if isinstance(layer, DeformableROIPooling):
         options |= {"output_dim": inputs.shape[-1], "group_size": 1}
-    return deformable_psroi_pool(inputs, *coordinates, **options)
+    output = getattr(functions, name)(inputs, *operands, **options)
+    bias = getattr(layer, "bias", None)
+    return output if bias is None else output + np.asarray(bias)
 
 
 def by_hand(layer: Layer, inputs: Any, *coordinates: Any) -> np.ndarray:
     """Returns the same by loops in NumPy, in float64."""
-    options = attributes(layer)
-    if isinstance(layer, DeformableConv2D):
-        output = reference.deformable_conv2d(
-            inputs, layer.kernel.numpy(), *coordinates, **options
-        )
-        return output if layer.bias is None else output + layer.bias.numpy()
-    if isinstance(layer, DeformableROIAlign):
-        return roi_reference.deformable_roi_align(
-            inputs, *coordinates, **options
-        )
-    if isinstance(layer, DeformableROIPooling):
-        options |= {"output_dim": inputs.shape[-1], "group_size": 1}
-    return roi_reference.deformable_psroi_pool(inputs, *coordinates, **options)
+    return by_the_op(layer, inputs, *coordinates, functions=_BY_HAND)
+
+
+def conv2d_branch(layer: Layer, x: Any) -> tuple:
+    """Computes `(offset, mask)` from a layer's weights, in the type of `x`.
+
+    Channels last; `mask` is None without modulation.
+    """
+    x, pads = tf.convert_to_tensor(x), layer.padding
+    if not isinstance(pads, str):
+        pads = reference.explicit_padding(pads, None, None, None, None)
+        x = tf.pad(x, [(0, 0), *pads, (0, 0)])
+        pads = "valid"
+    values = tf.nn.conv2d(
+        x,
+        tf.cast(layer.offset_kernel, x.dtype),
+        strides=layer.strides,
+        padding=pads.upper(),
+        dilations=layer.offset_dilation_rate or layer.dilation_rate,
+    )
+    values += tf.cast(layer.offset_bias, x.dtype)
+    values = tf.cast(values, coordinate_type(x.dtype.name))
+    if layer.modulation is None:
+        return values, None
+    offset, mask = tf.split(values, [values.shape[-1] // 3 * 2, -1], -1)
+    mask = tf.sigmoid(mask)
+    return offset, 2 * mask if layer.modulation == "2sigmoid" else mask
 
 
 def pool_branch(
-    layer: Layer, inputs: Any, rois: Any, trans_inputs: Any = None
+    layer: Layer,
+    inputs: Any,
+    rois: Any,
+    trans_inputs: Any = None,
+    functions: Any = _BY_HAND,
+    dtype: Any = tf.float64,
 ) -> np.ndarray:
-    """Computes displacements of bins from a layer's weights, in NumPy."""
-    weights = {v.name: v.numpy().astype(np.float64) for v in layer.weights}
+    """Computes displacements of bins from a layer's weights, in a type.
+
+    `functions` are the functions that pool, without displacements.
+    """
+    weights = {v.name: tf.cast(v.value, dtype) for v in layer.weights}
     kernel, bias = weights["offset_kernel"], weights["offset_bias"]
     if isinstance(layer, DeformablePSROIPooling):
-        maps = np.einsum("bhwc,cf->bhwf", trans_inputs, kernel[0, 0]) + bias
-        return roi_reference.deformable_psroi_pool(
+        maps = tf.cast(trans_inputs, dtype)
+        maps = tf.tensordot(maps, kernel[0, 0], 1) + bias
+        return functions.deformable_psroi_pool(
             # Places of samples are computed in the type of the inputs.
-            maps.astype(trans_inputs.dtype),
+            tf.cast(maps, trans_inputs.dtype).numpy(),
             rois,
             output_dim=2 * layer.num_classes,
             spatial_scale=layer.spatial_scale,
             pooled_size=layer.part_size,
             sample_per_part=layer.sample_per_part,
         )
-    x = by_hand(layer, inputs, rois)
-    x = x.reshape(len(rois), math.prod(x.shape[1:]))
+    x = by_the_op(layer, inputs, rois, functions=functions)
+    x = tf.reshape(tf.cast(x, dtype), (len(rois), math.prod(x.shape[1:])))
     for index in range(len(layer.units)):
-        x = x @ weights[f"offset_hidden_kernel_{index}"]
-        x = np.maximum(x + weights[f"offset_hidden_bias_{index}"], 0)
-    return (x @ kernel + bias).reshape(len(rois), *layer.pooled_size, 2)
+        x = tf.matmul(x, weights[f"offset_hidden_kernel_{index}"])
+        x = tf.nn.relu(x + weights[f"offset_hidden_bias_{index}"])
+    x = tf.matmul(x, kernel) + bias
+    return tf.reshape(x, (len(rois), *layer.pooled_size, 2)).numpy()
 
 
 def in_its_type(layer: Layer, call: Call) -> tuple[np.ndarray, Any]:
@@ -379,38 +466,20 @@ def in_its_type(layer: Layer, call: Call) -> tuple[np.ndarray, Any]:
     """
     compute = tf.as_dtype(layer.compute_dtype)
     coordinates = coordinate_type(compute.name)
-    weights = {v.name: tf.cast(v.value, compute) for v in layer.weights}
-    kernel, bias = weights["offset_kernel"], weights["offset_bias"]
-    inputs = tf.cast(call["inputs"], compute)
+    inputs = tf.cast(call["inputs"], compute).numpy()
     if isinstance(layer, DeformableConv2D):
-        values = tf.nn.conv2d(inputs, kernel, 1, "VALID") + bias
-        values = tf.cast(values, coordinates).numpy()
-        fields, mask = values, None
-        if layer.modulation:
-            fields, mask = np.split(values, [values.shape[-1] // 3 * 2], -1)
-            mask = 1 / (1 + np.exp(-mask))
-        output = reference.deformable_conv2d(
-            inputs, weights["kernel"], fields, mask
-        ) + np.asarray(weights["bias"], np.float64)
-        return output, FORWARD[compute.name]
-    rois = call["rois"].astype(coordinates)
-    if isinstance(layer, DeformablePSROIPooling):
-        maps = tf.cast(call["trans_inputs"], compute)
-        displacements = deformable_psroi_pool(
-            tf.tensordot(maps, kernel[0, 0], 1) + bias,
-            rois,
-            output_dim=2 * layer.num_classes,
-            spatial_scale=layer.spatial_scale,
-            pooled_size=layer.part_size,
-            sample_per_part=layer.sample_per_part,
+        kernel, bias = (
+            tf.cast(weight, compute) for weight in (layer.kernel, layer.bias)
         )
-    else:
-        x = tf.reshape(by_the_op(layer, inputs, rois), (len(rois), -1))
-        for index in range(len(layer.units)):
-            x = tf.matmul(x, weights[f"offset_hidden_kernel_{index}"])
-            x = tf.nn.relu(x + weights[f"offset_hidden_bias_{index}"])
-        x = tf.matmul(x, kernel) + bias
-        displacements = tf.reshape(x, (len(rois), *layer.pooled_size, 2))
-    displacements = tf.cast(displacements, coordinates)
-    output = by_hand(layer, inputs.numpy(), rois, displacements)
+        output = reference.deformable_conv2d(
+            inputs, kernel, *conv2d_branch(layer, inputs)
+        )
+        return output + np.float64(bias), FORWARD[compute.name]
+    rois = call["rois"].astype(coordinates)
+    maps = call.get("trans_inputs")
+    if maps is not None:
+        maps = tf.cast(maps, compute).numpy()
+    displacements = pool_branch(layer, inputs, rois, maps, ops, compute)
+    displacements = np.asarray(displacements).astype(coordinates)
+    output = by_hand(layer, inputs, rois, displacements)
     return output, POOLING[compute.name]

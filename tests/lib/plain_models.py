@@ -1,19 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes plain models with deformable twins, and files of their weights."""
 
+import contextlib
+
 import h5py
 import keras
 import numpy as np
+import pytest
 from operands import random
 
+from tf_deform.layers import DeformableConv2D
+
 FILES = ("weights.h5", "weights.json", "keras", "h5", "legacy weights")
+# Files of Keras 2 and the first Keras 3, and of Keras 2.13.
+WITHOUT_NAMES = ("no names", "2.13")
 layers = keras.layers
 
 
 def save(model, folder, kind="weights.h5"):
     """Saves a model, or its weights, as a user would."""
     path = folder / f"plain.{kind}"
-    if kind == "weights.json":
+    if kind in WITHOUT_NAMES:
+        path = save(model, folder)
+        with h5py.File(path, "a") as file:
+            without_names(file)
+            for outer in ("layers/functional/", "") if kind == "2.13" else ():
+                old, new = "layers", "_layer_checkpoint_dependencies"
+                file.move(outer + old, outer + new)
+    elif kind == "weights.json":
         largest = max(weight.numpy().nbytes for weight in model.weights)
         model.save_weights(path, max_shard_size=1.01 * largest / 2**30)
     elif kind == "weights.h5":
@@ -31,6 +45,16 @@ def save(model, folder, kind="weights.h5"):
     return path
 
 
+def without_names(file):
+    groups = []
+    file.visititems(lambda _, item: groups.append(item))
+    for item in groups:
+        item.attrs.pop("name", None)
+    # Keras 2 saved these names as well.
+    file["metrics/mean/vars/0"] = np.float32(3)
+    file["optimizer/vars/0"] = np.int64(3)
+
+
 def fill(model, seed=0):
     """Sets numbers that all differ, so that none can be taken for another."""
     rng = np.random.default_rng(seed)
@@ -45,12 +69,10 @@ def values(model):
 
 def chain(layer, name):
     """Makes convolutions of one shape, which only names or order tell apart."""
+    kinds = [layers.Conv2D, layer] * 2 + [layers.Conv2D]
     return [
-        layers.Conv2D(4, 3, padding="same", name=name("a")),
-        layer(4, 3, padding="same", name=name("b")),
-        layers.Conv2D(4, 3, padding="same", name=name("c")),
-        layer(4, 3, padding="same", name=name("d")),
-        layers.Conv2D(4, 3, padding="same", name=name("e")),
+        kind(4, 3, padding="same", name=name(letter))
+        for kind, letter in zip(kinds, "abcde", strict=True)
     ]
 
 
@@ -119,10 +141,7 @@ def make_wrapped(layer, name):
 
 
 class Subclassed(keras.Model):
-    """Holds layers as attributes, in lists and in dictionaries.
-
-    Has a weight.
-    """
+    """Holds layers as attributes, in lists and dictionaries; has a weight."""
 
     def __init__(self, layer, name):
         super().__init__()
@@ -147,15 +166,8 @@ def make_subclassed(layer, name):
     return model
 
 
-MAKERS = [
-    make_chain,
-    make_sequential,
-    make_residual,
-    make_nested,
-    make_shared,
-    make_wrapped,
-    make_subclassed,
-]
+MAKERS = [make_chain, make_sequential, make_residual, make_nested]
+MAKERS += [make_shared, make_wrapped, make_subclassed]
 
 
 def named(name):
@@ -166,15 +178,26 @@ def unnamed(name):
     return None
 
 
-def image_for(model):
-    shape = getattr(model, "input_shape", None) or (1, 7, 8, 4)
-    return random(2, *shape[1:])
+def plain_and_twin(folder, make=make_chain, name=named, kind="weights.h5"):
+    """Returns a plain model, its file, and a deformable twin of new weights."""
+    plain = fill(make(layers.Conv2D, name))
+    return plain, save(plain, folder, kind), make(DeformableConv2D, name)
 
 
 def assert_is_twin(model, plain):
     """Checks that outputs are the same, and that branches are zero."""
-    image = image_for(plain)
+    shape = getattr(plain, "input_shape", None) or (1, 7, 8, 4)
+    image = random(2, *shape[1:])
     np.testing.assert_allclose(model(image), plain(image), 1e-5, 1e-5)
     for weight in model.weights:
         if "offset" in weight.path:
             assert not weight.numpy().any()
+
+
+@contextlib.contextmanager
+def refused(model, error, match):
+    """Expects an error that leaves all weights of the model as they were."""
+    before = values(model)
+    with pytest.raises(error, match=match):
+        yield
+    np.testing.assert_equal(values(model), before)

@@ -1,14 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests the detection example: finite losses, serving, and whole runs."""
+"""Tests the model of the detection example; `runs_test.py` tests runs."""
 
-import csv
 import io
 import json
-import pathlib
-import signal
-import subprocess
-import sys
-import time
 import types
 
 import digit_scenes
@@ -21,21 +15,7 @@ from detection import detector, export, train
 
 from tf_deform import _loader
 
-FOLDER = pathlib.Path(train.__file__).parent
-SMALL = ["--train", "64", "--val", "4", "--test", "8"]
-SHORT = ["--steps", "20", "--epoch-steps", "2"]
 CATEGORIES = [{"id": 7, "name": "seven"}, {"id": 3, "name": "three"}]
-
-
-def command(out: pathlib.Path, *arguments: str) -> list[str]:
-    script = str(FOLDER / "train.py")
-    return [sys.executable, script, "--out", str(out), *SMALL, *arguments]
-
-
-def run(out: pathlib.Path, *arguments: str) -> str:
-    return subprocess.run(
-        command(out, *arguments), check=True, capture_output=True, text=True
-    ).stdout
 
 
 def encode(pixels: np.ndarray, kind: str, mode: str | None = None) -> bytes:
@@ -49,14 +29,20 @@ def random_images(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 
 
+def displace(model: keras.Model) -> None:
+    """Gives the branches weights, so that samples are displaced."""
+    for variable in model.trainable_variables:
+        if "offset" in variable.path:
+            variable.assign(tf.random.normal(variable.shape, stddev=0.1))
+
+
 def make_detector(arm: str, image_size: int | None = 64) -> detector.Detector:
     """Makes a detector that displaces and has varied scores, as if trained."""
     keras.utils.set_random_seed(2)
     model = detector.Detector(arm, image_size=image_size)
+    displace(model)
     for variable in model.trainable_variables:
-        if "offset" in variable.path:
-            variable.assign(tf.random.normal(variable.shape, stddev=0.1))
-        elif "score_maps/kernel" in variable.path:
+        if "score_maps/kernel" in variable.path:
             variable.assign(10 * variable)
     return model
 
@@ -153,18 +139,20 @@ def test_of_equal_scores_the_first_comes_first(jit_compile):
 @pytest.mark.parametrize("image_size", [64, None])
 def test_xla_detects_the_same(image_size):
     model = make_detector("both", image_size)
+
+    def run(images):
+        return model(images), model.detect(images)
+
     images = random_images(2, 64, 64, 1)
-    compiled = tf.function(model, jit_compile=True)(images)
-    outputs = model(images)
+    outputs, found = run(images)
+    compiled, detected = tf.function(run, jit_compile=True)(images)
     for name in ("objectness", "proposals", "logits", "box_deltas"):
         np.testing.assert_allclose(compiled[name], outputs[name], atol=1e-4)
-    compiled = tf.function(model.detect, jit_compile=True)(images)
-    found = model.detect(images)
     assert np.all(found["valid"].numpy() > 3)
-    np.testing.assert_array_equal(compiled["valid"], found["valid"])
-    np.testing.assert_array_equal(compiled["labels"], found["labels"])
-    np.testing.assert_allclose(compiled["boxes"], found["boxes"], atol=1e-3)
-    np.testing.assert_allclose(compiled["scores"], found["scores"], atol=1e-4)
+    np.testing.assert_array_equal(detected["valid"], found["valid"])
+    np.testing.assert_array_equal(detected["labels"], found["labels"])
+    np.testing.assert_allclose(detected["boxes"], found["boxes"], atol=1e-3)
+    np.testing.assert_allclose(detected["scores"], found["scores"], atol=1e-4)
 
 
 def test_any_image_size_is_the_same_network(tmp_path):
@@ -182,21 +170,24 @@ def test_any_image_size_is_the_same_network(tmp_path):
         losses.append(model.compute_loss(y=truth, y_pred=outputs))
     np.testing.assert_array_equal(*losses)
     found = fixed.detect(images)
-    for name, value in free.detect(images).items():
-        np.testing.assert_array_equal(value, found[name])
-    free.save(tmp_path / "free.keras")
-    again = keras.saving.load_model(tmp_path / "free.keras")
-    for name, value in again.detect(images).items():
-        np.testing.assert_array_equal(value, found[name])
-    with pytest.raises(ValueError, match="`image_size`.*Received.*None"):
-        export.make_server(free, CATEGORIES)
+    for model in (fixed, free):
+        model.save(tmp_path / "model.keras")
+        again = keras.saving.load_model(tmp_path / "model.keras")
+        for same in (model, again):
+            for name, value in same.detect(images).items():
+                np.testing.assert_array_equal(value, found[name])
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[int | None, detector.Detector]:
+    return {size: make_detector("both", size) for size in (64, None)}
 
 
 @pytest.mark.parametrize(
     "height, width", [(96, 48), (32, 128), (4, 4), (4, 12), (30, 45), (1, 1)]
 )
-def test_images_of_any_size(height, width):
-    model = make_detector("both", None)
+def test_images_of_any_size(height, width, models):
+    model = models[None]
     images = random_images(2, height, width, 1)
     outputs = model(images)
     cells = -(-height // detector.STRIDE), -(-width // detector.STRIDE)
@@ -221,13 +212,6 @@ def test_images_of_any_size(height, width):
     assert np.isfinite(model.compute_loss(y=truth, y_pred=outputs))
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> tuple[pathlib.Path, str]:
-    """Runs both default arms; returns the folder and the output."""
-    out = tmp_path_factory.mktemp("detection") / "run"
-    return out, run(out, *SHORT)
-
-
 def test_all_arms_start_as_the_same_network():
     images = random_images(2, 64, 64, 1)
     outputs = {}
@@ -241,32 +225,20 @@ def test_all_arms_start_as_the_same_network():
             )
 
 
-@pytest.mark.parametrize(
-    "boxes",
-    [
-        [],
-        [(10, 20, 11, 21)],
-        [(63, 63, 64, 64), (0, 0, 1, 1)],
-        [(-20, -30, 30, 90)],
-        [(70, 70, 90, 90)],
-        [(30, 30, 30, 30)],
-        [(0, 0, 64, 64), (1e6, -1e6, 2e6, 3e6), (5, 6, 25, 36)],
-    ],
-    ids=[
-        "none",
-        "one-pixel",
-        "corners",
-        "leaving",
-        "outside",
-        "empty",
-        "far-away",
-    ],
-)
-def test_loss_and_gradients_are_finite(boxes):
-    model = detector.Detector("both")
-    for variable in model.trainable_variables:
-        if "offset" in variable.path:
-            variable.assign(tf.random.normal(variable.shape, stddev=0.1))
+BOXES = {
+    "none": [],
+    "one-pixel": [(10, 20, 11, 21)],
+    "corners": [(63, 63, 64, 64), (0, 0, 1, 1)],
+    "leaving": [(-20, -30, 30, 90)],
+    "outside": [(70, 70, 90, 90)],
+    "empty": [(30, 30, 30, 30)],
+    "far-away": [(0, 0, 64, 64), (1e6, -1e6, 2e6, 3e6), (5, 6, 25, 36)],
+}
+
+
+@pytest.mark.parametrize("boxes", BOXES.values(), ids=BOXES)
+def test_loss_and_gradients_are_finite(boxes, models):
+    model = models[64]
     truth = np.full((2, 3, 4), -1, "float32")
     labels = np.full((2, 3), -1, "int32")
     for i, box in enumerate(boxes):
@@ -284,17 +256,13 @@ def test_loss_and_gradients_are_finite(boxes):
         assert np.all(np.isfinite(gradient)), variable.path
 
 
-def test_a_detector_survives_saving(tmp_path):
-    model = detector.Detector("both")
-    images = random_images(3, 64, 64, 1)
-    model.save(tmp_path / "model.keras")
-    again = keras.saving.load_model(tmp_path / "model.keras")
-    for name, value in model.detect(images).items():
-        np.testing.assert_array_equal(again.detect(images)[name], value)
+def test_bad_arguments():
     with pytest.raises(ValueError, match="Expected `arm`.*Received: 'other'"):
         detector.Detector("other")
     with pytest.raises(ValueError, match="multiple of 4 or None. Received: 30"):
         detector.Detector("plain", image_size=30)
+    with pytest.raises(ValueError, match="`image_size`.*Received.*None"):
+        export.make_server(detector.Detector("plain", 11, None), CATEGORIES)
 
 
 def test_average_precision_of_right_and_of_no_detections(tmp_path, capsys):
@@ -403,164 +371,3 @@ def test_boxes_come_back_in_the_pixels_of_each_image():
     )
     assert found["class_ids"][0].numpy().tolist() == [7, 3, 0]
     assert found["labels"][0].numpy().tolist() == [b"seven", b"three", b""]
-
-
-def test_writes_everything_that_it_promises(finished):
-    out, printed = finished
-    for name in ("metrics.json", "detections.png", "parts.png"):
-        assert (out / name).stat().st_size > 0
-    metrics = json.loads((out / "metrics.json").read_text())
-    arms = {result["arm"]: result for result in metrics["results"]}
-    assert set(arms) == {"plain", "both"}
-    for result in arms.values():
-        assert 0 <= result["ap75"] <= result["ap50"] <= 1
-        assert result["ms_per_step"] > 0
-        assert len(list((out / "runs").glob("*/*.weights.h5"))) == 0
-    assert arms["both"]["parameters"] > arms["plain"]["parameters"]
-    assert "| both |" in printed
-    # Twenty steps teach nothing, and the output says so.
-    assert metrics["comparable"] is False
-    assert "Too poor to be compared" in printed
-    assert set(metrics["exports"]) == {
-        "saved_model_portable",
-        "model.onnx",
-        "model.tflite",
-    }
-    for name, differences in metrics["exports"].items():
-        assert (out / name).exists()
-        # The differences themselves are tested in demo_formats_test.py.
-        assert set(differences) == {"boxes", "scores", "labels", "valid"}
-    saved = metrics["saved_model"]
-    assert saved["detections"] > 0
-    assert saved["max_box_difference"] <= 1e-3
-    assert saved["max_score_difference"] <= 1e-5
-
-
-def test_serves_images_of_any_size_and_kind(finished):
-    out, _ = finished
-    served = tf.saved_model.load(out / "saved_model")
-    serve = served.serve
-    scene = random_images(64, 64)
-    model = keras.saving.load_model(
-        out / "runs" / "both-seed0" / "model.keras", compile=False
-    )
-    here = model.detect(scene[None, ..., None])
-    there = serve(tf.constant([encode(scene, "PNG")]))
-    np.testing.assert_array_equal(there["valid"], here["valid"])
-    np.testing.assert_allclose(there["boxes"], here["boxes"], atol=1e-3)
-
-    sizes = [(64, 64), (1, 1), (7, 300), (301, 33), (65, 63), (200, 150)]
-    colour = [random_images(*size, 3) for size in sizes]
-    files = [
-        encode(pixels, kind, mode)
-        for pixels in colour
-        for kind, mode in (
-            ("JPEG", None),
-            ("JPEG", "L"),
-            ("PNG", None),
-            ("PNG", "L"),
-            ("PNG", "RGBA"),
-            ("PNG", "LA"),
-            ("PNG", "P"),
-        )
-    ]
-    files.append(encode(random_images(20, 30).astype("uint16") * 257, "PNG"))
-    found = {
-        name: value.numpy() for name, value in serve(tf.constant(files)).items()
-    }
-    limits = np.repeat([size[::-1] for size in sizes], 7, axis=0)
-    limits = np.concatenate((limits, [(30, 20)]))
-    assert found["boxes"].shape == (len(files), detector.MAX_DETECTIONS, 4)
-    assert np.all(found["boxes"] >= 0)
-    assert np.all(found["boxes"] <= np.tile(limits, 2)[:, None])
-    for i, count in enumerate(found["valid"]):
-        assert set(found["labels"][i, :count]) <= {b"%d" % i for i in range(10)}
-        assert np.all(np.diff(found["scores"][i, :count]) <= 0)
-    # A file's answer does not depend on its neighbours.
-    alone = serve(tf.constant(files[20:21]))
-    np.testing.assert_allclose(alone["boxes"][0], found["boxes"][20], atol=1e-3)
-
-    empty = serve(tf.zeros((0,), "string"))
-    assert empty["boxes"].shape == (0, detector.MAX_DETECTIONS, 4)
-    assert empty["valid"].shape == (0,)
-    with pytest.raises(tf.errors.InvalidArgumentError, match="PNG"):
-        serve(tf.constant([files[0], b"no image"]))
-
-
-def test_serve_names_the_file_that_is_no_image(finished, tmp_path):
-    out, _ = finished
-    (tmp_path / "good.jpg").write_bytes(encode(random_images(50, 40), "JPEG"))
-    (tmp_path / "bad.png").write_bytes(b"no image")
-    result = subprocess.run(
-        [
-            sys.executable,
-            str(FOLDER / "serve.py"),
-            str(out / "saved_model"),
-            str(tmp_path / "good.jpg"),
-            str(tmp_path / "bad.png"),
-            "--out",
-            str(tmp_path / "boxes.json"),
-        ],
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode != 0
-    assert "Expected a JPEG or PNG" in result.stderr
-    assert "bad.png" in result.stderr
-    assert "Traceback" not in result.stderr
-    assert not list(tmp_path.glob("boxes.json*"))
-
-
-def test_a_killed_run_resumes_to_the_same_bits(finished, tmp_path):
-    whole, _ = finished
-    killed = tmp_path / "killed"
-    folder = pathlib.Path("runs") / "both-seed0"
-    process = subprocess.Popen(
-        command(killed, "--arms", "both", *SHORT, "--formats"),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 240
-    state = killed / folder / "state.weights.h5"
-    while not state.exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert state.exists()
-    assert not (killed / folder / "result.json").exists()
-    printed = run(killed, "--arms", "both", *SHORT, "--formats")
-    assert "from step 0 to 20" not in printed
-
-    logs, results, weights = [], [], []
-    for out in (whole, killed):
-        with open(out / folder / "log.csv") as file:
-            logs.append(list(csv.DictReader(file)))
-        results.append(json.loads((out / folder / "result.json").read_text()))
-        model = keras.saving.load_model(
-            out / folder / "model.keras", compile=False
-        )
-        weights.append([item.value.numpy() for item in model.variables])
-    assert [row["epoch"] for row in logs[1]] == [str(i) for i in range(10)]
-    for row in [*logs[0], *logs[1]]:
-        del row["seconds"]
-    for result in results:
-        del result["ms_per_step"]
-    assert logs[0] == logs[1]
-    assert results[0] == results[1]
-    for one, other in zip(*weights, strict=True):
-        np.testing.assert_array_equal(one, other)
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [("--steps", "7", "--epoch-steps", "2"), ("--train", "63", *SHORT)],
-    ids=["steps", "scenes"],
-)
-def test_bad_command_lines_get_one_clear_line(finished, arguments):
-    out, _ = finished
-    result = subprocess.run(
-        command(out, *arguments), capture_output=True, text=True
-    )
-    assert result.returncode != 0
-    assert "Expected" in result.stderr and "Received" in result.stderr
-    assert "Traceback" not in result.stderr

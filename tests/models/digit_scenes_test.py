@@ -103,16 +103,31 @@ def test_pictures_come_in_the_wheel():
             assert f"skimage/data/{name}" in record
 
 
+def _read_voc(path: pathlib.Path) -> tuple[str, list[int], list[tuple]]:
+    """Returns a VOC file's image, its width and height, and its boxes."""
+    root = ET.parse(path).getroot()
+    boxes = []
+    for item in root.iter("object"):
+        corners = [int(value.text) for value in item.find("bndbox")]
+        assert [x.tag for x in item.find("bndbox")] == VOC_CORNERS
+        boxes.append((item.findtext("name"), *corners))
+    size = [int(root.findtext(f"size/{tag}")) for tag in ("width", "height")]
+    return root.findtext("filename"), size, boxes
+
+
+VOC_CORNERS = ["xmin", "ymin", "xmax", "ymax"]
+
+
 @pytest.mark.parametrize("part", ["train", "val", "test"])
 def test_annotations_agree_with_the_masks(folder, part):
     coco = json.loads((folder / part / "instances.json").read_text())
     assert len(coco["images"]) == _COUNTS[part]
-    assert [category["id"] for category in coco["categories"]] == [
-        *range(1, 11)
-    ]
-    assert [item["id"] for item in coco["annotations"]] == [
-        *range(1, len(coco["annotations"]) + 1)
-    ]
+    for kind, count in (
+        ("categories", 10),
+        ("annotations", len(coco["annotations"])),
+    ):
+        ids = [item["id"] for item in coco[kind]]
+        assert ids == [*range(1, count + 1)]
     names = {item["id"]: item["name"] for item in coco["categories"]}
     for entry in coco["images"]:
         stem = entry["file_name"].removesuffix(".png")
@@ -126,7 +141,7 @@ def test_annotations_agree_with_the_masks(folder, part):
             if item["image_id"] == entry["id"]
         ]
         assert mine
-        rebuilt = np.zeros_like(mask)
+        rebuilt, expected = np.zeros_like(mask), []
         for item in mine:
             pixels = _decode(item["segmentation"])
             assert not rebuilt[pixels].any()
@@ -134,33 +149,16 @@ def test_annotations_agree_with_the_masks(folder, part):
             assert item["area"] == pixels.sum()
             rows, columns = np.nonzero(pixels)
             x, y, width, height = item["bbox"]
+            right, bottom = x + width, y + height
             assert (columns.min(), rows.min()) == (x, y)
-            assert (columns.max() + 1, rows.max() + 1) == (
-                x + width,
-                y + height,
-            )
-        np.testing.assert_array_equal(rebuilt, mask)
-
-        root = ET.parse(folder / part / "voc" / f"{stem}.xml").getroot()
-        assert root.findtext("filename") == entry["file_name"]
-        assert int(root.findtext("size/width")) == entry["width"]
-        assert int(root.findtext("size/height")) == entry["height"]
-        boxes = [
-            (
-                item.findtext("name"),
-                *(
-                    int(item.findtext(f"bndbox/{tag}"))
-                    for tag in ("xmin", "ymin", "xmax", "ymax")
-                ),
-            )
-            for item in root.iter("object")
-        ]
-        expected = []
-        for item in mine:
-            x, y, width, height = item["bbox"]
-            name = names[item["category_id"]]
+            assert (columns.max() + 1, rows.max() + 1) == (right, bottom)
             # VOC counts pixels from 1 and includes both ends.
-            expected.append((name, x + 1, y + 1, x + width, y + height))
+            name = names[item["category_id"]]
+            expected.append((name, x + 1, y + 1, right, bottom))
+        np.testing.assert_array_equal(rebuilt, mask)
+        file, size, boxes = _read_voc(folder / part / "voc" / f"{stem}.xml")
+        assert file == entry["file_name"]
+        assert size == [entry["width"], entry["height"]]
         assert boxes == expected
 
 

@@ -22,73 +22,12 @@ namespace tf_deform {
 namespace cpu {
 namespace TF_DEFORM_ISA {
 
-static int64_t WorkspaceBytes(const DeformablePSROIPoolParams& params,
-                              DataType type, int num_workers) {
-  int64_t bytes = 0;
-  WithType(type, [&](auto zero) {
-    using T = decltype(zero);
-    const PSROIPoolRule<typename AccumulatorOf<T>::Type> rule(params);
-    bytes = PoolWorkspace<T>(rule, num_workers);
-  });
-  return bytes;
-}
-
-// The passes run one after the other in the same workspace.
-static int64_t BackwardWorkspaceBytes(
-    const DeformablePSROIPoolParams& params, DataType type,
-    const DeformablePSROIPoolGradients& wanted, int num_workers) {
-  int64_t bytes = 0;
-  WithType(type, [&](auto zero) {
-    using T = decltype(zero);
-    const PSROIPoolRule<typename AccumulatorOf<T>::Type> rule(params);
-    if (wanted.inputs != nullptr) {
-      bytes = ScatterWorkspace<T>(rule, num_workers);
-    }
-    if (wanted.trans != nullptr) {
-      bytes = Max(bytes, PoolWorkspace<T>(rule, num_workers));
-    }
-  });
-  return bytes;
-}
-
-static void Forward(const DeformablePSROIPoolParams& params, DataType type,
-                    const DeformablePSROIPoolInputs& operands, void* workspace,
-                    void* output, float* count,
-                    const ParallelFor& parallel_for) {
-  WithType(type, [&](auto zero) {
-    using T = decltype(zero);
-    using E = typename AccumulatorOf<T>::Type;
-    PoolPass<T>(PSROIPoolRule<E>(params),
-                static_cast<const T*>(operands.inputs),
-                static_cast<const E*>(operands.rois),
-                static_cast<const E*>(operands.trans), workspace,
-                static_cast<T*>(output), count, parallel_for);
-  });
-}
-
-static void Backward(const DeformablePSROIPoolParams& params, DataType type,
-                     const DeformablePSROIPoolInputs& operands,
-                     const void* grad_output, void* workspace,
-                     const DeformablePSROIPoolGradients& gradients,
-                     const ParallelFor& parallel_for) {
-  WithType(type, [&](auto zero) {
-    using T = decltype(zero);
-    using E = typename AccumulatorOf<T>::Type;
-    const PSROIPoolRule<E> rule(params);
-    const E* rois = static_cast<const E*>(operands.rois);
-    const E* trans = static_cast<const E*>(operands.trans);
-    const T* gradient = static_cast<const T*>(grad_output);
-    if (gradients.inputs != nullptr) {
-      ScatterPass<T>(rule, rois, trans, gradient, workspace,
-                     static_cast<T*>(gradients.inputs), parallel_for);
-    }
-    if (gradients.trans != nullptr) {
-      DisplacePass<T>(rule, static_cast<const T*>(operands.inputs), rois, trans,
-                      gradient, workspace, static_cast<E*>(gradients.trans),
-                      parallel_for);
-    }
-  });
-}
+constexpr auto WorkspaceBytes =
+    OpWorkspaceBytes<DeformablePSROIPool, PSROIPoolRule>;
+constexpr auto BackwardWorkspaceBytes =
+    OpBackwardWorkspaceBytes<DeformablePSROIPool, PSROIPoolRule>;
+constexpr auto Forward = OpForward<DeformablePSROIPool, PSROIPoolRule, float*>;
+constexpr auto Backward = OpBackward<DeformablePSROIPool, PSROIPoolRule>;
 
 }  // namespace TF_DEFORM_ISA
 }  // namespace cpu

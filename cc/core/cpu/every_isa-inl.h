@@ -91,10 +91,10 @@ TF_DEFORM_PUSH_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #undef TF_DEFORM_VECTOR_BYTES
 TF_DEFORM_POP_TARGET
 
-#define TF_DEFORM_BEST(Function)                 \
-  (BestIsa() == Isa::kAvx512 ? &avx512::Function \
-   : BestIsa() == Isa::kAvx2 ? &avx2::Function   \
-                             : &baseline::Function)
+#define TF_DEFORM_BEST(Function)                \
+  (BestIsa() == Isa::kAvx512 ? avx512::Function \
+   : BestIsa() == Isa::kAvx2 ? avx2::Function   \
+                             : baseline::Function)
 #else
-#define TF_DEFORM_BEST(Function) (&baseline::Function)
+#define TF_DEFORM_BEST(Function) (baseline::Function)
 #endif  // TF_DEFORM_X86

@@ -7,7 +7,7 @@
 //   DisplacePass    Tasks are ROIs. The gradient of a displacement is the same
 //                   sum with the derivative of the weights along one axis.
 //   ScatterPass     The gradient of the inputs lands anywhere in the image, so
-//                   tasks own parts of it: an image, a cell of the
+//                   each task owns a piece of it: an image, a cell of the
 //                   position-sensitive maps, and a block of channels. Each
 //                   walks through all ROIs in order: no two tasks write to the
 //                   same place, and the order of sums never depends on the
@@ -30,7 +30,7 @@ static int64_t RoiWork(const RoiGeometry& g) {
          (4 * g.Depth() + g.classes * 8 * (g.samples_h + g.samples_w));
 }
 
-// Calls body(row, worker) for every ROI that lies in one of the images
+// Calls body(roi_row, worker) for every ROI that lies in one of the images
 // [first_image, first_image + images); if first_image is 0, also for ROIs that
 // lie in no image.
 template <typename E, typename Body>
@@ -38,18 +38,18 @@ static void ForEachRoi(const RoiGeometry& g, const E* rois, int64_t first_image,
                        int64_t images, const ParallelFor& parallel_for,
                        const Body& body) {
   const int64_t block = Max(1, kTaskWork / Max(1, RoiWork(g)));
-  RunTasks(parallel_for, CeilDiv(g.num_rois, block),
-           [&](int64_t task, int worker) {
-             const int64_t end = Min(g.num_rois, (task + 1) * block);
-             for (int64_t r = task * block; r < end; ++r) {
-               const auto row = RoiRow<E>::Read(g, rois, r);
-               const bool is_here = row.image < 0
-                                        ? first_image == 0
-                                        : row.image >= first_image &&
-                                              row.image < first_image + images;
-               if (is_here) body(row, worker);
-             }
-           });
+  RunTasks(
+      parallel_for, CeilDiv(g.num_rois, block), [&](int64_t task, int worker) {
+        const int64_t end = Min(g.num_rois, (task + 1) * block);
+        for (int64_t r = task * block; r < end; ++r) {
+          const auto roi_row = RoiRow<E>::Read(g, rois, r);
+          const bool is_here = roi_row.image < 0
+                                   ? first_image == 0
+                                   : roi_row.image >= first_image &&
+                                         roi_row.image < first_image + images;
+          if (is_here) body(roi_row, worker);
+        }
+      });
 }
 
 // kN elements, widened, to be summed in a loop. If kN is 1, the type is a plain
@@ -85,7 +85,7 @@ static int64_t PoolWorkspace(const RoiGeometry& g, int num_workers) {
   return PackedBytes<T>(g, num_workers) + num_workers * RoiScratch<E>::Bytes(g);
 }
 
-// Calls body(row, the ROI's image on the map or null, worker's scratch) for
+// Calls body(roi_row, the ROI's image on the map or null, worker's scratch) for
 // every ROI, images being repacked where they have to be.
 template <typename T, typename Rule, typename E, typename Body>
 static void ForEachPooledRoi(const Rule& rule, const T* inputs, const E* rois,
@@ -98,15 +98,16 @@ static void ForEachPooledRoi(const Rule& rule, const T* inputs, const E* rois,
   ForEachPackedChunk(
       rule, inputs, workspace, parallel_for,
       [&](int64_t first_image, int64_t images, const T* maps) {
-        ForEachRoi(rule, rois, first_image, images, parallel_for,
-                   [&](const RoiRow<E>& row, int worker) {
-                     Arena arena{scratch + worker * scratch_bytes};
-                     RoiScratch<E> s(rule, &arena);
-                     const int64_t image = row.image - first_image;
-                     body(row,
-                          row.image < 0 ? nullptr : maps + image * rule.Image(),
-                          &s);
-                   });
+        ForEachRoi(
+            rule, rois, first_image, images, parallel_for,
+            [&](const RoiRow<E>& roi_row, int worker) {
+              Arena arena{scratch + worker * scratch_bytes};
+              RoiScratch<E> s(rule, &arena);
+              const int64_t image = roi_row.image - first_image;
+              body(roi_row,
+                   roi_row.image < 0 ? nullptr : maps + image * rule.Image(),
+                   &s);
+            });
       });
 }
 
@@ -172,21 +173,22 @@ static void PoolPass(const Rule& rule, const T* inputs, const E* rois,
                      const E* displacements, void* workspace, T* output,
                      float* count, const ParallelFor& parallel_for) {
   const int64_t roi_outputs = rule.Bins() * rule.Depth();
-  ForEachPooledRoi(rule, inputs, rois, workspace, parallel_for,
-                   [&](const RoiRow<E>& row, const T* map, RoiScratch<E>* s) {
-                     if (map != nullptr) {
-                       PoolRoi(rule, Roi<E>(rule, row), displacements, map, s,
-                               output, count);
-                       return;
-                     }
-                     const int64_t first = row.index * roi_outputs;
-                     __builtin_memset(static_cast<void*>(output + first), 0,
-                                      roi_outputs * sizeof(T));
-                     if (count == nullptr) return;
-                     for (int64_t i = 0; i < roi_outputs; ++i) {
-                       count[first + i] = 0;
-                     }
-                   });
+  ForEachPooledRoi(
+      rule, inputs, rois, workspace, parallel_for,
+      [&](const RoiRow<E>& roi_row, const T* map, RoiScratch<E>* s) {
+        if (map != nullptr) {
+          PoolRoi(rule, Roi<E>(rule, roi_row), displacements, map, s, output,
+                  count);
+          return;
+        }
+        const int64_t first = roi_row.index * roi_outputs;
+        __builtin_memset(static_cast<void*>(output + first), 0,
+                         roi_outputs * sizeof(T));
+        if (count == nullptr) return;
+        for (int64_t i = 0; i < roi_outputs; ++i) {
+          count[first + i] = 0;
+        }
+      });
 }
 
 // -----------------------------------------------------------------------------
@@ -266,15 +268,15 @@ static void DisplacePass(const Rule& rule, const T* inputs, const E* rois,
                          const ParallelFor& parallel_for) {
   const int64_t roi_displacements =
       rule.part_h * rule.part_w * rule.classes * 2;
-  ForEachPooledRoi(rule, inputs, rois, workspace, parallel_for,
-                   [&](const RoiRow<E>& row, const T* map, RoiScratch<E>* s) {
-                     __builtin_memset(
-                         grad_displacements + row.index * roi_displacements, 0,
-                         roi_displacements * sizeof(E));
-                     if (map == nullptr) return;
-                     DisplaceRoi(rule, Roi<E>(rule, row), displacements, map,
-                                 grad_output, s, grad_displacements);
-                   });
+  ForEachPooledRoi(
+      rule, inputs, rois, workspace, parallel_for,
+      [&](const RoiRow<E>& roi_row, const T* map, RoiScratch<E>* s) {
+        __builtin_memset(grad_displacements + roi_row.index * roi_displacements,
+                         0, roi_displacements * sizeof(E));
+        if (map == nullptr) return;
+        DisplaceRoi(rule, Roi<E>(rule, roi_row), displacements, map,
+                    grad_output, s, grad_displacements);
+      });
 }
 
 // -----------------------------------------------------------------------------
@@ -303,7 +305,7 @@ static int64_t ScatterWorkspace(const RoiGeometry& g, int num_workers) {
   return SumsBytes<T>(g, num_workers) + num_workers * RoiScratch<E>::Bytes(g);
 }
 
-// The part of the gradient that a task owns.
+// The piece of the gradient that a task owns.
 struct Owned {
   int64_t image, cell;
   int64_t begin, end;  // channels of the cell
@@ -313,7 +315,7 @@ struct Owned {
     return CeilDiv(i * pooled, groups);
   }
 
-  // Returns the bins that read the part.
+  // Returns the bins that read the piece.
   BinRange Bins(const RoiGeometry& g) const {
     const int64_t gh = cell / g.group_w, gw = cell % g.group_w;
     return {FirstBin(gh, g.pooled_h, g.group_h),
@@ -345,25 +347,25 @@ static inline void ScatterBin(const RoiScratch<E>& s, const T* grad_output,
   }
 }
 
-// Adds a ROI's share to `part`. `sums` is the part's image, repacked.
+// Adds a ROI's share to `owned`. `sums` is its image, repacked.
 template <typename T, typename Rule, typename E>
-static void ScatterRoi(const Rule& rule, const Roi<E>& roi, const Owned& part,
+static void ScatterRoi(const Rule& rule, const Roi<E>& roi, const Owned& owned,
                        const E* displacements, const T* grad_output,
                        RoiScratch<E>* s, E* sums) {
-  const BinRange mine = part.Bins(rule);
+  const BinRange mine = owned.Bins(rule);
   if (UsesLanes(rule, roi, displacements)) {
-    ForEachLaneBin<false>(rule, roi, displacements, mine, part.begin, part.end,
-                          [&](const LaneBin<E>& bin, const LaneWeights<E>& y,
-                              const LaneWeights<E>& x) {
-                            ScatterLanes<T>(bin, y, x, grad_output + bin.output,
-                                            sums + bin.map);
-                          });
+    ForEachLaneBin<false>(
+        rule, roi, displacements, mine, owned.begin, owned.end,
+        [&](const LaneBin<E>& bin, const LaneWeights<E>& y,
+            const LaneWeights<E>& x) {
+          ScatterLanes<T>(bin, y, x, grad_output + bin.output, sums + bin.map);
+        });
     return;
   }
   ForEachBin<false>(rule, roi, displacements, mine, s, [&](const Bin<E>& bin) {
     const int64_t channel = bin.output % rule.Depth();  // the class' first
-    const int64_t from = Max(part.begin - channel, 0);
-    const int64_t count = Min(part.end - channel, rule.class_channels) - from;
+    const int64_t from = Max(owned.begin - channel, 0);
+    const int64_t count = Min(owned.end - channel, rule.class_channels) - from;
     ScatterBin(*s, grad_output + bin.output + from, count, bin.share,
                sums + bin.map + from);
   });
@@ -404,19 +406,105 @@ static void ScatterPass(const Rule& rule, const E* rois, const E* displacements,
              [&](int64_t task, int worker) {
                const int64_t begin = task % blocks * width;
                const int64_t image = task / blocks / rule.Cells();
-               const Owned part = {first + image, task / blocks % rule.Cells(),
-                                   begin, Min(depth, begin + width)};
+               const Owned owned = {first + image, task / blocks % rule.Cells(),
+                                    begin, Min(depth, begin + width)};
                Arena arena{scratch + worker * scratch_bytes};
                RoiScratch<E> s(rule, &arena);
                for (int64_t r = 0; r < rule.num_rois; ++r) {
-                 const auto row = RoiRow<E>::Read(rule, rois, r);
-                 if (row.image != part.image) continue;
-                 ScatterRoi(rule, Roi<E>(rule, row), part, displacements,
+                 const auto roi_row = RoiRow<E>::Read(rule, rois, r);
+                 if (roi_row.image != owned.image) continue;
+                 ScatterRoi(rule, Roi<E>(rule, roi_row), owned, displacements,
                             grad_output, &s, sums + image * image_elements);
                }
              });
     if (has_sums) UnpackImages(rule, sums, images, target, parallel_for);
   }
+}
+
+// -----------------------------------------------------------------------------
+// The functions that the .cc of an op chooses from. The operands of the op are
+// inputs, ROIs and displacements; `Rule` places its samples.
+
+template <typename Op>
+constexpr auto kDisplacements = Op::kOperands[2];
+
+// Calls body(T(), the rule of the call).
+template <template <typename> class Rule, typename Params, typename Body>
+static void WithRule(const Params& params, DataType type, const Body& body) {
+  WithType(type, [&](auto zero) {
+    body(zero, Rule<typename AccumulatorOf<decltype(zero)>::Type>(params));
+  });
+}
+
+template <typename Op, template <typename> class Rule>
+static int64_t OpWorkspaceBytes(const typename Op::Params& params,
+                                DataType type, int num_workers) {
+  int64_t bytes = 0;
+  WithRule<Rule>(params, type, [&](auto zero, const auto& rule) {
+    bytes = PoolWorkspace<decltype(zero)>(rule, num_workers);
+  });
+  return bytes;
+}
+
+// The passes run one after the other in the same workspace.
+template <typename Op, template <typename> class Rule>
+static int64_t OpBackwardWorkspaceBytes(const typename Op::Params& params,
+                                        DataType type,
+                                        const typename Op::Gradients& wanted,
+                                        int num_workers) {
+  int64_t bytes = 0;
+  WithRule<Rule>(params, type, [&](auto zero, const auto& rule) {
+    using T = decltype(zero);
+    if (wanted.inputs != nullptr) {
+      bytes = ScatterWorkspace<T>(rule, num_workers);
+    }
+    if (wanted.*kDisplacements<Op>.gradient != nullptr) {
+      bytes = Max(bytes, PoolWorkspace<T>(rule, num_workers));
+    }
+  });
+  return bytes;
+}
+
+// `Count` is float* if the op has the output `count`, and empty otherwise.
+template <typename Op, template <typename> class Rule, typename... Count>
+static void OpForward(const typename Op::Params& params, DataType type,
+                      const typename Op::Inputs& operands, void* workspace,
+                      void* output, Count... count,
+                      const ParallelFor& parallel_for) {
+  float* const counts[] = {count..., nullptr};
+  WithRule<Rule>(params, type, [&](auto zero, const auto& rule) {
+    using T = decltype(zero);
+    using E = typename AccumulatorOf<T>::Type;
+    PoolPass(rule, static_cast<const T*>(operands.inputs),
+             static_cast<const E*>(operands.rois),
+             static_cast<const E*>(operands.*kDisplacements<Op>.data),
+             workspace, static_cast<T*>(output), counts[0], parallel_for);
+  });
+}
+
+template <typename Op, template <typename> class Rule>
+static void OpBackward(const typename Op::Params& params, DataType type,
+                       const typename Op::Inputs& operands,
+                       const void* grad_output, void* workspace,
+                       const typename Op::Gradients& gradients,
+                       const ParallelFor& parallel_for) {
+  WithRule<Rule>(params, type, [&](auto zero, const auto& rule) {
+    using T = decltype(zero);
+    using E = typename AccumulatorOf<T>::Type;
+    constexpr auto displacements = kDisplacements<Op>;
+    const E* rois = static_cast<const E*>(operands.rois);
+    const E* from = static_cast<const E*>(operands.*displacements.data);
+    E* to = static_cast<E*>(gradients.*displacements.gradient);
+    const T* gradient = static_cast<const T*>(grad_output);
+    if (gradients.inputs != nullptr) {
+      ScatterPass(rule, rois, from, gradient, workspace,
+                  static_cast<T*>(gradients.inputs), parallel_for);
+    }
+    if (to != nullptr) {
+      DisplacePass(rule, static_cast<const T*>(operands.inputs), rois, from,
+                   gradient, workspace, to, parallel_for);
+    }
+  });
 }
 
 }  // namespace TF_DEFORM_ISA

@@ -446,13 +446,6 @@ Status KernelOf(const Geometry& g, const Operands<T>& in, const T* grad_output,
       });
 }
 
-Status CheckParams(const DeformableConv2DParams& params, DataType type) {
-  return CheckCall(
-      type, {params.batch, params.height, params.width, params.channels,
-             params.kernel_h, params.kernel_w, params.filters, params.groups,
-             params.out_h, params.out_w});
-}
-
 }  // namespace
 
 int64_t WorkspaceBytes(const DeformableConv2DParams&, DataType) { return 0; }
@@ -480,7 +473,7 @@ int64_t BackwardWorkspaceBytes(const DeformableConv2DParams& params,
 Status Forward(const DeformableConv2DParams& params, DataType type,
                const DeformableConv2DInputs& operands, void*, void* output,
                const CudaStream& stream) {
-  TF_DEFORM_RETURN_IF_ERROR(CheckParams(params, type));
+  TF_DEFORM_RETURN_IF_ERROR(CheckOperands(params, type, operands));
   TF_DEFORM_RETURN_IF_ERROR(CheckDriver());
   return WithType(type, [&](auto zero) {
     return ForwardOf<decltype(zero)>(params, operands, output, stream);
@@ -491,7 +484,7 @@ Status Backward(const DeformableConv2DParams& params, DataType type,
                 const DeformableConv2DInputs& operands, const void* grad_output,
                 void* workspace, const DeformableConv2DGradients& gradients,
                 const CudaStream& stream) {
-  TF_DEFORM_RETURN_IF_ERROR(CheckParams(params, type));
+  TF_DEFORM_RETURN_IF_ERROR(CheckOperands(params, type, operands));
   TF_DEFORM_RETURN_IF_ERROR(CheckDriver());
   const Geometry g(params);
   return WithType(type, [&](auto zero) {

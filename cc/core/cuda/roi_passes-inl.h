@@ -398,7 +398,129 @@ Status ScatterPass(const Rule& rule, const E* rois, const E* displacements,
   return Status();
 }
 
+// -----------------------------------------------------------------------------
+// The functions of an op's contract. The operands of the op are inputs, ROIs
+// and displacements; `Rule` places its samples.
+
+template <typename Op>
+constexpr auto kDisplacements = Op::kOperands[2];
+
+// Calls body(T(), the rule of the call).
+template <template <typename> class Rule, typename Params, typename Body>
+Status WithRule(const Params& params, DataType type, const Body& body) {
+  return WithType(type, [&](auto zero) {
+    return body(zero, Rule<Accumulator<decltype(zero)>>(params));
+  });
+}
+
+template <typename Op, template <typename> class Rule>
+int64_t OpWorkspaceBytes(const typename Op::Params& params, DataType type) {
+  int64_t bytes = 0;
+  (void)WithRule<Rule>(params, type, [&](auto zero, const auto& rule) {
+    bytes = PoolWorkspace<decltype(zero)>(rule);
+    return Status();
+  });
+  return bytes;
+}
+
+// The passes run one after the other in the same workspace.
+template <typename Op, template <typename> class Rule>
+int64_t OpBackwardWorkspaceBytes(const typename Op::Params& params,
+                                 DataType type,
+                                 const typename Op::Gradients& wanted,
+                                 const CudaStream& stream) {
+  int64_t bytes = 0;
+  (void)WithRule<Rule>(params, type, [&](auto zero, const auto& rule) {
+    using T = decltype(zero);
+    if (wanted.inputs != nullptr) bytes = ScatterWorkspace<T>(rule, stream);
+    if (wanted.*kDisplacements<Op>.gradient != nullptr) {
+      bytes = Max(bytes, PoolWorkspace<T>(rule));
+    }
+    return Status();
+  });
+  return bytes;
+}
+
+// Checks the driver and the call.
+template <typename Op>
+Status CheckLaunch(const typename Op::Params& params, DataType type,
+                   typename Op::Inputs operands) {
+  TF_DEFORM_RETURN_IF_ERROR(CheckDriver());
+  operands.bad_rois_are_padding = true;  // the host cannot read the ROIs
+  return CheckOperands(params, type, operands);
+}
+
+template <typename Op, template <typename> class Rule>
+Status OpForward(const typename Op::Params& params, DataType type,
+                 const typename Op::Inputs& operands, void* workspace,
+                 void* output, const CudaStream& stream,
+                 float* count = nullptr) {
+  TF_DEFORM_RETURN_IF_ERROR(CheckLaunch<Op>(params, type, operands));
+  return WithRule<Rule>(params, type, [&](auto zero, const auto& rule) {
+    using T = decltype(zero);
+    using E = Accumulator<T>;
+    return PoolPass(rule, static_cast<const T*>(operands.inputs),
+                    static_cast<const E*>(operands.rois),
+                    static_cast<const E*>(operands.*kDisplacements<Op>.data),
+                    workspace, static_cast<T*>(output), count, stream);
+  });
+}
+
+template <typename Op, template <typename> class Rule>
+Status OpBackward(const typename Op::Params& params, DataType type,
+                  const typename Op::Inputs& operands, const void* grad_output,
+                  void* workspace, const typename Op::Gradients& gradients,
+                  const CudaStream& stream) {
+  TF_DEFORM_RETURN_IF_ERROR(CheckLaunch<Op>(params, type, operands));
+  return WithRule<Rule>(params, type, [&](auto zero, const auto& rule) {
+    using T = decltype(zero);
+    using E = Accumulator<T>;
+    constexpr auto displacements = kDisplacements<Op>;
+    const E* rois = static_cast<const E*>(operands.rois);
+    const E* from = static_cast<const E*>(operands.*displacements.data);
+    E* to = static_cast<E*>(gradients.*displacements.gradient);
+    const T* gradient = static_cast<const T*>(grad_output);
+    if (gradients.inputs != nullptr) {
+      TF_DEFORM_RETURN_IF_ERROR(
+          ScatterPass(rule, rois, from, gradient, workspace,
+                      static_cast<T*>(gradients.inputs), stream));
+    }
+    if (to == nullptr) return Status();
+    return DisplacePass(rule, static_cast<const T*>(operands.inputs), rois,
+                        from, gradient, workspace, to, stream);
+  });
+}
+
 }  // namespace cuda
 }  // namespace tf_deform
+
+// Defines the functions that the contract of `Op` declares in namespace cuda.
+// The argument after `Rule` names the output that Forward has besides `output`,
+// if there is one.
+#define TF_DEFORM_CUDA_ENTRY_POINTS(Op, Rule, ...)                            \
+  int64_t WorkspaceBytes(const Op::Params& params, DataType type) {           \
+    return OpWorkspaceBytes<Op, Rule>(params, type);                          \
+  }                                                                           \
+                                                                              \
+  int64_t BackwardWorkspaceBytes(const Op::Params& params, DataType type,     \
+                                 const Op::Gradients& wanted,                 \
+                                 const CudaStream& stream) {                  \
+    return OpBackwardWorkspaceBytes<Op, Rule>(params, type, wanted, stream);  \
+  }                                                                           \
+                                                                              \
+  Status Forward(const Op::Params& params, DataType type,                     \
+                 const Op::Inputs& operands, void* workspace, void* output,   \
+                 __VA_OPT__(float* __VA_ARGS__, ) const CudaStream& stream) { \
+    return OpForward<Op, Rule>(params, type, operands, workspace, output,     \
+                               stream __VA_OPT__(, ) __VA_ARGS__);            \
+  }                                                                           \
+                                                                              \
+  Status Backward(const Op::Params& params, DataType type,                    \
+                  const Op::Inputs& operands, const void* grad_output,        \
+                  void* workspace, const Op::Gradients& gradients,            \
+                  const CudaStream& stream) {                                 \
+    return OpBackward<Op, Rule>(params, type, operands, grad_output,          \
+                                workspace, gradients, stream);                \
+  }
 
 #endif  // TF_DEFORM_CC_CORE_CUDA_ROI_PASSES_INL_H_

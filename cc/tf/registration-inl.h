@@ -1,17 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// Registers all ops when TensorFlow loads the library. One unit: TensorFlow's
-// headers take long to compile.
+// Registers all ops when TensorFlow loads the library.
 
-#include "cc/tf/ops.h"
+#ifndef TF_DEFORM_CC_TF_REGISTRATION_INL_H_
+#define TF_DEFORM_CC_TF_REGISTRATION_INL_H_
 
 #include <dlfcn.h>
 
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 
 #include "cc/tf/library.h"
 #include "cc/tf/marker_op.h"
 #include "cc/tf/op_kernels.h"
+#include "cc/tf/ops.h"
 #include "tensorflow/core/framework/common_shape_fns.h"
 #include "tensorflow/core/framework/kernel_def_builder.h"
 #include "tensorflow/core/framework/op.h"
@@ -80,9 +82,8 @@ TF_DEFORM_EXPORT const char* TfDeformRegisteredVersion() {
   return tf_deform::first_copy.version;
 }
 
-// Counts the gradients of each differentiable operand that kernels of this
-// process have computed. Tests read the counts, to see that unwanted gradients
-// cost nothing.
+// Writes the counts of `gradients_computed`. Tests read them, to see that
+// unwanted gradients cost nothing.
 #define TF_DEFORM_REGISTER(Op)                                             \
   TF_DEFORM_EXPORT void TfDeform##Op##GradientsComputed(int64_t* counts) { \
     const int number = tf_deform::NumGradients<tf_deform::Op>(             \
@@ -117,3 +118,5 @@ const bool marker_is_registered = [] {
 
 }  // namespace
 }  // namespace tf_deform
+
+#endif  // TF_DEFORM_CC_TF_REGISTRATION_INL_H_

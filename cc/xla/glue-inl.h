@@ -1,8 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// Connects the ops with XLA: compilation, handlers, threads. It is one unit,
-// because XLA's headers take half a minute to compile.
+// Connects the ops with XLA: compilation, handlers, threads.
 
-#include "cc/tf/glue.h"
+#ifndef TF_DEFORM_CC_XLA_GLUE_INL_H_
+#define TF_DEFORM_CC_XLA_GLUE_INL_H_
+
+// Skips two headers: XLA's clients would take half of the time that all glue
+// takes to compile. The headers of tf2xla only name pointers to clients. If
+// those of another TensorFlow need more, the compiler says so: remove the lines
+// up to the next header.
+#define XLA_CLIENT_CLIENT_H_
+#define XLA_CLIENT_LOCAL_CLIENT_H_
+namespace xla {
+class Client;
+class LocalClient;
+}  // namespace xla
 
 #include <algorithm>
 #include <cstdint>
@@ -23,6 +34,8 @@
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/platform/cpu_info.h"
 #include "tensorflow/core/platform/errors.h"
+#include "tensorflow/core/platform/tensor_float_32_utils.h"
+#include "tensorflow/core/util/determinism.h"
 #include "xla/ffi/api/c_api.h"
 #include "xla/hlo/builder/xla_builder.h"
 #include "xla/shape.h"
@@ -505,3 +518,5 @@ const bool is_registered = [] {
 
 }  // namespace
 }  // namespace tf_deform
+
+#endif  // TF_DEFORM_CC_XLA_GLUE_INL_H_
