@@ -272,7 +272,7 @@ MISTAKES = [
         "tf-double-as-float",
         "*value += is_normal ? part : bits >> 31 != 0 ? -size : size;",
         "*value = is_normal ? part : bits >> 31 != 0 ? -size : size;",
-        ("deformable_psroi_pool_test",),
+        ("pooling_test",),
     ),
     Mistake(
         "xla-wanted-lost",
@@ -309,7 +309,7 @@ MISTAKES = [
         "ops-number-as-float32",
         "return [high, value - high] if np.isfinite(high) else [high]",
         "return [high]",
-        ("deformable_psroi_pool_test",),
+        ("pooling_test",),
     ),
     Mistake(
         "ops-unknown-option-is-the-last",

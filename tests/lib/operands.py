@@ -182,19 +182,20 @@ def conv2d_places(size: int, dtype: str) -> np.ndarray:
 
 
 def one_sample_per_image(
-    coordinates: np.ndarray, size: tuple[int, int], channels: int
-) -> tuple[list[np.ndarray], dict]:
+    coordinates: np.ndarray, size: tuple[int, int], channels: int, boundary: str
+) -> tuple[dict, np.ndarray, dict]:
     """Draws operands of one tap and one output pixel: `offset` is `(y, x)`."""
     rng = np.random.default_rng(0)
     batch, dtype = len(coordinates), coordinates.dtype
     image = rng.normal(size=(1, *size, channels))
-    operands = [
-        np.repeat(image, batch, axis=0).astype(dtype),
-        rng.normal(size=(1, 1, channels, 3)).astype(dtype),
-        coordinates.reshape(batch, 1, 1, 2),
-        rng.normal(size=(batch, 1, 1, 1)).astype(dtype),
-    ]
-    return operands, {"strides": size}
+    given = {
+        "inputs": np.repeat(image, batch, axis=0).astype(dtype),
+        "kernel": rng.normal(size=(1, 1, channels, 3)).astype(dtype),
+        "offset": coordinates.reshape(batch, 1, 1, 2),
+        "mask": rng.normal(size=(batch, 1, 1, 1)).astype(dtype),
+    }
+    output_grad = rng.normal(size=(batch, 1, 1, 3)).astype(dtype)
+    return given, output_grad, {"strides": size, "boundary": boundary}
 
 
 # ROI pooling.

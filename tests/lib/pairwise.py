@@ -5,6 +5,8 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
+
 Row = dict[str, Any]
 
 
@@ -61,43 +63,26 @@ def grid(axes: dict[str, list]) -> Any:
     pairs of settings are marked slow. At import it is checked that the cover
     lacks no pair.
     """
-    import pytest
-
     # Numbers stand for settings, because not all settings can be compared.
     numbers = {name: list(range(len(values))) for name, values in axes.items()}
-    cover = {tuple(row.values()) for row in pairwise(numbers)}
-    rows = [tuple(row.values()) for row in all_rows(numbers)]
-    _check_pairs(cover, rows)
-    names = [name.split(", ") for name in axes]
-
-    def settings(row: tuple) -> list:
-        flat = []
-        for parts, values, number in zip(
-            names, axes.values(), row, strict=True
-        ):
-            flat += values[number] if len(parts) > 1 else [values[number]]
-        return flat
-
-    parameters = [
-        pytest.param(
-            *settings(row),
-            marks=() if row in cover else pytest.mark.slow,
-            id="-".join(map(str, settings(row))),
-        )
-        for row in rows
-    ]
-    return pytest.mark.parametrize(sum(names, []), parameters)
-
-
-def _check_pairs(cover: set[tuple], rows: list[tuple]) -> None:
+    cover, rows = pairwise(numbers), all_rows(numbers)
     held, wanted = (
-        {pair for row in some for pair in pairs_of_values(row)}
+        {pair for row in some for pair in pairs_of(row)}
         for some in (cover, rows)
     )
     if wanted - held:
         raise AssertionError(f"a cover lacks {wanted - held}")
-
-
-def pairs_of_values(row: tuple) -> Iterator[tuple]:
-    """Yields the pairs of (axis, value) that a row holds."""
-    return itertools.combinations(enumerate(row), 2)
+    parameters = []
+    for row in rows:
+        settings = []
+        for name, number in row.items():
+            value = axes[name][number]
+            settings += value if ", " in name else [value]
+        parameters.append(
+            pytest.param(
+                *settings,
+                marks=() if row in cover else pytest.mark.slow,
+                id="-".join(map(str, settings)),
+            )
+        )
+    return pytest.mark.parametrize(", ".join(axes).split(", "), parameters)

@@ -10,8 +10,8 @@ in the type of `offset` (float32 or float64), because where a sample falls is
 part of the definition.
 """
 
-import functools
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -29,28 +29,17 @@ class Gradients(NamedTuple):
     mask: np.ndarray | None
 
 
-class _Neighbour(NamedTuple):
-    """Holds a pixel that a sample reads.
+class _Neighbours(NamedTuple):
+    """Holds the pixels that a sample reads, each with a weight.
 
-    Its weight, and the weight's derivatives.
+    `weights_dy` and `weights_dx` are the derivatives of the weights.
     """
 
-    row: int
-    col: int
-    weight: float
-    weight_dy: float
-    weight_dx: float
-
-
-class _Sample(NamedTuple):
-    """Holds a read of the image: pixel, tap, offset group, neighbours."""
-
-    n: int
-    i: int
-    j: int
-    tap: int
-    offset_group: int
-    neighbours: list[_Neighbour]
+    rows: np.ndarray
+    cols: np.ndarray
+    weights: np.ndarray
+    weights_dy: np.ndarray
+    weights_dx: np.ndarray
 
 
 def pair(value: int | Pair) -> Pair:
@@ -89,10 +78,6 @@ def output_size(
 ) -> Pair:
     """Returns `(out_h, out_w)` of a convolution over a map of `size`."""
     strides, dilation_rate = pair(strides), pair(dilation_rate)
-    if padding == "same":
-        return tuple(
-            math.ceil(n / s) for n, s in zip(size, strides, strict=True)
-        )
     pads = explicit_padding(padding, size, kernel_size, strides, dilation_rate)
     return tuple(
         (n + sum(p) - d * (k - 1) - 1) // s + 1
@@ -120,8 +105,8 @@ def _along_axis(
 
 def _neighbours(
     y: float, x: float, size: Pair, boundary: str
-) -> list[_Neighbour]:
-    """Returns the pixels that a sample at `(y, x)` reads, none if outside."""
+) -> _Neighbours | None:
+    """Returns the pixels that a sample at `(y, x)` reads; None if outside."""
     height, width = size
     if boundary == "zeros":
         inside = -1 < y < height and -1 < x < width
@@ -130,23 +115,24 @@ def _neighbours(
     else:
         raise ValueError(f"Unknown boundary: {boundary!r}.")
     if not inside:  # NaN and infinity end here too.
-        return []
-    return [
-        _Neighbour(row, col, wy * wx, wy_dy * wx, wy * wx_dx)
+        return None
+    pixels = [
+        (row, col, wy * wx, wy_dy * wx, wy * wx_dx)
         for row, wy, wy_dy in _along_axis(y, height, boundary)
         for col, wx, wx_dx in _along_axis(x, width, boundary)
     ]
+    return _Neighbours(*map(np.array, zip(*pixels, strict=True)))
 
 
 class _Call:
-    """Holds the operands of one call in float64, and yields its samples."""
+    """Holds the operands of one call in float64, its samples and columns."""
 
     def __init__(
         self,
         inputs: np.ndarray,
         kernel: np.ndarray,
         offset: np.ndarray,
-        mask: np.ndarray | None,
+        mask: np.ndarray | None = None,
         *,
         strides: int | Pair = 1,
         padding: Padding = "valid",
@@ -155,129 +141,98 @@ class _Call:
         boundary: str = "zeros",
     ):
         self.inputs = np.asarray(inputs).astype(np.float64)
-        self.kernel = np.asarray(kernel).astype(np.float64)
+        kernel = np.asarray(kernel).astype(np.float64)
         offset = np.asarray(offset)
         if offset.dtype not in (np.float32, np.float64):
             offset = offset.astype(np.float32)
-        batch, *self.size, self.channels = self.inputs.shape
-        *kernel_size, channels_per_group, self.filters = self.kernel.shape
-        self.kernel_size = tuple(kernel_size)
-        self.taps = kernel_size[0] * kernel_size[1]
-        self.groups = self.channels // channels_per_group
-        self.offset_groups = offset_groups
-        self.strides = pair(strides)
-        self.dilation_rate = pair(dilation_rate)
+        batch, *self.size, channels = self.inputs.shape
+        *self.kernel_size, channels_per_group, filters = kernel.shape
+        taps = self.kernel_size[0] * self.kernel_size[1]
+        self.kernel_by_tap = kernel.reshape(taps, -1, filters)
+        self.steps = pair(strides), pair(dilation_rate)
+        sizes = padding, self.size, self.kernel_size
+        self.pads = explicit_padding(*sizes, *self.steps)
         self.boundary = boundary
-        (self.pad_top, _), (self.pad_left, _) = explicit_padding(
-            padding,
-            self.size,
-            self.kernel_size,
-            self.strides,
-            self.dilation_rate,
-        )
-        out = output_size(
-            padding,
-            self.size,
-            self.kernel_size,
-            self.strides,
-            self.dilation_rate,
-        )
         # The mask is [n, i, j, offset group, tap]; the offset has (dy, dx) too.
-        taps_shape = (batch, *out, offset_groups, self.taps)
-        self.offset = offset.reshape(*taps_shape, 2)
-        self.has_mask = mask is not None
-        self.mask = (
-            np.asarray(mask).astype(np.float64).reshape(taps_shape)
-            if self.has_mask
-            else np.ones(taps_shape)
+        out = output_size(*sizes, *self.steps)
+        shape = (batch, *out, offset_groups, taps)
+        self.offset = offset.reshape(*shape, 2)
+        self.mask = np.ones(shape)
+        if mask is not None:
+            self.mask = np.asarray(mask).astype(np.float64).reshape(shape)
+        # The channels of each offset group; channels and filters of each group.
+        self.moved_together = _parts(channels, offset_groups)
+        groups = channels // channels_per_group
+        self.groups = list(
+            zip(_parts(channels, groups), _parts(filters, groups), strict=True)
         )
+        self.samples = list(self._samples())
+        # `mask * X(y, x)` as [n, i, j, tap, channel].
+        self.columns = np.zeros((*shape[:3], taps, channels))
+        for index, at, column, near in self.samples:
+            value = near.weights @ self.inputs[at]
+            self.columns[column] = self.mask[index] * value
 
-    def channels_of_offset_group(self, group: int) -> slice:
-        size = self.channels // self.offset_groups
-        return slice(group * size, (group + 1) * size)
+    def _samples(self) -> Iterator[tuple]:
+        """Yields every sample that falls inside the image.
 
-    def channels_and_filters_of_group(self, group: int) -> tuple[slice, slice]:
-        c, f = self.channels // self.groups, self.filters // self.groups
-        return (
-            slice(group * c, (group + 1) * c),
-            slice(group * f, (group + 1) * f),
-        )
+        Yields its place in the mask, in the inputs and in the columns, and its
+        neighbours.
+        """
+        strides, dilation_rate = self.steps
+        for index in np.ndindex(*self.mask.shape):
+            n, i, j, group, tap = index
+            taps = divmod(tap, self.kernel_size[1])
+            place = []
+            for axis, pixel in enumerate((i, j)):
+                base = pixel * strides[axis] - self.pads[axis][0]
+                base = self.offset.dtype.type(
+                    base + taps[axis] * dilation_rate[axis]
+                )
+                place.append(float(base + self.offset[index][axis]))
+            near = _neighbours(*place, self.size, self.boundary)
+            if near:
+                channels = self.moved_together[group]
+                at = (n, near.rows, near.cols, channels)
+                yield index, at, (n, i, j, tap, channels), near
 
-    @functools.cached_property
-    def samples(self) -> list[_Sample]:
-        """Yields every sample that falls inside the image."""
-        coordinate = self.offset.dtype.type
-        samples = []
-        for n, i, j, group, tap in np.ndindex(*self.offset.shape[:-1]):
-            kh, kw = divmod(tap, self.kernel_size[1])
-            dy, dx = self.offset[n, i, j, group, tap]
-            base_y = (
-                i * self.strides[0] - self.pad_top + kh * self.dilation_rate[0]
+    def output(self) -> np.ndarray:
+        filters = self.kernel_by_tap.shape[-1]
+        output = np.zeros((*self.columns.shape[:3], filters))
+        for c, f in self.groups:
+            output[..., f] = np.einsum(
+                "nijkc,kcf->nijf",
+                self.columns[..., c],
+                self.kernel_by_tap[..., f],
+                optimize=True,
             )
-            base_x = (
-                j * self.strides[1] - self.pad_left + kw * self.dilation_rate[1]
-            )
-            y = float(coordinate(base_y) + dy)
-            x = float(coordinate(base_x) + dx)
-            neighbours = _neighbours(y, x, self.size, self.boundary)
-            if neighbours:
-                samples.append(_Sample(n, i, j, tap, group, neighbours))
-        return samples
-
-    @functools.cached_property
-    def columns(self) -> np.ndarray:
-        """Returns `mask * X(y, x)` as [n, i, j, tap, channel]."""
-        columns = np.zeros(
-            (*self.offset.shape[:3], self.taps, self.channels), np.float64
-        )
-        for n, i, j, tap, group, neighbours in self.samples:
-            channels = self.channels_of_offset_group(group)
-            value = sum(
-                p.weight * self.inputs[n, p.row, p.col, channels]
-                for p in neighbours
-            )
-            columns[n, i, j, tap, channels] = (
-                self.mask[n, i, j, group, tap] * value
-            )
-        return columns
-
-    def kernel_by_tap(self) -> np.ndarray:
-        return self.kernel.reshape(self.taps, -1, self.filters)
+        return output
 
 
-def _output(call: _Call) -> np.ndarray:
-    kernel_by_tap = call.kernel_by_tap()
-    output = np.zeros((*call.columns.shape[:3], call.filters))
-    for group in range(call.groups):
-        c, f = call.channels_and_filters_of_group(group)
-        output[..., f] = np.einsum(
-            "nijkc,kcf->nijf",
-            call.columns[..., c],
-            kernel_by_tap[..., f],
-            optimize=True,
-        )
-    return output
+def _parts(count: int, parts: int) -> list[slice]:
+    """Divides `count` channels into equal runs."""
+    size = count // parts
+    return [slice(i * size, (i + 1) * size) for i in range(parts)]
 
 
-def _gradients(call: _Call, output_grad: np.ndarray) -> Gradients:
+def _gradients(call: _Call, output_grad: np.ndarray) -> tuple:
+    """Returns gradients of inputs, kernel, offset and mask."""
     output_grad = np.asarray(output_grad).astype(np.float64)
 
     # Through the convolution: to the kernel and to the columns.
-    columns, kernel_by_tap = call.columns, call.kernel_by_tap()
-    kernel_grad = np.zeros_like(kernel_by_tap)
-    columns_grad = np.zeros_like(columns)
-    for group in range(call.groups):
-        c, f = call.channels_and_filters_of_group(group)
+    kernel_grad = np.zeros_like(call.kernel_by_tap)
+    columns_grad = np.zeros_like(call.columns)
+    for c, f in call.groups:
         kernel_grad[..., f] = np.einsum(
             "nijkc,nijf->kcf",
-            columns[..., c],
+            call.columns[..., c],
             output_grad[..., f],
             optimize=True,
         )
         columns_grad[..., c] = np.einsum(
             "nijf,kcf->nijkc",
             output_grad[..., f],
-            kernel_by_tap[..., f],
+            call.kernel_by_tap[..., f],
             optimize=True,
         )
 
@@ -285,50 +240,22 @@ def _gradients(call: _Call, output_grad: np.ndarray) -> Gradients:
     inputs_grad = np.zeros_like(call.inputs)
     offset_grad = np.zeros(call.offset.shape)
     mask_grad = np.zeros_like(call.mask)
-    for n, i, j, tap, group, neighbours in call.samples:
-        channels = call.channels_of_offset_group(group)
-        column_grad = columns_grad[n, i, j, tap, channels]
-        value_grad = call.mask[n, i, j, group, tap] * column_grad
-        for p in neighbours:
-            pixel = call.inputs[n, p.row, p.col, channels]
-            inputs_grad[n, p.row, p.col, channels] += p.weight * value_grad
-            mask_grad[n, i, j, group, tap] += p.weight * pixel @ column_grad
-            offset_grad[n, i, j, group, tap] += [
-                p.weight_dy * pixel @ value_grad,
-                p.weight_dx * pixel @ value_grad,
-            ]
-    pixels = call.offset.shape[:3]
-    channels = call.offset_groups * call.taps
-    return Gradients(
-        inputs_grad,
-        kernel_grad.reshape(call.kernel.shape),
-        offset_grad.reshape(*pixels, 2 * channels),
-        mask_grad.reshape(*pixels, channels) if call.has_mask else None,
-    )
+    for index, at, column, near in call.samples:
+        value_grad = call.mask[index] * columns_grad[column]
+        # The pixels of a sample differ: none is added twice.
+        inputs_grad[at] += np.outer(near.weights, value_grad)
+        pixels = call.inputs[at]
+        mask_grad[index] = near.weights @ pixels @ columns_grad[column]
+        offset_grad[index] = [
+            near.weights_dy @ pixels @ value_grad,
+            near.weights_dx @ pixels @ value_grad,
+        ]
+    return inputs_grad, kernel_grad, offset_grad, mask_grad
 
 
-def deformable_conv2d(
-    inputs: np.ndarray,
-    kernel: np.ndarray,
-    offset: np.ndarray,
-    mask: np.ndarray | None = None,
-    **options: object,
-) -> np.ndarray:
+def deformable_conv2d(*operands: np.ndarray, **options: object) -> np.ndarray:
     """Computes `tf_deform.ops.deformable_conv2d` in float64."""
-    return _output(_Call(inputs, kernel, offset, mask, **options))
-
-
-def deformable_conv2d_grad(
-    inputs: np.ndarray,
-    kernel: np.ndarray,
-    offset: np.ndarray,
-    mask: np.ndarray | None,
-    output_grad: np.ndarray,
-    **options: object,
-) -> Gradients:
-    """Returns the gradients of `sum(output * output_grad)`, in float64."""
-    call = _Call(inputs, kernel, offset, mask, **options)
-    return _gradients(call, output_grad)
+    return _Call(*operands, **options).output()
 
 
 def output_and_gradients(
@@ -339,6 +266,13 @@ def output_and_gradients(
     output_grad: np.ndarray,
     **options: object,
 ) -> tuple[np.ndarray, Gradients]:
-    """Returns both, in little more time than the gradients alone take."""
+    """Returns the output, and the gradients of `sum(output * output_grad)`."""
     call = _Call(inputs, kernel, offset, mask, **options)
-    return _output(call), _gradients(call, output_grad)
+    gradients = _gradients(call, output_grad)
+    operands = (inputs, kernel, offset, mask)
+    return call.output(), Gradients(
+        *(
+            None if operand is None else gradient.reshape(np.shape(operand))
+            for operand, gradient in zip(operands, gradients, strict=True)
+        )
+    )

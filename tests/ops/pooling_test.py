@@ -10,115 +10,12 @@ import itertools
 import numpy as np
 import pytest
 import tensorflow as tf
-from compare import assert_close, assert_equal, assert_finite_differences
-from full_calls import POOLING
-from operands import coordinate_type, forward_and_gradients, numpy_type
-from pooling import OPS, PSROI_POOL, ROI_ALIGN, assert_results_close
-from tolerances import POOLING as TOLERANCES
-
-DTYPES = ["float16", "bfloat16", "float32", "float64"]
+from compare import assert_close, assert_equal
+from every_op import POOLING, typed
+from operands import DTYPES
+from pooling import OPS
 
 both_ops = pytest.mark.parametrize("op", OPS, ids=str)
-both_calls = pytest.mark.parametrize("call", POOLING.values(), ids=str)
-
-
-def cast(op, operands, dtype):
-    """Returns operands by name and the gradient, in the types of a call."""
-    xy = numpy_type(coordinate_type(dtype))
-    value = numpy_type(dtype)
-    types = (value, xy, xy, value)
-    *given, output_grad = (
-        None if operand is None else np.asarray(operand).astype(type_)
-        for operand, type_ in zip(operands, types, strict=True)
-    )
-    names = ("inputs", "rois", op.displacement)
-    return dict(zip(names, given, strict=True)), output_grad
-
-
-# Tests of the reference itself, on which other tests rely.
-
-
-@pytest.mark.parametrize(
-    ("op", "classes", "more"),
-    [
-        *[
-            (PSROI_POOL, classes, dict(group_size=group_size))
-            for group_size in (None, 1, (2, 1))
-            for classes in (1, 3)
-        ],
-        *[(ROI_ALIGN, n, dict(sampling_ratio=n)) for n in (0, 1, 3)],
-    ],
-    ids=str,
-)
-def test_reference_gradients_equal_finite_differences(op, classes, more):
-    rng = np.random.default_rng(classes)
-    attributes = op.attributes(
-        2 * classes,
-        spatial_scale=0.5,
-        pooled_size=(2, 3),
-        part_size=(3, 2),
-        sample_per_part=2,
-        trans_std=0.2,
-        gamma=0.2,
-        **more,
-    )
-    kinds = ("inside", "across the edge", "padding")
-    if op.counts:
-        kinds += ("reversed",)
-    *operands, output_grad = op.draw_differentiable(
-        rng,
-        attributes,
-        size=(5, 6),
-        num_rois=4,
-        kinds=kinds,
-        channels=3,
-        classes=classes,
-    )
-    gradients = op.reference_gradients(*operands, output_grad, **attributes)
-
-    def loss() -> float:
-        output = op.reference(*operands, **attributes)["output"]
-        return np.sum(output * output_grad)
-
-    for operand, name in ((0, "inputs"), (2, "displacement")):
-        assert_finite_differences(
-            rng,
-            loss,
-            operands[operand],
-            gradients[name],
-            name=name,
-            how_many=10,
-        )
-
-
-# Outputs and gradients against the float64 reference.
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("seed", range(300, 325))
-@both_ops
-def test_random_configurations(op, seed, dtype):
-    operands, attributes = op.draw_call(seed)
-    given, output_grad = cast(op, operands, dtype)
-    options = {**attributes, **({"return_count": True} if op.counts else {})}
-    outputs, gradients = forward_and_gradients(
-        POOLING[op].function, given, output_grad, **options
-    )
-    outputs = outputs if op.counts else [outputs]
-    assert gradients.pop("rois") is None
-    received = dict(zip(("output", "count"), outputs, strict=False))
-    assert received["output"].dtype == gradients["inputs"].dtype == dtype
-    assert not op.counts or received["count"].dtype == "float32"
-    received["inputs"] = gradients["inputs"]
-    if op.displacement in gradients:
-        received["displacement"] = gradients[op.displacement]
-        assert received["displacement"].dtype == coordinate_type(dtype)
-    exact = list(given.values())
-    expected = {
-        **op.reference(*exact, **attributes),
-        **op.reference_gradients(*exact, output_grad, **attributes),
-    }
-    assert_results_close(received, expected, dtype, attributes)
 
 
 @pytest.mark.parametrize("still", ["zeros", "no factor"])
@@ -147,7 +44,7 @@ def test_no_rois(op, displaced, dtype):
     if not displaced:
         operands[op.displacement] = None
     outputs, gradients = call.results(operands, output_grad)
-    for output in outputs if op.counts else [outputs]:
+    for output in outputs:
         assert output.shape == (0, 3, 4, 6)
     assert_equal(gradients["inputs"], np.zeros(operands["inputs"].shape))
     if displaced:
@@ -175,8 +72,9 @@ def test_no_images_and_empty_maps(op, batch, height, width):
 
 
 @pytest.mark.parametrize("integers", [np.int32, np.int64, np.uint8, list])
-@both_calls
-def test_rois_may_be_integers(call, integers):
+@both_ops
+def test_rois_may_be_integers(op, integers):
+    call = POOLING[op]
     inputs = call.draw()[0]["inputs"]
     rois = [[0, 4, 5, 20, 30], [1, 0, 3, 9, 9]]
     expected = call.function(inputs, np.float32(rois), **call.options)
@@ -184,32 +82,32 @@ def test_rois_may_be_integers(call, integers):
     assert_equal(call.function(inputs, given, **call.options), expected)
 
 
-# Graphs.
-
-
+@pytest.mark.parametrize("scale, factor", [(0.1, 0.3), (0.7, 1e-9)])
 @both_ops
-def test_one_trace_serves_every_number_of_rois(op):
-    call = POOLING[op]
-
-    @tf.function(
-        input_signature=[
-            tf.TensorSpec([None] * 4),
-            tf.TensorSpec([None, 5]),
-            tf.TensorSpec([None] * 4),
-        ]
+def test_options_are_not_rounded_for_float64(op, scale, factor):
+    """Tests the scale 0.1, which float32 cannot hold exactly."""
+    options = op.attributes(
+        1,
+        spatial_scale=scale,
+        pooled_size=1,
+        trans_std=factor,
+        gamma=factor,
+        **{op.samples: 1},
     )
-    def graph(*operands):
-        return call.function(*operands, **call.options)
+    output = POOLING[op].function(
+        np.arange(200.0).reshape(1, 1, 200, 1),
+        np.array([[0, 150, 0, 153, 1.0]]),
+        np.array([[[[0.0, 1.0]]]]),
+        **options,
+    )
+    # The sample is in the middle of the ROI, or at its start.
+    size = (3 + op.inclusive) * scale
+    start = 150 * scale - 0.5 + (0 if op.counts else size / 2)
+    expected = start + factor * size
+    assert_close(output, np.full((1, 1, 1, 1), expected), 1e-12)
 
-    every = list(call.draw(larger=3)[0].values())
-    for num_rois in (7, 0, 1, 20):
-        operands = [every[0], *(x[:num_rois] for x in every[1:])]
-        assert_close(
-            graph(*operands),
-            op.reference(*operands, **call.options)["output"],
-            TOLERANCES["float32"],
-            case=f"{num_rois} ROIs",
-        )
+
+# Graphs.
 
 
 # Shapes of ROIs and displacements: the known dimensions determine others.
@@ -240,21 +138,17 @@ def test_static_output_shape(op, inputs, rois, displacement, num_rois):
         "none of them": (0, 0, 0, whole[3]),
     }
     inputs = shapes.get(inputs, inputs)
-    specs = [tf.TensorSpec(inputs), tf.TensorSpec(rois)]
+    specs = [inputs, rois]
     if displacement != "absent":
         shapes = {"all": moves, "all but ROIs": (None, *moves[1:])}
-        specs.append(tf.TensorSpec(shapes.get(displacement, displacement)))
-    options = {**call.options, **({"return_count": True} if op.counts else {})}
-
-    @tf.function(input_signature=specs)
-    def graph(*operands):
-        return call.function(*operands, **options)
-
+        specs.append(shapes.get(displacement, displacement))
     # ROIAlign's output has the channels of the inputs.
     channels = 6 if op.counts or (inputs or [None])[-1] else None
-    outputs = graph.get_concrete_function().structured_outputs
+    with tf.Graph().as_default():
+        operands = [tf.compat.v1.placeholder(tf.float32, s) for s in specs]
+        outputs = call.function(*operands, **call.options, **call.every_output)
     for tensor in tf.nest.flatten(outputs):
-        assert tuple(tensor.shape) == (num_rois, 3, 4, channels)
+        assert tensor.shape.as_list() == [num_rois, 3, 4, channels]
 
 
 # Values that are not finite.
@@ -278,7 +172,13 @@ def test_what_is_not_read_may_be_anything(op, dtype):
     )
     moves = np.zeros(displacement)
     moves[bad:] = np.reshape([np.nan, np.inf, -np.inf], (3, 1, 1, 1))
-    operands = (np.full(inputs, np.nan), rois, moves, np.full(output, np.nan))
-    outputs, gradients = call.results(*cast(op, operands, dtype))
+    given = {
+        "inputs": np.full(inputs, np.nan),
+        "rois": rois,
+        op.displacement: moves,
+    }
+    outputs, gradients = call.results(
+        *typed((given, np.full(output, np.nan), call.options), dtype)
+    )
     for tensor in tf.nest.flatten([outputs, gradients]):
         assert (np.asarray(tensor).astype(float) == 0).all()

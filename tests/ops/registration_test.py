@@ -1,123 +1,78 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests that TensorFlow knows the limits of attributes, and the ops' cost."""
 
+import functools
+
 import numpy as np
 import pytest
 import tensorflow as tf
+from every_op import every_op
 from tensorflow.python.eager import context, execute
 
 from tf_deform import ops
 
-CONVOLUTION = {
-    "strides": [1, 1],
-    "padding": "VALID",
-    "explicit_paddings": [],
-    "dilations": [1, 1],
-    "offset_groups": 1,
-    "boundary": "zeros",
-}
-POOLING = {
-    "output_dim": 2,
-    "spatial_scale": [1.0],
-    "pooled_size": [2, 2],
-    "group_size": [1, 1],
-    "part_size": [2, 2],
-    "sample_per_part": 2,
-    "trans_std": [0.1],
-}
-ALIGN = {
-    "pooled_size": [2, 2],
-    "spatial_scale": [1.0],
-    "sampling_ratio": 2,
-    "gamma": [0.1],
-}
-# Op, shapes of its operands, the optional operand, the result, attributes.
-OPS = {
-    "DeformableConv2D": (
-        [(1, 4, 3, 2), (1, 1, 2, 3), (1, 4, 3, 2)],
-        ("mask", (1, 4, 3, 1)),
-        [(1, 4, 3, 3)],
-        CONVOLUTION,
-    ),
-    "DeformablePSROIPool": (
-        [(1, 4, 3, 2), (3, 5)],
-        ("trans", (3, 2, 2, 2)),
-        [(3, 2, 2, 2), (3, 2, 2, 2)],
-        POOLING,
-    ),
-    "DeformableROIAlign": (
-        [(1, 4, 3, 2), (3, 5)],
-        ("offset", (3, 2, 2, 2)),
-        [(3, 2, 2, 2)],
-        ALIGN,
-    ),
-}
+
+@functools.cache
+def traced(op, is_gradient):
+    """Returns the op in the graph of its full call, or its gradient op."""
+    graph = tf.function(lambda: op.results(*op.draw())).get_concrete_function()
+    kind = f"TfDeform>{op.name}{'Grad' if is_gradient else ''}"
+    (found,) = (x for x in graph.graph.get_operations() if x.type == kind)
+    return found
 
 
-def run(name, number, is_gradient):
-    """Runs the op alone, as a graph from elsewhere may contain it."""
-    shapes, (optional, shape), results, attributes = OPS[name]
-    inputs = [tf.zeros(shape) for shape in [*shapes, *[shape] * number]]
-    attributes = {
-        "T": tf.float32.as_datatype_enum,
-        "Tcoord": tf.float32.as_datatype_enum,
-        f"num_{optional}": number,
-        **attributes,
-    }
-    outputs = len(results)
-    if is_gradient:
-        inputs.append(tf.zeros(results[0]))
-        outputs = number + (3 if name == "DeformableConv2D" else 1)
-        attributes["wanted"] = [True] * outputs
-    kind = f"TfDeform>{name}{'Grad' if is_gradient else ''}"
+def run(op, number, is_gradient):
+    """Runs the op alone with `number` tensors as its optional operand."""
+    node = traced(op, is_gradient)
+    inputs = [tf.zeros(x.shape, x.dtype) for x in node.inputs]
+    *required, optional = op.draw()[0]
+    place = len(required)
+    inputs[place : place + 1] = number * inputs[place : place + 1]
+    wanted = [True] * (len(op.differentiable) - 1 + number)
     if tf.executing_eagerly():
+        attributes = {x.name: node.get_attr(x.name) for x in node.op_def.attr}
+        for name in ("T", "Tcoord"):
+            attributes[name] = attributes[name].as_datatype_enum
+        attributes[f"num_{optional}"] = number
+        if is_gradient:
+            attributes["wanted"] = wanted
         flat = [part for pair in attributes.items() for part in pair]
+        outputs = len(wanted if is_gradient else node.outputs)
         return execute.execute(
-            kind.encode(), outputs, inputs, tuple(flat), context.context()
+            node.type.encode(), outputs, inputs, tuple(flat), context.context()
         )
-    node = tf.compat.v1.NodeDef(name="op", op=kind)
-    feeds = {}
-    for number, tensor in enumerate(inputs):
-        feeds[f"in{number}:0"] = tensor
-        node.input.append(f"in{number}:0")
-    for key, value in attributes.items():
-        attribute = node.attr[key]
-        kind = type(value[0] if isinstance(value, list) and value else value)
-        target = attribute.list if isinstance(value, list) else attribute
-        field = {bool: "b", int: "i", float: "f", str: "s", list: "i"}[kind]
-        if key in ("T", "Tcoord"):
-            field = "type"
-        if isinstance(value, list):
-            target.SetInParent()
-            getattr(target, field).extend(value)
-        else:
-            value = value.encode() if isinstance(value, str) else value
-            setattr(target, field, value)
-    graph = tf.compat.v1.GraphDef(node=[node])
+    definition = tf.compat.v1.NodeDef()
+    definition.CopyFrom(node.node_def)
+    definition.name = "op"
+    definition.attr[f"num_{optional}"].i = number
+    if is_gradient:
+        definition.attr["wanted"].list.b[:] = wanted
+    feeds = {f"in{index}:0": tensor for index, tensor in enumerate(inputs)}
+    definition.input[:] = feeds
+    graph = tf.compat.v1.GraphDef(node=[definition])
     graph.versions.producer = 2000
     return tf.import_graph_def(graph, input_map=feeds, return_elements=["op:0"])
 
 
 @pytest.mark.parametrize("in_graph", [False, True], ids=["eager", "graph"])
 @pytest.mark.parametrize("is_gradient", [False, True], ids=["op", "gradient"])
-@pytest.mark.parametrize("name", OPS)
-def test_optional_operands_are_at_most_one(name, is_gradient, in_graph):
+@every_op
+def test_optional_operands_are_at_most_one(op, is_gradient, in_graph):
     """Tests that this holds also in a graph that somebody has edited."""
 
     def call(number):
         if in_graph:
-            return tf.function(lambda: run(name, number, is_gradient))()
-        return run(name, number, is_gradient)
+            return tf.function(lambda: run(op, number, is_gradient))()
+        return run(op, number, is_gradient)
 
     for number in (0, 1):
         assert call(number)
     for number in (2, 3, 17):
         with pytest.raises(
-            (ValueError, tf.errors.InvalidArgumentError)
-        ) as info:
+            (ValueError, tf.errors.InvalidArgumentError),
+            match=f"(?s)to hold at most one tensor.*Received: {number}",
+        ):
             call(number)
-        assert "to hold at most one tensor" in str(info.value)
-        assert f"Received: {number}" in str(info.value)
 
 
 @pytest.mark.parametrize("implementation", ["native", "portable"])
@@ -149,11 +104,11 @@ def test_factors_are_normal_numbers(
     for value in (least, 2.0**-126, 1e-30, 3.0):
         function(inputs, rois, displacement, **{**options, name: value})
     for value in (1e-39, 2.0**-127, 1e-45, -1e-39, -1.0, np.nan):
-        with pytest.raises(tf.errors.InvalidArgumentError) as info:
+        with pytest.raises(
+            tf.errors.InvalidArgumentError,
+            match=f"Expected `{name}` to be a finite number of at least",
+        ):
             function(inputs, rois, displacement, **{**options, name: value})
-        assert f"Expected `{name}` to be a finite number of at least" in str(
-            info.value
-        )
 
 
 def flops(function, *shapes):

@@ -7,6 +7,8 @@ branch may compute displacements from rounded values: the native ops, whose
 positions the rewriting never touches, then get the same displacements.
 """
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -55,10 +57,6 @@ def convolve(image, weights, implementation, **options):
     )
 
 
-def clamped(image, weights, implementation):
-    return convolve(image, weights, implementation, boundary="clamp")
-
-
 def pool(function, **options):
     def run(image, weights, implementation):
         """Makes boxes and displacements by convolutions, as in a detector."""
@@ -87,7 +85,7 @@ def pool(function, **options):
 
 CALLS = {
     "convolve": convolve,
-    "clamped": clamped,
+    "clamped": functools.partial(convolve, boundary="clamp"),
     "psroi_pool": pool(ops.deformable_psroi_pool, output_dim=8, group_size=1),
     "roi_align": pool(ops.deformable_roi_align, sampling_ratio=2),
     "roi_align_adaptive": pool(ops.deformable_roi_align),
@@ -108,29 +106,25 @@ def bfloat16():
     tf.config.optimizer.set_experimental_options({name: before})
 
 
-def train(call, implementation):
+def train(name, implementation, image):
     """Returns the output, and the gradients of image and weights."""
-
-    def run(image):
-        tensors = [image, *WEIGHTS]
-        with tf.GradientTape() as tape:
-            tape.watch(tensors)
-            output = call(image, WEIGHTS, implementation)
-            factors = tf.cast(tf.range(tf.size(output)), tf.float32)
-            factors = tf.reshape(tf.cos(factors), tf.shape(output))
-            loss = tf.reduce_sum(output * factors)
-        return [output, *tape.gradient(loss, tensors)]
-
-    return run
+    tensors = [image, *WEIGHTS]
+    with tf.GradientTape() as tape:
+        tape.watch(tensors)
+        output = CALLS[name](image, WEIGHTS, implementation)
+        factors = tf.cast(tf.range(tf.size(output)), tf.float32)
+        loss = tf.reduce_sum(
+            output * tf.reshape(tf.cos(factors), tf.shape(output))
+        )
+    return [output, *tape.gradient(loss, tensors)]
 
 
 @pytest.mark.cpu_only(reason="oneDNN")
 @pytest.mark.parametrize("name", CALLS)
 def test_bfloat16_on_the_cpu(name, bfloat16):
-    call = CALLS[name]
-    expected = train(call, "portable")(IMAGE)
+    expected = train(name, "portable", IMAGE)
     native, portable = (
-        tf.function(train(call, implementation))(IMAGE)
+        tf.function(train)(name, implementation, IMAGE)
         for implementation in ("native", "portable")
     )
     # The graph has been rewritten.
@@ -221,17 +215,17 @@ def test_derivatives_of_what_keeps_positions(name):
     def run(image):
         return CALLS[name](image, WEIGHTS, "portable")
 
-    def gradient(image):
+    def slope(function, image):
         with tf.GradientTape() as tape:
             tape.watch(image)
-            loss = tf.reduce_sum(run(image) ** 2)
-        return tape.gradient(loss, image)
+            value = function(image)
+        return tape.gradient(value, image)
+
+    def gradient(image):
+        return slope(lambda x: tf.reduce_sum(run(x) ** 2), image)
 
     def second(image):
-        with tf.GradientTape() as tape:
-            tape.watch(image)
-            slope = tf.reduce_sum(gradient(image) * image)
-        return tape.gradient(slope, image)
+        return slope(lambda x: tf.reduce_sum(gradient(x) * x), image)
 
     def forward(function):
         with tf.autodiff.ForwardAccumulator(image, image) as accumulator:
