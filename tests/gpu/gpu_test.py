@@ -14,7 +14,7 @@ import pathlib
 from collections.abc import Callable
 
 import emulated_gpu
-import full_calls
+import every_op
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -30,9 +30,9 @@ FOLDERS = [str(TESTS / name) for name in ("gpu", "lib")]
 SETTINGS = ("default", "float32", "deterministic")
 
 
-def draw(call: full_calls.FullCall, dtype: str) -> tuple[dict, list, dict]:
+def draw(call: every_op.Op, dtype: str) -> tuple[dict, list, dict]:
     """Returns operands by name, gradients of all outputs, and options."""
-    if call is full_calls.CONV2D:
+    if call is every_op.CONV2D:
         # Two blocks of pixels, and groups that are large enough for products.
         size = ((19, 17), 40, 72) if DEVICE else ((9, 5), 16, 20)
         case = Conv2DCase(3, *size, (3, 3), groups=2, offset_groups=4)
@@ -40,7 +40,7 @@ def draw(call: full_calls.FullCall, dtype: str) -> tuple[dict, list, dict]:
         given = dict(zip(names, case.operands(dtype), strict=True))
         return given, [case.output_grad(dtype)], case.options
     given, output_grad = call.draw(dtype, larger=12 if DEVICE else 2)
-    if call is full_calls.ROI_ALIGN:
+    if call is every_op.ROI_ALIGN:
         return given, [output_grad], call.options
     # TensorFlow would fill the gradient of the counts by a kernel of its own.
     output_grads = [output_grad, np.zeros(output_grad.shape, np.float32)]
@@ -52,7 +52,7 @@ def main(device: str) -> None:
     # Otherwise TensorFlow moves calls without a kernel to the CPU.
     tf.config.set_soft_device_placement(False)
     for settings, call, dtype in itertools.product(
-        SETTINGS, full_calls.OPS, DTYPES
+        SETTINGS, every_op.OPS, DTYPES
     ):
         experimental = tf.config.experimental
         experimental.enable_tensor_float_32_execution(settings == "default")
@@ -109,7 +109,7 @@ def run_main(run: Callable[..., str]) -> list[dict]:
 
 
 @emulated_gpu.needs_compiler
-@pytest.mark.parametrize("op", [*map(str, full_calls.OPS)])
+@pytest.mark.parametrize("op", [*map(str, every_op.OPS)])
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_equals_the_cpu_in_float64(op, settings, run_python_as_it_is):
     """Tests TensorFlow's defaults. They allow tf32, and any order of sums."""

@@ -16,12 +16,11 @@ import re
 import sys
 
 import emulated_gpu
-import full_calls
+import every_op
 import numpy as np
 import pytest
 import tensorflow as tf
 import xla_test
-from operands import Conv2DCase
 from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 from tolerances import GPU, GPU_TF32
 
@@ -31,25 +30,13 @@ TYPES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
 TYPES |= {"f64": "float64", "u8": "uint8"}
 
 # Two blocks of pixels, without groups, which would be too small for products.
-CASE = Conv2DCase(
-    batch=5,
-    size=(8, 9),
-    filters=10,
-    offset_groups=2,
-    strides=(2, 1),
-)
-
-
-def draw_convolution(dtype, _):
-    names = ("inputs", "kernel", "offset", "mask")
-    operands = dict(zip(names, CASE.operands(dtype), strict=True))
-    return operands, CASE.output_grad(dtype)
-
-
 CONV2D = dataclasses.replace(
-    full_calls.CONV2D, options=CASE.options, draw_operands=draw_convolution
+    every_op.CONV2D,
+    full=dict(
+        batch=5, size=(8, 9), filters=10, offset_groups=2, strides=(2, 1)
+    ),
 )
-OPS = {call.op: call for call in (CONV2D, *full_calls.OPS[1:])}
+OPS = {call.name: call for call in (CONV2D, *every_op.OPS[1:])}
 SETTINGS = ("default", "float32", "deterministic")
 CASES = list(itertools.product(OPS, xla_test.TYPES, (False, True)))
 
