@@ -60,14 +60,15 @@ docs: $(INSTALLED)
 	$(RUN) docs/api.py build/docs
 
 # Runs the tests in two processes, as most tests use one processor. The tests of
-# a file run in the same process, as they share fixtures.
+# a file run in the same process, as they share fixtures; conftest.py orders the
+# files.
 test: $(INSTALLED)
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Also runs the tests marked slow: the rows of grids beyond a cover of all
 # pairs.
 test-full: $(INSTALLED)
-	$(RUN) -m pytest -n 2 --dist loadfile -m ""
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m ""
 
 # Runs the tests of the core without its kernels for GPUs, of the ops against
 # their references, of the layers' contracts, and of the comparisons that all

@@ -177,7 +177,7 @@ setup(
         "docs": ["pdoc>=16,<17"],
         "test": [
             "pytest>=8,<10",
-            "pytest-xdist>=3.6,<4",
+            "pytest-xdist>=3.8,<4",
             "nvidia-cuda-cuobjdump>=13,<14",  # reads what any nvcc made
             "sybil>=10,<11",
             "tf-deform[docs]",
