@@ -189,6 +189,29 @@ def test_names_and_static_shapes_of_graph_ops(op):
 
 
 @every_op
+def test_static_shapes_of_unwanted_gradients(op):
+    """Tests that graphs know them to be empty, so that they need no memory."""
+    operands, _ = op.draw()
+    operands["inputs"] = tf.constant(operands["inputs"])
+
+    @tf.function
+    def graph():
+        with tf.GradientTape() as tape:
+            tape.watch(operands["inputs"])
+            output = op.function(**operands, **op.options)
+        return tape.gradient(output, operands["inputs"])
+
+    (node,) = (
+        node
+        for node in graph.get_concrete_function().graph.get_operations()
+        if node.type == f"TfDeform>{op.name}Grad"
+    )
+    wanted, *others = (tensor.shape.as_list() for tensor in node.outputs)
+    assert wanted == [*operands["inputs"].shape]
+    assert others == [[0]] * (len(op.differentiable) - 1)
+
+
+@every_op
 def test_many_calls_at_once(op):
     """Calls from several Python threads, and side by side in one graph."""
     operands, output_grad = op.draw(larger=12)

@@ -119,6 +119,7 @@ def test_options_are_not_rounded_for_float64(op, scale, factor):
         ("all", (7, 5), (None, None, None, None), 7),
         ("all", (7, None), None, 7),
         ("channels", (None, 5), "all but ROIs", None),
+        ("all but channels", (7, 5), None, 7),
         ((None, None, None, None), None, (4, None, None, None), 4),
         (None, None, None, None),
         (None, (3, 5), "absent", 3),
@@ -135,6 +136,7 @@ def test_static_output_shape(op, inputs, rois, displacement, num_rois):
     shapes = {
         "all": whole,
         "channels": (None, None, None, whole[3]),
+        "all but channels": (*whole[:3], None),
         "none of them": (0, 0, 0, whole[3]),
     }
     inputs = shapes.get(inputs, inputs)
