@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests the command `tf-deform`: answers without TensorFlow, and the doctor."""
 
+import json
 import os
 import pathlib
 import re
@@ -41,7 +42,7 @@ def run(command, *arguments, paths=(PACKAGE.parent,), **environment):
     )
 
 
-def diagnose(*paths, **environment) -> tuple[int, dict[str, str]]:
+def diagnose(*paths, run=run, **environment) -> tuple[int, dict[str, str]]:
     """Returns the doctor's exit status, and its findings by name."""
     paths = paths or (PACKAGE.parent,)
     result = run(COMMAND, "doctor", paths=paths, **environment)
@@ -49,6 +50,100 @@ def diagnose(*paths, **environment) -> tuple[int, dict[str, str]]:
     findings = {name: re.sub(r"\n +", "\n", text) for name, text in found}
     assert result.stderr == ""
     return result.returncode, findings
+
+
+# For every line of standard input, runs a Python command in a copy of this
+# process, which has imported TensorFlow and Keras and has not used them: the
+# import takes seconds. Processes that the command starts are copies as well.
+FORKS = """
+import json, os, runpy, signal, subprocess, sys, traceback
+import keras, tensorflow
+
+def run(command, output, errors, begin=lambda: None):
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    status = 1
+    try:
+        signal.alarm(300)
+        os.dup2(output.fileno(), 1)
+        os.dup2(errors.fileno(), 2)
+        option, what, *arguments = command
+        sys.argv = [option, *arguments]
+        begin()
+        if option == "-m":
+            runpy.run_module(what, run_name="__main__", alter_sys=True)
+        else:
+            exec(what, {"__name__": "__main__", "exit": sys.exit})
+        status = 0
+    except SystemExit as end:
+        status = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+def run_again(command, *, capture_output, timeout):
+    assert command[0] == sys.executable and capture_output
+    names = "inner.out", "inner.err"
+    with open(names[0], "wb") as output, open(names[1], "wb") as errors:
+        status = run(command[1:], output, errors)
+    said = [open(name, "rb").read() for name in names]
+    return subprocess.CompletedProcess(command, status, *said)
+
+for line in sys.stdin:
+    command, folder, environment, home = json.loads(line)
+
+    def begin():
+        paths = environment["PYTHONPATH"].split(os.pathsep)
+        sys.path[:1] = [folder, *paths]
+        os.environ.clear()
+        os.environ.update(environment)
+        os.chdir(home)
+        subprocess.run = run_again
+        for path in paths:  # as Python does when it starts
+            name = os.path.join(path, "sitecustomize.py")
+            if os.path.exists(name):
+                exec(open(name).read(), {})
+
+    names = [os.path.join(home, name) for name in ("out", "err")]
+    with open(names[0], "wb") as output, open(names[1], "wb") as errors:
+        status = run(command, output, errors, begin)
+    print(status, flush=True)
+os._exit(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory):
+    """Returns `run` for commands that import TensorFlow: it runs copies."""
+    home = tmp_path_factory.mktemp("forks")
+    server = subprocess.Popen(
+        [sys.executable, "-c", FORKS],
+        env={**os.environ, "PYTHONPATH": ""},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def run_fork(command, *arguments, paths=(PACKAGE.parent,), **environment):
+        assert command[0] == sys.executable
+        environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
+        job = [
+            [*command[1:], *arguments],
+            str(paths[-1]),
+            {**os.environ, **environment},
+            str(home),
+        ]
+        print(json.dumps(job), file=server.stdin, flush=True)
+        status = int(server.stdout.readline())
+        said = ((home / name).read_text() for name in ("out", "err"))
+        return subprocess.CompletedProcess(command, status, *said)
+
+    with server:
+        yield run_fork
+        server.stdin.close()
 
 
 @pytest.fixture
@@ -88,16 +183,14 @@ def copy(tmp_path) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def metadata(tmp_path_factory) -> pathlib.Path:
+def metadata(tmp_path_factory, forked) -> pathlib.Path:
     """Makes a folder with the metadata that pip would install."""
     folder = tmp_path_factory.mktemp("metadata")
-    command = [sys.executable, "setup.py", "-q", "dist_info"]
-    subprocess.run(
-        [*command, "--output-dir", folder],
-        cwd=ROOT,
-        capture_output=True,
-        check=True,
-    )
+    script = f"import os, runpy; os.chdir({str(ROOT)!r})\n"
+    script += "runpy.run_path('setup.py', run_name='__main__')"
+    command = [sys.executable, "-c", script, "-q", "dist_info"]
+    made = forked(command, "--output-dir", str(folder), paths=[ROOT])
+    assert made.returncode == 0, made.stderr
     return folder
 
 
@@ -143,8 +236,8 @@ def test_the_module_is_the_command(arguments, status, monkeypatch, capsys):
     assert capsys.readouterr() == (command.stdout, command.stderr)
 
 
-def test_the_module_without_native_ops():
-    module = run(MODULE, "library", TF_DEFORM_IMPLEMENTATION="portable")
+def test_the_module_without_native_ops(forked):
+    module = forked(MODULE, "library", TF_DEFORM_IMPLEMENTATION="portable")
     assert module.returncode == 0
     assert module.stdout == f"{_loader.LIBRARY}\n"
 
@@ -319,12 +412,12 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_broken_package(kind, copy):
+def test_a_broken_package(kind, copy, forked):
     files, step, beginning, *others = BROKEN[kind]
     for name, text in files.items():
         path = copy / "tf_deform" / name
         path.unlink() if text is None else path.write_text(text)
-    status, findings = diagnose(copy)
+    status, findings = diagnose(copy, run=forked)
     text = assert_stopped_at(step, status, findings)
     assert text.startswith(beginning)
     assert all(other in text for other in others), text
@@ -345,8 +438,8 @@ def test_the_core_library_is_missing(copy, no_tensorflow):
     assert "No module named tensorflow" in findings["TensorFlow"]
 
 
-def test_native_ops_are_switched_off():
-    status, findings = diagnose(TF_DEFORM_IMPLEMENTATION="portable")
+def test_native_ops_are_switched_off(forked):
+    status, findings = diagnose(run=forked, TF_DEFORM_IMPLEMENTATION="portable")
     text = assert_stopped_at("ops", status, findings)
     assert "TF_DEFORM_IMPLEMENTATION=portable" in text
 

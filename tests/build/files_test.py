@@ -62,8 +62,13 @@ def run(script, *arguments):
 
 
 @pytest.mark.parametrize("exchange", [True, False])
-@pytest.mark.parametrize("before", ["nothing", "empty", "old"])
-@pytest.mark.parametrize("folder", [True, False])
+@pytest.mark.parametrize(
+    "folder, before",
+    [
+        *((True, "nothing"), (True, "empty"), (True, "old")),
+        *((False, "nothing"), (False, "old")),
+    ],
+)
 def test_killed_at_every_line(folder, before, exchange, tmp_path):
     """Kills the process at every line, so around every rename, too."""
     run(
@@ -96,7 +101,7 @@ def test_killed_at_every_line(folder, before, exchange, tmp_path):
             path = home / "model"
             if BEFORE == "old":
                 write(path, "old", FOLDER)
-            elif BEFORE == "empty" and FOLDER:
+            elif BEFORE == "empty":
                 path.mkdir()
             first = look(path)
             child = os.fork()

@@ -63,6 +63,17 @@ for name, script in json.loads(sys.argv[1]).items():
     sys.stdout.flush()
     os._exit(0)
 """
+# Prints the warnings of the import.
+WARNINGS = """
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import tf_deform
+for warning in caught:
+    if "tf_deform" in str(warning.message):
+        print(warning.category.__name__, warning.message)
+work()
+"""
 # In the folder are the library as `same.so` (a link) and `copy.so`, and, of
 # another version, `other.so`.
 SCRIPTS = {
@@ -96,6 +107,9 @@ import ctypes
 ctypes.CDLL(os.path.abspath("copy.so"))
 attempt(ours)
 """,
+    "warnings": "import os\n"
+    + WARNINGS
+    + "assert os.environ['TF_USE_LEGACY_KERAS'] == '0'\n",
     # `importlib.reload`, and an import after all modules were removed.
     "anew": """
 import tf_deform
@@ -123,7 +137,8 @@ def folder(tmp_path_factory, run_python) -> pathlib.Path:
     other = b"9" * (len(version) - 1) + b"\0"
     content = content.replace(b"\0" + version, b"\0" + other)
     (folder / "other.so").write_bytes(content)
-    run_python(START + FORK, json.dumps(SCRIPTS), folder)
+    arguments = START + FORK, json.dumps(SCRIPTS), folder
+    run_python(*arguments, TF_USE_LEGACY_KERAS=0)
     return folder
 
 
@@ -189,26 +204,20 @@ def test_versions_are_the_same():
     assert f'kVersion[] = "{tf_deform.__version__}"' in header
 
 
-@pytest.mark.parametrize("value", ["0", "1"])
-def test_legacy_keras(run_python, value):
+def test_legacy_keras(run_python):
     """Tests that functions work beside Keras 2.
 
     Its models refuse Keras 3 layers.
     """
-    printed = run_python(
-        """
-import warnings
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    import tf_deform
-for warning in caught:
-    if "tf_deform" in str(warning.message):
-        print(warning.category.__name__, warning.message)
-"""
-        + START
-        + "work()\n",
-        TF_USE_LEGACY_KERAS=value,
-    )
+    legacy = run_python(START + WARNINGS, TF_USE_LEGACY_KERAS=1)
+    assert "works" in legacy
+    assert "RuntimeWarning Expected Keras 3" in legacy
+    assert "TF_USE_LEGACY_KERAS=1" in legacy
+
+
+def test_keras_3_is_asked_for(output):
+    """Tests TF_USE_LEGACY_KERAS=0, with which all scripts above run."""
+    printed = output("warnings")
     assert "works" in printed
-    assert ("RuntimeWarning Expected Keras 3" in printed) == (value == "1")
-    assert ("TF_USE_LEGACY_KERAS=1" in printed) == (value == "1")
+    assert "RuntimeWarning Expected Keras 3" not in printed
+    assert "TF_USE_LEGACY_KERAS=1" not in printed

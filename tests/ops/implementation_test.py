@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests which implementation runs: as asked for, or without the library."""
 
+import json
 import pathlib
 import shutil
 
@@ -106,9 +107,6 @@ except RuntimeError as error:
 """
 # Runs a SavedModel, and then imports a package without the library.
 _BARE_PROCESS = """
-import sys, warnings
-import numpy as np
-import tensorflow as tf
 if len(sys.argv) > 2:
     model = tf.saved_model.load(sys.argv[2] + "/model")
     with np.load(sys.argv[2] + "/expected.npz") as file:
@@ -122,16 +120,35 @@ if len(sys.argv) > 2:
 """
 
 
-@pytest.fixture
-def package_without_library(tmp_path):
+# Runs a script with each list of arguments, in copies of this process, which
+# has imported TensorFlow and has not used it. The import takes seconds.
+_FORKS = """
+import json, os, sys, warnings
+import numpy as np
+import tensorflow as tf
+script, runs = map(json.loads, sys.argv[1:])
+for environment, arguments, path in runs:
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY), 1)
+        os.dup2(1, 2)
+        os.environ.update(environment)
+        sys.argv[1:] = arguments
+        exec(script)
+        sys.stdout.flush()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, open(path).read()
+"""
+
+
+def copy_without_library(folder):
     shutil.copytree(
-        PACKAGE, tmp_path / "tf_deform", ignore=shutil.ignore_patterns("*.so")
+        PACKAGE, folder / "tf_deform", ignore=shutil.ignore_patterns("*.so")
     )
-    return tmp_path
+    return folder
 
 
-@pytest.fixture
-def portable_model(tmp_path):
+def write_portable_model(tmp_path):
     """Writes a SavedModel of all layers, and what it has to return."""
     images, rois = keras.Input((None, None, 12)), keras.Input((5,))
     conv = layers.DeformableConv2D(3, 3, modulation="sigmoid")(images)
@@ -181,41 +198,47 @@ def expected_sum() -> str:
     return f"sum {np.abs(output).sum():.6f}"
 
 
-def test_without_package_or_library(
-    run_python, package_without_library, portable_model
-):
-    """Tests that a portable model runs, and that the package warns once."""
-    printed = run_python(
-        _BARE_PROCESS + _OTHER_PACKAGE, package_without_library, portable_model
-    )
-    assert "a model without the package: same" in printed
-    assert printed.count("RuntimeWarning") == 1
-    assert "Expected the native ops of tf_deform at" in printed
-    assert "pip install" in printed
-    assert "CUDA False" in printed
-    assert expected_sum() in printed
-    assert "RuntimeError Expected native ops" in printed
-
-
-def test_portable_next_to_another_tensorflow(
-    run_python, package_without_library
-):
-    """Tests "portable" where the library would not fit: it is not loaded."""
-    folder = package_without_library / "tf_deform"
-    info = (folder / "_build_info.py").read_text().splitlines()
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory, run_python):
+    """Returns what processes print that have no library, by their name."""
+    folder = tmp_path_factory.mktemp("without_library")
+    missing = copy_without_library(folder / "missing")
+    misfit = copy_without_library(folder / "misfit")
+    info = (misfit / "tf_deform/_build_info.py").read_text().splitlines()
     info = [
         'TENSORFLOW_VERSION = "2.4.1"' if "TENSORFLOW" in line else line
         for line in info
     ]
-    (folder / "_build_info.py").write_text("\n".join(info))
-    (folder / "_ops.so").write_bytes(b"not a library")
-    printed = run_python(
-        _BARE_PROCESS + _OTHER_PACKAGE,
-        package_without_library,
-        TF_DEFORM_IMPLEMENTATION="portable",
-    )
-    assert "Warning" not in printed
-    assert expected_sum() in printed
+    (misfit / "tf_deform/_build_info.py").write_text("\n".join(info))
+    (misfit / "tf_deform/_ops.so").write_bytes(b"not a library")
+    portable = {"TF_DEFORM_IMPLEMENTATION": "portable"}
+    model = write_portable_model(folder)
+    files = [folder / "missing.txt", folder / "misfit.txt"]
+    runs = [
+        ({}, [str(missing), str(model)], str(files[0])),
+        (portable, [str(misfit)], str(files[1])),
+    ]
+    script = _BARE_PROCESS + _OTHER_PACKAGE
+    run_python(_FORKS, json.dumps(script), json.dumps(runs))
+    return {file.stem: file.read_text() for file in files}
+
+
+def test_without_package_or_library(printed):
+    """Tests that a portable model runs, and that the package warns once."""
+    text = printed["missing"]
+    assert "a model without the package: same" in text
+    assert text.count("RuntimeWarning") == 1
+    assert "Expected the native ops of tf_deform at" in text
+    assert "pip install" in text
+    assert "CUDA False" in text
+    assert expected_sum() in text
+    assert "RuntimeError Expected native ops" in text
+
+
+def test_portable_next_to_another_tensorflow(printed):
+    """Tests "portable" where the library would not fit: it is not loaded."""
+    assert "Warning" not in printed["misfit"]
+    assert expected_sum() in printed["misfit"]
 
 
 def test_native_is_asked_for_and_missing(monkeypatch):
