@@ -4,6 +4,7 @@
 The writing of files, and refusals, are tested in writing_test.py.
 """
 
+import functools
 import os
 
 import keras
@@ -48,23 +49,37 @@ CONVOLUTIONS = [
 SHAPES = [(1, 20, 17, 3), (4, 23, 32, 3)]
 
 
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Returns a function that exports all convolutions to a format once."""
+
+    @functools.cache
+    def export(kind):
+        keras.utils.set_random_seed(0)
+        outputs = [small_model(**arguments) for arguments in CONVOLUTIONS]
+        image = keras.Input((None, None, 3), name="image")
+        model = keras.Model(image, [each(image) for each in outputs])
+        path = tmp_path_factory.mktemp("convolutions") / "model"
+        # Files of images are tested in image_files_test.py.
+        others = {"image_bytes": False} if kind == "native" else {}
+        report = write(kind, model, path, **others)
+        assert len(report.differences) == len(CONVOLUTIONS)
+        assert max(report.differences.values()) < CLOSE
+        assert report.shapes == [
+            {"image": (2, 64, 96, 3)},
+            {"image": (3, 96, 64, 3)},
+        ]
+        return report.path, model
+
+    return export
+
+
 @pytest.fixture(scope="module", params=[*FORMATS, "openvino"])
-def convolutions(request, tmp_path_factory):
+def convolutions(request, files):
     """Returns the outputs of a file of all convolutions and of the model."""
-    keras.utils.set_random_seed(0)
-    outputs = [small_model(**arguments) for arguments in CONVOLUTIONS]
-    image = keras.Input((None, None, 3), name="image")
-    model = keras.Model(image, [each(image) for each in outputs])
-    path = tmp_path_factory.mktemp("convolutions") / "model"
-    kind = "onnx" if request.param == "openvino" else request.param
-    report = write(kind, model, path)
-    assert len(report.differences) == len(CONVOLUTIONS)
-    assert max(report.differences.values()) < CLOSE
-    assert report.shapes == [
-        {"image": (2, 64, 96, 3)},
-        {"image": (3, 96, 64, 3)},
-    ]
-    read = load(request.param, report.path)
+    kind = request.param
+    path, model = files("onnx" if kind == "openvino" else kind)
+    read = load(kind, path)
     samples = [{"image": random(*shape, seed=shape[1])} for shape in SHAPES]
     return [(read(sample), call(model, sample)) for sample in samples]
 

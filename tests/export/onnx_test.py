@@ -2,6 +2,7 @@
 """Tests ONNX: the operator, opsets, resizing, and refusals with reasons."""
 
 import functools
+import types
 
 import keras
 import numpy as np
@@ -9,6 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import tensorflow as tf
+import tf2onnx.optimizer
 from exported import (
     CLOSE,
     assert_close,
@@ -341,6 +343,25 @@ def test_what_our_handlers_raise_is_told(tmp_path, monkeypatch):
     function = of_image(lambda x: tf.where(x > 0, x, -2 * x))
     with pytest.raises(ValueError, match="Received: out of cheese"):
         write("onnx", function, tmp_path / "model")
+
+
+def test_optimizers_that_fail_are_left_out(tmp_path, monkeypatch):
+    """Tests one that fails after it has changed the graph."""
+
+    def fail(graph, iteration):
+        failed.append(iteration)
+        for node in graph.get_nodes():
+            graph.remove_node(node.name)
+        raise RuntimeError("out of cheese")
+
+    failed = []
+    optimizer = types.SimpleNamespace(optimize=fail, graph_been_opt=False)
+    monkeypatch.setitem(
+        tf2onnx.optimizer._optimizers, "remove_identity", lambda: optimizer
+    )
+    function = of_image(lambda x: tf.where(x > 0, x, -2 * x))
+    check_onnx(function, tmp_path / "model", [[random(1, 8, 9, 3)]])
+    assert len(failed) > 1
 
 
 def test_float64_where_it_is_held(tmp_path):

@@ -295,17 +295,17 @@ def test_training_stops(kind, jit_compile):
 # Exported models: other runtimes keep NaN, and infinity stays outside.
 
 
+STOCK = [form for form in FORMATS if form != "native"]
+
+
 # In files of these formats, "pool" differs from "psroi" and "align" in nothing
 # that the other two do not have.
 @pytest.mark.parametrize(
     ("form", "kinds"),
     [
-        *[(form, POOLS) for form in ("native", "portable")],
-        *[(form, ["psroi", "align"]) for form in ("onnx", "litert")],
-        *[
-            pytest.param(form, POOLS, marks=pytest.mark.slow)
-            for form in ("onnx", "litert")
-        ],
+        ("native", POOLS),
+        *[(form, ["psroi", "align"]) for form in STOCK],
+        *[pytest.param(form, POOLS, marks=pytest.mark.slow) for form in STOCK],
     ],
 )
 def test_exported_pooling_in_channels_first(form, kinds, tmp_path):

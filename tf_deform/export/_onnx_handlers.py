@@ -32,7 +32,15 @@ def convert(concrete: Any) -> Any:
     from tf2onnx import optimizer
 
     made = _run(concrete)
-    return optimizer.optimize_graph(made).make_model("from TensorFlow")
+    try:
+        # Does not copy the graph for each optimizer: the copies would take half
+        # of the time of a conversion.
+        made = optimizer.optimize_graph(made, catch_errors=False)
+    except Exception:
+        # An optimizer has left a graph half changed. Those that fail are left
+        # out of another conversion.
+        made = optimizer.optimize_graph(_run(concrete))
+    return made.make_model("from TensorFlow")
 
 
 def _run(concrete: Any) -> Any:
