@@ -18,7 +18,7 @@ help:
 	@echo "                deformable"
 	@echo "make demo-full  the same with more models and three seeds"
 	@echo "make quick      run the most telling tests (two minutes)"
-	@echo "make test       run the tests (eighteen minutes on two processors)"
+	@echo "make test       run the tests (eleven minutes on two processors)"
 	@echo "make test-full  run all tests with whole grids (hours)"
 	@echo "make docs       write the API pages to build/docs"
 	@echo "make benchmark  time the ops beside their peers"
