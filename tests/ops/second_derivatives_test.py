@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from compare import Tolerance, assert_close
+from compare import assert_close
 from every_op import (
     CONV2D,
     COORDINATES,
@@ -292,8 +292,13 @@ def check_modes(op, place, implementation, modes, **options):
             function if of_values else gradient_of(function), [X], [DIRECTION]
         )
         assert np.abs(expected).max() > 1e-3
-        tolerance = Tolerance(of_largest=1e-8, of_each=TOLERANCE)
-        assert_close(mode(function, X), expected, tolerance, case=mode.__name__)
+        np.testing.assert_allclose(
+            mode(function, X),
+            expected,
+            rtol=TOLERANCE,
+            atol=1e-8,
+            err_msg=mode.__name__,
+        )
 
 
 @grid(
@@ -332,8 +337,7 @@ def test_third_derivatives(op, in_graph):
     received = (tf.function(third) if in_graph else third)(X)
     expected = directional(second, [X], [DIRECTION])
     assert np.abs(expected).max() > 1e-3
-    tolerance = Tolerance(of_largest=1e-7, of_each=TOLERANCE)
-    assert_close(received, expected, tolerance)
+    np.testing.assert_allclose(received, expected, rtol=TOLERANCE, atol=1e-7)
 
 
 @every_op
