@@ -67,10 +67,23 @@ Status CheckAttributes(const DeformableConv2DParams& p) {
         "Expected `boundary` to be 0 (zeros) or 1 (clamp). Received: %d",
         static_cast<int>(p.boundary));
   }
+  if (p.modulation < Modulation::kMask ||
+      p.modulation > Modulation::kTwoSigmoid) {
+    return InvalidArgument(
+        "Expected `modulation` to be 0 (mask), 1 (none), 2 (sigmoid) or 3 "
+        "(2sigmoid). Received: %lld",
+        static_cast<LongLong>(p.modulation));
+  }
   return Status();
 }
 
-Status CheckRanks(const DeformableConv2DShapes& shapes) {
+// Counts the numbers that an offset holds for each sample.
+int64_t OffsetNumbers(const DeformableConv2DParams& p) {
+  return p.modulation > Modulation::kNone ? 3 : 2;
+}
+
+Status CheckRanks(const DeformableConv2DShapes& shapes,
+                  const DeformableConv2DParams& p) {
   TF_DEFORM_RETURN_IF_ERROR(
       CheckRank(*shapes.inputs, 4, "inputs", "batch, height, width, channels"));
   TF_DEFORM_RETURN_IF_ERROR(
@@ -78,8 +91,16 @@ Status CheckRanks(const DeformableConv2DShapes& shapes) {
                 "kernel_h, kernel_w, channels // groups, filters"));
   TF_DEFORM_RETURN_IF_ERROR(CheckRank(
       *shapes.offset, 4, "offset",
-      "batch, out_h, out_w, offset_groups * kernel_h * kernel_w * 2"));
+      OffsetNumbers(p) == 2
+          ? "batch, out_h, out_w, offset_groups * kernel_h * kernel_w * 2"
+          : "batch, out_h, out_w, offset_groups * kernel_h * kernel_w * 3"));
   if (shapes.mask != nullptr) {
+    if (p.modulation != Modulation::kMask) {
+      return InvalidArgument(
+          "Expected no `mask` where `offset` holds what a branch predicts "
+          "(`modulation` is not mask). Received: mask.shape=%s",
+          ShapeText(*shapes.mask).text);
+    }
     TF_DEFORM_RETURN_IF_ERROR(
         CheckRank(*shapes.mask, 4, "mask",
                   "batch, out_h, out_w, offset_groups * kernel_h * kernel_w"));
@@ -145,11 +166,12 @@ Status FieldChannels(const Shape& kernel, const DeformableConv2DParams& p,
   if (p.kernel_h > 0 && p.kernel_w > 0) {
     if (__builtin_mul_overflow(p.kernel_h * p.kernel_w, p.offset_groups,
                                mask_channels) ||
-        __builtin_mul_overflow(*mask_channels, 2, offset_channels)) {
+        __builtin_mul_overflow(*mask_channels, OffsetNumbers(p),
+                               offset_channels)) {
       return InvalidArgument(
-          "Expected 2 * offset_groups * kernel_h * kernel_w to fit in 64 bits. "
-          "Received: offset_groups=%lld, "
-          "kernel.shape=%s",
+          "Expected %lld * offset_groups * kernel_h * kernel_w to fit in 64 "
+          "bits. Received: offset_groups=%lld, kernel.shape=%s",
+          static_cast<LongLong>(OffsetNumbers(p)),
           static_cast<LongLong>(p.offset_groups), ShapeText(kernel).text);
     }
   }
@@ -184,7 +206,7 @@ Status Validate(const DeformableConv2DShapes& shapes,
   const Shape& kernel = *shapes.kernel;
   const Shape& offset = *shapes.offset;
   TF_DEFORM_RETURN_IF_ERROR(CheckAttributes(p));
-  TF_DEFORM_RETURN_IF_ERROR(CheckRanks(shapes));
+  TF_DEFORM_RETURN_IF_ERROR(CheckRanks(shapes, p));
 
   p.batch = inputs.dim(0);
   p.height = inputs.dim(1);
@@ -205,8 +227,9 @@ Status Validate(const DeformableConv2DShapes& shapes,
   int64_t mask_channels, offset_channels;
   TF_DEFORM_RETURN_IF_ERROR(
       FieldChannels(kernel, p, &mask_channels, &offset_channels));
-  TF_DEFORM_RETURN_IF_ERROR(
-      CheckField(offset, "offset", offset_channels, "2 * ", p));
+  TF_DEFORM_RETURN_IF_ERROR(CheckField(offset, "offset", offset_channels,
+                                       OffsetNumbers(p) == 2 ? "2 * " : "3 * ",
+                                       p));
   if (shapes.mask != nullptr) {
     TF_DEFORM_RETURN_IF_ERROR(
         CheckField(*shapes.mask, "mask", mask_channels, "", p));

@@ -20,6 +20,7 @@
 //   mask    (batch, out_h, out_w,
 //            offset_groups * kernel_h * kernel_w)               coordinate
 //           null: all ones
+//           See Modulation for an offset that holds more, without a mask.
 //   output  (batch, out_h, out_w, filters)                      T
 
 #ifndef TF_DEFORM_CC_CORE_DEFORMABLE_CONV2D_H_
@@ -40,6 +41,19 @@ enum class Padding : int { kValid = 0, kSame = 1, kExplicit = 2 };
 // behind the last row and column read the last row and column.
 enum class Boundary : int { kZeros = 0, kClamp = 1 };
 
+// Tells where the factors of samples come from. kMask: the operand `mask`. In
+// all other cases there is no operand `mask`, and the offset holds what a branch
+// of a layer predicts, of offset_groups * kernel_h * kernel_w * 2 or 3 channels:
+// all displacements, and behind them [group][kh][kw] a number m for each sample
+// (not for kNone). The factor is 1 (kNone), sigmoid(m) or 2 * sigmoid(m), and
+// an output pixel is NaN, in all filters, if any of its predictions is NaN.
+enum class Modulation : int64_t {
+  kMask = 0,
+  kNone = 1,
+  kSigmoid = 2,
+  kTwoSigmoid = 3
+};
+
 // Holds the parameters of a call. The caller sets the first part; Validate
 // checks it and fills the second part. The C entry points take the parameters
 // as int64 numbers in this order.
@@ -51,6 +65,7 @@ struct DeformableConv2DParams {
   int64_t offset_groups = 1;
   Padding padding = Padding::kValid;
   Boundary boundary = Boundary::kZeros;
+  Modulation modulation = Modulation::kMask;
 
   // Validate sets these sizes; -1 if no shape tells the size.
   int64_t batch = -1, height = -1, width = -1, channels = -1;

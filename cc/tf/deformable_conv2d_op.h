@@ -22,13 +22,14 @@ struct Attributes<DeformableConv2D> {
       "dilations: list(int) = [1, 1]",
       "offset_groups: int = 1",
       "boundary: {'zeros', 'clamp'} = 'zeros'",
+      "modulation: {'mask', 'none', 'sigmoid', '2sigmoid'} = 'mask'",
   };
 
   template <typename Source>
   static tensorflow::Status Read(Source* source,
                                  DeformableConv2DParams* params) {
     std::vector<int64_t> paddings;
-    std::string padding, boundary;
+    std::string padding, boundary, modulation;
     TF_RETURN_IF_ERROR(
         GetPair(source, "strides", &params->stride_h, &params->stride_w));
     TF_RETURN_IF_ERROR(
@@ -38,6 +39,7 @@ struct Attributes<DeformableConv2D> {
         source->GetAttr("offset_groups", &params->offset_groups));
     TF_RETURN_IF_ERROR(source->GetAttr("padding", &padding));
     TF_RETURN_IF_ERROR(source->GetAttr("boundary", &boundary));
+    TF_RETURN_IF_ERROR(source->GetAttr("modulation", &modulation));
     if (padding == "VALID") {
       params->padding = Padding::kValid;
     } else if (padding == "SAME") {
@@ -56,6 +58,20 @@ struct Attributes<DeformableConv2D> {
     } else {
       return tensorflow::errors::InvalidArgument(
           "Expected `boundary` to be zeros or clamp. Received: ", boundary);
+    }
+    if (modulation == "mask") {
+      params->modulation = Modulation::kMask;
+    } else if (modulation == "none") {
+      params->modulation = Modulation::kNone;
+    } else if (modulation == "sigmoid") {
+      params->modulation = Modulation::kSigmoid;
+    } else if (modulation == "2sigmoid") {
+      params->modulation = Modulation::kTwoSigmoid;
+    } else {
+      return tensorflow::errors::InvalidArgument(
+          "Expected `modulation` to be mask, none, sigmoid or 2sigmoid. "
+          "Received: ",
+          modulation);
     }
     const bool is_explicit = params->padding == Padding::kExplicit;
     if (paddings.size() != (is_explicit ? 4 : 0)) {

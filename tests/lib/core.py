@@ -21,6 +21,7 @@ INT64, POINTER = ctypes.c_int64, ctypes.c_void_p
 DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
 PADDINGS = {"valid": 0, "same": 1, "explicit": 2}
 BOUNDARIES = {"zeros": 0, "clamp": 1}
+MODULATIONS = ("mask", "none", "sigmoid", "2sigmoid")
 CONV2D = "DeformableConv2D"
 PSROI_POOL = "DeformablePSROIPool"
 ROI_ALIGN = "DeformableROIAlign"
@@ -55,6 +56,7 @@ class Params(ctypes.Structure):
         *_fields(INT64, "stride_h stride_w dilation_h dilation_w"),
         *_fields(INT64, "pad_top pad_bottom pad_left pad_right offset_groups"),
         *_fields(ctypes.c_int, "padding boundary"),
+        *_fields(INT64, "modulation"),
         *_fields(INT64, "batch height width channels kernel_h kernel_w"),
         *_fields(INT64, "filters groups out_h out_w"),
     ]
@@ -249,6 +251,7 @@ def validate(
     dilation_rate=1,
     offset_groups=1,
     boundary="zeros",
+    modulation="mask",
 ) -> Params:
     """Judges shapes and attributes of the convolution."""
     sides = padding
@@ -261,6 +264,7 @@ def validate(
         offset_groups,
         PADDINGS[padding],
         BOUNDARIES[boundary],
+        MODULATIONS.index(modulation),
     )
     shapes = (inputs, kernel, offset), (mask, grad_output)
     return _judge(CONV2D, params, *shapes)
