@@ -196,7 +196,9 @@ def conv_params(attributes: dict) -> bytes:
     )
     names = {"valid": 0, "same": 1}.get(str(padding), 2)
     boundary = attributes.get("boundary", "zeros") == "clamp"
-    return numbers.tobytes() + np.array([names, boundary], np.int32).tobytes()
+    factors = np.zeros(1, np.int64)  # those of the operand `mask`
+    words = np.array([names, boundary], np.int32)
+    return numbers.tobytes() + words.tobytes() + factors.tobytes()
 
 
 def psroi_params(attributes: dict) -> bytes:
