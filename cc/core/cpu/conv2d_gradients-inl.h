@@ -111,32 +111,32 @@ static inline __attribute__((always_inline)) void Defer(
 // Adds a sample's sums to the gradients of its offset pair and its mask.
 template <typename E>
 static inline __attribute__((always_inline)) void AddSlopes(
-    const SlopeSums<E>& sums, int32_t flags, E mask, int64_t field,
-    const DataTargets<E>& to) {
+    const Sampling<E>& in, const SlopeSums<E>& sums, int32_t flags, E mask,
+    int64_t pixel, int64_t field, const DataTargets<E>& to) {
   if (to.offset != nullptr) {
+    E* const offset = to.offset + pixel * in.offset_numbers + 2 * field;
     if (!(flags & kHeldY)) {
-      to.offset[2 * field] +=
-          mask * (sums.rest_dy + SumLanes<E, kLanes<E>>(sums.dy));
+      offset[0] += mask * (sums.rest_dy + SumLanes<E, kLanes<E>>(sums.dy));
     }
     if (!(flags & kHeldX)) {
-      to.offset[2 * field + 1] +=
-          mask * (sums.rest_dx + SumLanes<E, kLanes<E>>(sums.dx));
+      offset[1] += mask * (sums.rest_dx + SumLanes<E, kLanes<E>>(sums.dx));
     }
   }
   if (to.mask != nullptr) {
-    to.mask[field] += sums.rest_value + SumLanes<E, kLanes<E>>(sums.value);
+    to.mask[pixel * in.mask_numbers + field] +=
+        in.Slope(mask) * (sums.rest_value + SumLanes<E, kLanes<E>>(sums.value));
   }
 }
 
 // Uses the gradients of the columns of one run at one pixel, lane `l` of `at`:
 // adds them to the gradient of the image where the strip owns the rows, defers
 // them elsewhere, and adds to the gradients of offset and mask. `inputs` is the
-// pixel's image, `field` the element of the sample's mask. Leaves the columns
-// in the place of their gradients (kColumns).
+// image of `pixel`, of the batch's output. Leaves the columns in the place of
+// their gradients (kColumns).
 template <typename Makes, typename T, typename E>
 static inline __attribute__((always_inline)) void VisitSample(
     const Sampling<E>& in, const Run& run, const Samples<E>& at, int64_t l,
-    const T* inputs, const T* zeros, int64_t field, E* columns, Strip* strip,
+    const T* inputs, const T* zeros, int64_t pixel, E* columns, Strip* strip,
     const DataTargets<E>& targets) {
   constexpr bool kSlopes = Makes::kSlopes, kScatter = Makes::kScatter,
                  kColumns = Makes::kColumns;
@@ -174,7 +174,7 @@ static inline __attribute__((always_inline)) void VisitSample(
                                         at.lx[l], mask, weights, to, &sums);
     }
   }
-  if (kSlopes) AddSlopes(sums, flags, mask, field, targets);
+  if (kSlopes) AddSlopes(in, sums, flags, mask, pixel, run.field, targets);
 }
 
 // Uses the gradients of the columns of a tile, s.columns, pixel after pixel,
@@ -202,7 +202,7 @@ static inline __attribute__((always_inline)) void VisitTile(
         const Run& run = s.runs[r];
         VisitSample<Makes>(
             in, run, s.samples[r], l, operands.inputs + s.pixels.image[p + l],
-            s.zeros, (s.pixels.first + p + l) * in.fields + run.field,
+            s.zeros, s.pixels.first + p + l,
             s.columns + (p + l) * s.stride + (run.row - begin), strip, targets);
       }
     }

@@ -22,6 +22,8 @@ struct Geometry : DeformableConv2DParams {
   int64_t group_filters;    // of one group
   int64_t offset_channels;  // of one offset group
   int64_t fields;           // offset pairs (or masks) of one output pixel
+  int64_t offset_numbers;   // of one output pixel, in the operand `offset`
+  int64_t mask_numbers;     // of one output pixel, where masks lie
   int64_t rows;             // of the columns of all channels
   int64_t image;            // elements of one input image
   int64_t pixels;           // of one image's output
@@ -35,11 +37,16 @@ struct Geometry : DeformableConv2DParams {
         group_filters(filters / groups),
         offset_channels(channels / offset_groups),
         fields(offset_groups * taps),
+        offset_numbers((IsModulated() ? 3 : 2) * fields),
+        mask_numbers(IsModulated() ? offset_numbers : fields),
         rows(taps * channels),
         image(height * width * channels),
         pixels(out_h * out_w),
         total_pixels(batch * pixels),
         depthwise(groups > 1 && group_channels == 1) {}
+
+  // Returns whether masks lie in the operand `offset`.
+  bool IsModulated() const { return modulation > Modulation::kNone; }
 
   // Groups are bundled, so that their channels are sampled in one go.
   int64_t BundleGroups() const {
@@ -222,23 +229,77 @@ struct AxisRange {
   static double LeastPositive(double) { return __DBL_DENORM_MIN__; }
 };
 
+// Returns 1 / n!.
+template <typename E>
+static constexpr E Inverse(int n) {
+  E product = 1;
+  for (; n > 1; --n) product *= n;
+  return 1 / product;
+}
+
+// Returns the sum of x^i / i! over the indices.
+template <typename V, int... kIndex>
+static inline __attribute__((always_inline)) V
+Taylor(const V& x, std::integer_sequence<int, kIndex...>) {
+  using E = std::decay_t<decltype(x[0])>;
+  constexpr int kLast = sizeof...(kIndex) - 1;
+  V sum = {};
+  ((sum = sum * x + Inverse<E>(kLast - kIndex)), ...);
+  return sum;
+}
+
+// Returns 1 / (1 + exp(-m)), exactly 1/2 for 0, to about the last bit.
+template <typename V>
+static inline V Sigmoid(const V& m) {
+  using E = std::decay_t<decltype(m[0])>;
+  constexpr bool kFloat = sizeof(E) == 4;
+  constexpr int kN = sizeof(V) / sizeof(E);
+  // exp(x) = 2^k * exp(x - k * log(2)), where Taylor's series ends after 8 or
+  // 14 terms. Beyond +-kMost the result is as good as 0 or 1.
+  constexpr E kMost = kFloat ? 87 : 708;
+  constexpr auto kTerms = std::make_integer_sequence<int, kFloat ? 8 : 14>();
+  constexpr E kHigh = kFloat ? E(0.693359375) : E(6.93145751953125e-1);
+  constexpr E kLow = kFloat ? E(-2.12194440e-4) : E(1.42860682030941723e-6);
+  V x = m == m ? -m : V{};
+  x = x > kMost ? V{} + kMost : x;
+  x = x < -kMost ? V{} - kMost : x;
+  const auto k = __builtin_convertvector(
+      x * E(1.44269504088896341) + (x < 0 ? V{} - E(0.5) : V{} + E(0.5)),
+      Vector<int32_t, kN>);
+  const V whole = __builtin_convertvector(k, V);
+  x = (x - whole * kHigh) - whole * kLow;
+  using I = decltype(m == m);
+  const I power = (__builtin_convertvector(k, I) + (kFloat ? 127 : 1023))
+                  << (kFloat ? 23 : 52);
+  const V result = 1 / (1 + Taylor(x, kTerms) * BitCast<V>(power));
+  return m == m ? result : m;
+}
+
 // The state that all samples of a call share.
 template <typename E>
 struct Sampling {
   AxisRange<E> y, x;
   int64_t row, pixel;  // elements from one row, one pixel to the next
-  int64_t fields;      // of one output pixel
-  const E* offset;
-  const E* mask;
+  int64_t offset_numbers, mask_numbers;  // as in Geometry
+  bool modulated;
+  E most;           // the largest mask, if modulated
+  const E* offset;  // [output pixel][offset_numbers]
+  const E* mask;    // [output pixel][mask_numbers]; null: all ones
 
   Sampling(const Geometry& g, const E* offset, const E* mask)
       : y(g.boundary, g.height),
         x(g.boundary, g.width),
         row(g.width * g.channels),
         pixel(g.channels),
-        fields(g.fields),
+        offset_numbers(g.offset_numbers),
+        mask_numbers(g.mask_numbers),
+        modulated(g.IsModulated()),
+        most(g.modulation == Modulation::kTwoSigmoid ? 2 : 1),
         offset(offset),
-        mask(mask) {}
+        mask(modulated ? offset + 2 * g.fields : mask) {}
+
+  // Returns the derivative of a mask by the number that gave it.
+  E Slope(E mask) const { return modulated ? mask * (1 - mask / most) : 1; }
 };
 
 // Corners of a sample that lie inside the image, and axes along which the edge
@@ -276,15 +337,19 @@ struct Samples {
     using V = Vector<E, kN>;
     using I = Vector<int32_t, kN>;
     const int64_t count = Min(kN, pixels.count - p);
-    const int64_t field = (pixels.first + p) * in.fields + run.field;
+    const E* const from =
+        in.offset + (pixels.first + p) * in.offset_numbers + 2 * run.field;
     E dy[kN] = {}, dx[kN] = {};
     for (int64_t l = 0; l < count; ++l) {
-      dy[l] = in.offset[2 * (field + l * in.fields)];
-      dx[l] = in.offset[2 * (field + l * in.fields) + 1];
+      dy[l] = from[l * in.offset_numbers];
+      dx[l] = from[l * in.offset_numbers + 1];
     }
+    const int64_t field = (pixels.first + p) * in.mask_numbers + run.field;
     for (int64_t l = 0; l < count; ++l) {
-      mask[l] = in.mask == nullptr ? E(1) : in.mask[field + l * in.fields];
+      mask[l] =
+          in.mask == nullptr ? E(1) : in.mask[field + l * in.mask_numbers];
     }
+    if (in.modulated) Store(in.most * Sigmoid(Load<kN>(mask)), mask);
     V y = (Load<kN>(pixels.y + p) + static_cast<E>(run.tap_y)) + Load<kN>(dy);
     V x = (Load<kN>(pixels.x + p) + static_cast<E>(run.tap_x)) + Load<kN>(dx);
     // Written so that NaN lies outside. Samples outside are moved to pixel

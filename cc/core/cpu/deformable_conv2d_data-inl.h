@@ -368,16 +368,20 @@ static void DataPass(const DeformableConv2DParams& params,
   Arena arena{static_cast<char*>(workspace)};
   const DataMemory<T, O> memory(plan, wanted, &arena);
 
-  const int64_t field_bytes =
-      g.total_pixels * g.fields * static_cast<int64_t>(sizeof(E));
+  const int64_t number_bytes = g.total_pixels * static_cast<int64_t>(sizeof(E));
   if (plan.scatter && (!kNarrow || g.total_pixels == 0)) {
     Zero(parallel_for, grad_inputs,
          g.batch * g.image * static_cast<int64_t>(sizeof(T)));
   }
   if (targets.offset != nullptr) {
-    Zero(parallel_for, targets.offset, 2 * field_bytes);
+    Zero(parallel_for, targets.offset, g.offset_numbers * number_bytes);
   }
-  if (targets.mask != nullptr) Zero(parallel_for, targets.mask, field_bytes);
+  if (targets.mask != nullptr) {
+    Zero(parallel_for, targets.mask, g.fields * number_bytes);
+  }
+  if (g.IsModulated() && targets.offset != nullptr) {
+    targets.mask = targets.offset + 2 * g.fields;
+  }
   if (wanted.kernel) {
     Zero(parallel_for, memory.kernel_sums, plan.pairs * plan.KernelBytes());
   }
