@@ -94,6 +94,10 @@ struct DeformableConv2DInputs {
   const void* kernel = nullptr;
   const void* offset = nullptr;
   const void* mask = nullptr;  // null: all ones
+  // Memory for one packed copy of the kernel, aligned to 64 bytes: a caller that
+  // keeps it from call to call saves the time in which fresh pages come into
+  // being. Null: a part of the workspace. Used on the CPU alone.
+  void* packed = nullptr;
 };
 
 // Checks the type, and that Validate filled `params` from shapes without
@@ -127,6 +131,8 @@ struct DeformableConv2D
        &Gradients::mask},
   };
 
+  static constexpr void* Inputs::* kPacked = &Inputs::packed;
+
   static std::array<Dimension, 4> OutputShape(const Params& p) {
     return {{{p.batch, kInputs, 0},
              {p.out_h, kOffset, 1},
@@ -138,7 +144,8 @@ struct DeformableConv2D
 namespace cpu {
 
 // Returns the bytes of scratch memory that Forward needs: at most 4 MiB for
-// each worker, and never less for more workers. `params` must be validated.
+// each worker and one packed copy of the kernel, and never less for more
+// workers. `params` must be validated.
 int64_t WorkspaceBytes(const DeformableConv2DParams& params, DataType type,
                        int num_workers);
 
@@ -150,6 +157,13 @@ int64_t BackwardWorkspaceBytes(const DeformableConv2DParams& params,
                                DataType type,
                                const DeformableConv2DGradients& wanted,
                                int num_workers);
+
+// Return the bytes of DeformableConv2DInputs::packed for Forward and Backward:
+// at most one packed copy of the kernel. The workspace of a call with such
+// memory may be smaller by as many bytes.
+int64_t PackedBytes(const DeformableConv2DParams& params, DataType type);
+int64_t BackwardPackedBytes(const DeformableConv2DParams& params, DataType type,
+                            const DeformableConv2DGradients& wanted);
 
 // Writes `output`. `workspace` is aligned to 64 bytes and has
 // WorkspaceBytes(params, type, parallel_for.num_workers) bytes. The result is

@@ -68,6 +68,9 @@ struct OpTypes {
   // Points to the field that a caller sets if it cannot check the values of
   // ROIs; null: the op has no ROIs.
   static constexpr bool Inputs::* kBadRoisArePadding = nullptr;
+  // Points to the field for memory of PackedBytes (BackwardPackedBytes) bytes
+  // that a caller may keep from call to call; null: the op has no use for it.
+  static constexpr void* Inputs::* kPacked = nullptr;
 };
 
 // Counts the operands that every call of an op has: all, or all but the last.

@@ -9,11 +9,13 @@
 #include <cstdint>
 #include <iterator>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cc/core/common.h"
 #include "cc/tf/attributes.h"
 #include "cc/tf/glue.h"
+#include "cc/tf/kept_memory.h"
 #include "cc/tf/library.h"
 #include "cc/tf/ops.h"
 #include "tensorflow/core/framework/kernel_def_builder.h"
@@ -107,7 +109,30 @@ class Kernel : public tensorflow::OpKernel {
     return tensorflow::Status();
   }
 
+  // Runs a call with its scratch memory: run(operands, workspace). The
+  // `packed_bytes` bytes of it that Op::kPacked names are kept for later calls.
+  template <typename Run>
+  tensorflow::Status RunWithScratch(tensorflow::OpKernelContext* context,
+                                    int64_t workspace_bytes,
+                                    int64_t packed_bytes,
+                                    typename Op::Inputs operands,
+                                    const Run& run) {
+    tensorflow::Tensor workspace, packed;
+    if constexpr (Op::kPacked != nullptr) {
+      if (packed_bytes > 0) {
+        TF_RETURN_IF_ERROR(packed_.Take(context, packed_bytes, &packed));
+        operands.*Op::kPacked = packed.data();
+      }
+    }
+    TF_RETURN_IF_ERROR(context->allocate_temp(
+        tensorflow::DT_INT8, {workspace_bytes - packed_bytes}, &workspace));
+    const Status status = run(operands, workspace.data());
+    if (packed_bytes > 0) packed_.Return(std::move(packed));
+    return ToTensorFlow(status);
+  }
+
  private:
+  KeptMemory packed_;
   int num_operands_ = 0;
   typename Op::Params attributes_;
 };
@@ -136,14 +161,14 @@ class ForwardKernel : public Kernel<Op> {
     if (shape.num_elements() == 0) return;
     const auto executor = GetExecutor<Executor>(context);
     const DataType type = ToDataType(context->input(0).dtype());
-    tensorflow::Tensor workspace;
     OP_REQUIRES_OK(context,
-                   context->allocate_temp(
-                       tensorflow::DT_INT8,
-                       {WorkspaceBytes(params, type, executor)}, &workspace));
-    OP_REQUIRES_OK(context, ToTensorFlow(ForwardTo<Op>(params, type, operands,
-                                                       workspace.data(),
-                                                       outputs, executor)));
+                   this->RunWithScratch(
+                       context, WorkspaceBytes(params, type, executor),
+                       PackedBytes<Op, Executor>(params, type), operands,
+                       [&](const typename Op::Inputs& given, void* workspace) {
+                         return ForwardTo<Op>(params, type, given, workspace,
+                                              outputs, executor);
+                       }));
   }
 };
 
@@ -179,15 +204,15 @@ class BackwardKernel : public Kernel<Op> {
         context->input(this->num_operands());
     const auto executor = GetExecutor<Executor>(context);
     const DataType type = ToDataType(grad_output.dtype());
-    tensorflow::Tensor workspace;
     OP_REQUIRES_OK(
-        context, context->allocate_temp(tensorflow::DT_INT8,
-                                        {BackwardWorkspaceBytes(
-                                            params, type, gradients, executor)},
-                                        &workspace));
-    OP_REQUIRES_OK(context, ToTensorFlow(Backward(
-                                params, type, operands, grad_output.data(),
-                                workspace.data(), gradients, executor)));
+        context,
+        this->RunWithScratch(
+            context, BackwardWorkspaceBytes(params, type, gradients, executor),
+            BackwardPackedBytes<Op, Executor>(params, type, gradients),
+            operands, [&](const typename Op::Inputs& given, void* workspace) {
+              return Backward(params, type, given, grad_output.data(),
+                              workspace, gradients, executor);
+            }));
   }
 
  private:

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <iterator>
 #include <string>
+#include <type_traits>
 #include <utility>
 
 #include "cc/core/common.h"
@@ -108,6 +109,26 @@ int64_t BackwardWorkspaceBytes(const Params& params, DataType type,
                                const ParallelFor& parallel_for) {
   return cpu::BackwardWorkspaceBytes(params, type, wanted,
                                      parallel_for.num_workers);
+}
+
+// Return the bytes of memory that a kernel of `Op` may keep for the executor.
+template <typename Op, typename Executor>
+int64_t PackedBytes(const typename Op::Params& params, DataType type) {
+  if constexpr (Op::kPacked != nullptr &&
+                std::is_same_v<Executor, ParallelFor>) {
+    return cpu::PackedBytes(params, type);
+  }
+  return 0;
+}
+
+template <typename Op, typename Executor>
+int64_t BackwardPackedBytes(const typename Op::Params& params, DataType type,
+                            const typename Op::Gradients& wanted) {
+  if constexpr (Op::kPacked != nullptr &&
+                std::is_same_v<Executor, ParallelFor>) {
+    return cpu::BackwardPackedBytes(params, type, wanted);
+  }
+  return 0;
 }
 
 using cpu::Backward;

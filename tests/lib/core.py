@@ -80,9 +80,15 @@ class ROIAlignParams(ctypes.Structure):
 
 
 class Pointers(ctypes.Structure):
-    """Points to the convolution's operands, or to their gradients."""
+    """Points to the gradients of the convolution's operands."""
 
     _fields_ = _fields(POINTER, "inputs kernel offset mask")
+
+
+class Operands(ctypes.Structure):
+    """Points to the convolution's operands, and to memory for its kernel."""
+
+    _fields_ = _fields(POINTER, "inputs kernel offset mask packed")
 
 
 class ROIOperands(ctypes.Structure):
@@ -364,8 +370,9 @@ def _pointers(kind: type, memory: dict, **flags):
 
 def _prepare(op, operands, grad_output, dtype, on, attributes):
     """Returns memory of the operands by name, their pointers, parameters."""
-    kind = Pointers if op == CONV2D else ROIOperands
+    kind = Operands if op == CONV2D else ROIOperands
     names = [name for name, type_ in kind._fields_ if type_ is POINTER]
+    names = [name for name in names if name != "packed"]
     memory = {
         name: _stored(array, _kind(name, dtype), on)
         for name, array in zip_longest(names, operands)

@@ -25,10 +25,9 @@
 //                 (matrix_bfloat16-inl.h).
 //
 //   ForwardPass   A tile of columns is sampled and at once multiplied by the
-//                 packed kernel into its pixels' outputs. Every tile packs the
-//                 kernel again, a block at a time: read from one packed copy
-//                 made beforehand, the whole pass takes .98 to 1.02 of the
-//                 time, in bfloat16 1.03 to 1.15.
+//                 packed kernel into its pixels' outputs. If there are
+//                 several tiles, the kernel is packed once, before; a single
+//                 tile packs it block by block, which then stays in the caches.
 //   DataPass      The gradient of a tile's columns is grad_output times the
 //                 transposed packed kernel. A second look at the image's
 //                 corners turns it into gradients of offset and mask, which
@@ -95,10 +94,9 @@ namespace TF_DEFORM_ISA {
 // -----------------------------------------------------------------------------
 // Forward.
 
-// The largest number of pixels in a tile: a multiple of kMicroRows. Every tile
-// packs the kernel anew, block by block. With this many pixels the packing
-// takes about 1 % of the time (4 % with 112), less than a packed copy in fresh
-// memory.
+// The largest number of pixels in a tile: a multiple of kMicroRows. Groups, and
+// a single tile, pack the kernel block by block; with this many pixels that
+// takes a few percent of the time.
 constexpr int64_t kForwardPixels = kMicroRows == 14 ? 504 : 480;
 
 // Returns the pixels of a tile whose columns leave half of the second-level
@@ -115,7 +113,7 @@ template <typename T, typename O>
 struct ForwardScratch : ColumnScratch<T, O> {
   using E = typename AccumulatorOf<T>::Type;
 
-  O* packed;  // [kInner][kFilterBlock], a block of the kernel
+  O* packed;  // [kInner][kFilterBlock], a block of the kernel, if not shared
   E* sums;    // [kForwardPixels][kFilterBlock], for 16-bit types
 
   explicit ForwardScratch(Arena* arena)
@@ -132,11 +130,69 @@ struct ForwardScratch : ColumnScratch<T, O> {
   }
 };
 
-// Bytes for ForwardPass.
+// Elements of the packed kernel that all tiles share: for every block of rows a
+// packed B of all filters; 0 if no tiles can share it.
+template <typename O>
+static int64_t SharedElements(const Geometry& g) {
+  if (g.groups > 1 || g.total_pixels <= 1) return 0;
+  return PackedInner<O>(g.rows) * PackedColumns<O>(g.filters);
+}
+
+// Bytes for ForwardPass, besides the packed kernel.
 template <typename T, typename O>
 static int64_t ForwardWorkspace(int num_workers) {
   return num_workers * ForwardScratch<T, O>::Bytes();
 }
+
+// Packs the kernel for all tiles.
+template <typename T, typename O>
+static void PackShared(const Geometry& g, const Blocks& blocks, const T* kernel,
+                       O* packed, const ParallelFor& parallel_for) {
+  using E = typename AccumulatorOf<T>::Type;
+  constexpr int64_t kFilters = 8 * kPanel<E>;          // of a task
+  const int64_t tasks = CeilDiv(g.filters, kFilters);  // of a block
+  RunTasks(parallel_for, CeilDiv(g.rows, blocks.limit) * tasks,
+           [&](int64_t task, int) {
+             const int64_t begin = task / tasks * blocks.limit;
+             const int64_t rows = Min(blocks.limit, g.rows - begin);
+             const int64_t f = task % tasks * kFilters;
+             PackPanels(kernel + begin * g.filters + f, g.filters, 1, rows,
+                        Min(kFilters, g.filters - f),
+                        packed + begin * PackedColumns<O>(g.filters) +
+                            f * PackedInner<O>(rows));
+           });
+}
+
+// The division of a forward pass into tiles of pixels, and of each tile's work
+// into parts, each of which takes some of the filters.
+struct ForwardTiles {
+  int64_t tiles, parts;
+
+  // `most` is the largest number of pixels of a tile, `panels` the number of
+  // panels of a packed kernel. The number of tiles is a multiple of the number
+  // of workers, or twice as large unless tiles get too small, so that all
+  // workers end at about the same time and can help a late worker. If there are
+  // few pixels, every worker takes some of the filters instead: a tile reads
+  // the whole kernel that it needs, so sampling the same pixels again costs
+  // less. The division does not affect any sum.
+  ForwardTiles(const Geometry& g, int64_t most, int64_t panels,
+               int64_t workers) {
+    const int64_t fewest = CeilDiv(g.total_pixels, most);
+    tiles = fewest;
+    parts = 1;
+    if (workers > 1 && !IsSerial(g)) {
+      tiles = Max(fewest,
+                  Min(2 * workers, CeilDiv(g.total_pixels, CeilDiv(most, 4))));
+      if (2 * tiles > workers || g.groups > 1) {
+        tiles = RoundUp(tiles, workers);
+      } else {
+        parts = Min(panels, workers / fewest);
+        tiles = Max(fewest, workers / parts);
+      }
+    }
+    tiles = Min(tiles, g.total_pixels);
+  }
+};
 
 // Adds (at tap 0: writes) a tile's share to the sums of filters [f, f +
 // filters) of each group of a depthwise bundle, element by element.
@@ -225,29 +281,20 @@ static void ForwardPass(const DeformableConv2DParams& params,
   const Blocks blocks(g, kInner, PackedInner<O>(16));
   const int64_t scratch_bytes = ForwardScratch<T, O>::Bytes();
   char* const scratch = static_cast<char*>(workspace);
-
-  // The number of tiles is a multiple of the number of workers, or twice as
-  // large unless tiles get too small, so that all workers end at about the same
-  // time and can help a late worker. If there are few pixels, every worker
-  // takes some of the filters instead: a tile packs the whole kernel that it
-  // needs, so sampling the same pixels again costs less. The division does not
-  // affect any sum.
-  const int64_t most = ForwardPixels<O>();
-  const int64_t fewest = CeilDiv(g.total_pixels, most);
   const int64_t panels = CeilDiv(g.group_filters, kPanel<E>);
-  int64_t tiles = fewest, parts = 1;
-  if (!IsSerial(g)) {
-    const int64_t workers = parallel_for.num_workers;
-    tiles = Max(fewest,
-                Min(2 * workers, CeilDiv(g.total_pixels, CeilDiv(most, 4))));
-    if (2 * tiles > workers || g.groups > 1) {
-      tiles = RoundUp(tiles, workers);
-    } else {
-      parts = Min(panels, workers / fewest);
-      tiles = Max(fewest, workers / parts);
+  const ForwardTiles division(g, ForwardPixels<O>(), panels,
+                              parallel_for.num_workers);
+  const int64_t tiles = division.tiles, parts = division.parts;
+  O* shared = nullptr;
+  if (tiles > 1 && SharedElements<O>(g) > 0) {
+    shared = static_cast<O*>(inputs.packed);
+    if (shared == nullptr) {
+      shared = reinterpret_cast<O*>(
+          scratch + ForwardWorkspace<T, O>(parallel_for.num_workers));
     }
+    PackShared(g, blocks, operands.kernel, shared, parallel_for);
   }
-  tiles = Min(tiles, g.total_pixels);
+
   RunTasks(parallel_for, tiles * parts, [&](int64_t task, int worker) {
     const int64_t tile = task / parts, part = task % parts;
     const int64_t f_begin = panels * part / parts * kPanel<E>;
@@ -283,12 +330,18 @@ static void ForwardPass(const DeformableConv2DParams& params,
             }
           }
           ForEachPiece(g, bundle, begin, end, [&](const Piece& piece) {
-            PackPanels(operands.kernel + piece.kernel_row * g.filters +
-                           piece.group * g.group_filters + f,
-                       g.filters, 1, piece.count, filters, s.packed);
+            const O* packed = s.packed;
+            if (shared != nullptr) {
+              packed = shared + begin * PackedColumns<O>(g.filters) +
+                       f * PackedInner<O>(piece.count);
+            } else {
+              PackPanels(operands.kernel + piece.kernel_row * g.filters +
+                             piece.group * g.group_filters + f,
+                         g.filters, 1, piece.count, filters, s.packed);
+            }
             MatrixProduct<false>(
                 count, filters, piece.count, s.columns + (piece.row - begin),
-                s.packed, sums + (piece.group - bundle.group) * g.group_filters,
+                packed, sums + (piece.group - bundle.group) * g.group_filters,
                 stride, piece.kernel_row > 0);
           });
         }
@@ -333,11 +386,33 @@ static void WithTypes(const DeformableConv2DParams& params, DataType type,
   });
 }
 
+static int64_t PackedBytes(const DeformableConv2DParams& params,
+                           DataType type) {
+  int64_t bytes = 0;
+  WithTypes(params, type, [&](auto, auto element) {
+    using O = decltype(element);
+    Arena arena{nullptr};
+    arena.Take<O>(SharedElements<O>(Geometry(params)));
+    bytes = arena.used;
+  });
+  return bytes;
+}
+
 static int64_t WorkspaceBytes(const DeformableConv2DParams& params,
                               DataType type, int num_workers) {
+  int64_t bytes = PackedBytes(params, type);
+  WithTypes(params, type, [&](auto zero, auto element) {
+    bytes += ForwardWorkspace<decltype(zero), decltype(element)>(num_workers);
+  });
+  return bytes;
+}
+
+static int64_t BackwardPackedBytes(const DeformableConv2DParams& params,
+                                   DataType type,
+                                   const DeformableConv2DGradients& wanted) {
   int64_t bytes = 0;
   WithTypes(params, type, [&](auto zero, auto element) {
-    bytes = ForwardWorkspace<decltype(zero), decltype(element)>(num_workers);
+    bytes = DataPackedBytes<decltype(zero), decltype(element)>(params, wanted);
   });
   return bytes;
 }
@@ -355,6 +430,7 @@ static int64_t BackwardWorkspaceBytes(const DeformableConv2DParams& params,
     if (wanted.kernel != nullptr && !DataPlan<T, O>(params, false).fused) {
       bytes = Max(bytes, KernelWorkspace<T, O>(params, num_workers));
     }
+    bytes += DataPackedBytes<T, O>(params, wanted);
   });
   return bytes;
 }

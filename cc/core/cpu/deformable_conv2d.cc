@@ -13,5 +13,14 @@ namespace cpu {
 
 TF_DEFORM_CPU_ENTRY_POINTS(DeformableConv2D)
 
+int64_t PackedBytes(const DeformableConv2DParams& params, DataType type) {
+  return TF_DEFORM_BEST(PackedBytes)(params, type);
+}
+
+int64_t BackwardPackedBytes(const DeformableConv2DParams& params, DataType type,
+                            const DeformableConv2DGradients& wanted) {
+  return TF_DEFORM_BEST(BackwardPackedBytes)(params, type, wanted);
+}
+
 }  // namespace cpu
 }  // namespace tf_deform

@@ -200,12 +200,11 @@ static __attribute__((noinline)) bool Advance(const DataPlan<T, O>& plan,
   return true;
 }
 
-// The parts of a DataPass' workspace.
+// The parts of a DataPass' workspace; the packed kernel comes behind them.
 template <typename T, typename O>
 struct DataMemory {
   using E = typename AccumulatorOf<T>::Type;
 
-  O* packed;       // the kernel, see PackTransposed; null: not wanted
   E* wide;         // gradients of images, for 16-bit types
   Strip* strips;   // [plan.images * plan.strips]
   char* deferred;  // [plan.pairs][plan.deferred_bytes]
@@ -213,15 +212,12 @@ struct DataMemory {
   char* scratch;   // of the workers
   int64_t kernel_size;
 
-  DataMemory(const DataPlan<T, O>& plan, const DataWanted<T, O>& wanted,
-             Arena* arena)
-      : packed(wanted.columns ? arena->Take<O>(plan.KernelElements())
-                              : nullptr),
-        wide(arena->Take<E>(plan.wide_bytes / static_cast<int64_t>(sizeof(E)))),
+  DataMemory(const DataPlan<T, O>& plan, bool wants_kernel, Arena* arena)
+      : wide(arena->Take<E>(plan.wide_bytes / static_cast<int64_t>(sizeof(E)))),
         strips(reinterpret_cast<Strip*>(arena->Take<char>(plan.StripBytes()))),
         deferred(arena->Take<char>(plan.DeferredBytes())),
         kernel_size(plan.KernelBytes() / static_cast<int64_t>(sizeof(E))) {
-    kernel_sums = arena->Take<E>(wanted.kernel ? plan.pairs * kernel_size : 0);
+    kernel_sums = arena->Take<E>(wants_kernel ? plan.pairs * kernel_size : 0);
     scratch = arena->Take<char>(0);
   }
 
@@ -231,7 +227,7 @@ struct DataMemory {
   }
 };
 
-// Bytes for DataPass.
+// Bytes for DataPass, besides the packed kernel.
 template <typename T, typename O>
 static int64_t DataWorkspace(const DeformableConv2DParams& params,
                              const DeformableConv2DGradients& gradients,
@@ -240,8 +236,19 @@ static int64_t DataWorkspace(const DeformableConv2DParams& params,
   const DataWanted<T, O> wanted(plan, gradients);
   if (!wanted.columns && !wanted.kernel) return 0;
   Arena arena{nullptr};
-  DataMemory<T, O>(plan, wanted, &arena);
+  DataMemory<T, O>(plan, wanted.kernel, &arena);
   return arena.used + num_workers * plan.scratch_bytes;
+}
+
+// Bytes of the packed kernel of a DataPass, see PackTransposed.
+template <typename T, typename O>
+static int64_t DataPackedBytes(const DeformableConv2DParams& params,
+                               const DeformableConv2DGradients& gradients) {
+  const DataPlan<T, O> plan(params, gradients.inputs != nullptr);
+  Arena arena{nullptr};
+  arena.Take<O>(
+      DataWanted<T, O>(plan, gradients).columns ? plan.KernelElements() : 0);
+  return arena.used;
 }
 
 // Makes the gradients of offset and mask alone. No two pixels add to the same
@@ -249,7 +256,7 @@ static int64_t DataWorkspace(const DeformableConv2DParams& params,
 template <typename T, typename O, typename E>
 static void AdvanceTiles(const DataPlan<T, O>& plan,
                          const Operands<T>& operands,
-                         const DataMemory<T, O>& memory,
+                         const DataMemory<T, O>& memory, const O* packed,
                          const DataTargets<E>& targets,
                          const ParallelFor& parallel_for) {
   const Geometry& g = plan.g;
@@ -260,7 +267,7 @@ static void AdvanceTiles(const DataPlan<T, O>& plan,
     Strip strip = {};
     strip.first = strip.next = g.total_pixels * tile / tiles;
     strip.last = g.total_pixels * (tile + 1) / tiles;
-    Advance<Making<true, false, false>>(plan, operands, memory.packed,
+    Advance<Making<true, false, false>>(plan, operands, packed,
                                         memory.ScratchOf(plan, worker), &strip,
                                         targets);
   });
@@ -272,8 +279,9 @@ template <typename T, typename O, typename E>
 static void AdvanceStrips(const DataPlan<T, O>& plan,
                           const DataWanted<T, O>& wanted,
                           const Operands<T>& operands,
-                          const DataMemory<T, O>& memory, int64_t n,
-                          int64_t images, const DataTargets<E>& targets,
+                          const DataMemory<T, O>& memory, const O* packed,
+                          int64_t n, int64_t images,
+                          const DataTargets<E>& targets,
                           const ParallelFor& parallel_for) {
   const Geometry& g = plan.g;
   const Sampling<E> in(g, operands.offset, operands.mask);
@@ -299,8 +307,8 @@ static void AdvanceStrips(const DataPlan<T, O>& plan,
         const DataTargets<E> own = {
             image_of(*strip), targets.offset, targets.mask,
             memory.kernel_sums + strip->pair * memory.kernel_size};
-        advance(plan, operands, memory.packed, memory.ScratchOf(plan, worker),
-                strip, own);
+        advance(plan, operands, packed, memory.ScratchOf(plan, worker), strip,
+                own);
       });
       done = true;
       bool any = false;
@@ -366,7 +374,16 @@ static void DataPass(const DeformableConv2DParams& params,
   DataTargets<E> targets = {nullptr, static_cast<E*>(gradients.offset),
                             static_cast<E*>(gradients.mask), nullptr};
   Arena arena{static_cast<char*>(workspace)};
-  const DataMemory<T, O> memory(plan, wanted, &arena);
+  const DataMemory<T, O> memory(plan, wanted.kernel, &arena);
+  O* packed = nullptr;
+  if (wanted.columns) {
+    packed =
+        inputs.packed != nullptr
+            ? static_cast<O*>(inputs.packed)
+            : reinterpret_cast<O*>(memory.scratch + parallel_for.num_workers *
+                                                        plan.scratch_bytes);
+    PackTransposed(plan, operands.kernel, packed, parallel_for);
+  }
 
   const int64_t number_bytes = g.total_pixels * static_cast<int64_t>(sizeof(E));
   if (plan.scatter && (!kNarrow || g.total_pixels == 0)) {
@@ -385,11 +402,8 @@ static void DataPass(const DeformableConv2DParams& params,
   if (wanted.kernel) {
     Zero(parallel_for, memory.kernel_sums, plan.pairs * plan.KernelBytes());
   }
-  if (memory.packed != nullptr) {
-    PackTransposed(plan, operands.kernel, memory.packed, parallel_for);
-  }
   if (!plan.scatter && !wanted.kernel) {
-    AdvanceTiles(plan, operands, memory, targets, parallel_for);
+    AdvanceTiles(plan, operands, memory, packed, targets, parallel_for);
     return;
   }
 
@@ -402,7 +416,7 @@ static void DataPass(const DeformableConv2DParams& params,
     } else if (plan.scatter) {
       targets.image = reinterpret_cast<E*>(grad_inputs + n * g.image);
     }
-    AdvanceStrips(plan, wanted, operands, memory, n, images, targets,
+    AdvanceStrips(plan, wanted, operands, memory, packed, n, images, targets,
                   parallel_for);
     if constexpr (kNarrow) {
       const int64_t row = g.width * g.channels;

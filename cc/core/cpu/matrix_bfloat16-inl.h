@@ -237,8 +237,18 @@ static void PackPanels(const BFloat16* from, int64_t row_stride,
   constexpr int kN = static_cast<int>(kAmxRows);
   for (int64_t column = 0; column < n; column += kN) {
     const int64_t columns = Min(kN, n - column);
-    for (int64_t row = 0; row < PackedInner<BFloat16>(k);
-         row += 2, to += 2 * kN) {
+    int64_t row = 0;
+    for (; row_stride == 1 && row + 2 * kN <= k;
+         row += 2 * kN, to += 2 * kN * kN) {
+      Vector<uint32_t, kN> square[kN] = {};  // of pairs
+      for (int i = 0; i < columns; ++i) {
+        __builtin_memcpy(&square[i], from + row + (column + i) * column_stride,
+                         sizeof(square[i]));
+      }
+      Transpose<kN>(square);
+      for (int i = 0; i < kN; ++i) Store(square[i], to + 2 * i * kN);
+    }
+    for (; row < PackedInner<BFloat16>(k); row += 2, to += 2 * kN) {
       const BFloat16* first = from + row * row_stride + column * column_stride;
       const BFloat16* second = first + row_stride;
       Vector<uint32_t, kN> low = {}, high = {};

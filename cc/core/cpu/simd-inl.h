@@ -153,6 +153,31 @@ static inline E SumLanes(const Vector<E, kN>& vector) {
   }
 }
 
+// Exchanges lanes of `a` and `b` whose numbers differ in the bit kStep.
+template <int kStep, typename V, int... kLane>
+static inline __attribute__((always_inline)) void ExchangeLanes(
+    V* a, V* b, std::integer_sequence<int, kLane...>) {
+  constexpr int kN = sizeof...(kLane);
+  const V low = *a, high = *b;
+  *a = __builtin_shufflevector(low, high,
+                               (kLane & kStep ? kN + kLane - kStep : kLane)...);
+  *b = __builtin_shufflevector(low, high,
+                               (kLane & kStep ? kN + kLane : kLane + kStep)...);
+}
+
+// Transposes a square of kN vectors of kN lanes.
+template <int kN, typename V, int kStep = kN / 2>
+static inline __attribute__((always_inline)) void Transpose(V* rows) {
+  if constexpr (kStep > 0) {
+    for (int i = 0; i < kN; ++i) {
+      if (i & kStep) continue;
+      ExchangeLanes<kStep>(rows + i, rows + i + kStep,
+                           std::make_integer_sequence<int, kN>());
+    }
+    Transpose<kN, V, kStep / 2>(rows);
+  }
+}
+
 // Calls step(std::integral_constant<int, lanes>, first) for vectors that cover
 // [0, n): the widest first, then ever narrower ones. Always inlined, as a
 // lambda's code must be compiled for this instruction set.
