@@ -215,8 +215,26 @@ MISTAKES = [
     # CUDA kernels, emulated.
     Mistake(
         "cuda-conv-mask-of-missing-pixel",
-        "mask == nullptr ? 1 : mask[at]};",
+        "mask == nullptr ? 1 : mask[pixel.index * g.mask_step + field]};",
         "mask == nullptr ? 1 : mask[field]};",
+        CUDA_CONV,
+    ),
+    Mistake(
+        "cuda-conv-factor-of-zero",
+        "return divisor < 8e37f ? nearer : near;",
+        "return near;",
+        CUDA_CONV,
+    ),
+    Mistake(
+        "cuda-conv-gradient-of-factor",
+        "return static_cast<E>(g.most) * sigmoid * (1 - sigmoid);",
+        "return sigmoid * (1 - sigmoid);",
+        CUDA_CONV,
+    ),
+    Mistake(
+        "cuda-conv-nan-of-next-pixel",
+        "j * kThreads + __ffs(found) - 1;",
+        "j * kThreads + __ffs(found);",
         CUDA_CONV,
     ),
     Mistake(

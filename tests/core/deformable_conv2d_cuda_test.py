@@ -13,12 +13,22 @@ import numpy as np
 import pytest
 import reference
 from compare import Tolerance, assert_close, assert_equal, assert_same_bits
-from core_conv2d import DTYPES, NAMES, draw, draw_call, rounded
+from core_conv2d import (
+    DTYPES,
+    NAMES,
+    draw,
+    draw_call,
+    rounded,
+    split_by_hand,
+    with_fields,
+)
 from pairwise import grid
 from tolerances import CORE_CONV2D
 
 # TF32 rounds columns to 11 bits.
 TF32 = Tolerance(2**-10, at_least=1)
+
+BRANCH = core.MODULATIONS[1:]  # of operands that a branch predicts
 
 
 def to_tf32(array):
@@ -163,11 +173,15 @@ def test_no_barrier_is_missing(dtype, channels, filters, groups):
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_only_wanted_gradients(dtype, deterministic):
-    operands, attributes = draw(2, 2, (4, 7), 24, 16, (3, 3))
+@pytest.mark.parametrize("modulation", ["mask", "sigmoid"])
+def test_only_wanted_gradients(modulation, dtype, deterministic):
+    call = draw(2, 2, (4, 7), 24, 16, (3, 3))
+    if modulation != "mask":
+        call = with_fields(*call, modulation)
+    operands, attributes = call
     exact = rounded(operands, dtype)
     together = backward(exact, dtype, attributes, deterministic=deterministic)
-    for wanted in ((), ("inputs",), ("kernel",), ("offset",), ("mask",)):
+    for wanted in ((), *((name,) for name in together)):
         alone = backward(
             exact, dtype, attributes, wanted, deterministic=deterministic
         )
@@ -185,8 +199,9 @@ def test_only_wanted_gradients(dtype, deterministic):
     "batch, size, filters", [(0, (5, 4), 3), (2, (0, 4), 3), (2, (5, 0), 16)]
 )
 def test_nothing_to_compute(dtype, deterministic, batch, size, filters):
-    operands, attributes = draw(2, batch, size, 8, filters, (3, 3))
-    check(operands, attributes, dtype, deterministic=deterministic)
+    call = draw(2, batch, size, 8, filters, (3, 3))
+    for operands, attributes in (call, with_fields(*call, "sigmoid")):
+        check(operands, attributes, dtype, deterministic=deterministic)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -220,6 +235,134 @@ def test_not_finite_numbers_are_those_of_the_cpu(name, dtype, boundary, groups):
             np.where(finite, theirs[gradient], 0),
             CORE_CONV2D[dtype],
             name=gradient,
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("modulation", BRANCH)
+@pytest.mark.parametrize("seed", range(0, 48, 6))
+def test_predictions_agree_with_reference(seed, modulation, dtype):
+    """Tests displacements that are NaN, infinite, or far outside, too."""
+    operands, attributes = with_fields(*draw_call(seed), modulation)
+    options = dict(misaligned=seed % 4 == 0, deterministic=seed % 24 < 12)
+    check(operands, attributes, dtype, **options)
+
+
+@pytest.mark.parametrize("modulation", BRANCH)
+def test_predictions_with_tf32_agree_with_reference(modulation):
+    call = draw(4, 2, (5, 9), 48, 32, (3, 2), 2, offset_groups=3)
+    operands, attributes = with_fields(*call, modulation)
+    check(operands, attributes, "float32", allow_tf32=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("groups", [1, 8])
+@pytest.mark.parametrize("modulation", BRANCH)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_predictions_that_are_not_finite(
+    deterministic, modulation, groups, dtype
+):
+    """Tests NaN and infinity in every operand, against a call with a mask."""
+    rng = np.random.default_rng(7)
+    operands, attributes = draw(
+        9, 2, (4, 6), 8, 8, (2, 2), groups, offset_groups=2
+    )
+    operands, options = with_fields(operands, attributes, modulation)
+    fields = operands[2]
+    spots = rng.random(fields.shape) < 0.08
+    fields[spots] = rng.choice([np.nan, np.inf, -np.inf, 0], spots.sum())
+    operands[0].flat[[5, 77]] = np.inf, np.nan
+    operands[4].flat[[3, 90]] = np.nan, -np.inf
+    exact = rounded(operands, dtype)
+    on = dict(deterministic=deterministic)
+    received = results(exact, dtype, options, **on)
+    nan = np.isnan(received["output"]).all(-1)
+    assert nan.any() and not nan.all()
+    expected = split_by_hand(
+        lambda exact: results(exact, dtype, attributes, **on), exact, modulation
+    )
+    core_conv2d.assert_results_close(received, expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("groups", [1, 10])
+@pytest.mark.parametrize("filters", [10, 70])
+def test_one_prediction_that_is_nan(filters, groups, dtype):
+    """Tests the ends of what warps and blocks search."""
+    call = draw(1, 2, (11, 13), 10, filters, (3, 3), groups)
+    (*operands, _, _), attributes = with_fields(*call, "sigmoid")
+    fields = operands[2]
+    for spot in (0, 31, 32, 255, 256, 1000, 2047, 2048, fields.size - 1):
+        changed = fields.copy()
+        changed.flat[spot] = np.nan
+        exact = rounded((*operands[:2], changed, None, fields), dtype)[:4]
+        output = core.forward(*exact, dtype=dtype, on=gpu.Gpu(), **attributes)
+        expected = np.zeros(output.shape, bool)
+        expected.reshape(-1, filters)[spot // fields.shape[-1]] = True
+        assert_equal(np.isnan(output), expected, case=spot)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("groups", [1, 12])
+def test_factors_that_are_one_change_no_bit(groups, dtype):
+    (*operands, _, output_grad), attributes = draw(
+        5, 2, (5, 9), 24, 24, (3, 2), groups, offset_groups=2
+    )
+    operands = *operands, None, output_grad
+    exact = rounded(operands, dtype)
+    expected = results(exact, dtype, attributes, deterministic=True)
+    for modulation in ("none", "2sigmoid"):
+        given, options = with_fields(operands, attributes, modulation)
+        exact = rounded(given, dtype)
+        received = results(exact, dtype, options, deterministic=True)
+        pairs = expected["offset"].shape[-1]
+        received["offset"] = received["offset"][..., :pairs]
+        assert_same_bits(received, expected, modulation)
+
+
+@pytest.mark.parametrize(
+    "dtype, error", [("float32", 5e-7), ("float64", 1e-15)]
+)
+@pytest.mark.parametrize("modulation", ["sigmoid", "2sigmoid"])
+def test_factors_are_exact(modulation, dtype, error):
+    """Tests small factors as well, as a share of each."""
+    m = np.float32(np.linspace(-80, 80, 801))
+    m = np.stack([0 * m, 0 * m, m], axis=-1).reshape(1, 1, 801, 3)
+    one = np.ones((1, 1, 1, 1))
+    output = core.forward(
+        np.ones((1, 1, 801, 1)), one, m, dtype=dtype, on=gpu.Gpu(),
+        modulation=modulation,
+    )  # fmt: skip
+    factor = (1 + (modulation == "2sigmoid")) / (1 + np.exp(-np.float64(m)))
+    assert_close(output[..., 0], factor[..., 2], Tolerance(of_each=error))
+
+
+@pytest.mark.parametrize(
+    "modulation, channels, mask, text",
+    [
+        ("none", 18, 9, "no `mask`"),
+        ("sigmoid", 27, 9, "no `mask`"),
+        ("none", 27, None, "18 channels"),
+        ("sigmoid", 18, None, "27 channels"),
+        ("2sigmoid", 18, None, "27 channels"),
+        ("mask", 27, 9, "18 channels"),
+        ("of a later release", 27, None, "`modulation` to be 0"),
+    ],
+)
+def test_refuses_other_operands(monkeypatch, modulation, channels, mask, text):
+    operands, attributes = draw(0, 1, (4, 5), 2, 3, (3, 3))
+    inputs, kernel = operands[:2]
+    field = 1, 4, 5
+    offset = np.zeros((*field, channels))
+    mask = None if mask is None else np.zeros((*field, mask))
+    names = *core.MODULATIONS, "of a later release"
+    monkeypatch.setattr(core, "MODULATIONS", names)
+    with pytest.raises(core.CoreError, match=text):
+        core.forward(
+            *(inputs, kernel, offset, mask),
+            on=gpu.Gpu(),
+            modulation=modulation,
+            **attributes,
         )
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calls deformable convolution in the core, and compares by name."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import core
@@ -95,6 +95,50 @@ def draw_call(seed: int) -> tuple[tuple, dict]:
     return (inputs, kernel, offset.astype(float), mask, output_grad), attributes
 
 
+def with_fields(
+    operands: Operands, attributes: dict, modulation: str
+) -> tuple[tuple, dict]:
+    """Turns operands with a mask into those of a call with `modulation`.
+
+    Behind the offsets stand the mask's numbers, made larger so that sigmoids
+    bend, or zeros without a mask. Float32 holds them.
+    """
+    inputs, kernel, offset, mask, output_grad = operands
+    fields = offset
+    if modulation != "none":
+        if mask is None:
+            mask = np.zeros((*offset.shape[:3], offset.shape[3] // 2))
+        fields = np.concatenate([offset, np.float32(3 * mask)], axis=-1)
+    attributes = attributes | {"modulation": modulation}
+    return (inputs, kernel, fields, None, output_grad), attributes
+
+
+def split_by_hand(
+    results_of: Callable[[tuple], Mapping], exact: Operands, modulation: str
+) -> dict:
+    """Returns the results of a call with `modulation`, from one with a mask.
+
+    `results_of` gives the output and the gradients for operands with a mask.
+    """
+    inputs, kernel, fields, mask, output_grad = exact
+    if modulation == "mask":
+        return dict(results_of(exact))
+    offset = fields
+    if modulation != "none":
+        offset, m = np.split(fields, [fields.shape[-1] // 3 * 2], axis=-1)
+        sigmoid = 1 / (1 + np.exp(-m.astype(float)))
+        largest = 2 if modulation == "2sigmoid" else 1
+        mask = largest * sigmoid
+    made = dict(results_of((inputs, kernel, offset, mask, output_grad)))
+    mask_grad = made.pop("mask", None)
+    if modulation != "none":
+        m_grad = mask_grad * largest * sigmoid * (1 - sigmoid)
+        made["offset"] = np.concatenate([made["offset"], m_grad], axis=-1)
+    nan = np.isnan(fields).any(-1, keepdims=True)
+    made["output"] = np.where(nan, np.nan, made["output"])
+    return made
+
+
 def rounded(operands: Operands, dtype: str) -> tuple:
     """Returns operands as the core reads them; the reference reads the same.
 
@@ -120,10 +164,16 @@ def results(exact: Operands, **options: Any) -> dict[str, np.ndarray]:
     }
 
 
-def expected_results(exact: Operands, **attributes: Any) -> dict:
+def expected_results(
+    exact: Operands, modulation: str = "mask", **attributes: Any
+) -> dict:
     """Returns the same from the reference, in float64."""
-    output, gradients = reference.output_and_gradients(*exact, **attributes)
-    return {"output": output, **gradients._asdict()}
+
+    def with_mask(exact: Operands) -> dict:
+        output, gradients = reference.output_and_gradients(*exact, **attributes)
+        return {"output": output, **gradients._asdict()}
+
+    return split_by_hand(with_mask, exact, modulation)
 
 
 def assert_results_close(

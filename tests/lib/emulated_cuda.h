@@ -257,6 +257,11 @@ inline void __syncwarp() { emulated::Wait(&emulated::MyWarp().barrier); }
 // -ffp-contract=off.
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline double __dmul_rn(double a, double b) { return a * b; }
+// Returns a quotient that is off, as it may be on a GPU.
+inline float __fdividef(float a, float b) {
+  const float quotient = std::fabs(b) > 0x1p126f ? 0 * a : a / b;
+  return quotient == 0 ? quotient : std::nextafter(quotient, INFINITY);
+}
 inline uint64_t __umul64hi(uint64_t a, uint64_t b) {
   return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
 }

@@ -38,7 +38,8 @@ struct Operands {
       : inputs(static_cast<const T*>(from.inputs)),
         kernel(static_cast<const T*>(from.kernel)),
         offset(static_cast<const Accumulator<T>*>(from.offset)),
-        mask(static_cast<const Accumulator<T>*>(from.mask)),
+        mask(g.most > 0 ? offset + 2 * g.fields
+                        : static_cast<const Accumulator<T>*>(from.mask)),
         packed_channels(IsAligned(inputs, 16) && IsAligned(gradient, 16) &&
                         g.group_channels % kPack<T> == 0 &&
                         g.offset_channels % kPack<T> == 0),
@@ -198,7 +199,7 @@ __device__ __forceinline__ void MultiplyColumns(
   const bool plans = thread < Cursor::kPlan;
 
   const auto read = [&](const Cursor& step) {
-    return Displacement<float>::Read(step.PixelOf(thread), step.field,
+    return Displacement<float>::Read(g, step.PixelOf(thread), step.field,
                                      in.offset, in.mask);
   };
   const auto locate = [&](const Cursor& step, const Displacement<float>& d) {

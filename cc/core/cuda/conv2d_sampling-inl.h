@@ -5,6 +5,8 @@
 #ifndef TF_DEFORM_CC_CORE_CUDA_CONV2D_SAMPLING_INL_H_
 #define TF_DEFORM_CC_CORE_CUDA_CONV2D_SAMPLING_INL_H_
 
+#include <cmath>
+
 #include "cc/core/cuda/device-inl.h"
 #include "cc/core/deformable_conv2d.h"
 
@@ -21,6 +23,10 @@ struct Geometry {
   int64_t group_filters;    // of one group
   int64_t offset_channels;  // of one offset group
   int64_t fields;           // offset pairs (or masks) of one output pixel
+  float most;               // factors are most * sigmoid(mask); if it is 0,
+                            // they are the mask
+  int64_t offset_step;      // from a pixel's first offset to the next pixel's
+  int64_t mask_step;        // the same of masks
   int64_t row;              // elements of one row of an input image
   int64_t image;            // elements of one input image
   int64_t pixels;           // of one image's output
@@ -47,6 +53,11 @@ struct Geometry {
         group_filters(p.filters / p.groups),
         offset_channels(p.channels / p.offset_groups),
         fields(p.offset_groups * p.kernel_h * p.kernel_w),
+        most(p.modulation == Modulation::kSigmoid      ? 1.0f
+             : p.modulation == Modulation::kTwoSigmoid ? 2.0f
+                                                       : 0.0f),
+        offset_step(most > 0 ? 3 * fields : 2 * fields),
+        mask_step(most > 0 ? 3 * fields : fields),
         row(p.width * p.channels),
         image(p.height * p.width * p.channels),
         pixels(p.out_h * p.out_w),
@@ -71,7 +82,7 @@ template <typename E>
 struct Pixel {
   E y, x;         // input coordinates of tap (0, 0) at zero offset
   int64_t image;  // element of `inputs` where its image begins
-  int64_t field;  // of its first offset pair; negative: not a pixel
+  int64_t index;  // among the output pixels; negative: not a pixel
 
   template <typename I>
   __host__ __device__ static Pixel At(const Geometry& g, int64_t index) {
@@ -82,7 +93,7 @@ struct Pixel {
     const int64_t column = in_image - row * g.out_w;
     return {static_cast<E>(row * g.stride_h - g.pad_top),
             static_cast<E>(column * g.stride_w - g.pad_left), n * g.image,
-            index * g.fields};
+            index};
   }
 };
 
@@ -96,19 +107,48 @@ constexpr uint32_t kBottomRight = 8;
 constexpr uint32_t kHeldY = 16;
 constexpr uint32_t kHeldX = 32;
 
-// An offset pair and its mask.
+// Returns 1 / (1 + e^-x). In float the quotient comes without the subroutine of
+// a division, which takes registers that the products need: a quotient that is
+// off by a few units of the last place (0 of divisors beyond 2^126) and a step
+// of Newton's method, after which Sigmoid(0) is exactly 0.5.
+__device__ __forceinline__ float Sigmoid(float x) {
+  const float divisor = 1 + expf(-x);
+  const float near = __fdividef(1, divisor);
+  const float nearer = fmaf(near, fmaf(-divisor, near, 1), near);
+  return divisor < 8e37f ? nearer : near;
+}
+__device__ __forceinline__ double Sigmoid(double x) {
+  return 1 / (1 + exp(-x));
+}
+
+// Returns the factor of a sample of this mask.
+template <typename E>
+__device__ __forceinline__ E Factor(const Geometry& g, E mask) {
+  return g.most > 0 ? static_cast<E>(g.most) * Sigmoid(mask) : mask;
+}
+
+// Returns the derivative of a factor by its mask, where factors are sigmoids.
+template <typename E>
+__device__ __forceinline__ E FactorSlope(const Geometry& g, E mask) {
+  const E sigmoid = Sigmoid(mask);
+  return static_cast<E>(g.most) * sigmoid * (1 - sigmoid);
+}
+
+// An offset pair and its mask, as they are in memory.
 template <typename E>
 struct Displacement {
   E dy, dx, mask;
 
   // Reads pair `field` of a pixel; nothing where there is no pixel. `mask` may
   // be null, for 1.
-  __host__ __device__ static Displacement Read(const Pixel<E>& pixel,
+  __host__ __device__ static Displacement Read(const Geometry& g,
+                                               const Pixel<E>& pixel,
                                                int64_t field, const E* offset,
                                                const E* mask) {
-    if (pixel.field < 0) return {0, 0, 0};
-    const int64_t at = pixel.field + field;
-    return {offset[2 * at], offset[2 * at + 1], mask == nullptr ? 1 : mask[at]};
+    if (pixel.index < 0) return {0, 0, 0};
+    const E* const pair = offset + pixel.index * g.offset_step + 2 * field;
+    return {pair[0], pair[1],
+            mask == nullptr ? 1 : mask[pixel.index * g.mask_step + field]};
   }
 };
 
@@ -117,27 +157,27 @@ struct Displacement {
 template <typename E>
 struct Sample {
   E ly, lx;  // distance from the top left corner, in [0, 1)
-  E mask;    // 0 for a sample outside
+  E mask;    // the factor; 0 for a sample outside
   uint32_t flags;
   int64_t corner;  // element of the top left corner's channel 0 in `inputs`
 
   template <typename I>
-  __host__ __device__ static Sample Locate(const Geometry& g,
-                                           const Pixel<E>& pixel, int64_t tap,
-                                           const Displacement<E>& d) {
+  __device__ static Sample Locate(const Geometry& g, const Pixel<E>& pixel,
+                                  int64_t tap, const Displacement<E>& d) {
     const int64_t kh = Quotient<I>(tap, g.kernel_w);
     const int64_t kw = tap - kh * g.kernel_w;
     const E y = pixel.y + static_cast<E>(kh * g.dilation_h) + d.dy;
     const E x = pixel.x + static_cast<E>(kw * g.dilation_w) + d.dx;
     // Written so that NaN lies outside.
-    const bool counts = pixel.field >= 0 && (g.clamp ? y >= 0 : y > -1) &&
+    const bool counts = pixel.index >= 0 && (g.clamp ? y >= 0 : y > -1) &&
                         (g.clamp ? x >= 0 : x > -1) &&
                         y < static_cast<E>(g.height) &&
                         x < static_cast<E>(g.width);
     if (!counts) return {0, 0, 0, 0, 0};
     Sample s;
     s.flags = 0;
-    s.mask = d.mask;
+    // Not where the mask is read, which would wait for memory there.
+    s.mask = Factor(g, d.mask);
     int32_t top, left;
     const bool held_y = Split(y, g.height, g.clamp, &top, &s.ly);
     const bool held_x = Split(x, g.width, g.clamp, &left, &s.lx);

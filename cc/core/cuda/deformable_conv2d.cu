@@ -18,6 +18,8 @@
 //                 (matrix-inl.h).
 //
 //   ForwardKernel A block makes 128 pixels by up to 256 filters.
+//   HandOnNanKernel
+//                 Makes outputs NaN whose predictions are (see Modulation).
 //   DataKernel    A block makes the gradient of the columns of 128 pixels and
 //                 one tap, some channels at a time, and passes it on: with
 //                 atomic additions to the gradient of the inputs, summed over
@@ -200,13 +202,45 @@ __global__ void __launch_bounds__(kThreads)
         field = of_channel;
         s = Sample<E>::template Locate<uint64_t>(
             g, pixel, tap,
-            Displacement<E>::Read(pixel, field, in.offset, in.mask));
+            Displacement<E>::Read(g, pixel, field, in.offset, in.mask));
       }
       sum += ColumnAt(g, in, s, channel) *
              Widen(in.kernel[(tap * g.group_channels + i) * g.filters + f]);
     }
   }
   Narrow(sum, output + index);
+}
+
+// Overwrites the outputs of pixels with NaN among their predictions. Warps
+// search all predictions as one row of numbers, so that they read neighbours;
+// only what they find is divided by the numbers of a pixel.
+constexpr int kSearched = 8;  // numbers of a thread
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    HandOnNanKernel(const Geometry g, const Accumulator<T>* offset, T* output) {
+  using E = Accumulator<T>;
+  const int lane = threadIdx.x % 32;
+  const int64_t count = g.total_pixels * g.offset_step;
+  const int64_t first =
+      static_cast<int64_t>(blockIdx.x) * (kThreads * kSearched) + threadIdx.x;
+  E numbers[kSearched];
+#pragma unroll
+  for (int j = 0; j < kSearched; ++j) {
+    const int64_t i = first + j * kThreads;
+    numbers[j] = i < count ? offset[i] : 0;
+  }
+#pragma unroll
+  for (int j = 0; j < kSearched; ++j) {
+    unsigned found = __ballot_sync(0xffffffffu, numbers[j] != numbers[j]);
+    for (; found != 0; found &= found - 1) {
+      const int64_t i = first - lane + j * kThreads + __ffs(found) - 1;
+      T* const to = output + Quotient<uint64_t>(i, g.offset_step) * g.filters;
+      for (int64_t f = lane; f < g.filters; f += 32) {
+        Narrow(static_cast<E>(NAN), to + f);
+      }
+    }
+  }
 }
 
 // -----------------------------------------------------------------------------
@@ -257,13 +291,8 @@ Status WithFilters(int64_t filters, int64_t tiles, const Body& body) {
 }
 
 template <typename T>
-Status ForwardOf(const DeformableConv2DParams& params,
-                 const DeformableConv2DInputs& operands, void* output,
+Status ProductOf(const Geometry& g, const Operands<T>& in, T* to,
                  const CudaStream& stream) {
-  const Geometry g(params);
-  if (g.total_pixels == 0) return Status();
-  const Operands<T> in(g, operands, nullptr, nullptr);
-  T* const to = static_cast<T*>(output);
   if (IsDirect<T>(g)) {
     return Launch("DirectForwardKernel", DirectForwardKernel<T>,
                   CeilDiv(g.total_pixels * g.filters, kThreads), kThreads, 0,
@@ -285,6 +314,21 @@ Status ForwardOf(const DeformableConv2DParams& params,
     });
   }
   return Status();
+}
+
+template <typename T>
+Status ForwardOf(const DeformableConv2DParams& params,
+                 const DeformableConv2DInputs& operands, void* output,
+                 const CudaStream& stream) {
+  const Geometry g(params);
+  if (g.total_pixels == 0) return Status();
+  const Operands<T> in(g, operands, nullptr, nullptr);
+  T* const to = static_cast<T*>(output);
+  TF_DEFORM_RETURN_IF_ERROR(ProductOf(g, in, to, stream));
+  if (params.modulation == Modulation::kMask) return Status();
+  return Launch("HandOnNanKernel", HandOnNanKernel<T>,
+                CeilDiv(g.total_pixels * g.offset_step, kThreads * kSearched),
+                kThreads, 0, stream, g, in.offset, to);
 }
 
 // The workspace for the gradients of inputs, offset and mask: it holds the
@@ -348,6 +392,9 @@ Status DataOf(const DeformableConv2DParams& params, const Geometry& g,
       out.columns = ordered ? reinterpret_cast<E*>(columns) : nullptr;
       out.offset = static_cast<E*>(gradients.offset);
       out.mask = static_cast<E*>(gradients.mask);
+      if (g.most > 0 && out.offset != nullptr) {
+        out.mask = out.offset + 2 * g.fields;
+      }
       const int64_t count = out.end - first;
       if (IsDirect<T>(g)) {
         TF_DEFORM_RETURN_IF_ERROR(

@@ -118,19 +118,26 @@ __device__ __forceinline__ void PassOn(const Geometry& g, const Operands<T>& in,
   }
 }
 
-// Writes the gradients of one offset pair and its mask.
+// Writes the gradients of offset pair `field` of a pixel, and of its mask.
 template <typename E>
-__device__ __forceinline__ void WriteField(const DataGradients<E>& out,
-                                           const Sample<E>& s, int64_t field,
+__device__ __forceinline__ void WriteField(const Geometry& g, const E* mask,
+                                           const DataGradients<E>& out,
+                                           const Sample<E>& s, int64_t pixel,
+                                           int64_t field,
                                            const SampleSums<E>& sums) {
   const bool counts = s.flags != 0;
   if (out.offset != nullptr) {
-    out.offset[2 * field] =
-        counts && (s.flags & kHeldY) == 0 ? s.mask * sums.y : 0;
-    out.offset[2 * field + 1] =
-        counts && (s.flags & kHeldX) == 0 ? s.mask * sums.x : 0;
+    E* const pair = out.offset + pixel * g.offset_step + 2 * field;
+    pair[0] = counts && (s.flags & kHeldY) == 0 ? s.mask * sums.y : 0;
+    pair[1] = counts && (s.flags & kHeldX) == 0 ? s.mask * sums.x : 0;
   }
-  if (out.mask != nullptr) out.mask[field] = counts ? sums.mask : 0;
+  if (out.mask != nullptr) {
+    const int64_t at = pixel * g.mask_step + field;
+    E sum = counts ? sums.mask : 0;
+    // Where the mask is NaN, so is its gradient, even of a sample outside.
+    if (g.most > 0) sum *= FactorSlope(g, mask[at]);
+    out.mask[at] = sum;
+  }
 }
 
 // Runs of channels that belong to one group of the convolution and one offset
@@ -184,7 +191,7 @@ __device__ __forceinline__ Sample<float> LocateSample(const Geometry& g,
   if (exists) pixel = Pixel<float>::At<uint32_t>(g, p);
   return Sample<float>::Locate<uint32_t>(
       g, pixel, tap,
-      Displacement<float>::Read(pixel, field, in.offset, in.mask));
+      Displacement<float>::Read(g, pixel, field, in.offset, in.mask));
 }
 
 // A block makes the gradient of the columns of kDataPixels pixels, one tap and
@@ -285,8 +292,7 @@ __global__ void __launch_bounds__(DataBuffers<T, kTf32>::Sums::kThreads)
   }
   const int row = lane * kWarps + warp;
   if (lane < kRows && row < pixels) {
-    WriteField(out, shared->plan[row], (first + row) * g.fields + field,
-               totals);
+    WriteField(g, in.mask, out, shared->plan[row], first + row, field, totals);
   }
 }
 
@@ -309,7 +315,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t tap = field - offset_group * g.taps;
   const Pixel<E> pixel = Pixel<E>::template At<uint64_t>(g, first);
   const Sample<E> s = Sample<E>::template Locate<uint64_t>(
-      g, pixel, tap, Displacement<E>::Read(pixel, field, in.offset, in.mask));
+      g, pixel, tap,
+      Displacement<E>::Read(g, pixel, field, in.offset, in.mask));
   SampleSums<E> sums = {0, 0, 0};
   if (s.flags != 0) {
     const int64_t end = (offset_group + 1) * g.offset_channels;
@@ -338,7 +345,7 @@ __global__ void __launch_bounds__(kThreads)
     sums.OfWarp();
   }
   if (lane == 0) {
-    WriteField(out, s, first * g.fields + field, sums);
+    WriteField(g, in.mask, out, s, first, field, sums);
   }
 }
 
@@ -412,7 +419,7 @@ __global__ void __launch_bounds__(kOrderedThreads)
       const Pixel<E> pixel = Pixel<E>::template At<uint64_t>(g, p);
       s = Sample<E>::template Locate<uint64_t>(
           g, pixel, tap,
-          Displacement<E>::Read(pixel, offset_group * g.taps + tap, offset,
+          Displacement<E>::Read(g, pixel, offset_group * g.taps + tap, offset,
                                 mask));
     }
     const int64_t top = TopRow(g, s, image_begin);

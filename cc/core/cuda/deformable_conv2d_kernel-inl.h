@@ -182,7 +182,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t p = part * work.pixels; p < end; ++p) {
     const Pixel<E> pixel = Pixel<E>::template At<uint64_t>(g, p);
     const Sample<E> s = Sample<E>::template Locate<uint64_t>(
-        g, pixel, tap, Displacement<E>::Read(pixel, field, in.offset, in.mask));
+        g, pixel, tap,
+        Displacement<E>::Read(g, pixel, field, in.offset, in.mask));
     sum += ColumnAt(g, in, s, channel) * Widen(grad_output[p * g.filters + f]);
   }
   if (parts != nullptr) {
