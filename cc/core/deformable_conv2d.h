@@ -42,11 +42,12 @@ enum class Padding : int { kValid = 0, kSame = 1, kExplicit = 2 };
 enum class Boundary : int { kZeros = 0, kClamp = 1 };
 
 // Tells where the factors of samples come from. kMask: the operand `mask`. In
-// all other cases there is no operand `mask`, and the offset holds what a branch
-// of a layer predicts, of offset_groups * kernel_h * kernel_w * 2 or 3 channels:
-// all displacements, and behind them [group][kh][kw] a number m for each sample
-// (not for kNone). The factor is 1 (kNone), sigmoid(m) or 2 * sigmoid(m), and
-// an output pixel is NaN, in all filters, if any of its predictions is NaN.
+// all other cases there is no operand `mask`, and the offset holds what a
+// branch of a layer predicts, of offset_groups * kernel_h * kernel_w * 2 or 3
+// channels: all displacements, and behind them [group][kh][kw] a number m for
+// each sample (not for kNone). The factor is 1 (kNone), sigmoid(m) or
+// 2 * sigmoid(m), and an output pixel is NaN, in all filters, if any of its
+// predictions is NaN. The gradient of an m that is NaN is NaN.
 enum class Modulation : int64_t {
   kMask = 0,
   kNone = 1,
@@ -94,9 +95,9 @@ struct DeformableConv2DInputs {
   const void* kernel = nullptr;
   const void* offset = nullptr;
   const void* mask = nullptr;  // null: all ones
-  // Memory for one packed copy of the kernel, aligned to 64 bytes: a caller that
-  // keeps it from call to call saves the time in which fresh pages come into
-  // being. Null: a part of the workspace. Used on the CPU alone.
+  // Memory for one packed copy of the kernel, aligned to 64 bytes: a caller
+  // that keeps it from call to call saves the time in which fresh pages come
+  // into being. Null: a part of the workspace. Used on the CPU alone.
   void* packed = nullptr;
 };
 

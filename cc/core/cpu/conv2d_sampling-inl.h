@@ -275,6 +275,22 @@ static inline V Sigmoid(const V& m) {
   return m == m ? result : m;
 }
 
+// Returns whether one of n numbers is NaN.
+template <typename E>
+static bool AnyNaN(const E* numbers, int64_t n) {
+  constexpr int kN = kLanes<E>;
+  decltype(Vector<E, kN>() != Vector<E, kN>()) found = {};
+  int64_t i = 0;
+  for (; i + kN <= n; i += kN) {
+    const Vector<E, kN> some = Load<kN>(numbers + i);
+    found |= some != some;
+  }
+  bool any = false;
+  for (; i < n; ++i) any |= numbers[i] != numbers[i];
+  for (int lane = 0; lane < kN; ++lane) any |= found[lane] != 0;
+  return any;
+}
+
 // The state that all samples of a call share.
 template <typename E>
 struct Sampling {

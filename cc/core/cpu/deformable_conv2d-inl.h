@@ -235,24 +235,8 @@ static void DepthwiseProduct(const Geometry& g, const Bundle& bundle,
   }
 }
 
-// Returns whether one of n numbers is NaN.
-template <typename E>
-static bool AnyNaN(const E* numbers, int64_t n) {
-  constexpr int kN = kLanes<E>;
-  decltype(Vector<E, kN>() != Vector<E, kN>()) found = {};
-  int64_t i = 0;
-  for (; i + kN <= n; i += kN) {
-    const Vector<E, kN> some = Load<kN>(numbers + i);
-    found |= some != some;
-  }
-  bool any = false;
-  for (; i < n; ++i) any |= numbers[i] != numbers[i];
-  for (int lane = 0; lane < kN; ++lane) any |= found[lane] != 0;
-  return any;
-}
-
-// Overwrites filters [f_begin, f_end) of each group with NaN, at the pixels of a
-// tile for which a branch predicted NaN.
+// Overwrites filters [f_begin, f_end) of each group with NaN, at the pixels of
+// a tile for which a branch predicted NaN.
 template <typename T, typename E>
 static void MarkNaN(const Geometry& g, const E* offset, int64_t first,
                     int64_t count, int64_t f_begin, int64_t f_end, T* output) {

@@ -355,6 +355,26 @@ static void SumPairs(const DataPlan<T, O>& plan, const DataMemory<T, O>& memory,
   });
 }
 
+// Writes NaN to the gradients of predicted masks that are NaN: samples outside
+// of the image add nothing to them.
+template <typename E>
+static void MarkNaNGradients(const Geometry& g, const E* offset, E* grad_offset,
+                             const ParallelFor& parallel_for) {
+  constexpr int64_t kPixels = 1024;  // of a task
+  RunTasks(
+      parallel_for, CeilDiv(g.total_pixels, kPixels), [&](int64_t task, int) {
+        const int64_t begin = task * kPixels * g.offset_numbers;
+        const int64_t end =
+            Min((task + 1) * kPixels, g.total_pixels) * g.offset_numbers;
+        if (!AnyNaN(offset + begin, end - begin)) return;
+        for (int64_t i = begin; i < end; ++i) {
+          if (i % g.offset_numbers >= 2 * g.fields && offset[i] != offset[i]) {
+            grad_offset[i] = offset[i];
+          }
+        }
+      });
+}
+
 // Writes the wanted gradients of inputs, offset and mask and, if plan.fused,
 // the gradient of the kernel.
 template <typename T, typename O>
@@ -398,6 +418,7 @@ static void DataPass(const DeformableConv2DParams& params,
   }
   if (g.IsModulated() && targets.offset != nullptr) {
     targets.mask = targets.offset + 2 * g.fields;
+    MarkNaNGradients(g, operands.offset, targets.offset, parallel_for);
   }
   if (wanted.kernel) {
     Zero(parallel_for, memory.kernel_sums, plan.pairs * plan.KernelBytes());
