@@ -274,6 +274,18 @@ TF_DEFORM_C_API int TfDeformDeformableConv2DValidate(
   return Report(Validate(shapes, params), message, message_size);
 }
 
+TF_DEFORM_C_API int64_t TfDeformDeformableConv2DCpuPackedBytes(
+    const DeformableConv2DParams* params, int data_type) {
+  return cpu::PackedBytes(*params, static_cast<DataType>(data_type));
+}
+
+TF_DEFORM_C_API int64_t TfDeformDeformableConv2DCpuBackwardPackedBytes(
+    const DeformableConv2DParams* params, int data_type,
+    const DeformableConv2DGradients* wanted) {
+  return cpu::BackwardPackedBytes(*params, static_cast<DataType>(data_type),
+                                  *wanted);
+}
+
 TF_DEFORM_C_ENTRY_POINTS(DeformableConv2D)
 
 }  // namespace tf_deform

@@ -242,6 +242,55 @@ def test_scratch_is_bounded(
         assert backward <= extra + scratch, names
 
 
+class KeepingCpu(core.Cpu):
+    """Gives the packed kernel memory of its own, outside of the workspace."""
+
+    def num_bytes(self, name, *arguments):
+        return super().num_bytes(name, *arguments) - self.packed_bytes
+
+    def run(self, name, sizes, before, after, executor):
+        function = getattr(
+            core.library(), f"{name.removesuffix('Forward')}PackedBytes"
+        )
+        function.restype = core.INT64
+        self.packed_bytes = function(*sizes[:-1])
+        packed = core.Array(
+            shape=(self.packed_bytes,), dtype=np.uint8, alignment=64
+        )
+        before[2]._obj.packed = packed.pointer
+        super().run(name, sizes, before, after, executor)
+        packed.numpy()
+
+
+@pytest.mark.parametrize("dtype", core.DTYPES)
+@pytest.mark.parametrize("seed", range(16))
+def test_packed_kernel_in_memory_of_the_caller(seed, dtype):
+    """Tests that it gives the same bits, with guards behind both memories."""
+    operands, attributes = draw_call(seed)
+    keeping = KeepingCpu()
+    for wanted in (("inputs",), ("kernel",), NAMES):
+        results = [
+            core.backward(
+                *operands,
+                dtype=dtype,
+                threads=3,
+                on=on,
+                wanted=wanted,
+                **attributes,
+            )
+            for on in (None, keeping)
+        ]
+        assert_same_bits(*results, case=wanted)
+        assert (keeping.packed_bytes > 0) == (wanted != ("kernel",))
+    expected, received = (
+        core.forward(
+            *operands[:-1], dtype=dtype, threads=3, on=on, **attributes
+        )
+        for on in (None, keeping)
+    )
+    assert_same_bits({"output": received}, {"output": expected})
+
+
 def test_large_common_value_does_not_drown_the_slope():
     rng = np.random.default_rng(0)
     operands = (

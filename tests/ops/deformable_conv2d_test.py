@@ -321,3 +321,30 @@ def test_calls_that_wait_for_the_pool():
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         for result in pool.map(call, range(8)):
             assert_equal(result, expected)
+
+
+def test_calls_of_other_kernels_at_the_same_moment():
+    """Tests that no two calls have the memory that one TensorFlow kernel keeps.
+
+    In eager mode calls with equal attributes share a TensorFlow kernel, so its
+    memory passes from one size to another, and back.
+    """
+    rng = np.random.default_rng(0)
+    calls = []
+    for filters in (64, 40, 200, 8):
+        shapes = (2, 30, 20, 16), (3, 3, 16, filters), (2, 30, 20, 18)
+        calls.append([np.float32(rng.normal(size=shape)) for shape in shapes])
+
+    def call(index):
+        operands = [tf.constant(operand) for operand in calls[index]]
+        with tf.GradientTape() as tape:
+            tape.watch(operands)
+            output = deformable_conv2d(*operands, padding="same")
+        return [output, *tape.gradient(output, operands)]
+
+    expected = [call(index) for index in range(len(calls))]
+    order = rng.integers(len(calls), size=64)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for index, results in zip(order, pool.map(call, order), strict=True):
+            for result, wanted in zip(results, expected[index], strict=True):
+                assert_equal(result, wanted, case=f"kernel {index}")
