@@ -33,9 +33,33 @@ EVERY_LAYER = ("contract_test",)
 MISTAKES = [
     # The convolution on the CPU.
     Mistake(
+        "cpu-conv-packed-block-of-other-filters",
+        "f * PackedInner<O>(piece.count);",
+        "f * PackedInner<O>(blocks.limit);",
+        CONV,
+    ),
+    Mistake(
+        "cpu-conv-predicted-mask-without-its-slope",
+        "in.Slope(mask) *",
+        "E(1) *",
+        CONV_OP,
+    ),
+    Mistake(
+        "cpu-conv-nan-of-first-pixel-alone",
+        "if (!AnyNaN(offset + p * n, n)) continue;",
+        "if (!AnyNaN(offset + first * n, n)) continue;",
+        CONV_OP,
+    ),
+    Mistake(
+        "tf-kept-memory-lent-twice",
+        "kept_ = tensorflow::Tensor(); }",
+        "kept_ = *memory; }",
+        CONV_OP,
+    ),
+    Mistake(
         "cpu-conv-dy-is-dx",
-        "dy[l] = in.offset[2 * (field + l * in.fields)];",
-        "dy[l] = in.offset[2 * (field + l * in.fields) + 1];",
+        "dy[l] = from[l * in.offset_numbers];",
+        "dy[l] = from[l * in.offset_numbers + 1];",
         CONV,
     ),
     Mistake(

@@ -331,7 +331,7 @@ def test_calls_of_other_kernels_at_the_same_moment():
     """
     rng = np.random.default_rng(0)
     calls = []
-    for filters in (64, 40, 200, 8):
+    for filters in (64, 64, 64, 200, 200, 8):
         shapes = (2, 30, 20, 16), (3, 3, 16, filters), (2, 30, 20, 18)
         calls.append([np.float32(rng.normal(size=shape)) for shape in shapes])
 
