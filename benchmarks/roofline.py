@@ -56,6 +56,20 @@ def flop(case: Case, kind: str) -> int:
     return 3 * product + (9 + 16) * samples
 
 
+def split_work(case: Case, kind: str) -> tuple[int, int, int]:
+    """Returns floating-point operations of products and of sampling, and bytes.
+
+    The bytes are those that sampling reads from, and writes to, caches: for
+    every channel of a sample forward reads four neighbours and writes a column;
+    backward reads a column's gradient and the four neighbours again, and reads
+    and writes the gradient of the four neighbours.
+    """
+    product = case.product_flop * (1 if kind == "forward" else 3)
+    samples = math.prod(case.output_shape[:3]) * case.taps * case.channels
+    numbers = 5 if kind == "forward" else 5 + 13
+    return product, flop(case, kind) - product, 4 * numbers * samples
+
+
 def compulsory_bytes(case: Case, kind: str) -> int:
     """Returns bytes of operands and results, each read or written once.
 
@@ -97,6 +111,32 @@ def measure_peaks(counts: list[int]) -> dict[int, dict[str, float]]:
     return peaks
 
 
+def measure_sgemm(threads: int, bits: int) -> float:
+    """Returns GFLOP/s of NumPy's product of two matrices of 2048 x 2048."""
+    code = (
+        "import numpy, time\n"
+        "a = numpy.ones((2048, 2048), numpy.float32)\n"
+        "times = []\n"
+        "for _ in range(12):\n"
+        "    start = time.perf_counter()\n"
+        "    a @ a\n"
+        "    times.append(time.perf_counter() - start)\n"
+        "print(2 * 2048**3 / min(times) / 1e9)\n"
+    )
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": str(threads)}
+    if bits == 256:
+        environment["OPENBLAS_CORETYPE"] = "Haswell"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=lambda: pin(threads),
+    )
+    return float(result.stdout)
+
+
 def last_level_bytes() -> int:
     """Returns the size of the largest cache; 0 if that is not known."""
     folder = "/sys/devices/system/cpu/cpu0/cache"
@@ -117,7 +157,7 @@ def reachable(peaks: dict[str, float], instruction_set: str | None) -> str:
 
 
 def describe(
-    row: dict[str, Any], kind: str, peaks: dict[str, float]
+    row: dict[str, Any], kind: str, peaks: dict[str, float], sgemm: float
 ) -> list[str]:
     """Returns the cells of a line of the table."""
     kernel = reachable(peaks, row["instruction_set"])
@@ -130,6 +170,12 @@ def describe(
     }
     limit = max(limits, key=limits.get)
     time = row[kind]["median_ms"]
+    product, sampling, moved = split_work(case, kind)
+    product_ms = product / peaks[kernel] / 1e6
+    sampling_ms = max(
+        sampling / peaks[kernel], moved / peaks["read.second_level"]
+    )
+    sampling_ms /= 1e6
     return [
         row["shape"],
         str(row["threads"]),
@@ -138,6 +184,10 @@ def describe(
         f"{size / 1e6:.1f}",
         f"{time:.2f}",
         f"{work / time / 1e6:.0f}",
+        f"{work / time / 1e6 / sgemm:.0%}",
+        f"{product_ms:.2f}",
+        f"{sampling_ms:.2f}",
+        f"{time - product_ms - sampling_ms:.2f}",
         f"{limits[limit]:.2f}",
         limit,
         f"{limits[limit] / time:.0%}",
@@ -171,7 +221,14 @@ def main() -> None:
         ]
     if not rows:
         parser.error("expected rows of tf_deform's convolution; there are none")
-    peaks = measure_peaks(sorted({row["threads"] for row in rows}))
+    counts = sorted({row["threads"] for row in rows})
+    peaks = measure_peaks(counts)
+    bits = {row["instruction_set"]: None for row in rows}
+    sgemm = {
+        (threads, isa): measure_sgemm(threads, BITS.get(isa, 512))
+        for threads in counts
+        for isa in bits
+    }
 
     about = machine.describe()
     command = shlex.join(["python", "benchmarks/roofline.py", *sys.argv[1:]])
@@ -184,12 +241,19 @@ def main() -> None:
         for threads, peak in peaks.items()
     ]
     print(markdown(["threads", *names], table) + "\n")
+    for (threads, isa), rate in sgemm.items():
+        print(f"sgemm, {threads} threads, {isa}: {rate:.0f} GFLOP/s\n")
     header = (
-        "shape, threads, kind, GFLOP, MB, ms, GFLOP/s, limit ms, limit set by, "
-        "share of limit"
+        "shape, threads, kind, GFLOP, MB, ms, GFLOP/s, of sgemm, products ms, "
+        "sampling ms, rest ms, limit ms, limit set by, share of limit"
     )
     table = [
-        describe(row, kind, peaks[row["threads"]])
+        describe(
+            row,
+            kind,
+            peaks[row["threads"]],
+            sgemm[row["threads"], row["instruction_set"]],
+        )
         for row in rows
         for kind in KINDS
         if kind in row
