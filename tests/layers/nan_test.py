@@ -32,7 +32,7 @@ from layer_cases import (
 from operands import random
 
 from tf_deform import _build_info
-from tf_deform.layers._branch import hand_on_nan
+from tf_deform._portable.fields import hand_on_nan
 
 NAN = np.float32(np.nan)
 NATIVE = [("native", mode) for mode in MODES]

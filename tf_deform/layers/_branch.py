@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Convolves and checks NaN, for the branches of all layers."""
+"""Convolves, for the branch of the convolution."""
 
 import math
 from collections.abc import Sequence
@@ -147,33 +147,3 @@ def _if_none(size: Size, value: int) -> Size:
     if isinstance(size, int):
         return 0 if size > 0 else value
     return tf.where(size > 0, 0, value)
-
-
-def hand_on_nan(
-    outputs: tf.Tensor, fields: tf.Tensor, axis: int | Sequence[int] = -1
-) -> tf.Tensor:
-    """Makes outputs NaN where a branch predicted NaN for them.
-
-    To an op, a displacement that is NaN lies outside of the image, as infinity
-    does. Without this function, NaN of a branch would not show in the outputs.
-
-    Args:
-        outputs: `(batch, height, width, channels)`, computed by an op from
-            `fields`.
-        fields: The branch's predictions, of the same rank, before any operation
-            that could hide a NaN.
-        axis: Axes of `fields` over which one NaN counts for all; the other axes
-            have to have the size of the axis of `outputs`, or 1.
-
-    Returns:
-        `outputs`, with NaN added.
-    """
-    # Counts NaN, and adds the root of minus the count, which is NaN or -0.
-    # Other ways fail: a constant NaN would alarm users who search a graph for
-    # NaN, zero times a field would be NaN for infinity as well, and LiteRT does
-    # not load the 8-bit operation that a choice between fields and zero
-    # becomes.
-    count = tf.reduce_sum(
-        tf.cast(tf.math.is_nan(fields), fields.dtype), axis, keepdims=True
-    )
-    return outputs + tf.cast(tf.sqrt(-count), outputs.dtype)

@@ -10,7 +10,8 @@ import tensorflow as tf
 
 from tf_deform import _loader
 from tf_deform._implementation import check_implementation
-from tf_deform.layers._branch import convolve, hand_on_nan
+from tf_deform._portable.fields import hand_on_nan
+from tf_deform.layers._branch import convolve
 from tf_deform.layers._op_layer import OpLayer, check_data_format
 from tf_deform.ops._arguments import (
     Pair,

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_deform.layers._branch import hand_on_nan
+from tf_deform._portable.fields import hand_on_nan
 from tf_deform.layers._roi_layer import (
     DisplacedROILayer,
     ROILayer,
