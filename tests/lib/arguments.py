@@ -95,7 +95,7 @@ KINDS = {
         *(8, (8, 0), [8, -1], np.array([8, 4])),
     ],
 }
-# The kind of each argument of functions and layers.
+# The kind of each argument of functions and layers; of one alone, by its name.
 KIND_OF = {
     "boundary": "option",
     "data_format": "option or None",
@@ -106,7 +106,8 @@ KIND_OF = {
     "groups": "count",
     "implementation": "option",
     "kernel_size": "pair",
-    "modulation": "option or None",
+    "modulation": "option",
+    "DeformableConv2D.modulation": "option or None",
     "num_classes": "count",
     "offset_dilation_rate": "pair or None",
     "offset_groups": "count",
@@ -184,7 +185,7 @@ _OF_KERAS = re.compile(
 )
 # The function, the name of an argument that is no operand, and its kind.
 EVERY_ARGUMENT = [
-    (function, name, KIND_OF[name])
+    (function, name, KIND_OF.get(f"{function.__name__}.{name}", KIND_OF[name]))
     for function in CALLABLES
     for name in inspect.signature(function).parameters
     if name not in OPERANDS and not _OF_KERAS.fullmatch(name)

@@ -185,6 +185,28 @@ BAD_SHAPES = {
             ({"padding": ((0, 2**63 - 1), (0, 0))}, "`padding`", r"\d{10}"),
             *(
                 (
+                    {"modulation": modulation},
+                    "no `mask` where `offset`",
+                    r"mask\.shape=(None|\(2, 7, 9, 12\))",
+                )
+                for modulation in ("none", "sigmoid", "2sigmoid")
+            ),
+            *(
+                (
+                    {"modulation": modulation, "mask": None, "offset": shape},
+                    f"`offset`.*{right}",
+                    re.escape(f"offset.shape={shape}"),
+                )
+                for modulation, shape, right in (
+                    ("none", (2, 7, 9, 36), r"24 channels \(2 \* "),
+                    ("sigmoid", (2, 7, 9, 24), r"36 channels \(3 \* "),
+                    ("2sigmoid", (2, 7, 9, 37), r"36 channels \(3 \* "),
+                    ("2sigmoid", (2, 8, 9, 36), "7"),
+                    ("sigmoid", (7, 9, 36), f"{_RANK}.*kernel_w \\* 3"),
+                )
+            ),
+            *(
+                (
                     {
                         "offset_groups": groups,  # no divisor, and larger
                         "offset": (2, 7, 9, 12 * groups),

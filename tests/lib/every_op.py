@@ -45,9 +45,10 @@ class Op:
     variants: dict[str, dict]
     large: dict  # settings of a call for several threads
     every_output: dict = dataclasses.field(default_factory=dict)  # options
+    form: str = ""  # of several calls of the same op
 
     def __str__(self) -> str:
-        return self.function.__name__.removeprefix("deformable_")
+        return self.function.__name__.removeprefix("deformable_") + self.form
 
     @functools.cached_property
     def options(self) -> dict:
@@ -134,6 +135,32 @@ def conv2d_call(case: Conv2DCase, dtype: str = "float64") -> Call:
     return given, case.output_grad(dtype), case.options
 
 
+def broken_fields(
+    modulation: str, boundary: str, dtype: str, factors: bool
+) -> Call:
+    """Draws a call on fields; some have a NaN or an infinity in one number.
+
+    Each displacement, or each number of a factor, is NaN in one pixel, and
+    infinite in two others.
+    """
+    case = Conv2DCase(
+        size=(7, 6),
+        kernel_size=(2, 1),
+        groups=2,
+        offset_groups=2,
+        boundary=boundary,
+        modulation=modulation,
+    )
+    call = given, *_ = conv2d_call(case, dtype)
+    fields = given["offset"].reshape(np.prod(case.output_shape[:3]), -1)
+    columns = range(8, 12) if factors else range(8)
+    for index, column in enumerate(columns):
+        fields[5 * index, column] = np.nan
+        fields[5 * index + 1, column] = np.inf
+        fields[5 * index + 3, column] = -np.inf
+    return call
+
+
 def _conv2d_reference(
     given: dict, output_grad: np.ndarray, options: dict
 ) -> tuple[list, dict]:
@@ -179,6 +206,9 @@ CONV2D = Op(
         "clamp, no mask": dict(has_mask=False, boundary="clamp", reach=1),
         "strides": dict(padding=((1, 0), (2, 1)), strides=(2, 1), groups=1),
         "dilation": dict(channels=6, offset_groups=3, dilation_rate=(1, 2)),
+        "no factors": dict(modulation="none"),
+        "sigmoid": dict(modulation="sigmoid", boundary="clamp", reach=1),
+        "2sigmoid": dict(modulation="2sigmoid", offset_groups=4),
     },
     large=dict(
         size=(31, 29),
@@ -188,6 +218,13 @@ CONV2D = Op(
         kernel_size=(3, 3),
         offset_groups=3,
     ),
+)
+# The same op on what a layer's branch predicts.
+CONV2D_FIELDS = dataclasses.replace(
+    CONV2D,
+    form=", fields",
+    full={**CONV2D.full, "modulation": "2sigmoid"},
+    large={**CONV2D.large, "modulation": "2sigmoid"},
 )
 
 

@@ -15,6 +15,7 @@ from reference import Pair, pair
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 BOUNDARIES = ("zeros", "clamp")
+FACTORS = ("sigmoid", "2sigmoid")  # made by the convolution, of its offset
 
 
 def numpy_type(name: str) -> type:
@@ -82,7 +83,8 @@ class Conv2DCase:
     padding: reference.Padding = "same"
     dilation_rate: int | tuple[int, int] = 1
     boundary: str = "zeros"
-    has_mask: bool = True
+    modulation: str = "mask"
+    has_mask: bool = True  # counts for `modulation` "mask" alone
     reach: int = 3  # Offsets are between -reach and reach.
     seed: int = 0
 
@@ -95,6 +97,7 @@ class Conv2DCase:
             "dilation_rate": self.dilation_rate,
             "offset_groups": self.offset_groups,
             "boundary": self.boundary,
+            "modulation": self.modulation,
         }
 
     @property
@@ -112,7 +115,8 @@ class Conv2DCase:
         """Returns `[inputs, kernel, offset]` and, if there is one, `mask`.
 
         Offsets keep a tenth of a pixel away from integers, where the derivative
-        jumps.
+        jumps. With a modulation that makes factors, the mask's numbers stand
+        behind them.
         """
         rng = np.random.default_rng(self.seed)
         value_type = numpy_type(dtype)
@@ -130,17 +134,24 @@ class Conv2DCase:
         offset = rng.integers(-self.reach, self.reach, (*pixels, 2 * taps))
         offset = offset + rng.uniform(0.1, 0.9, offset.shape)
         mask = rng.normal(size=(*pixels, taps))
+        if self.modulation in FACTORS:
+            offset = np.concatenate([offset, mask], -1)
+        has_mask = self.has_mask and self.modulation == "mask"
         return [
             inputs.astype(value_type),
             kernel.astype(value_type),
             offset.astype(xy_type),
             mask.astype(xy_type),
-        ][: 4 if self.has_mask else 3]
+        ][: 4 if has_mask else 3]
 
     def output_grad(self, dtype: str = "float32") -> np.ndarray:
         rng = np.random.default_rng(self.seed + 1)
         grad = rng.normal(size=self.output_shape)
         return grad.astype(numpy_type(dtype))
+
+
+# Every second case has the operand `mask`, or none.
+_MODULATIONS = ("mask", "sigmoid", "mask", "none", "2sigmoid", "mask")
 
 
 def draw_conv2d_case(seed: int, **fixed: object) -> Conv2DCase:
@@ -165,6 +176,7 @@ def draw_conv2d_case(seed: int, **fixed: object) -> Conv2DCase:
         "dilation_rate": draw_pair(1, 3),
         "boundary": BOUNDARIES[rng.integers(2)],
         "has_mask": bool(rng.integers(4)),
+        "modulation": _MODULATIONS[seed % len(_MODULATIONS)],
         "seed": seed,
     }
     return Conv2DCase(**{**draw, **fixed})

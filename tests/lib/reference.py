@@ -139,6 +139,7 @@ class _Call:
         dilation_rate: int | Pair = 1,
         offset_groups: int = 1,
         boundary: str = "zeros",
+        modulation: str = "mask",
     ):
         self.inputs = np.asarray(inputs).astype(np.float64)
         kernel = np.asarray(kernel).astype(np.float64)
@@ -156,10 +157,24 @@ class _Call:
         # The mask is [n, i, j, offset group, tap]; the offset has (dy, dx) too.
         out = output_size(*sizes, *self.steps)
         shape = (batch, *out, offset_groups, taps)
-        self.offset = offset.reshape(*shape, 2)
+        samples = offset_groups * taps
+        self.offset = offset[..., : 2 * samples].reshape(*shape, 2)
         self.mask = np.ones(shape)
         if mask is not None:
             self.mask = np.asarray(mask).astype(np.float64).reshape(shape)
+        # The derivative of the mask by the numbers that are given.
+        self.mask_slope = np.ones(shape)
+        self.masks_in_offset = modulation in ("sigmoid", "2sigmoid")
+        if self.masks_in_offset:
+            m = offset[..., 2 * samples :].astype(np.float64).reshape(shape)
+            largest = 2 if modulation == "2sigmoid" else 1
+            sigmoid = 1 / (1 + np.exp(-m))
+            self.mask = largest * sigmoid
+            self.mask_slope = largest * sigmoid * (1 - sigmoid)
+        # The output pixels for which a branch predicts NaN.
+        self.nan = np.zeros((batch, *out, 1), bool)
+        if modulation != "mask":
+            self.nan = np.isnan(offset).any(-1, keepdims=True)
         # The channels of each offset group; channels and filters of each group.
         self.moved_together = _parts(channels, offset_groups)
         groups = channels // channels_per_group
@@ -206,7 +221,7 @@ class _Call:
                 self.kernel_by_tap[..., f],
                 optimize=True,
             )
-        return output
+        return np.where(self.nan, np.nan, output)
 
 
 def _parts(count: int, parts: int) -> list[slice]:
@@ -216,7 +231,10 @@ def _parts(count: int, parts: int) -> list[slice]:
 
 
 def _gradients(call: _Call, output_grad: np.ndarray) -> tuple:
-    """Returns gradients of inputs, kernel, offset and mask."""
+    """Returns gradients of inputs, kernel, offset and mask.
+
+    If masks are made of numbers in the offset, its gradient holds theirs.
+    """
     output_grad = np.asarray(output_grad).astype(np.float64)
 
     # Through the convolution: to the kernel and to the columns.
@@ -245,11 +263,17 @@ def _gradients(call: _Call, output_grad: np.ndarray) -> tuple:
         # The pixels of a sample differ: none is added twice.
         inputs_grad[at] += np.outer(near.weights, value_grad)
         pixels = call.inputs[at]
-        mask_grad[index] = near.weights @ pixels @ columns_grad[column]
+        value = near.weights @ pixels @ columns_grad[column]
+        mask_grad[index] = call.mask_slope[index] * value
         offset_grad[index] = [
             near.weights_dy @ pixels @ value_grad,
             near.weights_dx @ pixels @ value_grad,
         ]
+    if call.masks_in_offset:
+        fields = (*call.offset.shape[:3], -1)
+        offset_grad = np.concatenate(
+            [offset_grad.reshape(fields), mask_grad.reshape(fields)], -1
+        )
     return inputs_grad, kernel_grad, offset_grad, mask_grad
 
 

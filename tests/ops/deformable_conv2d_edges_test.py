@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from compare import assert_equal
-from every_op import CONV2D, conv2d_call, typed
+from every_op import CONV2D, broken_fields, conv2d_call, typed
 from operands import (
     BOUNDARIES,
     DTYPES,
+    FACTORS,
     Conv2DCase,
     conv2d_places,
     one_sample_per_image,
@@ -120,6 +121,38 @@ def test_zero_mask_times_infinity_is_nan():
         inputs, one.astype(np.float32), np.zeros((1, 1, 1, 2)), zero
     )
     assert np.isnan(output.numpy().item())
+
+
+# What a branch predicts.
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+@pytest.mark.parametrize("modulation", ["none", *FACTORS])
+def test_a_nan_displacement_of_a_branch_shows(modulation, boundary, dtype):
+    """Tests NaN in all filters of its pixel alone, and no gradient of it."""
+    call = broken_fields(modulation, boundary, dtype, factors=False)
+    (output,), gradients = CONV2D.results(*call)
+    nan = np.isnan(np.float32(output))
+    assert nan.sum() == 8 * nan.shape[-1] and nan.any(-1).sum() == 8
+    for gradient in gradients.values():
+        assert np.isfinite(np.float32(gradient)).all()
+    CONV2D.check(call, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+@pytest.mark.parametrize("modulation", FACTORS)
+def test_a_factor_that_is_nan_or_infinite(modulation, boundary, dtype):
+    """Tests NaN in all filters of its pixel alone, and as any factor's.
+
+    Infinity is a limit: the factor is 0 or the largest one.
+    """
+    call = broken_fields(modulation, boundary, dtype, factors=True)
+    nan = np.isnan(np.float32(CONV2D.results(*call)[0][0]))
+    assert nan.sum() == 4 * nan.shape[-1] and nan.any(-1).sum() == 4
+    if boundary == "zeros":  # A held edge has no slope, whatever the factor.
+        CONV2D.check(call, dtype)
 
 
 # Empty tensors.

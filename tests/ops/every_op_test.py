@@ -14,6 +14,7 @@ import tensorflow as tf
 from compare import assert_equal, assert_finite_differences
 from every_op import (
     CONV2D,
+    CONV2D_FIELDS,
     COORDINATES,
     KNOWN,
     OPS,
@@ -136,6 +137,7 @@ def graph_of(op, known, dtype, **changes):
         "op, changes": [
             *((op, {}) for op in OPS),
             (CONV2D, {"boundary": "clamp"}),
+            (CONV2D_FIELDS, {}),
         ],
         "known": list(KNOWN),
         "dtype": list(DTYPES),
@@ -254,7 +256,7 @@ def computed_by(op, function):
     """Returns the gradients that `function` computes, once, and its result."""
 
     def counts():
-        numbers = (ctypes.c_int64 * len(op.differentiable))()
+        numbers = (ctypes.c_int64 * 4)()  # the convolution's, with a mask
         library = ctypes.CDLL(_loader.LIBRARY)
         getattr(library, f"TfDeform{op.name}GradientsComputed")(numbers)
         return np.array(numbers)
@@ -276,7 +278,7 @@ def every_gradient(op):
     ("op", "wanted"),
     [
         (op, wanted)
-        for op in OPS
+        for op in (*OPS, CONV2D_FIELDS)
         for count in range(len(op.differentiable) + 1)
         for wanted in itertools.combinations(op.differentiable, count)
     ],
@@ -349,7 +351,7 @@ def hashes() -> list[str]:
     """Returns a line for each result of large calls."""
     lines = []
     for op, dtype, batch in itertools.product(
-        OPS, ("float32", "bfloat16"), (1, 5)
+        (*OPS, CONV2D_FIELDS), ("float32", "bfloat16"), (1, 5)
     ):
         call = typed(op.make(**op.large, batch=batch), dtype)
         outputs, gradients = op.results(*call)
@@ -382,5 +384,5 @@ def test_results_are_bitwise_equal_for_any_number_of_threads(run_python):
     half = len(lines) // 2
     one, three = lines[:half], lines[half:]
     digests = {line.split()[-1] for line in one}
-    assert len(one) == 2 * 2 * (5 + 3 + 3) and len(digests) == len(one)
+    assert len(one) == 2 * 2 * (5 + 3 + 3 + 4) and len(digests) == len(one)
     assert three == one and hashes() == one

@@ -11,10 +11,20 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from compare import assert_close
-from every_op import CONV2D, KNOWN, OPS, POOLING, conv2d_call, every_op, typed
+from every_op import (
+    CONV2D,
+    KNOWN,
+    OPS,
+    POOLING,
+    broken_fields,
+    conv2d_call,
+    every_op,
+    typed,
+)
 from operands import (
     BOUNDARIES,
     DTYPES,
+    FACTORS,
     Conv2DCase,
     conv2d_places,
     draw_conv2d_case,
@@ -112,6 +122,26 @@ def test_what_is_outside_is_zero_whatever_its_mask(boundary):
         assert np.isfinite(tensor).all()
     assert not gradients["mask"].numpy()[outside].any()
     check_equal((outputs, gradients), CONV2D.results(*call), "float32")
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+@pytest.mark.parametrize("modulation", ["none", *FACTORS])
+def test_a_nan_displacement_of_a_branch_shows(modulation, boundary):
+    call = broken_fields(modulation, boundary, "float32", factors=False)
+    assert np.isnan(portable(CONV2D, call)[0]).any()
+    check_against_native(CONV2D, call, "float32")
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+@pytest.mark.parametrize("modulation", FACTORS)
+def test_a_factor_that_is_nan_or_infinite(modulation, boundary):
+    call = broken_fields(modulation, boundary, "float32", factors=True)
+    output, expected = (
+        forward(CONV2D, call, implementation)
+        for implementation in ("portable", "native")
+    )
+    assert np.isnan(output).any()
+    assert_close(output, expected, PORTABLE["float32"])
 
 
 def test_convolution_reads_nothing_else():

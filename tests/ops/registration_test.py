@@ -125,11 +125,17 @@ def flops(function, *shapes):
     }, counted.total_float_ops
 
 
-def test_flops_of_a_convolution():
-    shapes = [(2, 8, 9, 12), (3, 3, 6, 10), (2, 6, 7, 36), (2, 6, 7, 18)]
+@pytest.mark.parametrize(
+    ("modulation", "channels"),
+    [("mask", (36, 18)), ("none", (36,)), ("2sigmoid", (54,))],
+)
+def test_flops_of_a_convolution(modulation, channels):
+    shapes = [(2, 8, 9, 12), (3, 3, 6, 10), *((2, 6, 7, n) for n in channels)]
 
     def call(*operands):
-        return ops.deformable_conv2d(*operands, offset_groups=2)
+        return ops.deformable_conv2d(
+            *operands, offset_groups=2, modulation=modulation
+        )
 
     taps = 2 * 6 * 7 * 9
     product, sampling = 2 * taps * 6 * 10, 8 * taps * 12

@@ -57,6 +57,20 @@ def convolve(image, weights, implementation, **options):
     )
 
 
+def convolve_fields(image, weights, implementation):
+    """Makes the same, and leaves it to the op to take them apart."""
+    first, branch, kernel = weights
+    features = tf.nn.conv2d(image, first, 1, "SAME")
+    return ops.deformable_conv2d(
+        features,
+        kernel,
+        tf.nn.conv2d(features, branch, 1, "SAME"),
+        padding="same",
+        modulation="sigmoid",
+        implementation=implementation,
+    )
+
+
 def pool(function, **options):
     def run(image, weights, implementation):
         """Makes boxes and displacements by convolutions, as in a detector."""
@@ -86,6 +100,7 @@ def pool(function, **options):
 CALLS = {
     "convolve": convolve,
     "clamped": functools.partial(convolve, boundary="clamp"),
+    "fields": convolve_fields,
     "psroi_pool": pool(ops.deformable_psroi_pool, output_dim=8, group_size=1),
     "roi_align": pool(ops.deformable_roi_align, sampling_ratio=2),
     "roi_align_adaptive": pool(ops.deformable_roi_align),
@@ -236,7 +251,7 @@ def test_derivatives_of_what_keeps_positions(name):
     assert_close(tf.function(second)(image), second(image), 1e-4)
     assert_close(forward(tf.function(run)), forward(run), 1e-4)
     # XLA compiles this pooling only for ROIs that are given.
-    if name in ("convolve", "clamped"):
+    if name in ("convolve", "clamped", "fields"):
         compiled = tf.function(gradient, jit_compile=True)
         assert_close(compiled(image), gradient(image), 1e-4)
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from compare import assert_close, assert_equal
-from every_op import CONV2D, OPS, PSROI_POOL, ROI_ALIGN
+from every_op import CONV2D, CONV2D_FIELDS, OPS, PSROI_POOL, ROI_ALIGN
 from operands import random
 
 from tf_deform import _build_info, _loader, layers
@@ -60,14 +60,22 @@ def assert_same(actual, expected):
         assert_equal(first, second, name=str(path), dtype=second.dtype)
 
 
-@pytest.mark.parametrize("displaced", [False, True])
 @pytest.mark.parametrize(
-    ("call", "changes"),
+    ("call", "changes", "displaced"),
     [
-        *((call, {}) for call in OPS),
-        (CONV2D, {"boundary": "clamp"}),
-        # Attributes cross as text, and must lose no bit of a float64.
-        (ROI_ALIGN, {"spatial_scale": 1 / 3 + 1e-12, "gamma": 0.1}),
+        *(
+            (call, changes, displaced)
+            for call, changes in (
+                *((call, {}) for call in OPS),
+                (CONV2D, {"boundary": "clamp"}),
+                # Attributes cross as text, and must lose no bit of a float64.
+                (ROI_ALIGN, {"spatial_scale": 1 / 3 + 1e-12, "gamma": 0.1}),
+            )
+            for displaced in (False, True)
+        ),
+        (CONV2D, {"modulation": "none"}, False),
+        (CONV2D_FIELDS, {"modulation": "sigmoid"}, True),
+        (CONV2D_FIELDS, {}, True),
     ],
     ids=str,
 )

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import tensorflow as tf
 
+from tf_deform._portable.fields import FACTORS, hand_on_nan, split_fields
 from tf_deform._portable.sampling import unrounded, weighted_sum
 from tf_deform._portable.shapes import (
     MAX_EXTENT,
@@ -51,6 +52,7 @@ def _check(
     pads: Sequence[Sequence[int]],
     dilations: Sequence[int],
     offset_groups: int,
+    modulation: str,
 ) -> tuple[Shape, Shape, Shape]:
     """Checks the operands; returns the shapes of inputs, kernel and offset."""
     check_attribute(strides, 1, "strides")
@@ -63,9 +65,16 @@ def _check(
         kernel, "kernel", "kernel_h, kernel_w, channels // groups, filters"
     )
     mask_axes = "batch, out_h, out_w, offset_groups * kernel_h * kernel_w"
-    offset_shape = check_rank(offset, "offset", f"{mask_axes} * 2")
-    fields = [(offset_shape, "offset", 2)]
+    numbers = 3 if modulation in FACTORS else 2
+    offset_shape = check_rank(offset, "offset", f"{mask_axes} * {numbers}")
+    fields = [(offset_shape, "offset", numbers)]
     for tensor in mask:
+        if modulation != "mask":
+            fail(
+                "Expected no `mask` where `offset` holds what a branch "
+                "predicts (`modulation` is not mask). Received: mask.shape="
+                f"{tuple(tensor.shape.as_list())}"
+            )
         fields.append((check_rank(tensor, "mask", mask_axes), "mask", 1))
 
     batch, *size, channels = inputs_shape
@@ -119,23 +128,36 @@ def _check(
             padding,
             pads[axis],
         )
-    for shape, name, pairs in fields:
-        for axis, expected, quantity, meaning in (
-            (0, batch, "batch size", "as `inputs`"),
-            (1, out[0], "height", "the output's"),
-            (2, out[1], "width", "the output's"),
-        ):
-            check_dimension(shape, axis, expected, name, quantity, meaning)
-        if None in kernel_size:
-            continue
-        expected = pairs * offset_groups * math.prod(kernel_size)
-        if shape[3] not in (None, expected):
-            fail(
-                f"Expected `{name}` to have {expected} channels "
-                f"({'2 * ' * (pairs - 1)}offset_groups * {kernel_size[0]} * "
-                f"{kernel_size[1]}). Received: {name}.shape={shape}"
-            )
+    for field in fields:
+        _check_field(*field, (batch, *out), kernel_size, offset_groups)
     return inputs_shape, kernel_shape, offset_shape
+
+
+def _check_field(
+    shape: Shape,
+    name: str,
+    numbers: int,
+    pixels: Sequence[int | None],
+    kernel_size: Sequence[int | None],
+    offset_groups: int,
+) -> None:
+    """Checks an offset or a mask, with `numbers` for each sample."""
+    for axis, quantity, meaning in (
+        (0, "batch size", "as `inputs`"),
+        (1, "height", "the output's"),
+        (2, "width", "the output's"),
+    ):
+        check_dimension(shape, axis, pixels[axis], name, quantity, meaning)
+    if None in kernel_size:
+        return
+    expected = numbers * offset_groups * math.prod(kernel_size)
+    if shape[3] not in (None, expected):
+        factor = f"{numbers} * " if numbers > 1 else ""
+        fail(
+            f"Expected `{name}` to have {expected} channels "
+            f"({factor}offset_groups * {kernel_size[0]} * {kernel_size[1]}). "
+            f"Received: {name}.shape={shape}"
+        )
 
 
 def _positions(
@@ -273,6 +295,7 @@ def deformable_conv2d(
     dilations: Sequence[int],
     offset_groups: int,
     boundary: str,
+    modulation: str = "mask",
 ) -> tf.Tensor:
     """Computes `tf_deform.ops.deformable_conv2d`, called as the op is."""
     inputs = with_shape(inputs, None, None, None, None)
@@ -280,7 +303,9 @@ def deformable_conv2d(
     offset = with_shape(offset, None, None, None, None)
     mask = [with_shape(tensor, None, None, None, None) for tensor in mask]
     offset, mask = unrounded(offset), [unrounded(tensor) for tensor in mask]
-    padding, boundary = (tf.compat.as_str(x) for x in (padding, boundary))
+    padding, boundary, modulation = (
+        tf.compat.as_str(x) for x in (padding, boundary, modulation)
+    )
     top, bottom, left, right = explicit_paddings or (0, 0, 0, 0)
     pads = ((top, bottom), (left, right))
     shapes = _check(
@@ -293,13 +318,17 @@ def deformable_conv2d(
         pads,
         dilations,
         offset_groups,
+        modulation,
     )
     batch, height, width, channels = sizes(inputs, shapes[0])
     kernel_h, kernel_w, group_channels, filters = sizes(kernel, shapes[1])
-    given = sizes(offset, shapes[2])
+    given, fields = sizes(offset, shapes[2]), offset
     taps = kernel_h * kernel_w
     groups = channels // group_channels
     real = offset.dtype
+    if modulation != "mask":
+        displacements = 2 * offset_groups * taps
+        offset, mask = split_fields(fields, displacements, modulation)
 
     # The positions have (batch, out_h, out_w, offset groups * taps), group
     # major.
@@ -330,13 +359,36 @@ def deformable_conv2d(
         row, col, (batch, height, width), given[0], offset_groups, taps
     )
 
-    # Reads tap by tap, so that the columns of all taps never exist at once.
     pixels = batch * out_h * out_w
-    known = isinstance(taps, int)
     kernel = tf.reshape(tf.cast(kernel, real), (taps, group_channels, filters))
     split = (pixels, offset_groups, taps, 4)
     index = tf.reshape(tf.stack(corners, -1), split)
     weights = tf.reshape(tf.stack(weights, -1), split)
+    output = _convolve(
+        rows,
+        index,
+        weights,
+        kernel,
+        (pixels, taps, groups, group_channels, filters),
+    )
+    output = tf.reshape(output, (batch, out_h, out_w, filters))
+    output = tf.cast(output, inputs.dtype)
+    return output if modulation == "mask" else hand_on_nan(output, fields)
+
+
+def _convolve(
+    rows: tf.Tensor,
+    index: tf.Tensor,
+    weights: tf.Tensor,
+    kernel: tf.Tensor,
+    split: tuple[Size, ...],
+) -> tf.Tensor:
+    """Sums up all taps: pixels and filters, cut into groups if there are any.
+
+    It reads tap by tap, so that the columns of all taps never exist at once.
+    `split` holds the pixels, taps, groups, channels of a group, and filters.
+    """
+    pixels, taps, groups, group_channels, filters = split
     output = None
     for place, weight, piece in _taps(index, weights, kernel, taps):
         columns = weighted_sum(
@@ -346,16 +398,13 @@ def deformable_conv2d(
             columns,
             piece,
             pixels,
-            1 if known else taps,
+            1 if isinstance(taps, int) else taps,
             groups,
             group_channels,
             filters,
         )
         output = product if output is None else output + product
-    if not _is_one(groups):
-        output = tf.transpose(output, (1, 0, 2))
-    output = tf.reshape(output, (batch, out_h, out_w, filters))
-    return tf.cast(output, inputs.dtype)
+    return output if _is_one(groups) else tf.transpose(output, (1, 0, 2))
 
 
 def _is_one(groups: Size) -> bool:

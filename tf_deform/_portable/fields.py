@@ -1,9 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hands on NaN of the fields that a layer's branch predicts."""
+"""Reads the fields that a layer's branch predicts: displacements, factors."""
 
 from collections.abc import Sequence
 
 import tensorflow as tf
+
+from tf_deform._portable.shapes import Size
+
+# What numbers of the branch, behind its displacements, become factors.
+FACTORS = ("sigmoid", "2sigmoid")
+
+
+def split_fields(
+    fields: tf.Tensor, displacements: Size, modulation: str
+) -> tuple[tf.Tensor, list[tf.Tensor]]:
+    """Splits the fields of a convolution.
+
+    Args:
+        fields: `(batch, out_h, out_w, channels)`.
+        displacements: The number of channels that are displacements.
+        modulation: "none", "sigmoid" or "2sigmoid".
+
+    Returns:
+        An offset, and a mask in a list, which is empty for "none".
+    """
+    if modulation not in FACTORS:
+        return fields, []
+    mask = tf.sigmoid(fields[..., displacements:])
+    if modulation == "2sigmoid":
+        mask *= 2
+    return fields[..., :displacements], [mask]
 
 
 def hand_on_nan(

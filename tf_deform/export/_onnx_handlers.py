@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_deform import _tf2onnx
+from tf_deform._portable.fields import FACTORS
 from tf_deform.export import _frozen, _source
 
 # The newest opset that tf2onnx writes.
@@ -96,12 +97,10 @@ def _tell(handler: Callable, errors: list[Exception]) -> Callable:
 
 def _convert_deformable_conv2d(ctx: Any, node: Any, name: str, _: Any) -> None:
     """Replaces the native op by DeformConv, channels first."""
+    make = _maker(ctx, name)
 
     def transpose(tensor: str, *axes: int) -> str:
-        made = ctx.make_node(
-            "Transpose", [tensor], {"perm": axes}, op_name_scope=name
-        )
-        return made.output[0]
+        return make("Transpose", tensor, perm=axes)
 
     def integers(attribute: str) -> list[int]:
         return list(node.get_attr(attribute).ints)
@@ -123,6 +122,10 @@ def _convert_deformable_conv2d(ctx: Any, node: Any, name: str, _: Any) -> None:
         paddings = integers("explicit_paddings") or (0, 0, 0, 0)
         top, bottom, left, right = paddings
         attributes["pads"] = [top, left, bottom, right]
+    fields, modulation = offset, node.get_attr_str("modulation")
+    if modulation in FACTORS:
+        samples = kernel_h * kernel_w * attributes["offset_group"]
+        offset, mask = _split_fields(ctx, name, fields, samples, modulation)
     # There is no bias between offset and mask. Both ops order offsets alike.
     operands = [
         transpose(inputs, 0, 3, 1, 2),
@@ -135,16 +138,36 @@ def _convert_deformable_conv2d(ctx: Any, node: Any, name: str, _: Any) -> None:
     ctx.remove_node(node.name)
     made = ctx.make_node(
         "DeformConv", operands, attributes, op_name_scope=name, domain=DOMAIN
-    )
+    ).output[0]
+    last = "Transpose", [made], {"perm": (0, 2, 3, 1)}
+    if modulation != "mask":
+        # As `hand_on_nan` of the portable ops does.
+        count = make("Cast", make("IsNaN", fields), to=dtypes[0])
+        count = make("ReduceSum", count, np.array([3]), keepdims=1)
+        nan = make("Sqrt", make("Neg", count))
+        last = "Add", [transpose(made, 0, 2, 3, 1), nan], {}
     ctx.make_node(
-        "Transpose",
-        [made.output[0]],
-        {"perm": (0, 2, 3, 1)},
-        outputs=outputs,
-        shapes=shapes,
-        dtypes=dtypes,
-        op_name_scope=name,
+        *last, outputs=outputs, shapes=shapes, dtypes=dtypes, op_name_scope=name
     )
+
+
+def _split_fields(
+    ctx: Any, name: str, fields: str, samples: int, modulation: str
+) -> tuple[str, list[str]]:
+    """Writes the offset and the mask of what a branch predicts."""
+    from tf2onnx import utils
+
+    make = _maker(ctx, name)
+
+    def part(start: int, stop: int) -> str:
+        ends = np.array([start]), np.array([stop])
+        return make("Slice", fields, *ends, np.array([3]))
+
+    mask = make("Sigmoid", part(2 * samples, 3 * samples))
+    if modulation == "2sigmoid":
+        real = utils.map_onnx_to_numpy_type(ctx.get_dtype(fields))
+        mask = make("Mul", mask, np.array(2, real))
+    return part(0, 2 * samples), [mask]
 
 
 def _convert_erfc(ctx: Any, node: Any, name: str, _: Any) -> None:

@@ -9,6 +9,7 @@ import tensorflow as tf
 from tf_deform import _loader
 from tf_deform._implementation import choose
 from tf_deform._portable import deformable_conv2d as portable
+from tf_deform._portable.fields import FACTORS
 from tf_deform._portable.gradients import second_gradients
 from tf_deform.ops import _registration
 from tf_deform.ops._arguments import (
@@ -29,6 +30,7 @@ from tf_deform.ops._arguments import (
 _library = _loader.op_library()
 
 BOUNDARIES = ("zeros", "clamp")
+MODULATIONS = ("mask", "none", "sigmoid", "2sigmoid")
 
 # The op and its gradient op have these attributes in common.
 _ATTRIBUTES = (
@@ -38,6 +40,7 @@ _ATTRIBUTES = (
     "dilations",
     "offset_groups",
     "boundary",
+    "modulation",
 )
 
 Padding = str | tuple[Pair, Pair]
@@ -73,6 +76,7 @@ def _attributes(
     dilation_rate: Any,
     offset_groups: Any,
     boundary: Any,
+    modulation: Any,
 ) -> dict[str, Any]:
     """Returns the arguments as the op's attributes; C++ checks the values."""
     padding = canonical_padding(padding)
@@ -84,6 +88,7 @@ def _attributes(
         dilations=pair(dilation_rate, "dilation_rate"),
         offset_groups=integer(offset_groups, "offset_groups"),
         boundary=check_boundary(boundary),
+        modulation=option(modulation, "modulation", MODULATIONS),
     )
 
 
@@ -98,6 +103,7 @@ def deformable_conv2d(
     dilation_rate: int | Sequence[int] = 1,
     offset_groups: int = 1,
     boundary: str = "zeros",
+    modulation: str = "mask",
     implementation: str = "native",
 ) -> tf.Tensor:
     """Computes a 2-D convolution whose taps are displaced pixel by pixel.
@@ -118,6 +124,20 @@ def deformable_conv2d(
     rounded to bfloat16 before it is multiplied by the kernel, and numbers below
     2^-126 count as 0.
 
+    With any `modulation` but "mask", `offset` is what a branch of a layer
+    predicts, as it comes from a convolution: all displacements and, behind
+    them, a number `m[g, kh, kw]` for every sample, of which the factor is made:
+
+        "none":      mask[g, kh, kw] = 1, and there is no m
+        "sigmoid":   mask[g, kh, kw] = sigmoid(m[g, kh, kw])
+        "2sigmoid":  mask[g, kh, kw] = 2 * sigmoid(m[g, kh, kw])
+
+    An output pixel is then NaN, in all filters, where any of its numbers in
+    `offset` is NaN, so that a broken branch shows. The op does all this in one
+    pass; separate ops around it, and their gradients, would read and write
+    every number again. Gradients are those of these equations: that of `offset`
+    holds that of `m`, and NaN in the output adds nothing to them.
+
     Source: Dai et al. 2017, "Deformable Convolutional Networks",
     arXiv:1703.06211, Eq. 2 to 4; the mask: Zhu et al. 2018, "Deformable
     ConvNets v2", arXiv:1811.11168, Eq. 1.
@@ -132,10 +152,12 @@ def deformable_conv2d(
             2)`, ordered `[offset_group][kh][kw][(dy, dx)]`: displacements in
             input pixels, down and to the right. Cast to float32, or to
             float64 if `inputs` are float64. NaN and infinity lie outside of
-            the image.
+            the image. With `modulation` "sigmoid" or "2sigmoid", the last
+            dimension is `offset_groups * kernel_h * kernel_w * 3`, and ends
+            with `m`, ordered `[offset_group][kh][kw]`.
         mask: `(batch, out_h, out_w, offset_groups * kernel_h * kernel_w)`, a
             factor for every sample; any real number, cast like `offset`.
-            None means 1.
+            None means 1. It has to be None unless `modulation` is "mask".
         strides: Integer or (height, width), in input pixels.
         padding: "valid", "same" (as in TensorFlow: the odd pixel at the
             end), an integer, (height, width), or ((top, bottom), (left,
@@ -149,6 +171,8 @@ def deformable_conv2d(
             sample counts where `0 <= y < height` and `0 <= x < width`, and
             the last row and column are held (the original release of Dai et
             al.). A sample that does not count is 0 and has no gradient.
+        modulation: Where the factors come from: "mask" (`mask`), or "none",
+            "sigmoid" or "2sigmoid" (`offset`, see above).
         implementation: "native", or "portable" for stock TensorFlow ops; see
             `tf_deform.implementation`.
 
@@ -166,7 +190,7 @@ def deformable_conv2d(
         tf.errors.InvalidArgumentError: Values or shapes do not fit.
     """
     attributes = _attributes(
-        strides, padding, dilation_rate, offset_groups, boundary
+        strides, padding, dilation_rate, offset_groups, boundary, modulation
     )
     inputs = to_inputs(inputs)
     kernel = to_tensor(kernel, "kernel", inputs.dtype)
@@ -237,8 +261,9 @@ def _work(op: tf.Operation) -> tuple[int, int]:
     `pixels` counts the pixels of all outputs, `taps` the taps of the kernel.
     """
     inputs, kernel, offset = op.inputs[:3]
-    pairs = 2 * op.get_attr("offset_groups")
-    sampled = _registration.size(offset) // pairs * inputs.shape[3]
+    numbers = 3 if tf.compat.as_str(op.get_attr("modulation")) in FACTORS else 2
+    numbers *= op.get_attr("offset_groups")
+    sampled = _registration.size(offset) // numbers * inputs.shape[3]
     product = sampled // (inputs.shape[3] // kernel.shape[2]) * kernel.shape[3]
     return 2 * product, _registration.SAMPLE * sampled
 
