@@ -392,6 +392,19 @@ MISTAKES = [
         "axis=1)",
         ("portable_test",),
     ),
+    Mistake("portable-2sigmoid", "mask *= 2", "mask *= 1", ("portable_test",)),
+    Mistake(
+        "portable-fields-split",
+        "displacements = 2 * offset_groups * taps",
+        "displacements = 2 * taps",
+        ("portable_test",),
+    ),
+    Mistake(
+        "portable-nan-hidden",
+        '"mask" else hand_on_nan(output, fields)',
+        '"mask" else output',
+        ("portable_test",),
+    ),
     Mistake(
         "portable-second-gradient-unweighted",
         "return outer.gradient(first_gradients, targets, seconds)",
@@ -399,18 +412,17 @@ MISTAKES = [
         ("second_derivatives_test",),
     ),
     # Layers.
-    Mistake("layer-2sigmoid", "modulator *= 2", "modulator *= 1", CONV_LAYER),
+    Mistake(
+        "layer-other-factors",
+        'modulation = self.modulation or "none"',
+        'modulation = "sigmoid" if self.modulation else "none"',
+        CONV_LAYER,
+    ),
     Mistake(
         "layer-config-without-dilation",
         '"offset_dilation_rate": self.offset_dilation_rate,',
         "",
         EVERY_LAYER,
-    ),
-    Mistake(
-        "layer-branch-split",
-        "split = 2 * self.offset_groups * taps",
-        "split = 2 * taps",
-        CONV_LAYER,
     ),
     Mistake(
         "layer-branch-not-centred",
@@ -420,7 +432,7 @@ MISTAKES = [
     ),
     Mistake(
         "layer-nan-hidden",
-        "outputs = hand_on_nan(outputs, fields)",
+        "outputs = hand_on_nan(outputs, offset)",
         "pass",
         ("nan_test",),
     ),

@@ -161,6 +161,18 @@ def test_a_new_branch(modulation, parts, use_bias):
     assert_equal({v.name: v.numpy() for v in layer.weights}, expected)
 
 
+@pytest.mark.parametrize("modulation", MODULATIONS)
+def test_the_op_alone_reads_what_the_branch_predicts(modulation):
+    """Tests that nothing stands between the branch and the op, or behind it."""
+    layer = displaced("conv2d", modulation=modulation, use_bias=False)
+    graph = tf.function(layer).get_concrete_function(random(2, 8, 9, 6)).graph
+    (op,) = (x for x in graph.get_operations() if "Deformable" in x.type)
+    assert op.get_attr("modulation").decode() == (modulation or "none")
+    assert op.inputs[2].op.type == "BiasAdd" and len(op.inputs) == 3
+    (output,) = graph.outputs
+    assert output.op.type == "Identity" and output.op.inputs[0] is op.outputs[0]
+
+
 @pytest.mark.parametrize("padding", ["valid", "same", ((0, 1), (3, 2))])
 def test_model_of_unknown_sizes(padding):
     """Tests that one functional model serves images of every size and batch."""

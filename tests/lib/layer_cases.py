@@ -385,6 +385,7 @@ def by_the_op(
         if parameter.kind == parameter.KEYWORD_ONLY and hasattr(layer, option)
     }
     del options["implementation"]
+    options.pop("modulation", None)  # The modulator is given as it is.
     if isinstance(layer, DeformableROIPooling):
         options |= {"output_dim": inputs.shape[-1], "group_size": 1}
     output = getattr(functions, name)(inputs, *operands, **options)

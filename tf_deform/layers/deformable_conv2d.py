@@ -10,7 +10,6 @@ import tensorflow as tf
 
 from tf_deform import _loader
 from tf_deform._implementation import check_implementation
-from tf_deform._portable.fields import hand_on_nan
 from tf_deform.layers._branch import convolve
 from tf_deform.layers._op_layer import OpLayer, check_data_format
 from tf_deform.ops._arguments import (
@@ -375,26 +374,22 @@ class DeformableConv2D(OpLayer, keras.layers.Conv2D):
         `inputs` and `kernel` alone.
         """
         inputs = self._to_channels_last(inputs, "inputs")
-        fields = None
         if offset is None:
-            fields = self._run_branch(inputs)
-            offset = fields
-            if self.modulation is not None:
-                taps = self.kernel_size[0] * self.kernel_size[1]
-                split = 2 * self.offset_groups * taps
-                offset = fields[..., :split]
-                modulator = tf.sigmoid(fields[..., split:])
-                if self.modulation == "2sigmoid":
-                    modulator *= 2
+            offset = self._run_branch(inputs)
+            modulation = self.modulation or "none"
         else:
             offset = self._to_channels_last(offset, "offset")
             modulator = self._to_channels_last(modulator, "modulator")
+            modulation = "mask"
         with self._own_words():
             outputs = deformable_conv2d(
-                inputs, kernel, offset, modulator, **self._arguments
+                inputs,
+                kernel,
+                offset,
+                modulator,
+                modulation=modulation,
+                **self._arguments,
             )
-        if fields is not None:
-            outputs = hand_on_nan(outputs, fields)
         return self._to_data_format(outputs)
 
     def call(
