@@ -162,15 +162,13 @@ class _Call:
         self.mask = np.ones(shape)
         if mask is not None:
             self.mask = np.asarray(mask).astype(np.float64).reshape(shape)
-        # The derivative of the mask by the numbers that are given.
-        self.mask_slope = np.ones(shape)
         self.masks_in_offset = modulation in ("sigmoid", "2sigmoid")
         if self.masks_in_offset:
             m = offset[..., 2 * samples :].astype(np.float64).reshape(shape)
             largest = 2 if modulation == "2sigmoid" else 1
             sigmoid = 1 / (1 + np.exp(-m))
             self.mask = largest * sigmoid
-            self.mask_slope = largest * sigmoid * (1 - sigmoid)
+            self.mask_slope = largest * sigmoid * (1 - sigmoid)  # by m
         # The output pixels for which a branch predicts NaN.
         self.nan = np.zeros((batch, *out, 1), bool)
         if modulation != "mask":
@@ -263,16 +261,17 @@ def _gradients(call: _Call, output_grad: np.ndarray) -> tuple:
         # The pixels of a sample differ: none is added twice.
         inputs_grad[at] += np.outer(near.weights, value_grad)
         pixels = call.inputs[at]
-        value = near.weights @ pixels @ columns_grad[column]
-        mask_grad[index] = call.mask_slope[index] * value
+        mask_grad[index] = near.weights @ pixels @ columns_grad[column]
         offset_grad[index] = [
             near.weights_dy @ pixels @ value_grad,
             near.weights_dx @ pixels @ value_grad,
         ]
     if call.masks_in_offset:
+        # NaN where m is NaN, also outside of the image.
+        m_grad = mask_grad * call.mask_slope
         fields = (*call.offset.shape[:3], -1)
         offset_grad = np.concatenate(
-            [offset_grad.reshape(fields), mask_grad.reshape(fields)], -1
+            [offset_grad.reshape(fields), m_grad.reshape(fields)], -1
         )
     return inputs_grad, kernel_grad, offset_grad, mask_grad
 

@@ -125,23 +125,17 @@ def test_what_is_outside_is_zero_whatever_its_mask(boundary):
 
 
 @pytest.mark.parametrize("boundary", BOUNDARIES)
-@pytest.mark.parametrize("modulation", ["none", *FACTORS])
-def test_a_nan_displacement_of_a_branch_shows(modulation, boundary):
-    call = broken_fields(modulation, boundary, "float32", factors=False)
+@pytest.mark.parametrize(
+    ("modulation", "factors"),
+    [
+        *((modulation, False) for modulation in ("none", *FACTORS)),
+        *((modulation, True) for modulation in FACTORS),
+    ],
+)
+def test_nan_and_infinity_of_a_branch(modulation, factors, boundary):
+    call = broken_fields(modulation, boundary, "float32", factors)
     assert np.isnan(portable(CONV2D, call)[0]).any()
     check_against_native(CONV2D, call, "float32")
-
-
-@pytest.mark.parametrize("boundary", BOUNDARIES)
-@pytest.mark.parametrize("modulation", FACTORS)
-def test_a_factor_that_is_nan_or_infinite(modulation, boundary):
-    call = broken_fields(modulation, boundary, "float32", factors=True)
-    output, expected = (
-        forward(CONV2D, call, implementation)
-        for implementation in ("portable", "native")
-    )
-    assert np.isnan(output).any()
-    assert_close(output, expected, PORTABLE["float32"])
 
 
 def test_convolution_reads_nothing_else():
