@@ -28,17 +28,20 @@ TESTS = pathlib.Path(__file__).parents[1]
 FOLDERS = [str(TESTS / name) for name in ("gpu", "lib")]
 # A process cannot go back to an earlier setting.
 SETTINGS = ("default", "float32", "deterministic")
+CALLS = (*every_op.OPS, every_op.CONV2D_FIELDS)
 
 
 def draw(call: every_op.Op, dtype: str) -> tuple[dict, list, dict]:
     """Returns operands by name, gradients of all outputs, and options."""
-    if call is every_op.CONV2D:
+    if call.function is every_op.CONV2D.function:
         # Two blocks of pixels, and groups that are large enough for products.
         size = ((19, 17), 40, 72) if DEVICE else ((9, 5), 16, 20)
-        case = Conv2DCase(3, *size, (3, 3), groups=2, offset_groups=4)
-        names = ("inputs", "kernel", "offset", "mask")
-        given = dict(zip(names, case.operands(dtype), strict=True))
-        return given, [case.output_grad(dtype)], case.options
+        modulation = call.options["modulation"]
+        case = Conv2DCase(
+            3, *size, (3, 3), groups=2, offset_groups=4, modulation=modulation
+        )
+        given, output_grad, options = every_op.conv2d_call(case, dtype)
+        return given, [output_grad], options
     given, output_grad = call.draw(dtype, larger=12 if DEVICE else 2)
     if call is every_op.ROI_ALIGN:
         return given, [output_grad], call.options
@@ -51,9 +54,7 @@ def main(device: str) -> None:
     """Prints a line of JSON for all settings, ops, types, modes and results."""
     # Otherwise TensorFlow moves calls without a kernel to the CPU.
     tf.config.set_soft_device_placement(False)
-    for settings, call, dtype in itertools.product(
-        SETTINGS, every_op.OPS, DTYPES
-    ):
+    for settings, call, dtype in itertools.product(SETTINGS, CALLS, DTYPES):
         experimental = tf.config.experimental
         experimental.enable_tensor_float_32_execution(settings == "default")
         if settings == "deterministic":
@@ -109,13 +110,18 @@ def run_main(run: Callable[..., str]) -> list[dict]:
 
 
 @emulated_gpu.needs_compiler
-@pytest.mark.parametrize("op", [*map(str, every_op.OPS)])
+@pytest.mark.parametrize("op", [*map(str, CALLS)])
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_equals_the_cpu_in_float64(op, settings, run_python_as_it_is):
     """Tests TensorFlow's defaults. They allow tf32, and any order of sums."""
     run = run_python_as_it_is if DEVICE else emulated_gpu.build().run
     results = [r for r in run_main(run) if r["what"][:2] == [settings, op]]
-    num_results = {"conv2d": 5, "psroi_pool": 4, "roi_align": 3}[op]
+    num_results = {
+        "conv2d": 5,
+        "psroi_pool": 4,
+        "roi_align": 3,
+        "conv2d, fields": 4,
+    }[op]
     assert len(results) == 4 * 2 * num_results
     for result in results:
         dtype = result["what"][2]
@@ -124,8 +130,8 @@ def test_equals_the_cpu_in_float64(op, settings, run_python_as_it_is):
             tolerance = GPU_TF32.of_largest
         assert result["device"].endswith(DEVICE or "GPU:0"), result
         assert result["error"] <= tolerance, result
-        if tf32 and op == "conv2d":
-            # TF32 is in use: all five results are products.
+        if tf32 and op.startswith("conv2d"):
+            # TF32 is in use: all results are products.
             assert result["error"] > 1e-5, result
         if settings == "deterministic":
             assert result["same"], result
