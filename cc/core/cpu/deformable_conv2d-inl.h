@@ -419,12 +419,22 @@ static int64_t BackwardWorkspaceBytes(const DeformableConv2DParams& params,
   return bytes;
 }
 
+// Calls body(parallel_for) with a team, unless one thread does all the work.
+template <typename Body>
+static void WithThreads(const DeformableConv2DParams& params,
+                        const ParallelFor& threads, const Body& body) {
+  if (IsSerial(Geometry(params))) return body(threads);
+  AsTeam(threads, body);
+}
+
 static void Forward(const DeformableConv2DParams& params, DataType type,
                     const DeformableConv2DInputs& operands, void* workspace,
-                    void* output, const ParallelFor& parallel_for) {
-  WithTypes(params, type, [&](auto zero, auto element) {
-    ForwardPass<decltype(zero), decltype(element)>(params, operands, workspace,
-                                                   output, parallel_for);
+                    void* output, const ParallelFor& threads) {
+  WithThreads(params, threads, [&](const ParallelFor& parallel_for) {
+    WithTypes(params, type, [&](auto zero, auto element) {
+      ForwardPass<decltype(zero), decltype(element)>(
+          params, operands, workspace, output, parallel_for);
+    });
   });
 }
 
@@ -432,16 +442,18 @@ static void Backward(const DeformableConv2DParams& params, DataType type,
                      const DeformableConv2DInputs& operands,
                      const void* grad_output, void* workspace,
                      const DeformableConv2DGradients& gradients,
-                     const ParallelFor& parallel_for) {
-  WithTypes(params, type, [&](auto zero, auto element) {
-    using T = decltype(zero);
-    using O = decltype(element);
-    DataPass<T, O>(params, operands, grad_output, workspace, gradients,
-                   parallel_for);
-    if (gradients.kernel != nullptr && !DataPlan<T, O>(params, false).fused) {
-      KernelPass<T, O>(params, operands, grad_output, workspace,
-                       gradients.kernel, parallel_for);
-    }
+                     const ParallelFor& threads) {
+  WithThreads(params, threads, [&](const ParallelFor& parallel_for) {
+    WithTypes(params, type, [&](auto zero, auto element) {
+      using T = decltype(zero);
+      using O = decltype(element);
+      DataPass<T, O>(params, operands, grad_output, workspace, gradients,
+                     parallel_for);
+      if (gradients.kernel != nullptr && !DataPlan<T, O>(params, false).fused) {
+        KernelPass<T, O>(params, operands, grad_output, workspace,
+                         gradients.kernel, parallel_for);
+      }
+    });
   });
 }
 

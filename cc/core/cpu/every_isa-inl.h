@@ -12,6 +12,7 @@
 
 #include "cc/core/common.h"
 #include "cc/core/cpu/isa.h"
+#include "cc/core/team.h"
 
 #if defined(__x86_64__)
 #ifdef __clang__

@@ -36,6 +36,18 @@ static void RunTasks(const ParallelFor& parallel_for, int64_t num_tasks,
   });
 }
 
+// Calls body(parallel_for) with the threads of `threads` as a team, whose loops
+// need not wait for sleeping threads; see team.h.
+template <typename Body>
+static void AsTeam(const ParallelFor& threads, const Body& body) {
+  RunTeam(
+      threads,
+      [](void* argument, const ParallelFor& parallel_for) {
+        (*static_cast<const Body*>(argument))(parallel_for);
+      },
+      const_cast<Body*>(&body));
+}
+
 // Writes zeros.
 static void Zero(const ParallelFor& parallel_for, void* to, int64_t bytes) {
   constexpr int64_t kPart = 1 << 20;
