@@ -75,7 +75,7 @@ def make_calls(
     layer: keras.Layer, inputs: tf.Tensor, gradient: tf.Tensor
 ) -> dict[str, Callable[[], Any]]:
     """Returns the calls to time, which wait for all of their results."""
-    forward = tf.function(layer.call, autograph=False)
+    forward = tf.function(lambda inputs: layer(inputs), autograph=False)
 
     @tf.function(autograph=False)
     def step(inputs: tf.Tensor) -> list[tf.Tensor]:

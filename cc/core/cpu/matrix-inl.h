@@ -136,19 +136,30 @@ static inline MicroKernelFunction<E> FindMicroKernel(int64_t rows) {
   }
 }
 
+// If B `is_far`, beyond the second-level cache, each panel is fetched while the
+// panel before it is multiplied.
 template <bool kTransposed, typename E>
 static void MatrixProduct(int64_t m, int64_t n, int64_t k, const E* a,
                           const E* packed_b, E* c, int64_t c_stride,
-                          bool accumulate, int64_t a_stride = kTileStride) {
+                          bool accumulate, int64_t a_stride = kTileStride,
+                          bool is_far = false) {
   // Parts have nearly equal numbers of rows: a short last part would run at a
   // fraction of the speed.
   const int64_t parts = CeilDiv(m, kMicroRows);
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(E));
   for (int64_t column = 0; column < n; column += kPanel<E>) {
     const int64_t columns = Min(kPanel<E>, n - column);
     const E* b = packed_b + column * k;
+    const int64_t lines = is_far && column + 2 * kPanel<E> <= n
+                              ? CeilDiv(kPanel<E> * k, kLine)
+                              : 0;
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t first = m * part / parts;
       const int64_t rows = m * (part + 1) / parts - first;
+      for (int64_t line = lines * part / parts;
+           line < lines * (part + 1) / parts; ++line) {
+        __builtin_prefetch(b + kPanel<E> * k + line * kLine);
+      }
       const auto kernel = columns > kLanes<E>
                               ? FindMicroKernel<E, kTransposed, 2>(rows)
                               : FindMicroKernel<E, kTransposed, 1>(rows);

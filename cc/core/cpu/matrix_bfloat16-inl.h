@@ -191,7 +191,8 @@ static void DotProduct(int64_t m, int64_t n, int64_t inner, const BFloat16* a,
 template <bool kTransposed>
 static void MatrixProduct(int64_t m, int64_t n, int64_t k, const BFloat16* a,
                           const BFloat16* packed_b, float* c, int64_t c_stride,
-                          bool accumulate) {
+                          bool accumulate, int64_t = kTileStride,
+                          bool /*is_far*/ = false) {
   static_assert(!kTransposed, "A's pairs lie in its rows");
   const int64_t inner = PackedInner<BFloat16>(k);
   if (!HasAmx()) {
