@@ -174,8 +174,8 @@ struct ForwardTiles {
   // as large unless tiles get too small, so that all workers end at about the
   // same time and can help a late worker. A kernel that is far is read again
   // for every tile, so tiles are then as large as possible. If there are few
-  // pixels, every worker takes some of the filters instead: a tile reads the
-  // whole kernel that it needs, so sampling the same pixels again costs less.
+  // pixels, several workers share a tile, and each takes some of the filters:
+  // sampling the same pixels again costs less than reading the kernel again.
   // The division does not affect any sum.
   ForwardTiles(const Geometry& g, int64_t most, int64_t panels, bool is_far,
                int64_t workers) {
@@ -189,8 +189,9 @@ struct ForwardTiles {
       if (2 * tiles > workers || g.groups > 1) {
         tiles = RoundUp(tiles, workers);
       } else {
-        parts = Min(panels, workers / fewest);
-        tiles = Max(fewest, workers / parts);
+        while (tiles > fewest && workers % tiles != 0) --tiles;
+        parts = Min(panels, workers / tiles);
+        tiles = Max(tiles, workers / parts);
       }
     }
     tiles = Min(tiles, g.total_pixels);
