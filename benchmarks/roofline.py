@@ -113,16 +113,13 @@ def measure_peaks(counts: list[int]) -> dict[int, dict[str, float]]:
 
 # Prints GFLOP/s of TensorFlow's product of two matrices of 2048 x 2048.
 SGEMM = """
-import sys, time
+import sys
 import tensorflow as tf
+import timing
 tf.config.threading.set_intra_op_parallelism_threads(int(sys.argv[1]))
 a = tf.random.normal((2048, 2048))
-times = []
-for _ in range(20):
-    start = time.perf_counter()
-    tf.matmul(a, a).numpy()
-    times.append(time.perf_counter() - start)
-print(2 * 2048**3 / min(times) / 1e9)
+ms = timing.medians({"": lambda: tf.matmul(a, a).numpy()}, 15, untimed=2)
+print(2 * 2048**3 / ms[""] / 1e6)
 """
 
 
@@ -141,6 +138,7 @@ def measure_sgemm(threads: int, bits: int | None) -> float:
         stdout=subprocess.PIPE,
         text=True,
         env=environment,
+        cwd=os.path.dirname(os.path.abspath(__file__)),
         preexec_fn=lambda: pin(threads),
     )
     return float(result.stdout)
