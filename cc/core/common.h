@@ -61,9 +61,10 @@ struct ShapeText {
 };
 
 // Runs tasks on the caller's threads. `run` calls task(argument, index, worker)
-// once for every index in [0, num_tasks), begins them in order of their index,
-// and returns when all tasks are done. `worker` is in [0, num_workers); two calls that overlap in
-// time have different workers, so a worker's scratch memory needs no lock.
+// once for every index in [0, num_tasks), begins tasks in the order of their
+// indices, and returns when all tasks are done. `worker` is in
+// [0, num_workers); two calls that overlap in time have different workers, so a
+// worker's scratch memory needs no lock.
 struct ParallelFor {
   using Task = void (*)(void* argument, int64_t index, int worker);
 

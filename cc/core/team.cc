@@ -4,6 +4,7 @@
 
 #include "cc/core/team.h"
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
@@ -120,15 +121,16 @@ class Team {
 
 }  // namespace
 
-void RunTeam(const ParallelFor& threads,
+void RunTeam(const ParallelFor& threads, int64_t most,
              void (*body)(void* argument, const ParallelFor& parallel_for),
              void* argument) {
-  if (threads.run == nullptr || threads.num_workers <= 1) {
+  const int64_t size = std::min<int64_t>(threads.num_workers, most);
+  if (threads.run == nullptr || size <= 1) {
     body(argument, threads);
     return;
   }
   Team team;
-  threads(threads.num_workers, [&](int64_t index, int) {
+  threads(size, [&](int64_t index, int) {
     if (index > 0) return team.Help(static_cast<int>(index));
     ParallelFor parallel_for;
     parallel_for.num_workers = threads.num_workers;

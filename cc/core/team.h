@@ -9,14 +9,15 @@
 namespace tf_deform {
 
 // Calls body(argument, parallel_for) on one of the threads of `threads`, while
-// the others wait for the loops of that parallel_for. A pass of an op consists
-// of up to ten loops. If each began and ended on the caller's threads, each
-// would wait for sleeping threads to wake, some 50 microseconds on two
-// processors.
+// others wait for the loops of that parallel_for. A pass of an op consists of
+// up to ten loops. If each began and ended on the caller's threads, each would
+// wait for sleeping threads to wake, some 50 microseconds on two processors.
 //
 // Helpers that come late join the loop at hand, and no loop waits for a helper
-// that has not begun, so threads that the caller is short of are not missed.
-void RunTeam(const ParallelFor& threads,
+// that has not begun, so threads that the caller is short of are not missed. At
+// most `most` threads are kept, so that others stay free for other work: as
+// many as the longest loop has tasks.
+void RunTeam(const ParallelFor& threads, int64_t most,
              void (*body)(void* argument, const ParallelFor& parallel_for),
              void* argument);
 

@@ -196,6 +196,21 @@ struct ForwardTiles {
     }
     tiles = Min(tiles, g.total_pixels);
   }
+
+  // Returns whether a kernel of products' elements O is far.
+  template <typename O>
+  static bool IsFar(const Geometry& g) {
+    return g.rows * g.group_filters * static_cast<int64_t>(sizeof(O)) >
+           SecondLevelCache();
+  }
+
+  template <typename T, typename O>
+  static ForwardTiles Of(const Geometry& g, int64_t workers) {
+    using E = typename AccumulatorOf<T>::Type;
+    return ForwardTiles(g, ForwardPixels<O>(),
+                        CeilDiv(g.group_filters, kPanel<E>), IsFar<O>(g),
+                        workers);
+  }
 };
 
 // Adds (at tap 0: writes) a tile's share to the sums of filters [f, f +
@@ -270,11 +285,8 @@ static void ForwardPass(const DeformableConv2DParams& params,
   const int64_t scratch_bytes = ForwardScratch<T, O>::Bytes();
   char* const scratch = static_cast<char*>(workspace);
   const int64_t panels = CeilDiv(g.group_filters, kPanel<E>);
-  const bool is_far =
-      g.rows * g.group_filters * static_cast<int64_t>(sizeof(O)) >
-      SecondLevelCache();
-  const ForwardTiles division(g, ForwardPixels<O>(), panels, is_far,
-                              parallel_for.num_workers);
+  const bool is_far = ForwardTiles::IsFar<O>(g);
+  const auto division = ForwardTiles::Of<T, O>(g, parallel_for.num_workers);
   const int64_t tiles = division.tiles, parts = division.parts;
   O* shared = nullptr;
   if (tiles > 1 && SharedElements<O>(g) > 0) {
@@ -434,20 +446,26 @@ static int64_t BackwardWorkspaceBytes(const DeformableConv2DParams& params,
 
 // Calls body(parallel_for) with a team, unless one thread does all the work.
 template <typename Body>
-static void WithThreads(const DeformableConv2DParams& params,
-                        const ParallelFor& threads, const Body& body) {
-  if (IsSerial(Geometry(params))) return body(threads);
-  AsTeam(threads, body);
+static void WithTeam(const Geometry& g, const ParallelFor& threads,
+                     int64_t most, const Body& body) {
+  if (IsSerial(g)) return body(threads);
+  AsTeam(threads, most, body);
 }
 
 static void Forward(const DeformableConv2DParams& params, DataType type,
                     const DeformableConv2DInputs& operands, void* workspace,
                     void* output, const ParallelFor& threads) {
-  WithThreads(params, threads, [&](const ParallelFor& parallel_for) {
-    WithTypes(params, type, [&](auto zero, auto element) {
-      ForwardPass<decltype(zero), decltype(element)>(
-          params, operands, workspace, output, parallel_for);
-    });
+  WithTypes(params, type, [&](auto zero, auto element) {
+    using T = decltype(zero);
+    using O = decltype(element);
+    const Geometry g(params);
+    const ForwardTiles division =
+        ForwardTiles::Of<T, O>(g, threads.num_workers);
+    WithTeam(g, threads, division.tiles * division.parts,
+             [&](const ParallelFor& parallel_for) {
+               ForwardPass<T, O>(params, operands, workspace, output,
+                                 parallel_for);
+             });
   });
 }
 
@@ -456,13 +474,20 @@ static void Backward(const DeformableConv2DParams& params, DataType type,
                      const void* grad_output, void* workspace,
                      const DeformableConv2DGradients& gradients,
                      const ParallelFor& threads) {
-  WithThreads(params, threads, [&](const ParallelFor& parallel_for) {
-    WithTypes(params, type, [&](auto zero, auto element) {
-      using T = decltype(zero);
-      using O = decltype(element);
+  WithTypes(params, type, [&](auto zero, auto element) {
+    using T = decltype(zero);
+    using O = decltype(element);
+    const DataPlan<T, O> plan(params, gradients.inputs != nullptr);
+    const bool is_fused = DataPlan<T, O>(params, false).fused;
+    const bool has_kernel_pass = gradients.kernel != nullptr && !is_fused;
+    // Only strips have fewer tasks than there are workers.
+    const bool has_strips = plan.scatter || gradients.kernel != nullptr;
+    const int64_t most =
+        has_kernel_pass || !has_strips ? threads.num_workers : plan.pairs;
+    WithTeam(plan.g, threads, most, [&](const ParallelFor& parallel_for) {
       DataPass<T, O>(params, operands, grad_output, workspace, gradients,
                      parallel_for);
-      if (gradients.kernel != nullptr && !DataPlan<T, O>(params, false).fused) {
+      if (has_kernel_pass) {
         KernelPass<T, O>(params, operands, grad_output, workspace,
                          gradients.kernel, parallel_for);
       }

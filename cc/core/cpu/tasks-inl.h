@@ -36,12 +36,12 @@ static void RunTasks(const ParallelFor& parallel_for, int64_t num_tasks,
   });
 }
 
-// Calls body(parallel_for) with the threads of `threads` as a team, whose loops
-// need not wait for sleeping threads; see team.h.
+// Calls body(parallel_for) with at most `most` of the threads as a team, whose
+// loops need not wait for sleeping threads; see team.h.
 template <typename Body>
-static void AsTeam(const ParallelFor& threads, const Body& body) {
+static void AsTeam(const ParallelFor& threads, int64_t most, const Body& body) {
   RunTeam(
-      threads,
+      threads, most,
       [](void* argument, const ParallelFor& parallel_for) {
         (*static_cast<const Body*>(argument))(parallel_for);
       },
