@@ -9,6 +9,7 @@ import os
 import pathlib
 import platform
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -232,7 +233,24 @@ def _clear_dead(parent: pathlib.Path) -> None:
         for staging in list(parent.iterdir()):
             if _is_staging(staging):
                 with contextlib.suppress(OSError):
-                    _remove(staging, _lock(staging))
+                    _remove(*_take(staging))
+
+
+def _take(staging: pathlib.Path) -> tuple[pathlib.Path, int]:
+    """Locks a staging folder and renames it. Returns the new path and the lock.
+
+    A living process may have made the folder and not locked it yet. It finds
+    nothing under the name that it knows, also after this lock is released, and
+    makes another folder.
+    """
+    lock = _lock(staging)
+    taken = staging.with_name(_PREFIX + secrets.token_hex(4))
+    try:
+        os.rename(staging, taken)
+    except BaseException:
+        os.close(lock)
+        raise
+    return taken, lock
 
 
 def _is_staging(path: pathlib.Path) -> bool:

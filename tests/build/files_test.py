@@ -301,6 +301,25 @@ def test_taken_for_dead_while_it_begins(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["model", "other"]
 
 
+def test_taken_for_dead_while_the_other_clears(tmp_path, monkeypatch):
+    """Tests a lock that is taken when the clearing process releases its own."""
+    staging = tmp_path / ".tf_deform-partial-justmade"
+    staging.mkdir()
+    remove, tried = _files.shutil.rmtree, []
+
+    def late(path, **options):
+        if path.parent == tmp_path and not tried:
+            with pytest.raises(FileNotFoundError):
+                _files._lock(staging)
+            tried.append(path)
+        remove(path, **options)
+
+    monkeypatch.setattr(_files.shutil, "rmtree", late)
+    write(tmp_path / "model")
+    assert tried
+    assert os.listdir(tmp_path) == ["model"]
+
+
 @pytest.mark.parametrize("libc", ["glibc", "old", "other processor"])
 def test_the_systems_call(libc, tmp_path, monkeypatch):
     """Tests the system call by name, by number (old C library), and absent."""
