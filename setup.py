@@ -1,55 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds the core and the TensorFlow ops, and packs them with the Python code.
 
-The ops are built against the TensorFlow that this interpreter imports; in an
-isolated build, this is the TensorFlow that pyproject.toml names. The package
-then requires that minor version, as TensorFlow's C++ interface changes with it.
+From source, the ops are built against the TensorFlow that this interpreter
+imports; in an isolated build, this is the TensorFlow that pyproject.toml names.
+The package then requires that minor version, as TensorFlow's C++ interface
+changes with it.
+
+`make wheel` (cc/wheel.py) builds libraries for every supported TensorFlow, and
+names their folder in the environment variable TF_DEFORM_LIBRARIES: then this
+file compiles nothing.
 """
+
+from __future__ import annotations
 
 import functools
 import os
+import shutil
 import sys
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Distribution, Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 VERSION = "0.1.0"
 ROOT = os.path.dirname(os.path.abspath(__file__))
-GLUE_SOURCES = "cc/*.cc"  # as in BUILD
+# The TensorFlow versions of a release, and of this version's Python code.
+TENSORFLOW = ">=2.15,<2.22"
+# The folder of a release's libraries.
+LIBRARIES = os.environ.get("TF_DEFORM_LIBRARIES")
+# What follows the version of a release's wheel, such as "+cpu".
+LOCAL = os.environ.get("TF_DEFORM_LOCAL_VERSION", "") if LIBRARIES else ""
 
 sys.path.insert(0, ROOT)
 from cc import build  # noqa: E402
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-try:
-    import tensorflow as tf
-except ImportError as error:
-    sys.exit(
-        "Expected TensorFlow to be installed to build against it. Received: "
-        f"{error}. Run `pip install .` without --no-build-isolation, or "
-        "`pip install 'tensorflow==2.21.*'` first."
-    )
-TF_MINOR = ".".join(tf.__version__.split(".")[:2])
-# -isystem suppresses warnings about TensorFlow's headers. Its headers also
-# deprecate names that their own macros use.
-TENSORFLOW_FLAGS = [
-    f"-isystem{flag[2:]}" if flag.startswith("-I") else flag
-    for flag in tf.sysconfig.get_compile_flags()
-] + ["-Wno-deprecated-declarations"]
 
-TENSORFLOW_INCLUDE = tf.sysconfig.get_include()
-# Older TensorFlow has no header for ops inside jit_compile=True.
-XLA = os.path.exists(os.path.join(TENSORFLOW_INCLUDE, "xla/ffi/api/c_api.h"))
-if XLA:
-    TENSORFLOW_FLAGS += [
-        f"-isystem{os.path.join(TENSORFLOW_INCLUDE, 'external', folder)}"
-        for folder in ("highwayhash", "farmhash_archive/src")
-    ]
-# `import tensorflow` loads both libraries before the ops.
-LINK_FLAGS = tf.sysconfig.get_link_flags()
-LINK_FLAGS += ["-l:libtensorflow_cc.so.2"] if XLA else []
+@functools.cache
+def tensorflow():
+    """Imports TensorFlow, to build against it."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    try:
+        import tensorflow
+    except ImportError as error:
+        sys.exit(
+            "Expected TensorFlow to be installed to build against it. "
+            f"Received: {error}. Run `pip install .` without "
+            "--no-build-isolation, or `pip install 'tensorflow==2.21.*'` first."
+        )
+    return tensorflow
 
 
 @functools.cache
@@ -57,38 +56,65 @@ def find_cuda() -> build.Cuda | None:
     """Finds the CUDA compiler, if there is one; prints what will be built."""
     cuda = build.find_cuda()
     print(build.describe(cuda), flush=True)
+    print(
+        f"tf_deform: building for TensorFlow "
+        f"{build.minor(tensorflow().__version__)}, which is "
+        f"{tensorflow().__version__} here. For another, install it first and "
+        "add --no-build-isolation.",
+        flush=True,
+    )
     return cuda
 
 
+def write_build_info(folder: str) -> None:
+    """Writes the module that tells the loader what was built."""
+    version = tensorflow().__version__
+    xla = build.has_xla(tensorflow().sysconfig.get_include())
+    with open(os.path.join(folder, "_build_info.py"), "w") as file:
+        file.write(build.build_info(VERSION, find_cuda(), {version: xla}))
+
+
 class BuildExtension(build_ext):
-    """Compiles every source once; _core.so is part of _ops.so."""
+    """Compiles the core, and the ops that are linked to it."""
 
     def get_ext_filename(self, fullname: str) -> str:
         # The names are plain: the libraries do not depend on Python's version.
-        return os.path.join(*fullname.split(".")) + ".so"
+        *packages, name = fullname.split(".")
+        if name == "core":
+            return os.path.join(*packages, build.core_name(VERSION))
+        return os.path.join(*packages, build.ops_name(tensorflow().__version__))
 
     def build_extensions(self) -> None:
+        tf = tensorflow()
         cuda = find_cuda()
         folder = os.path.abspath(self.build_temp)
-        # The folder names the version, as the paths of TensorFlow's headers do
-        # not.
-        glue_folder = os.path.join(folder, f"tensorflow-{tf.__version__}")
-        glue = build.cxx_steps(
-            GLUE_SOURCES, glue_folder, cuda, TENSORFLOW_FLAGS
-        )
+        include = tf.sysconfig.get_include()
+        glue = build.glue_steps(include, tf.__version__, folder, cuda)
         core = build.core_steps(folder, cuda)
         # The glue comes first, as it takes long to compile: at the end, all
         # other processors would wait for it.
         objects = build.compile_all([*glue, *core])
-        for name, parts, flags in (
-            ("tf_deform._core", objects[len(glue) :], ["-lpthread"]),
-            ("tf_deform._ops", objects, LINK_FLAGS),
-        ):
-            build.link(self.get_ext_fullpath(name), parts, cuda, flags)
+        core_path = self.get_ext_fullpath("tf_deform.core")
+        build.link_core(core_path, objects[len(glue) :], cuda)
+        # `import tensorflow` loads both libraries before the ops.
+        flags = tf.sysconfig.get_link_flags()
+        if build.has_xla(include):
+            flags += ["-l:libtensorflow_cc.so.2"]
+        build.link_ops(
+            self.get_ext_fullpath("tf_deform.ops"),
+            objects[: len(glue)],
+            core_path,
+            flags,
+        )
+
+
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        write_build_info("tf_deform")
 
 
 class BuildPython(build_py):
-    """Adds the module that tells the loader what the ops were built for."""
+    """Adds what the extension command does not know."""
 
     def run(self) -> None:
         super().run()
@@ -96,18 +122,20 @@ class BuildPython(build_py):
         if not self.editable_mode:
             folder = os.path.join(self.build_lib, folder)
         os.makedirs(folder, exist_ok=True)
-        cuda = find_cuda()
-        version = f'"{cuda.version}"' if cuda else None
-        architectures = f'"{";".join(cuda.architectures)}"' if cuda else None
-        with open(os.path.join(folder, "_build_info.py"), "w") as file:
-            file.write(
-                '"""Written by setup.py."""\n\n'
-                f'VERSION = "{VERSION}"\n'
-                f'TENSORFLOW_VERSION = "{tf.__version__}"\n'
-                f"CUDA_VERSION: str | None = {version}\n"
-                f"CUDA_ARCHITECTURES: str | None = {architectures}\n"
-                f"XLA = {XLA}\n"
-            )
+        if LIBRARIES:
+            for name in sorted(os.listdir(LIBRARIES)):
+                shutil.copy(os.path.join(LIBRARIES, name), folder)
+        else:
+            write_build_info(folder)
+
+
+class Binary(Distribution):
+    """Says that a release's wheel has libraries, unless it has none."""
+
+    def has_ext_modules(self) -> bool:
+        if LIBRARIES:
+            return any(name.endswith(".so") for name in os.listdir(LIBRARIES))
+        return super().has_ext_modules()
 
 
 class BuildWheel(bdist_wheel):
@@ -117,38 +145,42 @@ class BuildWheel(bdist_wheel):
         return ("py3", "none", super().get_tag()[2])
 
 
+if LIBRARIES:
+    LIBRARIES = os.path.abspath(LIBRARIES)
+    REQUIRED = TENSORFLOW
+else:
+    REQUIRED = f"=={build.minor(tensorflow().__version__)}.*"
 os.chdir(ROOT)
 with open("README.md", encoding="utf-8") as readme:
     LONG_DESCRIPTION = readme.read()
 
 setup(
     name="tf-deform",
-    version=VERSION,
+    version=VERSION + LOCAL,
     description="Deformable convolution and deformable ROI pooling for "
     "TensorFlow and Keras: native ops, gradients, layers.",
     long_description=LONG_DESCRIPTION,
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    license_files=["LICENSE"],
-    python_requires=">=3.10",
+    license_files=["LICENSE", "NOTICE"],
+    python_requires=">=3.9",
     packages=find_packages(include=["tf_deform", "tf_deform.*"]),
     # The module lies beside the package, as importing the package loads
     # TensorFlow.
     py_modules=["tf_deform_cli"],
     entry_points={"console_scripts": ["tf-deform = tf_deform_cli:main"]},
-    ext_modules=[
-        Extension("tf_deform._core", []),
-        Extension("tf_deform._ops", []),
-    ],
+    package_data={"tf_deform": ["py.typed"]},
+    ext_modules=[]
+    if LIBRARIES
+    else [Extension("tf_deform.core", []), Extension("tf_deform.ops", [])],
+    distclass=Binary,
     cmdclass={
         "build_ext": BuildExtension,
         "build_py": BuildPython,
         "bdist_wheel": BuildWheel,
     },
-    install_requires=[
-        f"tensorflow=={TF_MINOR}.*",
-        "keras>=3.15,<4",
-    ],
+    # TensorFlow brings its Keras; tf_deform._keras says which fit.
+    install_requires=[f"tensorflow{REQUIRED}"],
     extras_require={
         "onnx": [
             "tf2onnx>=1.17,<2",

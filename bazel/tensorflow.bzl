@@ -5,6 +5,7 @@ _QUERY = """
 import os
 os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
 import tensorflow as tf
+print(tf.__version__)
 print(tf.sysconfig.get_include())
 print(tf.sysconfig.get_lib())
 print('|'.join(
@@ -40,13 +41,15 @@ def _installed_tensorflow_impl(repository_ctx):
         fail("Expected a Python with TensorFlow in the environment variable " +
              "PYTHON, in .venv (see `make install`), or as python3. " +
              "Received: %s\n%s" % (python, result.stderr))
-    lines = result.stdout.strip().split("\n")[-3:]
+    lines = result.stdout.strip().split("\n")[-4:]
+    version = lines.pop(0)
     repository_ctx.symlink(lines[0], "include")
     libraries = ["libtensorflow_framework.so.2", "libtensorflow_cc.so.2"]
     for library in libraries:
         repository_ctx.symlink(lines[1] + "/" + library, library)
     repository_ctx.file("python", "#!/bin/sh\nexec '%s' \"$@\"\n" % python)
     defines = [flag[2:] for flag in lines[2].split("|")]
+    defines.append('TF_DEFORM_TENSORFLOW=\\"%s\\"' % version)
     repository_ctx.file("BUILD", _BUILD.format(
         defines = repr(defines),
         libraries = repr(libraries),

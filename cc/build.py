@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles the C++ and CUDA sources: for setup.py, or the core alone.
 
-The core needs neither TensorFlow nor setuptools:
+The package has one core and, for each minor version of TensorFlow, a thin
+library of ops that is linked to the core. The core needs neither TensorFlow nor
+setuptools:
 
-    python cc/build.py --output build/_core.so
+    python cc/build.py --output build/core.so
 
 The core has kernels for the GPU if nvcc is found (see `find_nvcc`). An object
 is compiled anew only if its command, its compiler or the contents of a file
 that it was made from changed.
 """
+
+from __future__ import annotations
 
 import argparse
 import concurrent.futures
@@ -28,11 +32,17 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # These are the same globs as in BUILD: a new op edits no build file.
 CORE_SOURCES = "cc/core/**/*.cc"
 CUDA_SOURCES = "cc/core/cuda/*.cu"  # BUILD has none of CUDA
+GLUE_SOURCES = "cc/*.cc"
 FLAGS = ["-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden"]
 FLAGS += ["-ffp-contract=fast", "-g0", "-Wall", "-Wno-psabi", "-I."]
 FLAGS += ["-fwrapv"]  # Python's own flag for extensions: it changes the code
 CUDA_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-I.", "-Xptxas", "-v"]
 CUDA_FLAGS += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wno-psabi"]
+# TensorFlow's wheels are compiled with the same flags (tf.sysconfig).
+GLUE_FLAGS = ["-std=c++17", "-D_GLIBCXX_USE_CXX11_ABI=1"]
+GLUE_FLAGS += ["-DEIGEN_MAX_ALIGN_BYTES=64"]
+# TensorFlow's headers deprecate names that their own macros use.
+GLUE_FLAGS += ["-Wno-deprecated-declarations"]
 # nvcc makes machine code for these GPUs; PTX of the last one serves newer GPUs.
 ARCHITECTURES = "80;89;90"
 
@@ -196,6 +206,35 @@ def core_steps(folder: str, cuda: Cuda | None) -> list[Step]:
     return device_steps + steps
 
 
+def has_xla(include: str) -> bool:
+    """Tells whether TensorFlow's headers have XLA's C interface."""
+    return os.path.exists(os.path.join(include, "xla/ffi/api/c_api.h"))
+
+
+def glue_steps(
+    include: str, version: str, folder: str, cuda: Cuda | None
+) -> list[Step]:
+    """Returns the steps that compile the glue for a TensorFlow.
+
+    Args:
+        include: The folder of TensorFlow's headers.
+        version: TensorFlow's version: objects lie in a folder of this name, as
+            the paths of the headers do not always tell it.
+        folder: Where the objects are kept.
+        cuda: The compiler of the core's GPU kernels, if it has any.
+    """
+    # -isystem suppresses warnings about the headers.
+    flags = [*GLUE_FLAGS, f'-DTF_DEFORM_TENSORFLOW="{version}"']
+    flags.append(f"-isystem{include}")
+    if has_xla(include):
+        flags += [
+            f"-isystem{os.path.join(include, 'external', name)}"
+            for name in ("highwayhash", "farmhash_archive/src")
+        ]
+    folder = os.path.join(folder, f"tensorflow-{version}")
+    return cxx_steps(GLUE_SOURCES, folder, cuda, flags)
+
+
 @functools.cache
 def _version(compiler: str) -> str:
     return _output([compiler, "--version"])
@@ -277,25 +316,82 @@ def compile_all(steps: Iterable[Step]) -> list[str]:
             raise
 
 
-def link(
-    output: str, objects: list[str], cuda: Cuda | None, flags: list[str]
-) -> None:
-    """Makes a shared object."""
-    command = [*_cxx(), "-shared", *objects]
-    if cuda:
-        # TensorFlow brings a CUDA runtime of another version, with the same
-        # symbols. The static runtime is linked into the library, so that it is
-        # found before TensorFlow's libraries, and its symbols are hidden from
-        # all other libraries.
-        command += [cuda.runtime, "-Wl,--exclude-libs,ALL"]
-        command += ["-ldl", "-lrt", "-lpthread"]
-    command += flags
+def core_name(version: str) -> str:
+    """Returns the file name of the core.
+
+    It has the version, as a process takes libraries of one name for the same,
+    and may load two versions of the package.
+    """
+    return f"libtf_deform_core-{version}.so"
+
+
+def ops_name(tensorflow: str) -> str:
+    """Returns the file name of the op library for a TensorFlow version."""
+    return f"_ops_{minor(tensorflow)}.so"
+
+
+def minor(version: str) -> str:
+    """Returns "2.21" of "2.21.0"."""
+    return ".".join(version.split(".")[:2])
+
+
+def link(output: str, objects: list[str], flags: list[str]) -> None:
+    """Makes a shared object, whose name for linkers is its file name."""
+    command = [*_cxx(), "-shared", *objects, *flags]
+    command.append(f"-Wl,-soname,{os.path.basename(output)}")
     command += shlex.split(os.environ.get("LDFLAGS", ""))
     os.makedirs(os.path.dirname(os.path.abspath(output)), exist_ok=True)
     # The library replaces the old file by a rename, so that a process that has
     # the old file open keeps it whole.
     subprocess.run([*command, "-o", f"{output}.new"], check=True)
     os.replace(f"{output}.new", output)
+
+
+def link_core(output: str, objects: list[str], cuda: Cuda | None) -> None:
+    """Makes the library of the core."""
+    flags = ["-lpthread"]
+    if cuda:
+        # TensorFlow brings a CUDA runtime of another version, with the same
+        # symbols. The static runtime is linked into the library, so that it is
+        # found before TensorFlow's libraries, and its symbols are hidden from
+        # all other libraries.
+        flags = [cuda.runtime, "-Wl,--exclude-libs,ALL"]
+        flags += ["-ldl", "-lrt", "-lpthread"]
+    link(output, objects, flags)
+
+
+def link_ops(
+    output: str, objects: list[str], core: str, flags: list[str]
+) -> None:
+    """Makes a library of ops, which finds the core in its own folder."""
+    link(output, objects, [core, "-Wl,-rpath,$ORIGIN", *flags])
+
+
+def build_info(
+    version: str, cuda: Cuda | None, libraries: Mapping[str, bool]
+) -> str:
+    """Returns the module that tells the package what was built.
+
+    Args:
+        version: The package's version.
+        cuda: The compiler of the GPU kernels, if there are any.
+        libraries: The full versions of TensorFlow that there is a library for,
+            and whether it connects the ops with XLA.
+    """
+    built = "".join(
+        f'    "{minor(full)}": ("{full}", {xla}),\n'
+        for full, xla in libraries.items()
+    )
+    return (
+        '"""Tells what was built."""\n\n'
+        f'VERSION = "{version}"\n'
+        f'CORE = "{core_name(version)}"\n'
+        f"CUDA_VERSION = {cuda and cuda.version!r}\n"
+        f"CUDA_ARCHITECTURES = {cuda and ';'.join(cuda.architectures)!r}\n"
+        "# By TensorFlow's minor version: the version whose headers the op\n"
+        "# library was compiled with, and whether it has ops for XLA.\n"
+        f"LIBRARIES = {{\n{built}}}\n"
+    )
 
 
 def main() -> None:
@@ -316,7 +412,7 @@ def main() -> None:
     cuda = find_cuda(arguments.architectures)
     print(describe(cuda), flush=True)
     objects = compile_all(core_steps(os.path.abspath(arguments.objects), cuda))
-    link(arguments.output, objects, cuda, ["-lpthread"])
+    link_core(arguments.output, objects, cuda)
 
 
 if __name__ == "__main__":

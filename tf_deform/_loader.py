@@ -1,10 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads the shared object with the ops, once, if it fits this TensorFlow."""
+"""Loads the op library that fits this TensorFlow, once.
+
+TensorFlow's C++ interface changes between minor versions, so the package has a
+library for each of them, all linked to one core.
+"""
+
+from __future__ import annotations
 
 import contextlib
 import ctypes
 import functools
 import os
+import re
 import warnings
 from types import ModuleType
 
@@ -19,7 +26,15 @@ except ImportError as error:
         "-e .`) in the project's folder, and start Python elsewhere."
     ) from error
 
-LIBRARY = os.path.join(os.path.dirname(__file__), "_ops.so")
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+# The library for this TensorFlow, which may not be there.
+LIBRARY = os.path.join(
+    os.path.dirname(__file__), f"_ops_{_minor(tf.__version__)}.so"
+)
 IMPLEMENTATIONS = ("native", "portable")
 VARIABLE = "TF_DEFORM_IMPLEMENTATION"
 _AN_OP = "tf_deform_deformable_conv2d"
@@ -46,28 +61,52 @@ def supports_jit() -> bool:
     """
     if op_library() is None:
         return True
-    return _build_info.XLA and (
+    return has_xla() and (
         is_built_with_cuda() or not tf.config.list_physical_devices("GPU")
     )
 
 
-def _minor(version: str) -> str:
-    return ".".join(version.split(".")[:2])
+def has_xla() -> bool:
+    """Tells whether the library for this TensorFlow connects ops with XLA.
 
-
-def check_version(built: str, installed: str) -> None:
-    """Raises ImportError unless both versions have the same minor version.
-
-    TensorFlow's C++ interface changes between minor versions: a shared object
-    that was built against another minor version would crash at best.
+    TensorFlow 2.15 and 2.16 do not have the interface for it.
     """
+    _, xla = _build_info.LIBRARIES.get(_minor(tf.__version__), ("", False))
+    return xla
+
+
+def check_version(installed: str) -> None:
+    """Raises ImportError unless there is a library for a TensorFlow version."""
+    if _minor(installed) in _build_info.LIBRARIES:
+        if os.path.exists(LIBRARY):
+            _check_file(installed)
+        return
+    versions = ", ".join(_build_info.LIBRARIES)
+    newest = list(_build_info.LIBRARIES)[-1]
+    raise ImportError(
+        f"Expected TensorFlow {versions}, for which this tf_deform "
+        f"({_build_info.VERSION}) has op libraries. Received: TensorFlow "
+        f"{installed}. Run `pip install 'tensorflow=={newest}.*'`; or build in "
+        "the project's folder with `pip install --no-build-isolation --no-deps "
+        f"--force-reinstall .`; or set {VARIABLE}=portable to use stock "
+        "TensorFlow ops, which are slower and take more memory."
+    )
+
+
+def _check_file(installed: str) -> None:
+    """Raises ImportError if the library's file is for another TensorFlow.
+
+    The file tells this without being loaded: another version's library may
+    load, and then crash.
+    """
+    with open(LIBRARY, "rb") as file:
+        found = re.search(rb"\0tf_deform for TensorFlow ([^\0]+)\0", file.read())
+    built = found[1].decode() if found else "an unknown version"
     if _minor(built) != _minor(installed):
         raise ImportError(
-            f"Expected TensorFlow {_minor(built)}, which this tf_deform was "
-            f"built against ({built}). Received: TensorFlow {installed}. Run "
-            f"`pip install 'tensorflow=={_minor(built)}.*'`, or rebuild in the "
-            "project's folder with `pip install --no-build-isolation "
-            "--no-deps --force-reinstall .`"
+            f"Expected {LIBRARY} to be for TensorFlow {_minor(installed)}, "
+            f"which is {installed} here. Received: a library for TensorFlow "
+            f"{built}. Install tf_deform anew."
         )
 
 
@@ -124,13 +163,14 @@ def op_library() -> ModuleType | None:
     """
     if forced() == "portable":
         return None
-    if os.path.exists(LIBRARY):
-        check_version(_build_info.TENSORFLOW_VERSION, tf.__version__)
-        return _load()
+    if _build_info.LIBRARIES:
+        check_version(tf.__version__)
+        if os.path.exists(LIBRARY):
+            return _load()
     text = (
         f"Expected the native ops of tf_deform at {LIBRARY}. Received: no such "
-        "file. Run `pip install .` (or `pip install -e .`) in the project's "
-        "folder"
+        "file. On Linux with an x86-64 processor, run `pip install tf-deform` "
+        "or, in the project's folder, `pip install .`"
     )
     if forced() == "native":
         raise ImportError(f"{text}, or unset {VARIABLE}.")

@@ -8,6 +8,9 @@
 #include <cstdint>
 #include <type_traits>
 
+// Exports a function of the core to the libraries that are linked to it.
+#define TF_DEFORM_API __attribute__((visibility("default")))
+
 namespace tf_deform {
 
 // Tells the outcome of a call. The core never throws, prints or exits: the
@@ -23,9 +26,10 @@ struct Status {
 };
 
 // Returns a status of that code with a message from a printf format.
-Status InvalidArgument(const char* format, ...)
+TF_DEFORM_API Status InvalidArgument(const char* format, ...)
     __attribute__((format(printf, 1, 2)));
-Status Internal(const char* format, ...) __attribute__((format(printf, 1, 2)));
+TF_DEFORM_API Status Internal(const char* format, ...)
+    __attribute__((format(printf, 1, 2)));
 
 #define TF_DEFORM_RETURN_IF_ERROR(expression)                \
   do {                                                       \
@@ -56,7 +60,7 @@ struct Shape {
 
 // Prints the shape as Python prints a tuple, unknown dimensions as None.
 struct ShapeText {
-  explicit ShapeText(const Shape& shape);
+  TF_DEFORM_API explicit ShapeText(const Shape& shape);
   char text[160];
 };
 

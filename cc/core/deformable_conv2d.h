@@ -86,8 +86,8 @@ struct DeformableConv2DShapes {
 // Checks attributes and shapes and fills `params`. Unknown ranks and dimensions
 // fit. If all dimensions are known, ok means that every size and byte count
 // below fits in int64_t.
-Status Validate(const DeformableConv2DShapes& shapes,
-                DeformableConv2DParams* params);
+TF_DEFORM_API Status Validate(const DeformableConv2DShapes& shapes,
+                              DeformableConv2DParams* params);
 
 // Holds the operands of the forward pass.
 struct DeformableConv2DInputs {
@@ -147,39 +147,44 @@ namespace cpu {
 // Returns the bytes of scratch memory that Forward needs: at most 4 MiB for
 // each worker and one packed copy of the kernel, and never less for more
 // workers. `params` must be validated.
-int64_t WorkspaceBytes(const DeformableConv2DParams& params, DataType type,
-                       int num_workers);
+TF_DEFORM_API int64_t WorkspaceBytes(const DeformableConv2DParams& params,
+                                     DataType type, int num_workers);
 
 // Returns the bytes of scratch memory that Backward needs for the gradients
 // that are non-null in `wanted`. Backward also needs one packed copy of the
 // kernel and, for 16-bit types, the float32 image of one gradient that is
 // summed up (the kernel's, or the inputs' of one image).
-int64_t BackwardWorkspaceBytes(const DeformableConv2DParams& params,
-                               DataType type,
-                               const DeformableConv2DGradients& wanted,
-                               int num_workers);
+TF_DEFORM_API int64_t BackwardWorkspaceBytes(
+    const DeformableConv2DParams& params, DataType type,
+    const DeformableConv2DGradients& wanted, int num_workers);
 
 // Return the bytes of DeformableConv2DInputs::packed for Forward and Backward:
 // at most one packed copy of the kernel. The workspace of a call with such
 // memory may be smaller by as many bytes.
-int64_t PackedBytes(const DeformableConv2DParams& params, DataType type);
-int64_t BackwardPackedBytes(const DeformableConv2DParams& params, DataType type,
-                            const DeformableConv2DGradients& wanted);
+TF_DEFORM_API int64_t PackedBytes(const DeformableConv2DParams& params,
+                                  DataType type);
+TF_DEFORM_API int64_t
+BackwardPackedBytes(const DeformableConv2DParams& params, DataType type,
+                    const DeformableConv2DGradients& wanted);
 
 // Writes `output`. `workspace` is aligned to 64 bytes and has
 // WorkspaceBytes(params, type, parallel_for.num_workers) bytes. The result is
 // the same to the bit for any number of workers.
-Status Forward(const DeformableConv2DParams& params, DataType type,
-               const DeformableConv2DInputs& operands, void* workspace,
-               void* output, const ParallelFor& parallel_for);
+TF_DEFORM_API Status Forward(const DeformableConv2DParams& params,
+                             DataType type,
+                             const DeformableConv2DInputs& operands,
+                             void* workspace, void* output,
+                             const ParallelFor& parallel_for);
 
 // Writes the wanted gradients of sum(grad_output * output), and neither reads
 // nor computes anything for other gradients. Workspace and determinism are as
 // in Forward.
-Status Backward(const DeformableConv2DParams& params, DataType type,
-                const DeformableConv2DInputs& operands, const void* grad_output,
-                void* workspace, const DeformableConv2DGradients& gradients,
-                const ParallelFor& parallel_for);
+TF_DEFORM_API Status Backward(const DeformableConv2DParams& params,
+                              DataType type,
+                              const DeformableConv2DInputs& operands,
+                              const void* grad_output, void* workspace,
+                              const DeformableConv2DGradients& gradients,
+                              const ParallelFor& parallel_for);
 
 }  // namespace cpu
 
@@ -188,28 +193,32 @@ Status Backward(const DeformableConv2DParams& params, DataType type,
 // of the device, or a driver that is too old, is kInternal.
 namespace cuda {
 
-int64_t WorkspaceBytes(const DeformableConv2DParams& params, DataType type);
+TF_DEFORM_API int64_t WorkspaceBytes(const DeformableConv2DParams& params,
+                                     DataType type);
 
 // Returns at most 64 MiB; for 16-bit types it adds the float32 image of the
 // inputs' gradient, or of one image's gradient if all images need more than
 // that.
-int64_t BackwardWorkspaceBytes(const DeformableConv2DParams& params,
-                               DataType type,
-                               const DeformableConv2DGradients& wanted,
-                               const CudaStream& stream);
+TF_DEFORM_API int64_t BackwardWorkspaceBytes(
+    const DeformableConv2DParams& params, DataType type,
+    const DeformableConv2DGradients& wanted, const CudaStream& stream);
 
 // Writes `output`. `workspace` is aligned to 256 bytes.
-Status Forward(const DeformableConv2DParams& params, DataType type,
-               const DeformableConv2DInputs& operands, void* workspace,
-               void* output, const CudaStream& stream);
+TF_DEFORM_API Status Forward(const DeformableConv2DParams& params,
+                             DataType type,
+                             const DeformableConv2DInputs& operands,
+                             void* workspace, void* output,
+                             const CudaStream& stream);
 
 // Writes the wanted gradients. The gradient of the inputs is summed up in no
 // fixed order unless stream.deterministic is set; all other gradients always
 // have a fixed order.
-Status Backward(const DeformableConv2DParams& params, DataType type,
-                const DeformableConv2DInputs& operands, const void* grad_output,
-                void* workspace, const DeformableConv2DGradients& gradients,
-                const CudaStream& stream);
+TF_DEFORM_API Status Backward(const DeformableConv2DParams& params,
+                              DataType type,
+                              const DeformableConv2DInputs& operands,
+                              const void* grad_output, void* workspace,
+                              const DeformableConv2DGradients& gradients,
+                              const CudaStream& stream);
 
 }  // namespace cuda
 }  // namespace tf_deform

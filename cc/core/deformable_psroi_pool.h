@@ -73,8 +73,8 @@ struct DeformablePSROIPoolShapes {
 // Checks attributes and shapes and fills `params`. Unknown ranks and dimensions
 // fit. If all dimensions are known, ok means that every size and byte count
 // fits in int64_t.
-Status Validate(const DeformablePSROIPoolShapes& shapes,
-                DeformablePSROIPoolParams* params);
+TF_DEFORM_API Status Validate(const DeformablePSROIPoolShapes& shapes,
+                              DeformablePSROIPoolParams* params);
 
 // Holds the operands of the forward pass.
 struct DeformablePSROIPoolInputs {
@@ -129,32 +129,34 @@ namespace cpu {
 // it adds the repacked images, in which a cell's channels lie side by side: as
 // many images as fit in 4 MiB for each worker, but at least one. `params` must
 // be validated.
-int64_t WorkspaceBytes(const DeformablePSROIPoolParams& params, DataType type,
-                       int num_workers);
+TF_DEFORM_API int64_t WorkspaceBytes(const DeformablePSROIPoolParams& params,
+                                     DataType type, int num_workers);
 
 // Returns the bytes of scratch memory that Backward needs for the gradients
 // that are non-null in `wanted`. The images are then the repacked images or
 // their gradients (float32 for 16-bit types).
-int64_t BackwardWorkspaceBytes(const DeformablePSROIPoolParams& params,
-                               DataType type,
-                               const DeformablePSROIPoolGradients& wanted,
-                               int num_workers);
+TF_DEFORM_API int64_t BackwardWorkspaceBytes(
+    const DeformablePSROIPoolParams& params, DataType type,
+    const DeformablePSROIPoolGradients& wanted, int num_workers);
 
 // Writes `output` and, if it is not null, `count`. `workspace` is aligned to 64
 // bytes and has WorkspaceBytes(params, type, parallel_for.num_workers) bytes.
 // The result is the same to the bit for any number of workers. Returns an error
 // if a batch index is not an integer below batch, unless such ROIs are padding.
-Status Forward(const DeformablePSROIPoolParams& params, DataType type,
-               const DeformablePSROIPoolInputs& operands, void* workspace,
-               void* output, float* count, const ParallelFor& parallel_for);
+TF_DEFORM_API Status Forward(const DeformablePSROIPoolParams& params,
+                             DataType type,
+                             const DeformablePSROIPoolInputs& operands,
+                             void* workspace, void* output, float* count,
+                             const ParallelFor& parallel_for);
 
 // Writes the wanted gradients of sum(grad_output * output). Workspace,
 // determinism and errors are as in Forward.
-Status Backward(const DeformablePSROIPoolParams& params, DataType type,
-                const DeformablePSROIPoolInputs& operands,
-                const void* grad_output, void* workspace,
-                const DeformablePSROIPoolGradients& gradients,
-                const ParallelFor& parallel_for);
+TF_DEFORM_API Status Backward(const DeformablePSROIPoolParams& params,
+                              DataType type,
+                              const DeformablePSROIPoolInputs& operands,
+                              const void* grad_output, void* workspace,
+                              const DeformablePSROIPoolGradients& gradients,
+                              const ParallelFor& parallel_for);
 
 }  // namespace cpu
 
@@ -165,29 +167,32 @@ Status Backward(const DeformablePSROIPoolParams& params, DataType type,
 namespace cuda {
 
 // Returns the bytes of scratch memory that Forward needs.
-int64_t WorkspaceBytes(const DeformablePSROIPoolParams& params, DataType type);
+TF_DEFORM_API int64_t WorkspaceBytes(const DeformablePSROIPoolParams& params,
+                                     DataType type);
 
 // Returns the bytes of scratch memory that Backward needs: at most 64 MiB; for
 // 16-bit types it adds the float32 image of the inputs' gradient, or of one
 // image's gradient if all images need more than that.
-int64_t BackwardWorkspaceBytes(const DeformablePSROIPoolParams& params,
-                               DataType type,
-                               const DeformablePSROIPoolGradients& wanted,
-                               const CudaStream& stream);
+TF_DEFORM_API int64_t BackwardWorkspaceBytes(
+    const DeformablePSROIPoolParams& params, DataType type,
+    const DeformablePSROIPoolGradients& wanted, const CudaStream& stream);
 
 // Writes `output` and `count`. `workspace` is aligned to 256 bytes.
-Status Forward(const DeformablePSROIPoolParams& params, DataType type,
-               const DeformablePSROIPoolInputs& operands, void* workspace,
-               void* output, float* count, const CudaStream& stream);
+TF_DEFORM_API Status Forward(const DeformablePSROIPoolParams& params,
+                             DataType type,
+                             const DeformablePSROIPoolInputs& operands,
+                             void* workspace, void* output, float* count,
+                             const CudaStream& stream);
 
 // Writes the wanted gradients. The gradient of the inputs is summed up in no
 // fixed order unless stream.deterministic is set; the gradient of trans always
 // has a fixed order.
-Status Backward(const DeformablePSROIPoolParams& params, DataType type,
-                const DeformablePSROIPoolInputs& operands,
-                const void* grad_output, void* workspace,
-                const DeformablePSROIPoolGradients& gradients,
-                const CudaStream& stream);
+TF_DEFORM_API Status Backward(const DeformablePSROIPoolParams& params,
+                              DataType type,
+                              const DeformablePSROIPoolInputs& operands,
+                              const void* grad_output, void* workspace,
+                              const DeformablePSROIPoolGradients& gradients,
+                              const CudaStream& stream);
 
 }  // namespace cuda
 }  // namespace tf_deform

@@ -63,8 +63,8 @@ struct DeformableROIAlignShapes {
 // Checks attributes and shapes and fills `params`. Unknown ranks and dimensions
 // fit. If all dimensions are known, ok means that every size and byte count
 // fits in int64_t.
-Status Validate(const DeformableROIAlignShapes& shapes,
-                DeformableROIAlignParams* params);
+TF_DEFORM_API Status Validate(const DeformableROIAlignShapes& shapes,
+                              DeformableROIAlignParams* params);
 
 // Holds the operands of the forward pass.
 struct DeformableROIAlignInputs {
@@ -119,33 +119,35 @@ namespace cpu {
 // each worker, for maps of at most 250000 channels and bins of at most 20000
 // samples along an axis; never less for more workers. `params` must be
 // validated.
-int64_t WorkspaceBytes(const DeformableROIAlignParams& params, DataType type,
-                       int num_workers);
+TF_DEFORM_API int64_t WorkspaceBytes(const DeformableROIAlignParams& params,
+                                     DataType type, int num_workers);
 
 // Returns the bytes of scratch memory that Backward needs for the gradients
 // that are non-null in `wanted`. For 16-bit types it adds float32 images of the
 // inputs' gradient: as many images as fit in 4 MiB for each worker, but at
 // least one.
-int64_t BackwardWorkspaceBytes(const DeformableROIAlignParams& params,
-                               DataType type,
-                               const DeformableROIAlignGradients& wanted,
-                               int num_workers);
+TF_DEFORM_API int64_t BackwardWorkspaceBytes(
+    const DeformableROIAlignParams& params, DataType type,
+    const DeformableROIAlignGradients& wanted, int num_workers);
 
 // Writes `output`. `workspace` is aligned to 64 bytes and has
 // WorkspaceBytes(params, type, parallel_for.num_workers) bytes. The result is
 // the same to the bit for any number of workers. Returns an error if a batch
 // index is not an integer below batch, unless such ROIs are padding.
-Status Forward(const DeformableROIAlignParams& params, DataType type,
-               const DeformableROIAlignInputs& operands, void* workspace,
-               void* output, const ParallelFor& parallel_for);
+TF_DEFORM_API Status Forward(const DeformableROIAlignParams& params,
+                             DataType type,
+                             const DeformableROIAlignInputs& operands,
+                             void* workspace, void* output,
+                             const ParallelFor& parallel_for);
 
 // Writes the wanted gradients of sum(grad_output * output). Workspace,
 // determinism and errors are as in Forward.
-Status Backward(const DeformableROIAlignParams& params, DataType type,
-                const DeformableROIAlignInputs& operands,
-                const void* grad_output, void* workspace,
-                const DeformableROIAlignGradients& gradients,
-                const ParallelFor& parallel_for);
+TF_DEFORM_API Status Backward(const DeformableROIAlignParams& params,
+                              DataType type,
+                              const DeformableROIAlignInputs& operands,
+                              const void* grad_output, void* workspace,
+                              const DeformableROIAlignGradients& gradients,
+                              const ParallelFor& parallel_for);
 
 }  // namespace cpu
 
@@ -156,29 +158,32 @@ Status Backward(const DeformableROIAlignParams& params, DataType type,
 namespace cuda {
 
 // Returns the bytes of scratch memory that Forward needs.
-int64_t WorkspaceBytes(const DeformableROIAlignParams& params, DataType type);
+TF_DEFORM_API int64_t WorkspaceBytes(const DeformableROIAlignParams& params,
+                                     DataType type);
 
 // Returns the bytes of scratch memory that Backward needs: at most 64 MiB; for
 // 16-bit types it adds the float32 image of the inputs' gradient, or of one
 // image's gradient if all images need more than that.
-int64_t BackwardWorkspaceBytes(const DeformableROIAlignParams& params,
-                               DataType type,
-                               const DeformableROIAlignGradients& wanted,
-                               const CudaStream& stream);
+TF_DEFORM_API int64_t BackwardWorkspaceBytes(
+    const DeformableROIAlignParams& params, DataType type,
+    const DeformableROIAlignGradients& wanted, const CudaStream& stream);
 
 // Writes `output`. `workspace` is aligned to 256 bytes.
-Status Forward(const DeformableROIAlignParams& params, DataType type,
-               const DeformableROIAlignInputs& operands, void* workspace,
-               void* output, const CudaStream& stream);
+TF_DEFORM_API Status Forward(const DeformableROIAlignParams& params,
+                             DataType type,
+                             const DeformableROIAlignInputs& operands,
+                             void* workspace, void* output,
+                             const CudaStream& stream);
 
 // Writes the wanted gradients. The gradient of the inputs is summed up in no
 // fixed order unless stream.deterministic is set; the gradient of offset always
 // has a fixed order.
-Status Backward(const DeformableROIAlignParams& params, DataType type,
-                const DeformableROIAlignInputs& operands,
-                const void* grad_output, void* workspace,
-                const DeformableROIAlignGradients& gradients,
-                const CudaStream& stream);
+TF_DEFORM_API Status Backward(const DeformableROIAlignParams& params,
+                              DataType type,
+                              const DeformableROIAlignInputs& operands,
+                              const void* grad_output, void* workspace,
+                              const DeformableROIAlignGradients& gradients,
+                              const CudaStream& stream);
 
 }  // namespace cuda
 }  // namespace tf_deform

@@ -82,6 +82,11 @@ TF_DEFORM_EXPORT const char* TfDeformRegisteredVersion() {
   return tf_deform::first_copy.version;
 }
 
+// Tells the loader, which reads the file before it loads it, whose headers this
+// was compiled with. The byte before it separates it from other texts.
+TF_DEFORM_EXPORT __attribute__((used)) const char TfDeformBuiltFor[] =
+    "\0tf_deform for TensorFlow " TF_DEFORM_TENSORFLOW;
+
 // Writes the counts of `gradients_computed`. Tests read them, to see that
 // unwanted gradients cost nothing.
 #define TF_DEFORM_REGISTER(Op)                                             \

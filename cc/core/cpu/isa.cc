@@ -5,6 +5,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -19,10 +20,53 @@ namespace cpu {
 namespace {
 
 #if defined(__x86_64__)
-// Not every compiler knows this feature by name.
-bool HasF16C() {
-  unsigned int eax, ebx, ecx = 0, edx;
-  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+constexpr unsigned int Bits(std::initializer_list<int> bits) {
+  unsigned int word = 0;
+  for (int bit : bits) word |= 1u << bit;
+  return word;
+}
+
+// Registers that cpuid fills.
+struct CpuId {
+  unsigned int eax = 0, ebx = 0, ecx = 0, edx = 0;
+
+  // Reads a leaf; all is 0 if the processor does not have it.
+  CpuId(unsigned int leaf, unsigned int subleaf) {
+    __get_cpuid_count(leaf, subleaf, &eax, &ebx, &ecx, &edx);
+  }
+};
+
+bool HasAll(unsigned int word, unsigned int bits) {
+  return (word & bits) == bits;
+}
+
+// Returns which registers the system saves: XCR0, or 0 without XSAVE.
+unsigned int SavedRegisters() {
+  if (!HasAll(CpuId(1, 0).ecx, Bits({27}))) return 0;  // OSXSAVE
+  unsigned int eax, edx;
+  __asm__("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
+  return eax;
+}
+
+// The compiler's __builtin_cpu_supports is not used: it reads a table that
+// another linker's runtime library may leave empty, so that the library would
+// run its slowest code.
+bool HasAvx2() {
+  return HasAll(SavedRegisters(), Bits({1, 2})) &&       // XMM, YMM
+         HasAll(CpuId(1, 0).ecx, Bits({12, 28, 29})) &&  // FMA, AVX, F16C
+         HasAll(CpuId(7, 0).ebx, Bits({5}));             // AVX2
+}
+
+bool HasAvx512() {
+  return HasAvx2() &&
+         HasAll(SavedRegisters(), Bits({5, 6, 7})) &&      // masks, ZMM
+         HasAll(CpuId(7, 0).ebx, Bits({16, 17, 30, 31}));  // F, DQ, BW, VL
+}
+
+bool IsIntel() {
+  const CpuId vendor(0, 0);
+  return vendor.ebx == signature_INTEL_ebx &&
+         vendor.ecx == signature_INTEL_ecx && vendor.edx == signature_INTEL_edx;
 }
 #endif
 
@@ -45,10 +89,7 @@ int Allowed() {
 
 bool MayUseAvx512BF16() {
 #if defined(__x86_64__)
-  constexpr unsigned int kFeature = 1u << 5;  // eax
-  unsigned int eax, ebx, ecx, edx;
-  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 &&
-         (eax & kFeature) != 0;
+  return HasAll(CpuId(7, 1).eax, Bits({5}));
 #else
   return false;
 #endif
@@ -59,7 +100,7 @@ bool MayUseAvx512BF16() {
 // float32, so they are used only if they are asked for by name.
 bool Avx512BF16Pays() {
 #if defined(__x86_64__)
-  return Allowed() == kAvx512BF16 || !__builtin_cpu_is("intel");
+  return Allowed() == kAvx512BF16 || !IsIntel();
 #else
   return false;
 #endif
@@ -68,11 +109,9 @@ bool Avx512BF16Pays() {
 // The system saves the registers of AMX only for a process that asked for it.
 bool MayUseAmx() {
 #if defined(__x86_64__) && defined(__linux__)
-  constexpr unsigned int kAmxBF16 = 1u << 22, kAmxTile = 1u << 24;  // edx
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
-  unsigned int eax, ebx, ecx, edx;
-  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 &&
-         (edx & kAmxBF16) != 0 && (edx & kAmxTile) != 0 && MayUseAvx512BF16() &&
+  return HasAll(CpuId(7, 0).edx, Bits({22, 24})) &&  // AMX-BF16, AMX-TILE
+         MayUseAvx512BF16() &&
          syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
   return false;
@@ -81,15 +120,10 @@ bool MayUseAmx() {
 
 Isa Choose() {
 #if defined(__x86_64__)
-  if (Allowed() >= static_cast<int>(Isa::kAvx512) &&
-      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl")) {
+  if (Allowed() >= static_cast<int>(Isa::kAvx512) && HasAvx512()) {
     return Isa::kAvx512;
   }
-  if (Allowed() >= static_cast<int>(Isa::kAvx2) &&
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      HasF16C()) {
+  if (Allowed() >= static_cast<int>(Isa::kAvx2) && HasAvx2()) {
     return Isa::kAvx2;
   }
 #endif
