@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import shutil
 import sys
 
@@ -107,7 +108,6 @@ class BuildExtension(build_ext):
             flags,
         )
 
-
     def copy_extensions_to_source(self) -> None:
         super().copy_extensions_to_source()
         write_build_info("tf_deform")
@@ -153,6 +153,14 @@ else:
 os.chdir(ROOT)
 with open("README.md", encoding="utf-8") as readme:
     LONG_DESCRIPTION = readme.read()
+# A package index shows the text alone, without the project's files: takes out
+# its pictures, and keeps the texts of links to it.
+LONG_DESCRIPTION = re.sub(
+    r"!\[[^\]]*\]\((?!https?:)[^)]*\)\n*", "", LONG_DESCRIPTION
+)
+LONG_DESCRIPTION = re.sub(
+    r"\[([^\]]*)\]\((?!https?:)[^)]*\)", r"\1", LONG_DESCRIPTION
+)
 
 setup(
     name="tf-deform",

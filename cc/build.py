@@ -26,7 +26,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # These are the same globs as in BUILD: a new op edits no build file.
@@ -164,7 +164,8 @@ def _steps(pattern: str, folder: str, command: list[str]) -> list[Step]:
     ]
 
 
-def _cxx() -> list[str]:
+def cxx() -> list[str]:
+    """Returns the C++ compiler's command."""
     return shlex.split(os.environ.get("CXX", "c++"))
 
 
@@ -172,7 +173,7 @@ def cxx_steps(
     pattern: str, folder: str, cuda: Cuda | None, flags: list[str]
 ) -> list[Step]:
     """Returns the steps that compile C++ sources to objects in `folder`."""
-    command = [*_cxx(), *FLAGS, *flags]
+    command = [*cxx(), *FLAGS, *flags]
     if cuda:
         command.append("-DTF_DEFORM_CUDA")
     command += shlex.split(os.environ.get("CXXFLAGS", ""))
@@ -335,9 +336,14 @@ def minor(version: str) -> str:
     return ".".join(version.split(".")[:2])
 
 
-def link(output: str, objects: list[str], flags: list[str]) -> None:
+def link(
+    output: str,
+    objects: list[str],
+    flags: list[str],
+    linker: list[str] | None = None,
+) -> None:
     """Makes a shared object, whose name for linkers is its file name."""
-    command = [*_cxx(), "-shared", *objects, *flags]
+    command = [*(linker or cxx()), "-shared", *objects, *flags]
     command.append(f"-Wl,-soname,{os.path.basename(output)}")
     command += shlex.split(os.environ.get("LDFLAGS", ""))
     os.makedirs(os.path.dirname(os.path.abspath(output)), exist_ok=True)
@@ -347,24 +353,33 @@ def link(output: str, objects: list[str], flags: list[str]) -> None:
     os.replace(f"{output}.new", output)
 
 
-def link_core(output: str, objects: list[str], cuda: Cuda | None) -> None:
+def link_core(
+    output: str,
+    objects: list[str],
+    cuda: Cuda | None,
+    flags: Sequence[str] = (),
+    linker: list[str] | None = None,
+) -> None:
     """Makes the library of the core."""
-    flags = ["-lpthread"]
+    script = os.path.join(ROOT, "cc", "core.map")
+    own = [f"-Wl,--version-script={script}", "-lpthread"]
     if cuda:
         # TensorFlow brings a CUDA runtime of another version, with the same
         # symbols. The static runtime is linked into the library, so that it is
-        # found before TensorFlow's libraries, and its symbols are hidden from
-        # all other libraries.
-        flags = [cuda.runtime, "-Wl,--exclude-libs,ALL"]
-        flags += ["-ldl", "-lrt", "-lpthread"]
-    link(output, objects, flags)
+        # found before TensorFlow's libraries.
+        own += [cuda.runtime, "-ldl", "-lrt"]
+    link(output, objects, [*own, *flags], linker)
 
 
 def link_ops(
-    output: str, objects: list[str], core: str, flags: list[str]
+    output: str,
+    objects: list[str],
+    core: str,
+    flags: Sequence[str],
+    linker: list[str] | None = None,
 ) -> None:
     """Makes a library of ops, which finds the core in its own folder."""
-    link(output, objects, [core, "-Wl,-rpath,$ORIGIN", *flags])
+    link(output, objects, [core, "-Wl,-rpath,$ORIGIN", *flags], linker)
 
 
 def build_info(
