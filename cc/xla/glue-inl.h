@@ -4,17 +4,6 @@
 #ifndef TF_DEFORM_CC_XLA_GLUE_INL_H_
 #define TF_DEFORM_CC_XLA_GLUE_INL_H_
 
-// Skips two headers: XLA's clients would take half of the time that all glue
-// takes to compile. The headers of tf2xla only name pointers to clients. If
-// those of another TensorFlow need more, the compiler says so: remove the lines
-// up to the next header.
-#define XLA_CLIENT_CLIENT_H_
-#define XLA_CLIENT_LOCAL_CLIENT_H_
-namespace xla {
-class Client;
-class LocalClient;
-}  // namespace xla
-
 #include <algorithm>
 #include <cstdint>
 #include <memory>
@@ -35,11 +24,28 @@ class LocalClient;
 #include "tensorflow/core/platform/cpu_info.h"
 #include "tensorflow/core/platform/errors.h"
 #include "tensorflow/core/platform/tensor_float_32_utils.h"
+#include "tensorflow/core/public/version.h"
 #include "tensorflow/core/util/determinism.h"
 #include "xla/ffi/api/c_api.h"
-#include "xla/hlo/builder/xla_builder.h"
 #include "xla/shape.h"
 #include "xla/shape_util.h"
+#if __has_include("xla/hlo/builder/xla_builder.h")
+#include "xla/hlo/builder/xla_builder.h"
+#else  // TensorFlow 2.18 and older
+#include "xla/client/xla_builder.h"
+#endif
+
+// Tells what XLA's C interface has. TensorFlow 2.17 hands a call no threads,
+// and threads of our own would compete with TensorFlow's, so there the caller
+// does all the work. 2.18 does not say how many threads there are. The version
+// of the interface is no help, as XLA_FFI_API_MINOR is 1 from 2.18 to 2.20;
+// TF_MINOR_VERSION is defined up to 2.19.
+#if !defined(TF_MINOR_VERSION) || TF_MINOR_VERSION >= 18
+#define TF_DEFORM_XLA_HAS_POOL
+#endif
+#if !defined(TF_MINOR_VERSION) || TF_MINOR_VERSION >= 19
+#define TF_DEFORM_XLA_COUNTS_THREADS
+#endif
 
 namespace xla::ffi {
 // A function of TensorFlow's framework library, whose own header is internal.
@@ -209,10 +215,12 @@ class XlaKernel : public tensorflow::XlaOpKernel {
       return stream;
     }
 #endif
+    ParallelFor parallel_for;
+#ifdef TF_DEFORM_XLA_HAS_POOL
     // The pool is not known yet: plans for as many threads as there are
     // processors.
-    ParallelFor parallel_for;
     parallel_for.num_workers = std::max(1, tensorflow::port::MaxParallelism());
+#endif
     *attributes += ", " + ToMlir(kNumWorkers, parallel_for.num_workers);
     return parallel_for;
   }
@@ -309,21 +317,28 @@ Status ToDataType(XLA_FFI_DataType type, DataType* result) {
   return Status();
 }
 
+#ifdef TF_DEFORM_XLA_HAS_POOL
 // XLA's pool and how many workers the workspace is made for.
 struct Pool {
   const XLA_FFI_CallFrame* frame;
   int64_t max_workers;
 };
 
-int64_t NumThreads(const XLA_FFI_CallFrame& frame) {
+// Returns the number of threads of XLA's pool, at most `max_workers`.
+int64_t NumThreads(const XLA_FFI_CallFrame& frame, int64_t max_workers) {
+#ifdef TF_DEFORM_XLA_COUNTS_THREADS
   int64_t number = 0;
   auto args = MakeArgs<XLA_FFI_ThreadPool_NumThreads_Args>(
       XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE);
   args.ctx = frame.ctx;
   args.num_threads = &number;
   return Succeeded(frame.api, frame.api->XLA_FFI_ThreadPool_NumThreads(&args))
-             ? number
+             ? std::min(number, max_workers)
              : 1;
+#else
+  // Workers that find no thread start late, when there is no task left.
+  return max_workers;
+#endif
 }
 
 // The caller takes part: it may be a thread of the pool, and no other thread
@@ -351,6 +366,7 @@ void RunOnXlaPool(void* context, int64_t num_tasks, ParallelFor::Task task,
   loop->Work();
   loop->Wait();
 }
+#endif
 
 // Runs a call on the executor.
 Status Run(XlaCall* call, const XLA_FFI_CallFrame& frame,
@@ -411,13 +427,15 @@ Status Run(XlaCall* call, const XLA_FFI_CallFrame& frame,
 Status RunOnHost(XlaCall* call, const XLA_FFI_CallFrame& frame) {
   int64_t max_workers = 1;
   TF_DEFORM_RETURN_IF_ERROR(FindNumber(frame.attrs, kNumWorkers, &max_workers));
-  Pool pool{&frame, std::min(NumThreads(frame), max_workers)};
   ParallelFor parallel_for;
+#ifdef TF_DEFORM_XLA_HAS_POOL
+  Pool pool{&frame, NumThreads(frame, max_workers)};
   if (pool.max_workers > 1) {
     parallel_for.num_workers = static_cast<int>(pool.max_workers);
     parallel_for.context = &pool;
     parallel_for.run = RunOnXlaPool;
   }
+#endif
   return Run(call, frame, parallel_for);
 }
 
@@ -440,20 +458,22 @@ Status RunOnCuda(XlaCall* call, const XLA_FFI_CallFrame& frame) {
 
 // Handles a call of XLA by `run`, which serves one platform. Before XLA
 // registers a handler, it asks for the version of the interface that the
-// handler was compiled with.
+// handler was compiled with; version 0.0, of TensorFlow 2.17, does not ask.
 template <typename Call, Status (*run)(XlaCall*, const XLA_FFI_CallFrame&)>
 XLA_FFI_Error* Handle(XLA_FFI_CallFrame* frame) {
+#if XLA_FFI_API_MAJOR > 0 || XLA_FFI_API_MINOR > 0
   if (frame->extension_start != nullptr &&
       frame->extension_start->type == XLA_FFI_Extension_Metadata) {
     XLA_FFI_Metadata* const metadata =
         reinterpret_cast<XLA_FFI_Metadata_Extension*>(frame->extension_start)
             ->metadata;
-    metadata->api_version = {XLA_FFI_Api_Version_STRUCT_SIZE, nullptr,
-                             XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR};
-    metadata->traits = 0;
-    metadata->state_type_id = XLA_FFI_UNKNOWN_TYPE_ID;
+    // All other fields become zero: the handler has no traits and no state.
+    *metadata = {metadata->struct_size,
+                 {XLA_FFI_Api_Version_STRUCT_SIZE, nullptr, XLA_FFI_API_MAJOR,
+                  XLA_FFI_API_MINOR}};
     return nullptr;
   }
+#endif
   Call call;
   return ToXla(frame->api, run(&call, *frame));
 }
