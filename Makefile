@@ -10,8 +10,8 @@ SOURCES := $(wildcard cc/*/*.cc cc/*/*.h cc/core/*/*.cc cc/core/*/*.cu \
 	cc/core/*/*.h)
 TEST_SOURCES := $(wildcard tests/*/*.c tests/*/*.cc tests/*/*.h)
 
-.PHONY: help install demo demo-full docs quick test test-full benchmark \
-	gpu-check gpu-check-tf lint format bazel clean
+.PHONY: help install demo demo-full docs quick test test-full wheel wheel-test \
+	benchmark gpu-check gpu-check-tf lint format bazel clean
 
 help:
 	@echo "make demo       train a segmentation model and a detector, plain and"
@@ -20,6 +20,10 @@ help:
 	@echo "make quick      run the most telling tests (two minutes)"
 	@echo "make test       run the tests (eleven minutes on two processors)"
 	@echo "make test-full  run all tests with whole grids (hours)"
+	@echo "make wheel      build the wheels of a release, for every supported"
+	@echo "                TensorFlow, into dist (fetches 1.6 GB of headers)"
+	@echo "make wheel-test install the wheel beside every supported TensorFlow,"
+	@echo "                Keras and Python, and test it (an hour)"
 	@echo "make docs       write the API pages to build/docs"
 	@echo "make benchmark  time the ops beside their peers"
 	@echo "make gpu-check  time and test the GPU kernels: needs a GPU, nvcc and"
@@ -38,7 +42,7 @@ $(INSTALLED): setup.py pyproject.toml cc/build.py $(SOURCES)
 	$(RUN) -m pip install --disable-pip-version-check \
 		"setuptools>=77,<84" "tensorflow==2.21.*"
 	$(RUN) -m pip install --disable-pip-version-check \
-		--no-build-isolation --editable ".[test,lint]"
+		--no-build-isolation --editable ".[test,lint,release]"
 	touch $@
 
 install: $(INSTALLED)
@@ -84,6 +88,14 @@ QUICK := $(filter-out tests/core/isa_core_test.py, \
 quick: $(INSTALLED)
 	$(RUN) -m pytest -n 2 --dist worksteal $(QUICK) \
 		-k "not any_number_of_threads and not strips and not 32_bits"
+
+# For example WHEEL="--tensorflow 2.15.1 2.21.0".
+wheel: $(INSTALLED)
+	$(RUN) cc/wheel.py $(WHEEL)
+
+# For example WHEEL_TEST="--only 2.15.1".
+wheel-test: $(INSTALLED)
+	$(RUN) tests/wheel/matrix.py $(WHEEL_TEST)
 
 benchmark: $(INSTALLED)
 	$(RUN) benchmarks/run.py

@@ -224,6 +224,8 @@ setup(
             "tf-deform[benchmark]",
             "tf-deform[examples]",
         ],
+        # zig links for an old glibc, see cc/wheel.py.
+        "release": ["ziglang>=0.13,<0.18", "auditwheel>=6.4,<7"],
         "lint": ["ruff>=0.17,<0.18", "clang-format>=23,<24"],
     },
     zip_safe=False,
