@@ -125,6 +125,8 @@ def build_libraries(
         ["-include", "cc/manylinux/old_libstdcxx.h"]
         + [f"-ffile-prefix-map={cache}/="]
     )
+    # Otherwise nvcc makes up names.
+    os.environ["NVCC_APPEND_FLAGS"] = "-frandom-seed=tf_deform"
     steps = {
         version: build.glue_steps(include, version, objects, cuda)
         for version, include in includes.items()

@@ -116,7 +116,7 @@ def test_the_cuda_runtime_is_inside_and_hidden(library):
 
 
 def test_parsing_of_resources():
-    name = "_ZN9tf_deform4cuda36_GLOBAL__N__611d8f8b_4_e_cu_dcde6efc1KILi1EEEvv"
+    name = "_ZN9tf_deform4cuda4e_cu1KILi1EEEvv"
     listing = f"""
 arch = sm_80
  Function {name}:

@@ -55,9 +55,9 @@ def short_names(mangled: list[str]) -> list[str]:
         check=True,
     ).stdout.splitlines()
     names = []
-    for symbol, name in zip(mangled, demangled, strict=True):
-        source = re.search(r"_GLOBAL__N__[0-9a-f]+_\d+_(\w+?)_cu_", symbol)
-        name = re.sub(r"\(anonymous namespace\)::|tf_deform::|cuda::", "", name)
+    for name in demangled:
+        source = re.search(r"(\w+)_cu::", name)
+        name = re.sub(r"\w+_cu::|tf_deform::|cuda::", "", name)
         names.append(f"{source[1]}: {name}" if source else name)
     return names
 

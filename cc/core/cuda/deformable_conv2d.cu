@@ -44,7 +44,9 @@
 
 namespace tf_deform {
 namespace cuda {
-namespace {
+// It has a name, as nvcc writes the folder of the sources into the names of
+// nameless ones: the same sources make the same bytes anywhere.
+namespace deformable_conv2d_cu {
 
 constexpr int kForwardPixels = 128;  // of a block
 
@@ -493,7 +495,9 @@ Status KernelOf(const Geometry& g, const Operands<T>& in, const T* grad_output,
       });
 }
 
-}  // namespace
+}  // namespace deformable_conv2d_cu
+
+using namespace deformable_conv2d_cu;
 
 int64_t WorkspaceBytes(const DeformableConv2DParams&, DataType) { return 0; }
 

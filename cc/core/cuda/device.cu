@@ -10,7 +10,7 @@
 
 namespace tf_deform {
 namespace cuda {
-namespace {
+namespace device_cu {
 
 Status Failed(const char* what, cudaError_t error) {
   (void)cudaGetLastError();  // or the next call would report it again
@@ -20,7 +20,9 @@ Status Failed(const char* what, cudaError_t error) {
 
 constexpr int kDevices = 64;  // whose check is remembered
 
-}  // namespace
+}  // namespace device_cu
+
+using namespace device_cu;
 
 Status JudgeDriver(int driver, int runtime) {
   // A driver runs code that was built for any minor version of its own major
