@@ -116,7 +116,8 @@ def test_one_wanted_gradient(call):
     wanted = []
     for line in hlo(compiled, *given).splitlines():
         if targets(line) == [f"{call.name}Grad"]:
-            sizes = re.findall(r"f32\[(.*?)\]", line.split("custom-call")[0])
+            results = re.search(" = (.*?) custom-call", line)[1]
+            sizes = re.findall(r"f32\[(.*?)\]", results)
             assert len(sizes) == len(call.differentiable)
             wanted.append([i for i, size in enumerate(sizes) if size != "0"])
     assert sorted(wanted) == [[i] for i in range(len(call.differentiable))]
