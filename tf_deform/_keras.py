@@ -225,7 +225,7 @@ class _Conv2D2(keras.layers.Conv2D):
         return self.kernel
 
     def _numbered(self) -> dict[str, tf.Variable]:
-        branch = {id(weight) for weight in self._branch.values()}
+        branch = {id(weight) for weight in self._branch().values()}
         others = [v for v in own_variables(self) if id(v) not in branch]
         return {str(index): v for index, v in enumerate(others)}
 
@@ -280,7 +280,84 @@ def tf_variable(weight: Any) -> tf.Variable:
     return weight.value
 
 
+def name_of(weight: Any) -> str:
+    """Returns a weight's own name, without its layer's."""
+    return weight.name.split("/")[-1].split(":")[0]
+
+
+def stored_weights(layer: Any) -> dict[str, Any]:
+    """Returns a layer's weights by the keys of files.
+
+    Values are arrays where a layer stores what is no weight.
+    """
+    weights: dict[str, Any] = {}
+    layer.save_own_variables(weights)
+    if KERAS_2:  # which stores arrays
+        own = own_variables(layer)
+        known = {str(index): weight for index, weight in enumerate(own)}
+        if isinstance(layer, Conv2D):
+            known = {**layer._numbered(), **layer._branch()}
+        weights = {key: known.get(key, weights[key]) for key in weights}
+    return weights
+
+
+# Files of weights, whose paths follow Keras' walk through a model.
+
+
+def children(layer: Any) -> Iterator[tuple[str, Any]]:
+    """Yields a layer's attributes in the order in which files hold them."""
+    saving = importlib.import_module(f"{keras.__name__}.src.saving.saving_lib")
+    return (saving._walk_trackable if KERAS_2 else saving._walk_saveable)(layer)
+
+
+def is_saveable(item: Any) -> bool:
+    """Tells whether a file holds an object under its class' name."""
+    name = f"{keras.__name__}.src.saving."
+    if KERAS_2:
+        saving = importlib.import_module(f"{name}saving_lib")
+        return saving._is_keras_trackable(item)
+    saveable = importlib.import_module(f"{name}keras_saveable")
+    return isinstance(item, saveable.KerasSaveable)
+
+
+def to_snake_case(name: str) -> str:
+    """Returns a class' name as files write it."""
+    module = "generic_utils" if KERAS_2 else "naming"
+    utils = importlib.import_module(f"{keras.__name__}.src.utils.{module}")
+    return utils.to_snake_case(name)
+
+
 # Tools of export.
+
+
+def policy_of(layer: Any) -> Any:
+    """Returns a layer's policy if `in_float32` can take its place, or None.
+
+    A quantized layer has another kind of policy. The weights of Keras 2 are
+    cast if they are in float32, and used as they are otherwise.
+    """
+    policy = layer._dtype_policy
+    if KERAS_2:
+        return policy if policy.variable_dtype == "float32" else None
+    if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
+        policy = policy[layer.path]
+    known = ("DTypePolicy", "FloatDTypePolicy")
+    return policy if type(policy).__name__ in known else None
+
+
+def in_float32(policy: Any) -> Any:
+    """Returns a policy to compute in float32, with the same variables."""
+    kind = keras.mixed_precision.Policy if KERAS_2 else keras.DTypePolicy
+    result = kind("float32")
+    result._variable_dtype = policy.variable_dtype
+    return result
+
+
+def set_policy(layer: Any, policy: Any) -> None:
+    if KERAS_2:
+        layer._set_dtype_policy(policy)
+    else:  # The setter would leave an entry in a map.
+        layer._dtype_policy = policy
 
 
 def pack_sequence_as(structure: Any, flat: Sequence[Any]) -> Any:

@@ -219,7 +219,6 @@ class DeformableConv2D(OpLayer, _keras.Conv2D):
             for pixels in (*self.padding[0], *self.padding[1]):
                 bounded(pixels, "padding", 0)
 
-    @property
     def _branch(self) -> dict[str, Any]:
         """Returns the branch's weights by the names that files give them."""
         if self.offset_kernel is None:
@@ -425,7 +424,7 @@ class DeformableConv2D(OpLayer, _keras.Conv2D):
 
     def save_own_variables(self, store: Any) -> None:
         super().save_own_variables(store)
-        for name, weight in self._branch.items():
+        for name, weight in self._branch().items():
             store[name] = _keras.stored(weight)
 
     def load_own_variables(self, store: Any) -> None:
@@ -435,14 +434,14 @@ class DeformableConv2D(OpLayer, _keras.Conv2D):
             self._check_branch(branch, sorted(store.keys()))
         super().load_own_variables(own)
         for name, value in branch.items():
-            self._branch[name].assign(value)
+            self._branch()[name].assign(value)
 
     def _check_branch(
         self, branch: dict[str, Any], received: list[str]
     ) -> None:
         """Checks that a file has all weights of the branch, or none of them."""
         expected = {
-            name: tuple(weight.shape) for name, weight in self._branch.items()
+            name: tuple(weight.shape) for name, weight in self._branch().items()
         }
         if branch.keys() != expected.keys():
             raise ValueError(
@@ -465,7 +464,7 @@ class DeformableConv2D(OpLayer, _keras.Conv2D):
         loads = type(self).load_own_variables
         if loads is DeformableConv2D.load_own_variables:
             # Counts the weights of a subclass, too, which Keras 3 never stores.
-            expected = len(_keras.own_variables(self)) - len(self._branch)
+            expected = len(_keras.own_variables(self)) - len(self._branch())
         if len(store.keys()) != expected:
             raise ValueError(
                 f"Expected {expected} weights (kernel and, with use_bias, "
