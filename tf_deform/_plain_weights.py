@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads the weights of a plain model into its deformable twin."""
 
+from __future__ import annotations
+
 import collections
 import contextlib
 import dataclasses
@@ -10,14 +12,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
-from keras.src.saving import saving_lib
-from keras.src.saving.keras_saveable import KerasSaveable
-from keras.src.utils import naming
 
-from tf_deform import _files
+from tf_deform import _files, _keras
+from tf_deform._keras import keras
 from tf_deform._weight_files import TOP, Entry, is_bfloat16, open_file
 from tf_deform.layers._roi_layer import DisplacedROILayer
 from tf_deform.layers.deformable_conv2d import DeformableConv2D
@@ -187,7 +186,7 @@ def load_plain_weights(
             _raise(model, path, {matched_by: misfits})
         loaded = [
             (target, entry, _read(target, entry, keys))
-            for (target, entry), (keys, _) in zip(pairs, plans, strict=True)
+            for (target, entry), (keys, _) in zip(pairs, plans)
         ]
     before = [(variable, variable.numpy()) for variable in model.variables]
     try:
@@ -230,15 +229,14 @@ def _find_targets(
     targets = []
     for path, label, found in _walk(root, name, name, set()):
         if legacy:
-            own = [*found._trainable_variables, *found._non_trainable_variables]
-            weights = {variable.name: variable for variable in own}
+            own = _keras.own_variables(found)
+            weights = {_keras.name_of(variable): variable for variable in own}
         else:
-            weights = {}
-            found.save_own_variables(weights)
+            weights = _keras.stored_weights(found)
         branch = frozenset()
         if isinstance(found, DeformableConv2D):
             branch = {"offset_kernel", "offset_bias"} & weights.keys()
-        elif isinstance(found, DisplacedROILayer | DeformablePSROIPooling):
+        elif isinstance(found, (DisplacedROILayer, DeformablePSROIPooling)):
             branch = weights.keys()
         if weights:
             targets.append(
@@ -262,7 +260,7 @@ def _walk(
         return
     visited.add(id(layer))
     yield path, label, layer
-    for name, child in saving_lib._walk_saveable(layer):
+    for name, child in _keras.children(layer):
         inner = f"{path}/{name}" if path else name
         yield from _walk_child(child, inner, label, visited, set())
 
@@ -274,16 +272,16 @@ def _walk_child(
         label = f"{label}/{child.name}" if label else child.name
         yield from _walk(child, path, label, visited)
         return
-    if not isinstance(child, list | dict | tuple) or id(child) in containers:
+    if not isinstance(child, (list, dict, tuple)) or id(child) in containers:
         return
     containers.add(id(child))
     counts = collections.Counter()
     for item in child.values() if isinstance(child, dict) else child:
-        if isinstance(item, KerasSaveable):
+        if _keras.is_saveable(item):
             kind = _snake_case(type(item))
             if isinstance(item, DeformableConv2D):
                 kind = _snake_case(keras.layers.Conv2D)
-        elif isinstance(item, list | dict | tuple):
+        elif isinstance(item, (list, dict, tuple)):
             kind = "container"
         else:
             continue
@@ -294,7 +292,7 @@ def _walk_child(
 
 
 def _snake_case(kind: type) -> str:
-    return naming.to_snake_case(kind.__name__)
+    return _keras.to_snake_case(kind.__name__)
 
 
 def _match_names(
@@ -321,10 +319,10 @@ def _match_names(
             for name, count in collections.Counter(names).items()
             if count > 1
         ]
-    by_name = dict(zip(given, entries, strict=True))
+    by_name = dict(zip(given, entries))
     problems += [
         f"no layer {name!r} in the file"
-        for name, target in zip(wanted, targets, strict=True)
+        for name, target in zip(wanted, targets)
         if target.is_plain and name not in by_name
     ]
     problems += [
@@ -334,7 +332,7 @@ def _match_names(
     ]
     pairs = [
         (target, by_name[name])
-        for name, target in zip(wanted, targets, strict=True)
+        for name, target in zip(wanted, targets)
         if name in by_name
     ]
     return pairs, problems
@@ -397,9 +395,7 @@ def _match_groups(
         )
     by_name = layers.keys() == groups.keys()
     pairs, ordered, problems = [], [], []
-    for targets, name in zip(
-        layers.values(), layers if by_name else groups, strict=True
-    ):
+    for targets, name in zip(layers.values(), layers if by_name else groups):
         found = groups[name]
         for depth in (1, 2):  # Every LSTM's cell has the same name.
             matched, others = _match_names(targets, found, depth)
@@ -418,7 +414,7 @@ def _match_groups(
             # A single layer in a group of the same name needs no name of its
             # own.
             alone = by_name and len(found) == 1
-            for pair in zip(targets, found, strict=False):
+            for pair in zip(targets, found):
                 (pairs if alone else ordered).append(pair)
     problems += _find_contradictions(ordered)
     return pairs + ordered, "order" if ordered else "name", problems
@@ -474,9 +470,9 @@ def _plan(
         key for key in target.weights if branch or key not in target.branch
     ]
     if set(wanted) == set(given):
-        keys = dict(zip(wanted, wanted, strict=True))
+        keys = dict(zip(wanted, wanted))
     elif legacy and len(wanted) == len(given):
-        keys = dict(zip(wanted, given, strict=True))  # Keras 2 had other names.
+        keys = dict(zip(wanted, given))  # Keras 2 had other names.
     else:
         return {}, [
             f"for layer {target.label!r} the arrays {sorted(given)} in place "
@@ -503,7 +499,8 @@ def _plan(
 
 
 def _name(target: _Target, key: str) -> str:
-    return getattr(target.weights[key], "name", key)
+    weight = target.weights[key]
+    return _keras.name_of(weight) if hasattr(weight, "name") else key
 
 
 def _is_float(weight: Any) -> bool:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes models as SavedModels, with native ops or stock TensorFlow's alone."""
 
+from __future__ import annotations
+
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -10,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
-from tf_deform import _implementation
+from tf_deform import _implementation, _keras
 from tf_deform.export import _common, _image_files, _source
 
 
@@ -209,7 +211,10 @@ def _list_variables(
     }
     if source.model is not None:
         lists = {
-            name: [variable.value for variable in getattr(source.model, name)]
+            name: [
+                _keras.tf_variable(weight)
+                for weight in getattr(source.model, name)
+            ]
             for name in lists
         }
     known = {id(variable) for variable in lists["variables"]}

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Implements the common parts of the layers that pool regions of interest."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from typing import Any
 
-import keras
 import tensorflow as tf
 
-from tf_deform import _loader
+from tf_deform import _keras, _loader
 from tf_deform._implementation import check_implementation
 from tf_deform._portable.fields import hand_on_nan
 from tf_deform.layers._op_layer import OpLayer, check_data_format
@@ -34,14 +35,16 @@ def check_factor(value: Any, name: str, zero_allowed: bool = True) -> float:
     return value
 
 
-def branch_value(weight: keras.Variable, dtype: str) -> tf.Tensor:
-    """Returns a weight of a branch; a frozen weight has no gradient.
+def branch_value(layer: ROILayer, weight: Any) -> tf.Tensor:
+    """Returns a weight of a layer's branch; a frozen weight has no gradient.
 
     Tapes also watch frozen variables. Without a gradient here, the gradient of
     displacements that depend on frozen weights alone is not computed.
     """
-    value = tf.cast(weight, dtype)
-    return value if weight.trainable else tf.stop_gradient(value)
+    value = tf.cast(weight, layer.compute_dtype)
+    if _keras.is_trainable(layer, weight):
+        return value
+    return tf.stop_gradient(value)
 
 
 class ROILayer(OpLayer):
@@ -101,9 +104,10 @@ class ROILayer(OpLayer):
         inputs_shape = self._shape_to_channels_last(inputs_shape, "inputs")
         shape = self._shape_to_channels_last(shape, name)
         with self._own_words():
-            return self._to_data_format(
-                infer_shape(self._pool, inputs_shape, tuple(rois_shape), shape)
+            shape = infer_shape(
+                self._pool, inputs_shape, tuple(rois_shape), shape
             )
+        return _keras.as_shape(self._to_data_format(shape))
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -115,7 +119,7 @@ class ROILayer(OpLayer):
         }
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "ROILayer":
+    def from_config(cls, config: dict[str, Any]) -> ROILayer:
         # A layer that was saved before there was a `data_format` is in channels
         # last, whatever Keras' setting is where it is loaded.
         if "implementation" in config:
@@ -144,7 +148,7 @@ class DisplacedROILayer(ROILayer):
         super().__init__(
             pooled_size, spatial_scale, data_format, implementation, **kwargs
         )
-        if not isinstance(units, list | tuple):
+        if not isinstance(units, (list, tuple)):
             raise TypeError(
                 "Expected `units` to be a list or tuple of integers. "
                 f"{received(units)}"
@@ -153,12 +157,18 @@ class DisplacedROILayer(ROILayer):
         self._hidden = []
         self._channels = None
 
+    @_keras.takes_all_shapes
     def build(
         self,
         inputs_shape: Sequence[int | None],
         rois_shape: Sequence[int | None],
         offset_shape: Sequence[int | None] | None = None,
     ) -> None:
+        self._keep_shapes(
+            inputs_shape=inputs_shape,
+            rois_shape=rois_shape,
+            offset_shape=offset_shape,
+        )
         self._channels = self._channels_of(inputs_shape, "inputs")
         if offset_shape is not None:
             return
@@ -175,6 +185,8 @@ class DisplacedROILayer(ROILayer):
                 shape=(size,),
                 initializer="zeros",
             )
+            for weight, kind in ((kernel, "kernel"), (bias, "bias")):
+                _keras.track(self, weight, f"offset_hidden_{kind}_{index}")
             self._hidden.append((kernel, bias))
             features = size
         self.offset_kernel = self.add_weight(
@@ -189,8 +201,7 @@ class DisplacedROILayer(ROILayer):
     def _run_branch(self, inputs: tf.Tensor, rois: tf.Tensor) -> tf.Tensor:
         def dense(x, kernel, bias):
             kernel, bias = (
-                branch_value(weight, self.compute_dtype)
-                for weight in (kernel, bias)
+                branch_value(self, weight) for weight in (kernel, bias)
             )
             return tf.matmul(x, kernel) + bias
 
@@ -224,7 +235,6 @@ class DisplacedROILayer(ROILayer):
             (*self.pooled_size, 2),
             self._shape_to_channels_last(shape, "offset")[1:],
             ("height", "width", f"a {last} dimension of"),
-            strict=True,
         ):
             if length not in (None, size):
                 raise ValueError(

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Implements deformable ROIAlign as a Keras layer."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 
-import keras
 import tensorflow as tf
 
+from tf_deform._keras import keras
 from tf_deform.layers._roi_layer import DisplacedROILayer, check_factor
 from tf_deform.ops._arguments import MAX_EXTENT, bounded
 from tf_deform.ops.deformable_roi_align import deformable_roi_align
