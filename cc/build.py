@@ -158,9 +158,14 @@ def describe(cuda: Cuda | None) -> str:
 
 
 def _steps(pattern: str, folder: str, command: list[str]) -> list[Step]:
+    pattern = os.path.join(glob.escape(ROOT), pattern)
+    sources = [
+        os.path.relpath(path, ROOT)
+        for path in sorted(glob.glob(pattern, recursive=True))
+    ]
     return [
         Step(source, f"{os.path.join(folder, source)}.o", command)
-        for source in sorted(glob.glob(pattern, root_dir=ROOT, recursive=True))
+        for source in sources
     ]
 
 

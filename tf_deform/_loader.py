@@ -100,7 +100,9 @@ def _check_file(installed: str) -> None:
     load, and then crash.
     """
     with open(LIBRARY, "rb") as file:
-        found = re.search(rb"\0tf_deform for TensorFlow ([^\0]+)\0", file.read())
+        found = re.search(
+            rb"\0tf_deform for TensorFlow ([^\0]+)\0", file.read()
+        )
     built = found[1].decode() if found else "an unknown version"
     if _minor(built) != _minor(installed):
         raise ImportError(
