@@ -274,10 +274,8 @@ def _check_tensorflow() -> str:
     import tensorflow as tf
 
     gpus = len(tf.config.list_physical_devices("GPU"))
-    return (
-        f"{tf.__version__}; op libraries for {', '.join(_libraries()) or 'none'}"
-        f"; sees {gpus} GPUs"
-    )
+    libraries = ", ".join(_libraries()) or "none"
+    return f"{tf.__version__}; op libraries for {libraries}; sees {gpus} GPUs"
 
 
 def _check_keras() -> str:

@@ -148,7 +148,7 @@ def request_of_a_layer(tmp_path_factory):
             "TF_LoadSessionFromSavedModel: Op type not registered "
             "'TfDeform>ImportTfDeformOrLoadItsOpLibrary'",
         ),
-        ("/nowhere/_ops.so", "TF_LoadLibrary: /nowhere/_ops.so: "),
+        ("/nowhere/ops.so", "TF_LoadLibrary: /nowhere/ops.so: "),
     ],
     ids=["none", "another"],
 )
