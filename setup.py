@@ -14,6 +14,7 @@ file compiles nothing.
 from __future__ import annotations
 
 import functools
+import glob
 import os
 import re
 import shutil
@@ -75,6 +76,11 @@ def write_build_info(folder: str) -> None:
         file.write(build.build_info(VERSION, find_cuda(), {version: xla}))
 
 
+def remove_libraries(folder: str) -> None:
+    for path in glob.glob(os.path.join(folder, "*.so")):
+        os.remove(path)
+
+
 class BuildExtension(build_ext):
     """Compiles the core, and the ops that are linked to it."""
 
@@ -109,6 +115,7 @@ class BuildExtension(build_ext):
         )
 
     def copy_extensions_to_source(self) -> None:
+        remove_libraries("tf_deform")
         super().copy_extensions_to_source()
         write_build_info("tf_deform")
 
@@ -117,6 +124,9 @@ class BuildPython(build_py):
     """Adds what the extension command does not know."""
 
     def run(self) -> None:
+        # The extension command comes afterwards. The names of libraries tell
+        # versions, so a library of an earlier build would stay and be packed.
+        remove_libraries(os.path.join(self.build_lib, "tf_deform"))
         super().run()
         folder = "tf_deform"
         if not self.editable_mode:

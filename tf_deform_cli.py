@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the command `tf-deform`: finds the op library, checks that it works.
+"""Runs the command `tf-deform`: finds the libraries, checks that they work.
 
     tf-deform library
     tf-deform doctor
@@ -9,6 +9,8 @@ tf_deform` loads TensorFlow. So help, the version and mistakes on the command
 line are answered at once, and `doctor` also answers where TensorFlow is missing
 or crashes. `python -m tf_deform` runs the same `main`.
 """
+
+from __future__ import annotations
 
 import argparse
 import ctypes
@@ -26,16 +28,20 @@ from types import ModuleType
 from typing import Any
 
 _DISTRIBUTION = "tf-deform"
-_REBUILD = "Run `pip install .` in the project's folder."
+_REBUILD = (
+    "Run `pip install tf-deform` or, in the project's folder, `pip install .`"
+)
 _TIMEOUT = 600  # seconds; TensorFlow on a cold network disk takes minutes
+_KERAS = "keras >=3.5, tf_keras, or keras 2.15 of TensorFlow 2.15"
 # Begins the child's lines that are for the parent: libraries print, too.
 _MARK = "tf-deform doctor: "
-_LIBRARIES = {"_core.so": "core", "_ops.so": "op"}
 _LIBRARY_HELP = (
-    "Prints the path of tf_deform's op library. With it, a program that does "
-    "not import tf_deform runs SavedModels that were exported with native ops: "
-    "tf.load_op_library(path) in Python, TF_LoadLibrary(path, status) of "
-    "TensorFlow's C API, before the model is loaded."
+    "Prints the path of tf_deform's op library for the TensorFlow that is "
+    "installed here. With it, a program that does not import tf_deform runs "
+    "SavedModels that were exported with native ops: tf.load_op_library(path) "
+    "in Python, TF_LoadLibrary(path, status) of TensorFlow's C API, before the "
+    "model is loaded. The op library loads the core, which it finds in its own "
+    "folder: who copies one copies both."
 )
 _DOCTOR_HELP = (
     "Imports TensorFlow, Keras and tf_deform step by step in a process of its "
@@ -68,17 +74,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--version", action="version", version=f"tf-deform {_version()}"
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for name, text, description in (
-        ("library", "print the path of the op library", _LIBRARY_HELP),
-        ("doctor", "tell whether the ops work, and why not", _DOCTOR_HELP),
-    ):
-        commands.add_parser(name, help=text, description=description)
-    command = parser.parse_args(arguments).command
-    if command is None:
-        # Prints to standard error: a script reads a path from standard output.
-        parser.print_help(sys.stderr)
-        return 2
-    return {"library": _print_library, "doctor": _print_diagnosis}[command]()
+    library = commands.add_parser(
+        "library",
+        help="print the path of the op library",
+        description=_LIBRARY_HELP,
+    )
+    library.add_argument(
+        "--core", action="store_true", help="print the core's path instead"
+    )
+    commands.add_parser(
+        "doctor",
+        help="tell whether the ops work, and why not",
+        description=_DOCTOR_HELP,
+    )
+    parsed = parser.parse_args(arguments)
+    if parsed.command == "library":
+        return _print_library(_core if parsed.core else _op_library)
+    if parsed.command == "doctor":
+        return _print_diagnosis()
+    # Prints to standard error: a script reads a path from standard output.
+    parser.print_help(sys.stderr)
+    return 2
 
 
 # The functions below find facts without an import of the package.
@@ -133,25 +149,92 @@ def _minor(version: str) -> str:
     return ".".join(version.split(".")[:2])
 
 
-def _library(name: str) -> str:
-    """Returns the path of a shared object of the package.
+def _tensorflow() -> str:
+    """Returns the version of the installed TensorFlow, imported if need be.
+
+    Raises:
+        ImportError: There is no TensorFlow, or it cannot be imported.
+    """
+    spec = importlib.util.find_spec("tensorflow")
+    if spec is not None and spec.origin is not None:
+        # The distribution may be tensorflow-cpu, tf-nightly or another one.
+        folder = os.path.dirname(os.path.dirname(spec.origin))
+        versions = {
+            distribution.version
+            for distribution in importlib.metadata.distributions(path=[folder])
+            if re.search(
+                r"^tensorflow/__init__\.py,",
+                distribution.read_text("RECORD") or "",
+                re.MULTILINE,
+            )
+        }
+        if len(versions) == 1:
+            return versions.pop()
+    code = "import tensorflow; _tell('version', finding=tensorflow.__version__)"
+    results, end = _run_child(code)
+    if "version" not in results:
+        raise ImportError(
+            f"Expected TensorFlow {', '.join(_libraries())}, for which there "
+            f"are op libraries in {_package()}. Received: {end}"
+        )
+    return results["version"]["finding"]
+
+
+def _libraries() -> dict[str, str]:
+    """Returns the paths of the op libraries by TensorFlow's minor version."""
+    info = _build_info()
+    paths = {
+        minor: os.path.join(_package(), f"_ops_{minor}.so")
+        for minor in (info.LIBRARIES if info else ())
+    }
+    return {
+        minor: path for minor, path in paths.items() if os.path.exists(path)
+    }
+
+
+def _op_library() -> str:
+    """Returns the path of the op library for the installed TensorFlow.
 
     Raises:
         FileNotFoundError: The package does not have it.
+        ImportError: There is no TensorFlow.
     """
-    path = os.path.join(_package(), name)
-    if not os.path.exists(path):
+    libraries = _libraries()
+    if not libraries:
         raise FileNotFoundError(
-            f"Expected the {_LIBRARIES[name]} library of tf_deform at {path}. "
-            f"Received: no such file. {_REBUILD}"
+            f"Expected op libraries of tf_deform in {_package()}. Received: "
+            f"none. {_REBUILD}"
+        )
+    version = _tensorflow()
+    path = libraries.get(_minor(version))
+    if path is None:
+        raise FileNotFoundError(
+            f"Expected TensorFlow {', '.join(libraries)}, for which there are "
+            f"op libraries in {_package()}. Received: TensorFlow {version}."
         )
     return path
 
 
-def _print_library() -> int:
+def _core() -> str:
+    """Returns the path of the core.
+
+    Raises:
+        FileNotFoundError: The package does not have it.
+    """
+    info = _build_info()
+    path = os.path.join(_package(), info.CORE if info else "the core")
+    if not os.path.exists(path):
+        raise FileNotFoundError(
+            f"Expected the core library of tf_deform at {path}. Received: no "
+            f"such file. {_REBUILD}"
+        )
+    return path
+
+
+def _print_library(find: Callable[[], str]) -> int:
     try:
-        print(_library("_ops.so"))
-    except FileNotFoundError as error:
+        print(find())
+    except (FileNotFoundError, ImportError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0
@@ -164,7 +247,7 @@ def _print_library() -> int:
 
 def _check_core() -> str:
     """Asks the core, which needs no TensorFlow, for its instruction set."""
-    core = ctypes.CDLL(_library("_core.so"))
+    core = ctypes.CDLL(_core())
     core.TfDeformInstructionSet.restype = ctypes.c_char_p
     limit = os.environ.get("TF_DEFORM_MAX_ISA")
     return core.TfDeformInstructionSet().decode() + (
@@ -181,7 +264,7 @@ def _check_gpu() -> str:
         f"{info.CUDA_ARCHITECTURES.replace(';', ', ')}"
     )
     message = ctypes.create_string_buffer(512)
-    core = ctypes.CDLL(_library("_core.so"))
+    core = ctypes.CDLL(_core())
     if core.TfDeformCudaCheckDriver(message, ctypes.c_int64(len(message))):
         return f"{kernels}; they do not run here: {message.value.decode()}"
     return f"{kernels}; the driver and the GPU run them"
@@ -190,23 +273,19 @@ def _check_gpu() -> str:
 def _check_tensorflow() -> str:
     import tensorflow as tf
 
-    info = _build_info()
-    expected = f"{_minor(info.TENSORFLOW_VERSION)}.*" if info else "unknown"
     gpus = len(tf.config.list_physical_devices("GPU"))
-    return f"{tf.__version__}, expected {expected}; sees {gpus} GPUs"
+    libraries = ", ".join(_libraries()) or "none"
+    return f"{tf.__version__}; op libraries for {libraries}; sees {gpus} GPUs"
 
 
 def _check_keras() -> str:
-    import keras
+    """Tells which Keras is `tf.keras`, which is the one of the layers."""
+    import tensorflow as tf
 
-    expected = [
-        text.removeprefix("keras")
-        for text in _installed("Requires-Dist")
-        if re.match(r"keras\b", text) and "extra ==" not in text
-    ]
+    package = tf.keras.Model.__module__.partition(".")[0]
     return (
-        f"{keras.__version__}, expected {', '.join(expected) or 'unknown'}; "
-        f"backend {keras.backend.backend()}"
+        f"{package} {importlib.import_module(package).__version__}, expected "
+        f"{_KERAS}; backend {tf.keras.backend.backend()}"
     )
 
 
@@ -222,7 +301,7 @@ def _check_ops() -> str:
     from tf_deform import _loader
 
     if _loader.op_library() is None:
-        _library("_ops.so")
+        _op_library()
         raise ImportError(
             "Expected native ops. Received: the environment variable "
             f"{_loader.VARIABLE}={os.environ[_loader.VARIABLE]}"
@@ -234,10 +313,10 @@ def _check_ops() -> str:
 def _check_xla() -> str:
     import tensorflow as tf
 
-    from tf_deform import _build_info, _loader
+    from tf_deform import _loader
 
-    if not _build_info.XLA:
-        return "none: TensorFlow had no headers for it when this was built"
+    if not _loader.has_xla():
+        return f"none: TensorFlow {tf.__version__} has no interface for it"
     if not _loader.supports_jit():
         return "not on this GPU: the package was built without nvcc"
     _compute(tf.function(autograph=False, jit_compile=True))
@@ -310,8 +389,8 @@ def _tell(step: str, **result: str) -> None:
     os.write(1, line.encode())
 
 
-def _diagnose() -> tuple[dict[str, dict[str, str]], str]:
-    """Runs the steps in a child process.
+def _run_child(code: str) -> tuple[dict[str, dict[str, str]], str]:
+    """Runs code that knows this module's `_tell` and `_run_steps`, in a child.
 
     Returns:
         The result of every step that began (a "finding", an "error", or neither
@@ -319,7 +398,7 @@ def _diagnose() -> tuple[dict[str, dict[str, str]], str]:
     """
     code = (
         "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-        "import tf_deform_cli; tf_deform_cli._run_steps()"
+        f"from tf_deform_cli import _run_steps, _tell; {code}"
     )
     command = [sys.executable, "-c", code, json.dumps(sys.path)]
     try:
@@ -386,7 +465,7 @@ def _print_diagnosis() -> int:
     _print_line(
         "Python", f"{platform.python_version()}, expected {expected[0]}"
     )
-    results, end = _diagnose()
+    results, end = _run_child("_run_steps()")
     failed = []
     for step in _STEPS:
         result = results.get(step)

@@ -8,6 +8,7 @@ other one runs.
 
 import contextlib
 import functools
+import glob
 import json
 import math
 import os
@@ -43,10 +44,11 @@ def find_trees(folder: str) -> dict[str, str]:
     """
     trees = dict(zip(BUILDS, (ROOT, os.path.abspath(folder)), strict=True))
     for tree in trees.values():
-        if not os.path.exists(os.path.join(tree, "tf_deform", "_ops.so")):
+        # The package had one _ops.so, and has one for each TensorFlow.
+        if not glob.glob(os.path.join(tree, "tf_deform", "_ops*.so")):
             raise ValueError(
                 "Expected a tree with a build in place, as `make install` "
-                f"makes it. Received: {tree}, without tf_deform/_ops.so"
+                f"makes it. Received: {tree}, without tf_deform/_ops*.so"
             )
     return trees
 

@@ -24,7 +24,8 @@ def load_tensorflow(path: str, native: bool) -> Run:
     import tensorflow as tf
 
     if native:
-        tf.load_op_library(str(ROOT / "tf_deform" / "_ops.so"))
+        minor = ".".join(tf.__version__.split(".")[:2])
+        tf.load_op_library(str(ROOT / "tf_deform" / f"_ops_{minor}.so"))
     loaded = tf.saved_model.load(path)
     signatures = loaded.signatures
     # Keras' signature has one input, of any name.

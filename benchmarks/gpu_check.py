@@ -113,7 +113,7 @@ class Check:
         self.failed = False
         self.started = time.monotonic()
         self.folder = ROOT / "build" / "gpu_check"
-        self.core = os.path.abspath(options.core or self.folder / "_core.so")
+        self.core = os.path.abspath(options.core or self.folder / "core.so")
         os.environ["TF_DEFORM_CORE"] = self.core
         os.environ["TF_DEFORM_TEST_GPU"] = "0" if options.emulate else "1"
 

@@ -33,7 +33,7 @@ def instruction_set() -> str | None:
     spec = importlib.util.find_spec("tf_deform")
     folders = spec.submodule_search_locations if spec else None
     for folder in folders or []:
-        for path in glob.glob(os.path.join(folder, "_core*.so")):
+        for path in glob.glob(os.path.join(folder, "libtf_deform_core-*.so")):
             name = ctypes.CDLL(path).TfDeformInstructionSet
             name.restype = ctypes.c_char_p
             return name().decode()

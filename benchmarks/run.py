@@ -2,7 +2,7 @@
 """Compares the operators with their peers on the CPU or a GPU: tables, JSON.
 
     python benchmarks/run.py --json results.json
-    python benchmarks/run.py --device cuda --core build/_core.so
+    python benchmarks/run.py --device cuda --core build/core.so
 
 See README.md in this folder for the comparisons and how to read them.
 """

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import dataclasses
 import functools
 import glob
 import hashlib
@@ -27,6 +26,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # These are the same globs as in BUILD: a new op edits no build file.
@@ -47,8 +47,7 @@ GLUE_FLAGS += ["-Wno-deprecated-declarations"]
 ARCHITECTURES = "80;89;90"
 
 
-@dataclasses.dataclass(frozen=True)
-class Cuda:
+class Cuda(NamedTuple):
     """Describes a CUDA compiler and the GPUs to compile for."""
 
     nvcc: str
@@ -57,8 +56,7 @@ class Cuda:
     architectures: tuple[str, ...]  # as in ("80", "90")
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """Describes one source, and the command that compiles it, without `-o`."""
 
     source: str
@@ -158,9 +156,14 @@ def describe(cuda: Cuda | None) -> str:
 
 
 def _steps(pattern: str, folder: str, command: list[str]) -> list[Step]:
+    pattern = os.path.join(glob.escape(ROOT), pattern)
+    sources = [
+        os.path.relpath(path, ROOT)
+        for path in sorted(glob.glob(pattern, recursive=True))
+    ]
     return [
         Step(source, f"{os.path.join(folder, source)}.o", command)
-        for source in sorted(glob.glob(pattern, root_dir=ROOT, recursive=True))
+        for source in sources
     ]
 
 

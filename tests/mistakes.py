@@ -26,6 +26,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable
 
 from mistake_list import MISTAKES, Mistake
 
@@ -70,7 +71,7 @@ def find_tests(mistake: Mistake) -> list[pathlib.Path]:
 
 
 def copy_checkout() -> None:
-    """Brings the copy up to date and keeps the built files there."""
+    """Brings the copy of the sources up to date."""
     command = ["git", "ls-files", "-z", "-co", "--exclude-standard"]
     listed = subprocess.check_output(command, cwd=ROOT)
     wanted = {name for name in os.fsdecode(listed).split("\0") if name}
@@ -79,19 +80,28 @@ def copy_checkout() -> None:
     for name in set(before) - wanted:
         (WORK / name).unlink(missing_ok=True)
     wanted = {name for name in wanted if (ROOT / name).is_file()}
-    built = {
+    copy(wanted)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text("\n".join(sorted(wanted)))
+
+
+def copy_built() -> None:
+    """Replaces the libraries, into which the last mistake was compiled."""
+    copy(
         str(path.relative_to(ROOT))
-        for pattern in ("**/*.so", "_build_info.py")
+        for pattern in ("*.so", "_build_info.py")
         for path in (ROOT / "tf_deform").glob(pattern)
-    }
-    for name in [*wanted, *built]:
+    )
+
+
+def copy(names: Iterable[str]) -> None:
+    """Copies the files that differ."""
+    for name in names:
         new = (ROOT / name).read_bytes()
         path = WORK / name
         if not path.exists() or path.read_bytes() != new:
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, path)
-    record.parent.mkdir(parents=True, exist_ok=True)
-    record.write_text("\n".join(sorted(wanted)))
 
 
 def run(command: list, log: pathlib.Path, **variables: str) -> int:
@@ -116,7 +126,8 @@ def build(
     if source.suffix == ".py" or "cuda" in str(source):
         return 0
     if all(test.name.endswith("_core_test.py") for test in tests):
-        command = ["cc/build.py", "--output", "tf_deform/_core.so"]
+        (core,) = (WORK / "tf_deform").glob("libtf_deform_core-*.so")
+        command = ["cc/build.py", "--output", core]
     else:
         command = ["setup.py", "build_ext", "--inplace"]
     # -O1 compiles faster, and the tests do not judge the compiler.
@@ -131,6 +142,7 @@ def judge(mistake: Mistake) -> str:
     log.unlink(missing_ok=True)
     path = WORK / source
     good = path.read_text()
+    copy_built()
     try:
         path.write_text(
             good[: match.start()] + mistake.new + good[match.end() :]

@@ -103,7 +103,7 @@ def _check_file(installed: str) -> None:
         found = re.search(
             rb"\0tf_deform for TensorFlow ([^\0]+)\0", file.read()
         )
-    built = found[1].decode() if found else "an unknown version"
+    built = found[1].decode() if found else "of unknown version"
     if _minor(built) != _minor(installed):
         raise ImportError(
             f"Expected {LIBRARY} to be for TensorFlow {_minor(installed)}, "

@@ -160,12 +160,33 @@ def stubs(tmp_path):
 
 
 @pytest.fixture
-def no_tensorflow(stubs) -> pathlib.Path:
-    """Makes a folder with packages that cannot be imported."""
-    for name in ("keras", "numpy", "tensorflow"):
-        folder = stubs(
-            f"raise ModuleNotFoundError('No module named {name}')", name
-        )
+def install(tmp_path):
+    """Returns a function that makes a folder with a TensorFlow."""
+
+    def install(text: str, *distributions: str) -> pathlib.Path:
+        folder = tmp_path / "installed"
+        (folder / "tensorflow").mkdir(parents=True, exist_ok=True)
+        (folder / "tensorflow/__init__.py").write_text(text)
+        for distribution in distributions:
+            name, version = distribution.split("==")
+            path = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+            path.mkdir()
+            (path / "METADATA").write_text(
+                f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+            )
+            (path / "RECORD").write_text("x.py,,\ntensorflow/__init__.py,,\n")
+        return folder
+
+    return install
+
+
+@pytest.fixture
+def no_tensorflow(install) -> pathlib.Path:
+    """Makes a folder with packages that are there and cannot be imported."""
+    text = "raise ModuleNotFoundError('No module named %s')"
+    folder = install(text % "tensorflow", f"tensorflow=={tf.__version__}")
+    for name in ("keras", "numpy"):
+        (folder / f"{name}.py").write_text(text % name)
     return folder
 
 
@@ -182,18 +203,6 @@ def copy(tmp_path) -> pathlib.Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def metadata(tmp_path_factory, forked) -> pathlib.Path:
-    """Makes a folder with the metadata that pip would install."""
-    folder = tmp_path_factory.mktemp("metadata")
-    script = f"import os, runpy; os.chdir({str(ROOT)!r})\n"
-    script += "runpy.run_path('setup.py', run_name='__main__')"
-    command = [sys.executable, "-c", script, "-q", "dist_info"]
-    made = forked(command, "--output-dir", str(folder), paths=[ROOT])
-    assert made.returncode == 0, made.stderr
-    return folder
-
-
 # Answers without TensorFlow.
 
 
@@ -205,6 +214,7 @@ def metadata(tmp_path_factory, forked) -> pathlib.Path:
         (["doctor", "--help"], 0, "exit status"),
         (["--version"], 0, f"tf-deform {tf_deform.__version__}\n"),
         (["library"], 0, f"{_loader.LIBRARY}\n"),
+        (["library", "--core"], 0, f"{PACKAGE / _build_info.CORE}\n"),
         ([], 2, "doctor"),
         (["libary"], 2, "invalid choice: 'libary'"),
         (["library", "--all"], 2, "--all"),
@@ -268,18 +278,88 @@ def test_version_of_an_installed_package_and_of_a_source_tree(copy):
     )
 
 
-@pytest.mark.parametrize("command", [COMMAND, MODULE])
-def test_without_a_library_there_is_no_path(command, copy):
-    library = copy / "tf_deform/_ops.so"
-    library.unlink()
-    result = run(command, "library", paths=[copy])
-    assert result.returncode == 1
-    assert result.stdout == ""
-    # The first line is the package's warning.
-    text = result.stderr.splitlines()[-1]
-    assert text.startswith(
-        f"Expected the op library of tf_deform at {library}. Received: "
+# Which library.
+
+
+@pytest.fixture
+def release(copy) -> pathlib.Path:
+    """Copies the package, as if it had libraries for several versions."""
+    with open(copy / "tf_deform/_build_info.py", "a") as file:
+        file.write(
+            "LIBRARIES = dict.fromkeys(['2.15', '2.17', '2.20', '2.21'])"
+        )
+    for minor in ("2.15", "2.17", "2.21"):
+        (copy / f"tf_deform/_ops_{minor}.so").write_text("not a library")
+    return copy
+
+
+BROKEN_TENSORFLOW = "raise ImportError('broken')"
+# Prints before and after a line without its end.
+OTHER_VERSION = "print('Loading')\n__version__ = '2.17.1'\nprint(1, end='')"
+
+
+@pytest.mark.parametrize(
+    "text, distributions, minor",
+    [
+        (BROKEN_TENSORFLOW, ["tensorflow==2.15.1"], "2.15"),
+        (BROKEN_TENSORFLOW, ["tensorflow-cpu==2.17.0rc1"], "2.17"),
+        (BROKEN_TENSORFLOW, ["tensorflow-gpu==2.15.0.post1"], "2.15"),
+        (BROKEN_TENSORFLOW, ["tensorflow-rocm==2.21.0"], "2.21"),
+        (BROKEN_TENSORFLOW, ["tf-nightly==2.21.0.dev20250101"], "2.21"),
+        (BROKEN_TENSORFLOW, ["a==2.21.0", "tensorflow-cpu==2.21.0"], "2.21"),
+        # Metadata does not know it: the module itself is asked.
+        (OTHER_VERSION, [], "2.17"),
+        (OTHER_VERSION, ["tensorflow==2.21.0", "tf-nightly==2.15.0"], "2.17"),
+    ],
+)
+def test_the_library_for_the_installed_tensorflow(
+    text, distributions, minor, release, install
+):
+    folder = install(text, *distributions)
+    result = run(COMMAND, "library", paths=[folder, release])
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == f"{release}/tf_deform/_ops_{minor}.so\n"
+
+
+@pytest.mark.parametrize(
+    "text, distributions, received",
+    [
+        (BROKEN_TENSORFLOW, ["tensorflow==2.14.1"], "TensorFlow 2.14.1."),
+        # This one is in the list, and its file is not there.
+        (BROKEN_TENSORFLOW, ["tensorflow==2.20.0"], "TensorFlow 2.20.0."),
+        (BROKEN_TENSORFLOW, ["tensorflow==3.21.0"], "TensorFlow 3.21.0."),
+        (BROKEN_TENSORFLOW, [], "the process ended with exit status 1\n"),
+    ],
+)
+def test_there_is_no_library_for_it(
+    text, distributions, received, release, install
+):
+    folder = install(text, *distributions)
+    result = run(COMMAND, "library", paths=[folder, release])
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith(
+        "Expected TensorFlow 2.15, 2.17, 2.21, for which there are op "
+        f"libraries in {release}/tf_deform. Received: {received}"
     )
+    if not distributions:
+        assert "ImportError: broken" in result.stderr
+
+
+@pytest.mark.parametrize("command", [COMMAND, MODULE])
+def test_without_libraries_there_is_no_path(command, copy):
+    for library in copy.glob("tf_deform/*.so"):
+        library.unlink()
+    for option, text in (
+        ([], f"Expected op libraries of tf_deform in {copy}/tf_deform. "),
+        (["--core"], f"Expected the core library of tf_deform at {copy}/"),
+    ):
+        result = run(command, "library", *option, paths=[copy])
+        assert result.returncode == 1
+        assert result.stdout == ""
+        # The first line is the package's warning.
+        said = result.stderr.splitlines()[-1]
+        assert said.startswith(text)
+        assert "pip install" in said
 
 
 # The doctor.
@@ -292,12 +372,16 @@ def test_a_sound_installation(metadata):
     assert findings["tf-deform"] == tf_deform.__version__
     assert findings["verdict"] == "the native ops work"
     assert not any("FAILED" in finding for finding in findings.values())
-    minor = ".".join(_build_info.TENSORFLOW_VERSION.split(".")[:2])
-    assert f", expected {minor}.*; sees " in findings["TensorFlow"]
-    assert findings["Python"].endswith(", expected >=3.10")
-    assert "<4,>=3.15" in findings["Keras"]
+    versions = ", ".join(_build_info.LIBRARIES)
+    assert findings["TensorFlow"].startswith(
+        f"{tf.__version__}; op libraries for {versions}; sees "
+    )
+    assert findings["Python"].endswith(", expected >=3.9")
+    package = tf.keras.Model.__module__.split(".")[0]
+    assert findings["Keras"].startswith(f"{package} ")
+    assert findings["Keras"].endswith("; backend tensorflow")
     assert str(PACKAGE) in findings["tf_deform"]
-    if _build_info.XLA:
+    if _loader.has_xla():
         assert "compile" in findings["XLA"]
     assert ("none" in findings["GPU kernels"]) == (
         _build_info.CUDA_VERSION is None
@@ -358,6 +442,9 @@ def test_the_process_hangs(stubs):
 
 
 INFO = (PACKAGE / "_build_info.py").read_text()
+MINOR = ".".join(tf.__version__.split(".")[:2])
+LIBRARY = f"_ops_{MINOR}.so"
+MARK = "\0tf_deform for TensorFlow %s\0"
 # An editable installation would find in the source tree what a copy lacks.
 NO_EDITABLE = """
 import sys
@@ -375,10 +462,8 @@ OP = "ops/deformable_conv2d.py"
 BROKEN = {
     "version": (
         {
-            "_build_info.py": INFO.replace(
-                _build_info.TENSORFLOW_VERSION, "2.4.1"
-            ),
-            "_ops.so": "not a library",
+            "_build_info.py": INFO + "LIBRARIES = {'2.4': ('2.4.1', True)}",
+            "_ops_2.4.so": "not a library",
         },
         "tf_deform",
         "ImportError: Expected TensorFlow 2.4, ",
@@ -391,17 +476,29 @@ BROKEN = {
         "ImportError: Expected",
         "pip install",
     ),
+    "misplaced": (
+        {LIBRARY: MARK % "2.4.1"},
+        "tf_deform",
+        "ImportError: Expected ",
+        f"/site/tf_deform/{LIBRARY} to be for TensorFlow {MINOR}, ",
+        "Received: a library for TensorFlow 2.4.1.",
+    ),
     "library": (
-        {"_ops.so": "not a library"},
+        {LIBRARY: MARK % tf.__version__},
         "tf_deform",
         "NotFoundError: ",
-        "/site/tf_deform/_ops.so",
+        f"/site/tf_deform/{LIBRARY}",
     ),
     "no library": (
-        {"_ops.so": None},
+        {LIBRARY: None},
         "ops",
-        "FileNotFoundError: Expected the op library of tf_deform at ",
-        "/site/tf_deform/_ops.so. ",
+        "FileNotFoundError: Expected op libraries of tf_deform in ",
+        "/site/tf_deform. Received: none. ",
+    ),
+    "no core": (
+        {_build_info.CORE: None},
+        "tf_deform",
+        f"NotFoundError: {_build_info.CORE}: cannot open",
     ),
     "results": (
         {OP: (PACKAGE / OP).read_text() + DOUBLE},
@@ -421,13 +518,13 @@ def test_a_broken_package(kind, copy, forked):
     text = assert_stopped_at(step, status, findings)
     assert text.startswith(beginning)
     assert all(other in text for other in others), text
-    expected = {"version": "2.4.*", "not built": "unknown"}
-    if kind in expected:
-        assert f", expected {expected[kind]}; " in findings["TensorFlow"]
+    expected = {"version": "2.4", "not built": "none"}.get(kind)
+    if expected is not None:
+        assert f"; op libraries for {expected}; " in findings["TensorFlow"]
 
 
 def test_the_core_library_is_missing(copy, no_tensorflow):
-    library = copy / "tf_deform/_core.so"
+    library = copy / "tf_deform" / _build_info.CORE
     library.unlink()
     status, findings = diagnose(no_tensorflow, copy)
     assert status == 1
@@ -472,8 +569,8 @@ def test_no_extras(stubs, no_tensorflow):
     """Tests an installation without metadata, as in a source tree."""
     hidden = "import importlib.metadata as m\n"
     hidden += "def metadata(name): raise m.PackageNotFoundError(name)\n"
-    stubs(hidden + "m.metadata = metadata\n", "sitecustomize")
-    status, findings = diagnose(no_tensorflow, PACKAGE.parent)
+    folder = stubs(hidden + "m.metadata = metadata\n", "sitecustomize")
+    status, findings = diagnose(folder, no_tensorflow, PACKAGE.parent)
     assert status == 1
     assert findings["extras"] == "unknown: a source tree that is not installed"
     assert findings["Python"].endswith("expected unknown")

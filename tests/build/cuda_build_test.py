@@ -18,7 +18,7 @@ import tf_deform
 from tf_deform import _build_info
 
 ROOT = pathlib.Path(__file__).parents[2]
-PACKAGE = pathlib.Path(tf_deform.__file__).parent
+CORE = pathlib.Path(tf_deform.__file__).parent / _build_info.CORE
 OPS = ("DeformableConv2D", "DeformablePSROIPool", "DeformableROIAlign")
 
 _spec = importlib.util.spec_from_file_location("build", ROOT / "cc/build.py")
@@ -61,9 +61,8 @@ def test_gpu_kernels_are_registered_for_every_type(op, suffix):
 
 @needs_cuda
 @needs_cuobjdump
-@pytest.mark.parametrize("library", ["_core.so", "_ops.so"])
-def test_machine_code_of_every_architecture_and_ptx(library):
-    listing = cuda_resources.run_cuobjdump("-lelf", "-lptx", PACKAGE / library)
+def test_machine_code_of_every_architecture_and_ptx():
+    listing = cuda_resources.run_cuobjdump("-lelf", "-lptx", CORE)
     machine = collections.Counter(re.findall(r"(sm_\w+)\.cubin", listing))
     portable = collections.Counter(re.findall(r"(sm_\w+)\.ptx", listing))
     names = _build_info.CUDA_ARCHITECTURES.split(";")
@@ -79,7 +78,7 @@ def test_no_kernel_uses_local_memory_by_surprise():
     table = json.loads(cuda_resources.TABLE.read_text())
     if table["cuda_version"] != _build_info.CUDA_VERSION:
         pytest.skip(f"recorded with CUDA {table['cuda_version']}")
-    measured = cuda_resources.measure(PACKAGE / "_ops.so")
+    measured = cuda_resources.measure(CORE)
     assert measured
     surprises = cuda_resources.compare(measured, table["kernels"])
     assert not surprises, (
@@ -90,16 +89,15 @@ def test_no_kernel_uses_local_memory_by_surprise():
 
 @needs_cuda
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm, of binutils")
-@pytest.mark.parametrize("library", ["_core.so", "_ops.so"])
-def test_the_cuda_runtime_is_inside_and_hidden(library):
-    """Tests that the library hides the symbols of its CUDA runtime.
+def test_the_cuda_runtime_is_inside_and_hidden():
+    """Tests that the core hides the symbols of its CUDA runtime.
 
     TensorFlow's CUDA runtime has the same symbols, in another version.
     """
 
     def symbols(*flags):
         listing = subprocess.run(
-            ["nm", *flags, PACKAGE / library],
+            ["nm", *flags, CORE],
             capture_output=True,
             text=True,
             check=True,

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests loading the op library more than once in a process, in every order."""
+"""Tests loading the op library more than once in a process, in every order.
+
+Which library is loaded: `libraries_test.py`.
+"""
 
 import json
 import pathlib
@@ -8,8 +11,9 @@ import shutil
 import pytest
 
 import tf_deform
-from tf_deform import _loader
+from tf_deform import _build_info, _loader
 
+CORE = pathlib.Path(_loader.LIBRARY).with_name(_build_info.CORE)
 LIBRARY = pathlib.Path(_loader.LIBRARY)
 
 START = """
@@ -74,8 +78,8 @@ for warning in caught:
         print(warning.category.__name__, warning.message)
 work()
 """
-# In the folder are the library as `same.so` (a link) and `copy.so`, and, of
-# another version, `other.so`.
+# In the folder are the library as `same.so` (a link) and `copy.so`, the core,
+# and both of another version, as `other.so` and its core.
 SCRIPTS = {
     # The ops that are registered already are used.
     "ours, then others": (
@@ -124,19 +128,27 @@ work()
 }
 
 
+def replace(content: bytes, old: str, new: str) -> bytes:
+    assert content.count(old.encode()) == 1
+    return content.replace(old.encode(), new.encode())
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, run_python) -> pathlib.Path:
     """Makes a folder with libraries, and with the outputs of all scripts."""
     folder = tmp_path_factory.mktemp("libraries")
     (folder / "same.so").symlink_to(LIBRARY)
     shutil.copy(LIBRARY, folder / "copy.so")
-    version = tf_deform.__version__.encode() + b"\0"
-    content = LIBRARY.read_bytes()
-    assert content.count(b"\0" + version) == 1
+    shutil.copy(CORE, folder)
+    version = tf_deform.__version__
     # The new text is as long as the old text: nothing in the file may move.
-    other = b"9" * (len(version) - 1) + b"\0"
-    content = content.replace(b"\0" + version, b"\0" + other)
-    (folder / "other.so").write_bytes(content)
+    other = "9" * len(version)
+    other_core = CORE.name.replace(version, other)
+    library = replace(LIBRARY.read_bytes(), f"\0{version}\0", f"\0{other}\0")
+    library = replace(library, CORE.name, other_core)
+    (folder / "other.so").write_bytes(library)
+    core = replace(CORE.read_bytes(), CORE.name, other_core)
+    (folder / other_core).write_bytes(core)
     arguments = START + FORK, json.dumps(SCRIPTS), folder
     run_python(*arguments, TF_USE_LEGACY_KERAS=0)
     return folder

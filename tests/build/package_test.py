@@ -1,43 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests installing, loading, and that old saved models stay loadable."""
+"""Tests what is built and installed, and that old saved models load."""
 
 import ctypes
 import importlib.metadata
 import importlib.util
 import pathlib
+import platform
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import tf_deform
-from tf_deform import _build_info, _loader
+from tf_deform import _build_info
 
 PACKAGE = pathlib.Path(tf_deform.__file__).parent
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def test_requires_the_minor_version_that_it_was_built_against():
-    minor = ".".join(_build_info.TENSORFLOW_VERSION.split(".")[:2])
-    required = importlib.metadata.requires("tf-deform")
-    assert f"tensorflow=={minor}.*" in required
-    assert importlib.metadata.version("tf-deform") == tf_deform.__version__
+def test_metadata_of_a_build_from_source(metadata):
+    """Tests that it requires the TensorFlow that it was built against.
+
+    TensorFlow brings its own Keras.
+    """
+    (folder,) = metadata.glob("*.dist-info")
+    distribution = importlib.metadata.PathDistribution(folder)
+    assert distribution.version == tf_deform.__version__
+    required = [x for x in distribution.requires if "extra ==" not in x]
+    minor = ".".join(tf.__version__.split(".")[:2])
+    assert required == [f"tensorflow=={minor}.*"]
+    assert distribution.metadata["Requires-Python"] == ">=3.9"
+    licenses = distribution.metadata.get_all("License-File")
+    assert sorted(licenses) == ["LICENSE", "NOTICE"]
+    for name in licenses:
+        assert (folder / "licenses" / name).read_text() == (
+            ROOT / name
+        ).read_text()
 
 
-@pytest.mark.parametrize("installed", ["2.20.3", "2.22.0", "3.21.0"])
-def test_other_minor_version_is_refused(installed):
-    with pytest.raises(ImportError) as error:
-        _loader.check_version("2.21.0", installed)
-    text = str(error.value)
-    assert "2.21" in text and installed in text
-    assert "pip install 'tensorflow==2.21.*'" in text
-
-
-@pytest.mark.parametrize("installed", ["2.21.0", "2.21.1", "2.21.0-rc1"])
-def test_same_minor_version_is_accepted(installed):
-    _loader.check_version("2.21.0", installed)
+def test_a_build_packs_no_library_of_an_earlier_one(tmp_path):
+    """Tests that a build, which goes on in the same folder, begins clean."""
+    package = tmp_path / "tf_deform"
+    package.mkdir()
+    for name in ("_ops.so", "_ops_2.4.so", "libtf_deform_core-0.0.1.so"):
+        (package / name).touch()
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib"]
+    subprocess.run([*command, tmp_path], cwd=ROOT, timeout=300, check=True)
+    assert not list(package.glob("*.so"))
+    assert (package / "py.typed").exists()
+    assert (package / "_build_info.py").exists()
+    assert (tmp_path / "tf_deform_cli.py").exists()
 
 
 def test_both_builds_take_the_same_sources():
@@ -78,11 +94,39 @@ def test_no_flag_ties_the_binary_to_this_processor():
         assert "-march" not in (ROOT / name).read_text()
 
 
-def test_core_in_the_package_has_c_entry_points():
-    core = ctypes.CDLL(str(PACKAGE / "_core.so"))
-    core.TfDeformInstructionSet.restype = ctypes.c_char_p
-    names = (b"baseline", b"avx2", b"avx512", b"avx512_bf16", b"amx")
-    assert core.TfDeformInstructionSet() in names
+def best_instruction_set() -> str:
+    """Applies the rules of cc/core/cpu/isa.cc to what the system says."""
+    text = pathlib.Path("/proc/cpuinfo").read_text()
+    flags = {*re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)[1].split()}
+    if not {"avx", "avx2", "fma", "f16c"} <= flags:
+        return "baseline"
+    if not {"avx512f", "avx512dq", "avx512bw", "avx512vl"} <= flags:
+        return "avx2"
+    if {"amx_tile", "amx_bf16", "avx512_bf16"} <= flags:
+        # Asks for the registers, which a system may refuse.
+        arch_prctl, request, tiles = 158, 0x1023, 18
+        if ctypes.CDLL(None).syscall(arch_prctl, request, tiles) == 0:
+            return "amx"
+    # Intel's instructions for bfloat16 without AMX are slow.
+    if "avx512_bf16" in flags and "GenuineIntel" not in text:
+        return "avx512_bf16"
+    return "avx512"
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64", reason="elsewhere there is one set"
+)
+def test_the_installed_core_uses_all_of_this_processor(run_python):
+    """Tests the core by its answer.
+
+    A library may seem sound, and run its slowest code without a word.
+    """
+    script = "import ctypes, sys; core = ctypes.CDLL(sys.argv[1])\n"
+    script += "name = core.TfDeformInstructionSet\n"
+    script += "name.restype = ctypes.c_char_p; print(name().decode())"
+    core = PACKAGE / _build_info.CORE
+    printed = run_python(script, core, TF_DEFORM_MAX_ISA="amx")
+    assert printed == f"{best_instruction_set()}\n"
 
 
 @pytest.mark.parametrize(

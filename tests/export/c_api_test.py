@@ -15,7 +15,7 @@ from exported import POOLING, make_rois, pooling_model, randomise, write
 from operands import random
 from tensorflow.core.protobuf import saved_model_pb2
 
-from tf_deform import _loader
+from tf_deform import _build_info, _loader
 from tf_deform.layers import DeformableConv2D
 
 COMPILER = shlex.split(os.environ.get("CC", "cc"))
@@ -148,7 +148,7 @@ def request_of_a_layer(tmp_path_factory):
             "TF_LoadSessionFromSavedModel: Op type not registered "
             "'TfDeform>ImportTfDeformOrLoadItsOpLibrary'",
         ),
-        ("/nowhere/_ops.so", "TF_LoadLibrary: /nowhere/_ops.so: "),
+        ("/nowhere/ops.so", "TF_LoadLibrary: /nowhere/ops.so: "),
     ],
     ids=["none", "another"],
 )
@@ -158,6 +158,23 @@ def test_without_the_library(library, text, program, request_of_a_layer):
     assert result.returncode == 1
     assert result.stdout == b""
     assert result.stderr.decode().splitlines()[-1].startswith(text)
+
+
+def test_copies_of_the_library_and_the_core(
+    program, request_of_a_layer, tmp_path
+):
+    """Tests that the op library looks for the core in its own folder alone."""
+    copy = tmp_path / "ops.so"
+    shutil.copy(_loader.LIBRARY, copy)
+    result = serve(program, copy, *request_of_a_layer)
+    assert result.returncode == 1
+    text = f"TF_LoadLibrary: {_build_info.CORE}: cannot open"
+    assert text in result.stderr.decode()
+    package = pathlib.Path(_loader.LIBRARY).parent
+    shutil.copy(package / _build_info.CORE, tmp_path)
+    result = serve(program, copy, *request_of_a_layer)
+    assert result.returncode == 0, result.stderr.decode()
+    assert result.stdout
 
 
 @pytest.mark.parametrize(

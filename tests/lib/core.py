@@ -110,7 +110,9 @@ def library() -> ctypes.CDLL:
         found = [
             match
             for folder in (spec.submodule_search_locations if spec else [])
-            for match in glob.glob(os.path.join(folder, "_core*.so"))
+            for match in glob.glob(
+                os.path.join(folder, "libtf_deform_core-*.so")
+            )
         ]
         if not found:
             raise FileNotFoundError(

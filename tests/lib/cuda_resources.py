@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lists registers and local memory of every GPU kernel in a built library.
+"""Lists registers and local memory of every GPU kernel in a built core.
 
 After a change that is meant to use more (or fewer) registers:
 
@@ -127,7 +127,8 @@ def main() -> None:
         parser.exit(1, "Expected a build with CUDA. Received: one without.\n")
     if find_cuobjdump() is None:
         parser.exit(1, "Run `pip install 'nvidia-cuda-cuobjdump>=13,<14'`.\n")
-    measured = measure(pathlib.Path(tf_deform.__file__).parent / "_ops.so")
+    core = pathlib.Path(tf_deform.__file__).parent / _build_info.CORE
+    measured = measure(core)
     for name, architectures in sorted(measured.items()):
         for architecture, numbers in sorted(architectures.items()):
             print(architecture, *numbers, name)

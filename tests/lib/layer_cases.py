@@ -21,7 +21,7 @@ import tensorflow as tf
 from operands import coordinate_type, random
 from tolerances import FORWARD, POOLING
 
-from tf_deform import _build_info, ops
+from tf_deform import _loader, ops
 from tf_deform.layers import (
     DeformableConv2D,
     DeformablePSROIPooling,
@@ -272,7 +272,7 @@ def in_mode(layer: Layer, call: Call, mode: str) -> Callable:
     """Returns a function of calls like `call`: the layer, or a graph of it."""
     if mode == "eager":
         return lambda call: layer(**call)
-    if mode == "XLA" and not _build_info.XLA:
+    if mode == "XLA" and not _loader.has_xla():
         pytest.skip("built without the bridge to XLA")
     function = tf.function(
         lambda *values: layer(**dict(zip(call, values, strict=True))),

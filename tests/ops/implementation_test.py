@@ -141,10 +141,13 @@ for environment, arguments, path in runs:
 """
 
 
-def copy_without_library(folder):
+def copy_without_library(folder, libraries):
+    """Copies the package, with another list of its libraries."""
     shutil.copytree(
         PACKAGE, folder / "tf_deform", ignore=shutil.ignore_patterns("*.so")
     )
+    with open(folder / "tf_deform/_build_info.py", "a") as file:
+        file.write(libraries)
     return folder
 
 
@@ -202,15 +205,12 @@ def expected_sum() -> str:
 def printed(tmp_path_factory, run_python):
     """Returns what processes print that have no library, by their name."""
     folder = tmp_path_factory.mktemp("without_library")
-    missing = copy_without_library(folder / "missing")
-    misfit = copy_without_library(folder / "misfit")
-    info = (misfit / "tf_deform/_build_info.py").read_text().splitlines()
-    info = [
-        'TENSORFLOW_VERSION = "2.4.1"' if "TENSORFLOW" in line else line
-        for line in info
-    ]
-    (misfit / "tf_deform/_build_info.py").write_text("\n".join(info))
-    (misfit / "tf_deform/_ops.so").write_bytes(b"not a library")
+    missing = copy_without_library(folder / "missing", "LIBRARIES = {}")
+    misfit = copy_without_library(
+        folder / "misfit", 'LIBRARIES = {"2.4": ("2.4.1", True)}'
+    )
+    library = misfit / "tf_deform" / pathlib.Path(_loader.LIBRARY).name
+    library.write_bytes(b"not a library")
     portable = {"TF_DEFORM_IMPLEMENTATION": "portable"}
     model = write_portable_model(folder)
     files = [folder / "missing.txt", folder / "misfit.txt"]
@@ -242,7 +242,7 @@ def test_portable_next_to_another_tensorflow(printed):
 
 
 def test_native_is_asked_for_and_missing(monkeypatch):
-    monkeypatch.setattr(_loader, "LIBRARY", "/nowhere/_ops.so")
+    monkeypatch.setattr(_loader, "LIBRARY", "/nowhere/_ops_2.21.so")
     monkeypatch.setattr(_loader, "forced", lambda: "native")
     with pytest.raises(
         ImportError,

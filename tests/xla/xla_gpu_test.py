@@ -24,7 +24,7 @@ import xla_test
 from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 from tolerances import GPU, GPU_TF32
 
-from tf_deform import _build_info, _loader
+from tf_deform import _loader
 
 TYPES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
 TYPES |= {"f64": "float64", "u8": "uint8"}
@@ -180,7 +180,7 @@ def found():
 
 @emulated_gpu.needs_compiler
 @pytest.mark.skipif(
-    not _build_info.XLA, reason="this TensorFlow has no headers of XLA"
+    not _loader.has_xla(), reason="this TensorFlow has no headers of XLA"
 )
 @pytest.mark.skipif(
     "TF_DEFORM_TEST_DEVICE" in os.environ, reason="xla_test.py shows it"

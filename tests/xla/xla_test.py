@@ -332,7 +332,7 @@ def test_layers_say_whether_they_compile(make, monkeypatch):
     assert make().supports_jit is False
     monkeypatch.setattr(_build_info, "CUDA_VERSION", "13.0")
     assert make().supports_jit is True
-    monkeypatch.setattr(_build_info, "XLA", False)
+    monkeypatch.setattr(_loader, "has_xla", lambda: False)
     assert make().supports_jit is False
 
 

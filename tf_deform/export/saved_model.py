@@ -37,8 +37,9 @@ def saved_model(
 
     A program that loads a native SavedModel needs the ops: `import tf_deform`;
     or, where the package is not installed, `tf.load_op_library` (in C,
-    `TF_LoadLibrary`) with the path that `tf-deform library` prints. Without the
-    ops TensorFlow's error names the op
+    `TF_LoadLibrary`) with the path that `tf-deform library` prints; a copy of
+    this file needs a copy of the core beside it, `tf-deform library --core`.
+    Without the ops TensorFlow's error names the op
     `TfDeform>ImportTfDeformOrLoadItsOpLibrary`. A portable SavedModel needs
     nothing but TensorFlow; it is slower and takes more memory. OpenVINO also
     reads a portable SavedModel, and rounds positions unless its option
