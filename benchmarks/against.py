@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compares two builds of this package side by side: `run.py --against FOLDER`.
 
-Each build runs in a process of its own, and both run the benchmark of this
-tree. They take turns, call by call in random order; one process waits while the
-other one runs.
+A build is that of another tree, or the one that another Python imports, with
+its own TensorFlow: `run.py --against ENVIRONMENT/bin/python`. Each build runs
+in a process of its own, and both run the benchmark of this tree. They take
+turns, call by call in random order; one process waits while the other one runs.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from processes import WORKER, kill, last_lines, start, worker_environment
@@ -36,21 +37,54 @@ MEAN_GOAL = 1.01
 ROW_GOAL = 1.02
 
 
-def find_trees(folder: str) -> dict[str, str]:
+class Tree(NamedTuple):
+    """Holds the folder of a package, and the Python that runs it."""
+
+    folder: str
+    python: str
+
+
+def find_trees(other: str) -> dict[str, Tree]:
     """Returns both trees by name.
+
+    Args:
+        other: The other tree's folder, or a Python with the package.
 
     Raises:
         ValueError: if one of the trees has no build.
     """
-    trees = dict(zip(BUILDS, (ROOT, os.path.abspath(folder)), strict=True))
+    other = os.path.abspath(other)
+    python = sys.executable
+    if os.path.isfile(other):
+        python, other = other, _installed(other)
+    trees = dict(zip(BUILDS, (Tree(ROOT, sys.executable), Tree(other, python))))
     for tree in trees.values():
         # The package had one _ops.so, and has one for each TensorFlow.
-        if not glob.glob(os.path.join(tree, "tf_deform", "_ops*.so")):
+        if not glob.glob(os.path.join(tree.folder, "tf_deform", "_ops*.so")):
             raise ValueError(
                 "Expected a tree with a build in place, as `make install` "
-                f"makes it. Received: {tree}, without tf_deform/_ops*.so"
+                "makes it, or a Python with the package. Received: "
+                f"{tree.folder}, without tf_deform/_ops*.so"
             )
     return trees
+
+
+def _installed(python: str) -> str:
+    """Returns the folder from which a Python imports the package."""
+    code = "import importlib.util as u; print(u.find_spec('tf_deform').origin)"
+    result = subprocess.run(
+        [python, "-c", code],
+        cwd=tempfile.gettempdir(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if result.returncode != 0:
+        raise ValueError(
+            f"Expected {python} to find tf_deform. Received: "
+            f"{result.stderr.strip().splitlines()[-1:]}"
+        )
+    return os.path.dirname(os.path.dirname(result.stdout.strip()))
 
 
 class Build:
@@ -61,7 +95,7 @@ class Build:
         log = tempfile.TemporaryFile("w+", errors="replace")
         self._log = stack.enter_context(log)
         process = start(
-            [sys.executable, WORKER, json.dumps(job)],
+            [job["python"], WORKER, json.dumps(job)],
             stdin=subprocess.PIPE,
             stderr=self._log,
             env=worker_environment(job),
@@ -101,7 +135,7 @@ class Build:
 
 
 def time_unit(
-    job: dict[str, Any], trees: dict[str, str], timeout: float
+    job: dict[str, Any], trees: dict[str, Tree], timeout: float
 ) -> list[dict[str, Any]]:
     """Compares two builds, then times them; a row for each kind of call.
 
@@ -135,7 +169,7 @@ def time_unit(
 
 
 def _time_pair(
-    job: dict[str, Any], trees: dict[str, str], timeout: float, seed: int
+    job: dict[str, Any], trees: dict[str, Tree], timeout: float, seed: int
 ) -> tuple[dict[str, dict[str, Any]], dict[Any, list[float]]]:
     """Starts both builds; returns rows by kind of call, and milliseconds."""
     with contextlib.ExitStack() as stack:
@@ -143,7 +177,8 @@ def _time_pair(
         builds = {}
         for name, tree in trees.items():
             results = os.path.join(folder, f"{name}.npz")
-            of_build = {"mode": "serve", "tree": tree, "results": results}
+            of_build = {"mode": "serve", "results": results}
+            of_build |= {"tree": tree.folder, "python": tree.python}
             builds[name] = Build(job | of_build, stack)
         is_over = threading.Event()
 

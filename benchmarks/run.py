@@ -153,7 +153,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--against",
         metavar="FOLDER",
         help="compare this tree's build of tf_deform with that of another "
-        "tree, side by side, and with nothing else",
+        "tree, or of another Python, side by side, and with nothing else",
     )
 
     add = parser.add_argument_group("with --device cuda").add_argument
