@@ -55,10 +55,15 @@ class Row:
 
     @property
     def name(self) -> str:
-        words = [f"TensorFlow {self.tensorflow}", f"Python {self.python}"]
+        words = [f"TensorFlow {self.tensorflow}"]
         words.append(self.keras or "newest Keras")
+        words.append(f"Python {self.python}")
         words += [*self.packages, *(f"{k}={v}" for k, v in self.environment)]
         return ", ".join(words + ["no libraries"] * self.pure)
+
+    @property
+    def slug(self) -> str:
+        return re.sub(r"[^a-z0-9.]+", "-", self.name.lower())
 
 
 LEGACY = (("TF_USE_LEGACY_KERAS", "1"),)
@@ -75,7 +80,13 @@ ROWS = (
     Row("3.9", "2.15.1"),
     Row("3.11", "2.16.2", "keras==3.5.0"),
     Row("3.9", "2.16.2"),
-    Row("3.12", "2.16.2", packages=("tf-keras==2.16.0",), environment=LEGACY),
+    Row(
+        "3.12",
+        "2.16.2",
+        distribution="tensorflow",  # tf-keras requires it
+        packages=("tf-keras==2.16.0",),
+        environment=LEGACY,
+    ),
     Row("3.11", "2.17.1", "keras==3.5.0", tests=TELLING + XLA),
     Row("3.12", "2.17.1"),
     Row("3.11", "2.18.1", "keras==3.5.0", tests=TELLING + XLA),
@@ -86,7 +97,13 @@ ROWS = (
     Row("3.13", "2.20.0"),
     Row("3.11", "2.21.0", "keras==3.12.0", tests=TELLING + XLA),
     Row("3.13", "2.21.0", distribution="tensorflow"),
-    Row("3.11", "2.21.0", packages=("tf-keras==2.21.0",), environment=LEGACY),
+    Row(
+        "3.11",
+        "2.21.0",
+        distribution="tensorflow",
+        packages=("tf-keras==2.21.0",),
+        environment=LEGACY,
+    ),
     Row("3.12", "2.21.0", pure=True),
 )
 
@@ -134,7 +151,7 @@ def run_row(row: Row, wheel: str, out: str) -> dict[str, object]:
         found["versions"] = _versions(python)
         found["first_call_s"] = _time_first_call(row, python)
         found.update(_test(row, python, folder, out))
-        found["bits"] = _bits(os.path.join(out, _slug(row.name)))
+        found["bits"] = _bits(os.path.join(out, row.slug))
         before = _files_of(environment)
         _run([python, "-m", "pip", "uninstall", "--yes", "tf-deform"])
         found["left"] = [path for path in before if os.path.exists(path)]
@@ -204,7 +221,7 @@ def _test(row: Row, python: str, folder: str, out: str) -> dict[str, object]:
         "TF_DEFORM_TEST_INSTALLED": json.dumps(
             {"tensorflow": row.tensorflow, "native": not row.pure}
         ),
-        "TF_DEFORM_TEST_OUT": os.path.join(out, _slug(row.name)),
+        "TF_DEFORM_TEST_OUT": os.path.join(out, row.slug),
         **dict(row.environment),
     }
     begun = time.monotonic()
@@ -224,7 +241,7 @@ def _test(row: Row, python: str, folder: str, out: str) -> dict[str, object]:
         log, status = result.stdout, result.returncode
     except subprocess.TimeoutExpired as error:
         log, status = str(error.stdout), -1
-    with open(os.path.join(out, f"{_slug(row.name)}.log"), "w") as file:
+    with open(os.path.join(out, f"{row.slug}.log"), "w") as file:
         file.write(log)
     found: dict[str, object] = {"test_s": round(time.monotonic() - begun)}
     found["status"] = status
@@ -261,10 +278,6 @@ def _resolve_alone(row: Row, wheel: str) -> dict[str, object]:
         + ("resolves" if result.returncode == 0 else f"fails: {said[-1:]}"),
         "status": result.returncode,
     }
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.]+", "-", name)
 
 
 def _run(
@@ -304,7 +317,10 @@ def main() -> int:
     parser.add_argument("--wheel", help="default: the one in dist")
     parser.add_argument("--pure", help="the wheel without libraries")
     parser.add_argument(
-        "--only", nargs="*", help="parts of the names of rows", default=[]
+        "--only",
+        nargs="*",
+        default=[],
+        help="parts of rows' names, as in tensorflow-2.21.0-keras-3.12.0",
     )
     parser.add_argument("--out", default=os.path.join(ROOT, "runs", "wheel"))
     arguments = parser.parse_args()
@@ -314,7 +330,7 @@ def main() -> int:
     os.makedirs(arguments.out, exist_ok=True)
     found = []
     for row in ROWS:
-        if arguments.only and not any(x in row.name for x in arguments.only):
+        if arguments.only and not any(x in row.slug for x in arguments.only):
             continue
         print(row.name, end=": ", flush=True)
         try:
