@@ -286,6 +286,7 @@ def _run(
     result = subprocess.run(
         command,
         env=environment,
+        cwd=tempfile.gettempdir(),  # not this tree, whose package would win
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -327,21 +328,22 @@ def main() -> int:
     dist = os.path.join(ROOT, "dist")
     wheel = arguments.wheel or _newest(os.path.join(dist, "*linux*.whl"))
     pure = arguments.pure or _newest(os.path.join(dist, "*none-any.whl"))
-    os.makedirs(arguments.out, exist_ok=True)
+    wheel, pure, out = map(os.path.abspath, (wheel, pure, arguments.out))
+    os.makedirs(out, exist_ok=True)
     found = []
     for row in ROWS:
         if arguments.only and not any(x in row.slug for x in arguments.only):
             continue
         print(row.name, end=": ", flush=True)
         try:
-            made = run_row(row, pure if row.pure else wheel, arguments.out)
+            made = run_row(row, pure if row.pure else wheel, out)
         except RuntimeError as error:
             made = {"name": row.name, "error": str(error)[-2000:], "status": 1}
         found.append(made)
         print({k: v for k, v in made.items() if k != "name"}, flush=True)
-        with open(os.path.join(arguments.out, "results.json"), "w") as file:
+        with open(os.path.join(out, "results.json"), "w") as file:
             json.dump(found, file, indent=1)
-        with open(os.path.join(arguments.out, "table.md"), "w") as file:
+        with open(os.path.join(out, "table.md"), "w") as file:
             file.write(table(found) + "\n")
     bits = {row["bits"] for row in found if row.get("bits")}
     if len(bits) > 1:
