@@ -162,6 +162,7 @@ def test_compiled_by_xla(name):
             np.testing.assert_array_equal(one, other)
 
 
+@native
 @pytest.mark.parametrize("path", sorted(GOLDEN.glob("*_[0-9]")))
 def test_saved_models_of_the_project(path):
     """Tests files with operands, and results of the op that wrote them."""

@@ -176,7 +176,7 @@ def _files_of(environment: str) -> list[str]:
 def _versions(python: str) -> str:
     code = "import importlib.metadata as m\n"
     code += "for d in m.distributions(): print(d.metadata['Name'], d.version)"
-    wanted = "tensorflow(-cpu|-addons)?|keras|tf[-_]keras|numpy"
+    wanted = "tensorflow([-_]cpu|-addons)?|keras|tf[-_]keras|numpy"
     lines = _run([python, "-c", code]).splitlines()
     return ", ".join(sorted(x for x in lines if re.match(f"({wanted}) ", x)))
 
