@@ -552,4 +552,17 @@ MISTAKES = [
         "pass",
         ("litert_quantized_test",),
     ),
+    # The choice of the op library.
+    Mistake(
+        "library-of-another-version",
+        "if _minor(built) != _minor(installed):",
+        "if not found:",
+        ("libraries_test",),
+    ),
+    Mistake(
+        "library-although-not-listed",
+        "if _build_info.LIBRARIES:",
+        "if os.path.exists(LIBRARY):",
+        ("libraries_test",),
+    ),
 ]
