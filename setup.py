@@ -200,15 +200,19 @@ setup(
     # TensorFlow brings its Keras; tf_deform._keras says which fit.
     install_requires=[f"tensorflow{REQUIRED}"],
     extras_require={
+        # These two need Python 3.10. TensorFlow 2.15 to 2.17 hold onnx back by
+        # their protobuf, and Python 3.10 holds onnxruntime back.
         "onnx": [
             "tf2onnx>=1.17,<2",
-            "onnx>=1.19,<2",
-            "onnxruntime>=1.27,<2",
+            "onnx>=1.18,<2",
+            "onnxruntime>=1.23,<2",
         ],
         "litert": [
             "ai-edge-litert>=2.3,<3",
             "ai-edge-quantizer>=0.10,<0.11",  # each is for one ai-edge-litert
         ],
+        # It is for TensorFlow 2.15 alone, which is for Python 3.9 to 3.11.
+        "addons": ["tensorflow==2.15.*", "tensorflow-addons==0.23.*"],
         "examples": [
             "scikit-learn>=1.5,<2",
             "scikit-image>=0.25,<0.27",

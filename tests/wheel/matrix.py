@@ -49,6 +49,7 @@ class Row:
     # "tensorflow-cpu" is what the wheel's metadata cannot ask for.
     distribution: str = "tensorflow-cpu"
     packages: tuple[str, ...] = ()
+    extras: str = ""  # of the wheel, such as "[onnx]"
     environment: tuple[tuple[str, str], ...] = ()
     tests: tuple[str, ...] = TELLING
     pure: bool = False  # the wheel without libraries
@@ -58,7 +59,10 @@ class Row:
         words = [f"TensorFlow {self.tensorflow}"]
         words.append(self.keras or "newest Keras")
         words.append(f"Python {self.python}")
-        words += [*self.packages, *(f"{k}={v}" for k, v in self.environment)]
+        words += [
+            *filter(None, [self.extras]),
+            *(f"{k}={v}" for k, v in self.environment),
+        ]
         return ", ".join(words + ["no libraries"] * self.pure)
 
     @property
@@ -74,7 +78,8 @@ ROWS = (
         "3.11",
         "2.15.1",
         distribution="tensorflow",
-        packages=("tensorflow-addons==0.23.0",),
+        packages=("scikit-learn", "scikit-image"),  # of the example
+        extras="[addons,onnx,litert]",
         tests=TELLING + ADDONS,
     ),
     Row("3.9", "2.15.1"),
@@ -90,7 +95,7 @@ ROWS = (
     Row("3.11", "2.17.1", "keras==3.5.0", tests=TELLING + XLA),
     Row("3.12", "2.17.1"),
     Row("3.11", "2.18.1", "keras==3.5.0", tests=TELLING + XLA),
-    Row("3.10", "2.18.1"),
+    Row("3.10", "2.18.1", distribution="tensorflow", extras="[onnx,litert]"),
     Row("3.11", "2.19.1", "keras==3.5.0", tests=TELLING + XLA),
     Row("3.12", "2.19.1"),
     Row("3.11", "2.20.0", "keras==3.10.0", tests=TELLING + XLA),
@@ -146,7 +151,7 @@ def run_row(row: Row, wheel: str, out: str) -> dict[str, object]:
         # Where another distribution than "tensorflow" gives the module, pip
         # would install TensorFlow a second time.
         alone = [] if row.distribution == "tensorflow" else ["--no-deps"]
-        _run([*install, *alone, wheel])
+        _run([*install, *alone, wheel + row.extras])
         found["install_s"] = round(time.monotonic() - begun, 1)
         found["versions"] = _versions(python)
         found["first_call_s"] = _time_first_call(row, python)
@@ -266,7 +271,7 @@ def _resolve_alone(row: Row, wheel: str) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "install", "--dry-run"]
         command += ["--quiet", "--target", folder, "--only-binary=:all:"]
-        command += [f"--python-version={row.python}", wheel]
+        command += [f"--python-version={row.python}", wheel + row.extras]
         command += _requirements(row)
         result = subprocess.run(
             command, capture_output=True, text=True, check=False
