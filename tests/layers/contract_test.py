@@ -432,7 +432,7 @@ def test_training_is_deterministic_and_the_same_inside_xla(kind, config):
     """Trains and predicts, also with XLA."""
     results = [trained(kind, config, 3, optimizer="sgd") for _ in range(2)]
     assert_equal(*results)
-    if _loader.has_xla():
+    if _loader.supports_jit():
         inside = trained(kind, config, 3, optimizer="sgd", jit_compile=True)
         assert_close(inside, results[0], 1e-5)
 

@@ -280,7 +280,7 @@ def test_only_a_graph_with_a_branch_looks_for_nan(kind, source):
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_stops(kind, jit_compile):
     """Tests that `TerminateOnNaN` stops training in the first step."""
-    if jit_compile and not _loader.has_xla():
+    if jit_compile and not _loader.supports_jit():
         jit_compile = "auto"
     call = own_call(kind)
     model = model_of(new(kind), call)
