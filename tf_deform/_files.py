@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes a file or folder so that it appears whole or not at all."""
 
+from __future__ import annotations
+
 import contextlib
 import ctypes
 import errno

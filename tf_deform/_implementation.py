@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chooses the implementation that runs: the native ops, or stock TensorFlow."""
 
+from __future__ import annotations
+
 import contextlib
 import contextvars
 import sys

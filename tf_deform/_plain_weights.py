@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads the weights of a plain model into its deformable twin."""
 
+from __future__ import annotations
+
 import collections
 import contextlib
 import dataclasses
@@ -187,7 +189,7 @@ def load_plain_weights(
             _raise(model, path, {matched_by: misfits})
         loaded = [
             (target, entry, _read(target, entry, keys))
-            for (target, entry), (keys, _) in zip(pairs, plans, strict=True)
+            for (target, entry), (keys, _) in zip(pairs, plans)
         ]
     before = [(variable, variable.numpy()) for variable in model.variables]
     try:
@@ -238,7 +240,7 @@ def _find_targets(
         branch = frozenset()
         if isinstance(found, DeformableConv2D):
             branch = {"offset_kernel", "offset_bias"} & weights.keys()
-        elif isinstance(found, DisplacedROILayer | DeformablePSROIPooling):
+        elif isinstance(found, (DisplacedROILayer, DeformablePSROIPooling)):
             branch = weights.keys()
         if weights:
             targets.append(
@@ -274,7 +276,7 @@ def _walk_child(
         label = f"{label}/{child.name}" if label else child.name
         yield from _walk(child, path, label, visited)
         return
-    if not isinstance(child, list | dict | tuple) or id(child) in containers:
+    if not isinstance(child, (list, dict, tuple)) or id(child) in containers:
         return
     containers.add(id(child))
     counts = collections.Counter()
@@ -283,7 +285,7 @@ def _walk_child(
             kind = _snake_case(type(item))
             if isinstance(item, DeformableConv2D):
                 kind = _snake_case(keras.layers.Conv2D)
-        elif isinstance(item, list | dict | tuple):
+        elif isinstance(item, (list, dict, tuple)):
             kind = "container"
         else:
             continue
@@ -321,10 +323,10 @@ def _match_names(
             for name, count in collections.Counter(names).items()
             if count > 1
         ]
-    by_name = dict(zip(given, entries, strict=True))
+    by_name = dict(zip(given, entries))
     problems += [
         f"no layer {name!r} in the file"
-        for name, target in zip(wanted, targets, strict=True)
+        for name, target in zip(wanted, targets)
         if target.is_plain and name not in by_name
     ]
     problems += [
@@ -334,7 +336,7 @@ def _match_names(
     ]
     pairs = [
         (target, by_name[name])
-        for name, target in zip(wanted, targets, strict=True)
+        for name, target in zip(wanted, targets)
         if name in by_name
     ]
     return pairs, problems
@@ -397,9 +399,7 @@ def _match_groups(
         )
     by_name = layers.keys() == groups.keys()
     pairs, ordered, problems = [], [], []
-    for targets, name in zip(
-        layers.values(), layers if by_name else groups, strict=True
-    ):
+    for targets, name in zip(layers.values(), layers if by_name else groups):
         found = groups[name]
         for depth in (1, 2):  # Every LSTM's cell has the same name.
             matched, others = _match_names(targets, found, depth)
@@ -418,7 +418,7 @@ def _match_groups(
             # A single layer in a group of the same name needs no name of its
             # own.
             alone = by_name and len(found) == 1
-            for pair in zip(targets, found, strict=False):
+            for pair in zip(targets, found):
                 (pairs if alone else ordered).append(pair)
     problems += _find_contradictions(ordered)
     return pairs + ordered, "order" if ordered else "name", problems
@@ -474,9 +474,9 @@ def _plan(
         key for key in target.weights if branch or key not in target.branch
     ]
     if set(wanted) == set(given):
-        keys = dict(zip(wanted, wanted, strict=True))
+        keys = dict(zip(wanted, wanted))
     elif legacy and len(wanted) == len(given):
-        keys = dict(zip(wanted, given, strict=True))  # Keras 2 had other names.
+        keys = dict(zip(wanted, given))  # Keras 2 had other names.
     else:
         return {}, [
             f"for layer {target.label!r} the arrays {sorted(given)} in place "

@@ -7,6 +7,8 @@ other programs call tf2onnx without a call to this package, also for graphs that
 were traced before.
 """
 
+from __future__ import annotations
+
 import importlib.abc
 import importlib.util
 import sys

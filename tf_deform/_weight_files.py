@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads Keras' weight files, of all kinds, as lists of layers' arrays."""
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import itertools

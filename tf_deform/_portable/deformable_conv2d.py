@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Implements deformable convolution in stock TensorFlow."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable, Sequence
 
@@ -277,7 +279,6 @@ def _taps(
             [index[:, :, tap] for tap in range(taps)],
             tf.unstack(weights, axis=2),
             tf.unstack(kernel),
-            strict=True,
         )
     order = (0, 2, 1, 3)
     return [(tf.transpose(index, order), tf.transpose(weights, order), kernel)]

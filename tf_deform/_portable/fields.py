@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads the fields that a layer's branch predicts: displacements, factors."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import tensorflow as tf

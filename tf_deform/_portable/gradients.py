@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Computes gradients of native gradient ops, by differentiating twice."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,7 +31,7 @@ def second_gradients(
     # Gradients that are not wanted have empty outputs.
     firsts, seconds = [], []
     for source, wanted, gradient in zip(
-        sources, op.get_attr("wanted"), output_gradients, strict=True
+        sources, op.get_attr("wanted"), output_gradients
     ):
         if wanted and gradient is not None:
             firsts.append(operands[source])

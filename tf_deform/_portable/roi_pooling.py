@@ -11,6 +11,8 @@ Samples that lie less than a pixel apart share rows: a bin of 4x4 samples, 2
 pixels wide, reads 16 pixels in this way instead of 64.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 

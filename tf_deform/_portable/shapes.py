@@ -4,9 +4,11 @@
 It finds only the mistakes that people make: C++ checks what fits in 64 bits.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Optional, Union
 
 import numpy as np
 import tensorflow as tf
@@ -17,9 +19,9 @@ MAX_EXTENT = 2**31 - 1
 LEAST_FACTOR = 2.0**-126
 
 # A size is a number, or a tensor if it is found when the graph runs.
-Size = int | tf.Tensor
+Size = Union[int, tf.Tensor]
 # A shape has None for each size that is not known.
-Shape = tuple[int | None, ...]
+Shape = tuple[Optional[int], ...]
 
 
 def fail(text: str) -> None:
@@ -57,8 +59,7 @@ def with_shape(tensor: tf.Tensor, *expected: int | None) -> tf.Tensor:
     if shape.rank != len(expected):
         return tensor
     merged = [
-        want if size is None else size
-        for size, want in zip(shape, expected, strict=True)
+        want if size is None else size for size, want in zip(shape, expected)
     ]
     return tensor if merged == list(shape) else tf.ensure_shape(tensor, merged)
 

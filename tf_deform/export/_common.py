@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes an export's file, and compares it with the model, for all exports."""
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import errno
@@ -85,9 +87,7 @@ def run_model(
         tried = [_read_sample(specs, sample)]
     samples = []
     for values in tried:
-        given = {
-            spec.name: value for spec, value in zip(specs, values, strict=True)
-        }
+        given = {spec.name: value for spec, value in zip(specs, values)}
         try:
             expected = source.flat(*map(tf.constant, values))
         except (ValueError, tf.errors.InvalidArgumentError) as error:
@@ -120,16 +120,14 @@ def _read_sample(
                 f"{list(sample)}"
             )
         sample = [sample[name] for name in names]
-    elif not isinstance(sample, list | tuple):
+    elif not isinstance(sample, (list, tuple)):
         sample = [sample]
     if len(sample) != len(specs):
         raise ValueError(
             f"Expected `sample` to hold {len(specs)} arrays, for {names}. "
             f"Received: {len(sample)}"
         )
-    return [
-        _cast(value, spec) for value, spec in zip(sample, specs, strict=True)
-    ]
+    return [_cast(value, spec) for value, spec in zip(sample, specs)]
 
 
 def _cast(value: Any, spec: tf.TensorSpec) -> np.ndarray:
@@ -163,7 +161,7 @@ def _make_random(
     choices += [_SIZES[-1]] * (spec.shape.rank - len(choices))
     shape = [
         choice[variant] if size is None else size
-        for size, choice in zip(spec.shape, choices, strict=True)
+        for size, choice in zip(spec.shape, choices)
     ]
     dtype = spec.dtype
     if dtype.is_floating:
@@ -252,7 +250,7 @@ def export(
         in_tensorflow: Whether TensorFlow will run the exported model as it runs
             the model: on the same device, and with mixed precision.
     """
-    if tolerance is not None and not isinstance(tolerance, int | float):
+    if tolerance is not None and not isinstance(tolerance, (int, float)):
         raise TypeError(
             f"Expected `tolerance` to be a number. Received: {tolerance!r}"
         )
@@ -320,7 +318,7 @@ def measure_difference(expected: np.ndarray, received: Any) -> float:
     if expected.shape != received.shape:
         return np.inf
     if expected.dtype.kind in "OSU":  # One array may hold bytes, one text.
-        pairs = zip(expected.flat, received.flat, strict=True)
+        pairs = zip(expected.flat, received.flat)
         different = [
             tf.compat.as_str(a) != tf.compat.as_str(b) for a, b in pairs
         ]

@@ -65,7 +65,7 @@ def keep_shapes(graph: tf.Graph, traced: tf.Graph) -> None:
         before = known.get(operation.name)
         if before is None or before.type != operation.type:
             continue
-        for output, old in zip(operation.outputs, before.outputs, strict=True):
+        for output, old in zip(operation.outputs, before.outputs):
             if output.shape.is_compatible_with(old.shape):
                 output.set_shape(old.shape)
 
@@ -182,7 +182,7 @@ def _find_invariants(body: Any) -> list[bool]:
     nodes = {node.name: node for node in body.node_def}
     kept = []
     for given, returned in zip(
-        body.signature.input_arg, body.signature.output_arg, strict=True
+        body.signature.input_arg, body.signature.output_arg
     ):
         name = body.ret[returned.name]
         while (node := nodes.get(name.split(":")[0])) is not None:
@@ -195,7 +195,7 @@ def _find_invariants(body: Any) -> list[bool]:
 
 def _tell_shapes(function: Any, shapes: list[tf.TensorShape]) -> None:
     for index, (argument, shape) in enumerate(
-        zip(function.signature.input_arg, shapes, strict=True)
+        zip(function.signature.input_arg, shapes)
     ):
         if tf.as_dtype(argument.type) in (tf.resource, tf.variant):
             continue
@@ -212,9 +212,7 @@ def _hold_constants(function: Any, values: list[Any], loop: bool) -> None:
     taken = {node.name for node in function.node_def}
     taken.update(argument.name for argument in function.signature.input_arg)
     instead = {}
-    for argument, value in zip(
-        function.signature.input_arg, values, strict=True
-    ):
+    for argument, value in zip(function.signature.input_arg, values):
         if value is not None:
             name = f"{argument.name}_constant"
             while name in taken:

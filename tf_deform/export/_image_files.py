@@ -5,6 +5,8 @@ TensorFlow's `decode_image` does not turn photographs as their EXIF orientation
 says, and returns the indices of a BMP file instead of its palette's colours.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 
 import tensorflow as tf

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds operations of a LiteRT file that may be quantized: not positions."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 

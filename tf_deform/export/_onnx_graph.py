@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Changes ONNX models after they are written."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -57,9 +59,7 @@ def _pad_same(graph: Any) -> None:
             dilations = attributes.get("dilations", [1] * axes)
             spans = [
                 dilation * (size - 1) + 1
-                for dilation, size in zip(
-                    dilations, attributes["kernel_shape"], strict=True
-                )
+                for dilation, size in zip(dilations, attributes["kernel_shape"])
             ]
             if max(strides) == 1:
                 before = [(span - 1) // 2 for span in spans]

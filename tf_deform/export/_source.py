@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turns a model into a function to export, and names its tensors."""
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import inspect
@@ -184,7 +186,7 @@ def name_outputs(outputs: Any) -> dict[str, Any]:
     """
     structure = outputs
     if not isinstance(outputs, Mapping):
-        several = isinstance(outputs, list | tuple)
+        several = isinstance(outputs, (list, tuple))
         outputs = {"output": outputs if several else [outputs]}
     named = {}
     for path, value in keras.tree.flatten_with_path(outputs):
@@ -285,7 +287,7 @@ def _check_signature(
         ValueError: The signature describes inputs that the model does not take.
     """
     fits = len(signature) == len(known)
-    for spec, other in zip(signature, known, strict=False):
+    for spec, other in zip(signature, known):
         shape, own = spec.shape, tf.TensorShape(other.shape)
         fits &= (spec.dtype == tf.string) == (
             other.dtype in (tf.string, "string")
@@ -299,7 +301,7 @@ def _check_signature(
                 shape, own = (x[: len(longer) - 1] for x in (shape, own))
         fits &= shape.rank == own.rank and all(
             size in (None, given)
-            for given, size in zip(shape[first:], own[first:], strict=True)
+            for given, size in zip(shape[first:], own[first:])
         )
     if not fits:
         wanted, received = (
@@ -319,7 +321,7 @@ def _name_inputs(
     signature: Sequence[Any], names: Sequence[str]
 ) -> list[tf.TensorSpec]:
     """Returns the signature with distinct names that can be argument names."""
-    if not isinstance(signature, list | tuple) or not signature:
+    if not isinstance(signature, (list, tuple)) or not signature:
         raise TypeError(
             "Expected `input_signature` to be a list of tf.TensorSpec. "
             f"Received: {signature!r}"

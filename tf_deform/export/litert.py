@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes models for LiteRT (TensorFlow Lite), with builtin operations only."""
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import io
@@ -142,7 +144,7 @@ def _read_batches(
         TypeError: `calibration` is not an iterable of batches.
         ValueError: A batch does not fit.
     """
-    whole = isinstance(calibration, str | bytes | Mapping) or hasattr(
+    whole = isinstance(calibration, (str, bytes, Mapping)) or hasattr(
         calibration, "shape"
     )
     if whole or not isinstance(calibration, Iterable):
@@ -157,7 +159,7 @@ def _read_batches(
 
     def read() -> Iterator[_common.Arrays]:
         for batch in calibration:
-            if not isinstance(batch, Mapping | list | tuple):
+            if not isinstance(batch, (Mapping, list, tuple)):
                 batch = [batch]
             yield _read_batch(specs, batch, "calibration")
 
@@ -172,7 +174,7 @@ def _read_batch(
     except ValueError as error:
         text = str(error).replace("`sample`", f"batches in `{argument}`")
         raise ValueError(text) from None
-    for spec, value in zip(specs, values, strict=True):
+    for spec, value in zip(specs, values):
         if value.size == 0 or (
             spec.dtype.is_floating
             and not np.isfinite(value.astype("float32")).all()
@@ -182,7 +184,7 @@ def _read_batch(
                 f"Received: {value.dtype} {value.shape} for {spec.name!r}"
                 f"{', with others' if value.size else ''}"
             )
-    return {spec.name: value for spec, value in zip(specs, values, strict=True)}
+    return {spec.name: value for spec, value in zip(specs, values)}
 
 
 def _read_sample(

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes models as ONNX files, with the standard's deformable convolution."""
 
+from __future__ import annotations
+
 import collections
 import os
 import pathlib
@@ -105,9 +107,7 @@ def onnx(
             types = _name_types(standard.load(file))
             raise RuntimeError(f"{error}{types}") from error
         names = [output.name for output in session.get_outputs()]
-        return lambda given: dict(
-            zip(names, session.run(names, given), strict=True)
-        )
+        return lambda given: dict(zip(names, session.run(names, given)))
 
     return _common.export(
         model,

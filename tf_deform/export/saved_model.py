@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes models as SavedModels, with native ops or stock TensorFlow's alone."""
 
+from __future__ import annotations
+
 import os
 import pathlib
 from collections.abc import Callable, Sequence

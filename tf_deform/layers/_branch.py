@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Convolves, for the branch of the convolution."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 
@@ -58,7 +60,7 @@ def convolve(
             # ONNX Runtime, which refuses it with dilations.
             reaches = [
                 rate * (taps - 1)
-                for rate, taps in zip(dilations, kernel.shape[:2], strict=True)
+                for rate, taps in zip(dilations, kernel.shape[:2])
             ]
             if max(strides) == 1:
                 sides = [[n // 2, n - n // 2] for n in reaches]
@@ -69,13 +71,13 @@ def convolve(
 
     dilations = [
         1 if taps == 1 else rate
-        for taps, rate in zip(kernel.shape[:2], dilations, strict=True)
+        for taps, rate in zip(kernel.shape[:2], dilations)
     ]
     as_it_is = padding == "same" and max(dilations) == 1
     paddings, wanted = [(0, _if_none(batch, 1))], [batch]
     padded, steps, parts, inner_strides, outer_strides = [-1], [], [], [], []
     for axis, (pixels, taps, stride, rate) in enumerate(
-        zip(size, kernel.shape, strides, dilations, strict=False)
+        zip(size, kernel.shape, strides, dilations)
     ):
         reach = rate * (taps - 1)
         if padding == "same":
@@ -133,7 +135,7 @@ def _pad_same(
     """Pads as "same", for kernels that span `reaches` + 1 pixels."""
     _, *size, channels = sizes(inputs, tuple(inputs.shape.as_list()))
     paddings, padded = [(0, 0)], [-1]
-    for pixels, reach, stride in zip(size, reaches, strides, strict=True):
+    for pixels, reach, stride in zip(size, reaches, strides):
         out = (pixels + stride - 1) // stride
         spare = at_least((out - 1) * stride + reach + 1 - pixels, 0)
         paddings.append((spare // 2, spare - spare // 2))

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks arguments of calls, and converts data formats, for all layers."""
 
+from __future__ import annotations
+
 import contextlib
 import inspect
 import math
@@ -44,7 +46,7 @@ def _with_known_sizes(maps: tf.Tensor) -> tf.Tensor:
     batch, *found = tf.unstack(tf.shape(maps))
     sizes = [
         size if size is not None else dynamic
-        for size, dynamic in zip(known[1:], found, strict=True)
+        for size, dynamic in zip(known[1:], found)
     ]
     # Adds an image where there is none, and takes it away again: Grappler would
     # remove a reshaping alone, as nothing seems to change.
@@ -94,7 +96,7 @@ class OpLayer(keras.layers.Layer):
             return value
         if value is None and name not in ("inputs", "rois"):
             return value
-        if not isinstance(value, tf.Tensor | tf.Variable):
+        if not isinstance(value, (tf.Tensor, tf.Variable)):
             if not isinstance(value, keras.KerasTensor):
                 value = to_tensor(
                     value,
@@ -133,9 +135,7 @@ class OpLayer(keras.layers.Layer):
             given = signature.bind(*args, **kwargs).arguments
             names = [name for name in given if given[name] is not None]
             run = rematerialize(
-                lambda *values: layer_call(
-                    **dict(zip(names, values, strict=True))
-                ),
+                lambda *values: layer_call(**dict(zip(names, values))),
                 *args,
                 **kwargs,
             )
@@ -188,7 +188,7 @@ class OpLayer(keras.layers.Layer):
         """Returns the op's result, or its shape, in the layer's data format."""
         if self.data_format == "channels_last":
             return value
-        if isinstance(value, list | tuple):
+        if isinstance(value, (list, tuple)):
             return (value[0], value[-1], *value[1:-1])
         return tf.transpose(value, (0, 3, 1, 2))
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Implements the common parts of the layers that pool regions of interest."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -115,7 +117,7 @@ class ROILayer(OpLayer):
         }
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "ROILayer":
+    def from_config(cls, config: dict[str, Any]) -> ROILayer:
         # A layer that was saved before there was a `data_format` is in channels
         # last, whatever Keras' setting is where it is loaded.
         if "implementation" in config:
@@ -144,7 +146,7 @@ class DisplacedROILayer(ROILayer):
         super().__init__(
             pooled_size, spatial_scale, data_format, implementation, **kwargs
         )
-        if not isinstance(units, list | tuple):
+        if not isinstance(units, (list, tuple)):
             raise TypeError(
                 "Expected `units` to be a list or tuple of integers. "
                 f"{received(units)}"
@@ -224,7 +226,6 @@ class DisplacedROILayer(ROILayer):
             (*self.pooled_size, 2),
             self._shape_to_channels_last(shape, "offset")[1:],
             ("height", "width", f"a {last} dimension of"),
-            strict=True,
         ):
             if length not in (None, size):
                 raise ValueError(

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Implements deformable convolution as a Keras layer that replaces Conv2D."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from typing import Any
 

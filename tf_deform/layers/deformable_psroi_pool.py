@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Implements deformable ROI pooling, position-sensitive or not, for Keras."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks and converts arguments of ops before their kernels are called."""
 
+from __future__ import annotations
+
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -28,12 +30,12 @@ def plain(value: Any) -> Any:
 
     Objects and times stay arrays, as they are no numbers.
     """
-    if isinstance(value, tf.Tensor | tf.Variable) and hasattr(value, "numpy"):
+    if isinstance(value, (tf.Tensor, tf.Variable)) and hasattr(value, "numpy"):
         try:
             value = value.numpy()
         except NotImplementedError:  # It is a variable inside of a graph.
             return value
-    if isinstance(value, np.ndarray | np.generic):
+    if isinstance(value, (np.ndarray, np.generic)):
         return value if value.dtype.kind in "OmM" else value.tolist()
     return value
 
@@ -42,7 +44,7 @@ def integer(value: Any, name: str) -> int:
     """Returns `value` as an int that fits in 64 bits; refuses bool."""
     bare = plain(value)
     try:
-        if isinstance(bare, bool | np.generic):
+        if isinstance(bare, (bool, np.generic)):
             raise TypeError
         result = operator.index(bare)
     except (TypeError, ValueError):
@@ -74,7 +76,7 @@ def positive(value: Any, name: str) -> int:
 def pair(value: Any, name: str) -> Pair:
     """Returns (height, width); one integer stands for both axes."""
     bare = plain(value)
-    if isinstance(bare, list | tuple):
+    if isinstance(bare, (list, tuple)):
         if len(bare) != 2:
             raise ValueError(
                 f"Expected `{name}` to be an integer or a pair (height, "
@@ -94,7 +96,7 @@ def real(value: Any, name: str) -> float:
     bare = plain(value)
     try:
         # `float` also reads text and bytes, which have no `__float__`.
-        if isinstance(bare, bool | np.ndarray | np.timedelta64) or not (
+        if isinstance(bare, (bool, np.ndarray, np.timedelta64)) or not (
             hasattr(bare, "__float__") or hasattr(bare, "__index__")
         ):
             raise TypeError

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Implements deformable convolution as a function of tensors."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Union
 
 import tensorflow as tf
 
@@ -43,7 +45,7 @@ _ATTRIBUTES = (
     "modulation",
 )
 
-Padding = str | tuple[Pair, Pair]
+Padding = Union[str, tuple[Pair, Pair]]
 
 
 def canonical_padding(padding: Any) -> Padding:
@@ -54,10 +56,10 @@ def canonical_padding(padding: Any) -> Padding:
         sides = ()
     else:
         sides = plain(padding)
-    if not isinstance(sides, list | tuple):
+    if not isinstance(sides, (list, tuple)):
         return (pair(padding, "padding"),) * 2
     if len(sides) == 2:
-        nested = [isinstance(plain(side), list | tuple) for side in sides]
+        nested = [isinstance(plain(side), (list, tuple)) for side in sides]
         if all(nested) or not any(nested):
             return (pair(sides[0], "padding"), pair(sides[1], "padding"))
     raise ValueError(

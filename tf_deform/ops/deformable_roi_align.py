@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Implements deformable ROIAlign as a function of tensors."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import tensorflow as tf
