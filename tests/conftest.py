@@ -96,13 +96,16 @@ def device() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def clean_keras() -> Iterator[None]:
     """Starts every test from the same seeds, names and dtype policy."""
-    import keras
+    from tf_deform._keras import KERAS_2, keras
 
-    keras.utils.clear_session(free_memory=False)
+    if KERAS_2:
+        keras.backend.clear_session()
+    else:
+        keras.utils.clear_session(free_memory=False)
     keras.utils.set_random_seed(0)
-    keras.config.set_dtype_policy("float32")
+    keras.mixed_precision.set_global_policy("float32")
     yield
-    keras.config.set_dtype_policy("float32")
+    keras.mixed_precision.set_global_policy("float32")
 
 
 def _run_python(

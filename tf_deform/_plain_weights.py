@@ -12,14 +12,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
-from keras.src.saving import saving_lib
-from keras.src.saving.keras_saveable import KerasSaveable
-from keras.src.utils import naming
 
-from tf_deform import _files
+from tf_deform import _files, _keras
+from tf_deform._keras import keras
 from tf_deform._weight_files import TOP, Entry, is_bfloat16, open_file
 from tf_deform.layers._roi_layer import DisplacedROILayer
 from tf_deform.layers.deformable_conv2d import DeformableConv2D
@@ -232,11 +229,10 @@ def _find_targets(
     targets = []
     for path, label, found in _walk(root, name, name, set()):
         if legacy:
-            own = [*found._trainable_variables, *found._non_trainable_variables]
-            weights = {variable.name: variable for variable in own}
+            own = _keras.own_variables(found)
+            weights = {_keras.name_of(variable): variable for variable in own}
         else:
-            weights = {}
-            found.save_own_variables(weights)
+            weights = _keras.stored_weights(found)
         branch = frozenset()
         if isinstance(found, DeformableConv2D):
             branch = {"offset_kernel", "offset_bias"} & weights.keys()
@@ -264,7 +260,7 @@ def _walk(
         return
     visited.add(id(layer))
     yield path, label, layer
-    for name, child in saving_lib._walk_saveable(layer):
+    for name, child in _keras.children(layer):
         inner = f"{path}/{name}" if path else name
         yield from _walk_child(child, inner, label, visited, set())
 
@@ -281,7 +277,7 @@ def _walk_child(
     containers.add(id(child))
     counts = collections.Counter()
     for item in child.values() if isinstance(child, dict) else child:
-        if isinstance(item, KerasSaveable):
+        if _keras.is_saveable(item):
             kind = _snake_case(type(item))
             if isinstance(item, DeformableConv2D):
                 kind = _snake_case(keras.layers.Conv2D)
@@ -296,7 +292,7 @@ def _walk_child(
 
 
 def _snake_case(kind: type) -> str:
-    return naming.to_snake_case(kind.__name__)
+    return _keras.to_snake_case(kind.__name__)
 
 
 def _match_names(
@@ -503,7 +499,8 @@ def _plan(
 
 
 def _name(target: _Target, key: str) -> str:
-    return getattr(target.weights[key], "name", key)
+    weight = target.weights[key]
+    return _keras.name_of(weight) if hasattr(weight, "name") else key
 
 
 def _is_float(weight: Any) -> bool:

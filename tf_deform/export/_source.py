@@ -11,8 +11,10 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import keras
 import tensorflow as tf
+
+from tf_deform import _keras
+from tf_deform._keras import keras
 
 # The names of this package's ops begin with this prefix.
 NAMESPACE = "TfDeform>"
@@ -87,33 +89,18 @@ class Source:
         kept = []
         try:
             for layer in self.layers():
-                policy = layer._dtype_policy
-                if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
-                    policy = policy[layer.path]
-                # Leaves out quantized layers, and layers for integers.
-                plain = type(policy).__name__ in _FLOAT_POLICIES
-                if plain and policy.compute_dtype in _OTHER_REALS:
+                policy = _keras.policy_of(layer)
+                if policy is not None and policy.compute_dtype in _OTHER_REALS:
                     kept.append((layer, layer._dtype_policy))
-                    # Sets the attribute, as the setter would leave an entry in
-                    # a map.
-                    layer._dtype_policy = _InFloat32(policy.variable_dtype)
+                    _keras.set_policy(layer, _keras.in_float32(policy))
             yield
         finally:
             for layer, policy in kept:
-                layer._dtype_policy = policy
+                _keras.set_policy(layer, policy)
 
 
-_FLOAT_POLICIES = ("DTypePolicy", "FloatDTypePolicy")
 # LiteRT and most runtimes of ONNX do not compute in these types.
 _OTHER_REALS = ("float16", "bfloat16", "float64")
-
-
-class _InFloat32(keras.DTypePolicy):
-    """Makes a layer compute in float32 with variables of any real type."""
-
-    def __init__(self, variable_dtype: str):
-        super().__init__("float32")
-        self._variable_dtype = variable_dtype
 
 
 def _find_layer(error: BaseException | None) -> keras.layers.Layer | None:
@@ -135,16 +122,12 @@ def _explain_python(traced: Any) -> None:
     layer, with Keras' filter of frames off: the filter removes the frames of
     layers.
     """
-    filtering = keras.config.is_traceback_filtering_enabled()
-    keras.config.disable_traceback_filtering()
     try:
-        traced.get_concrete_function()
+        with _keras.whole_tracebacks():
+            traced.get_concrete_function()
         return
     except tf.errors.OperatorNotAllowedInGraphError as error:
         layer = _find_layer(error)
-    finally:
-        if filtering:
-            keras.config.enable_traceback_filtering()
     if layer is None:
         return
     way = (
@@ -189,8 +172,7 @@ def name_outputs(outputs: Any) -> dict[str, Any]:
         several = isinstance(outputs, (list, tuple))
         outputs = {"output": outputs if several else [outputs]}
     named = {}
-    for path, value in keras.tree.flatten_with_path(outputs):
-        name = "_".join(map(str, path))
+    for name, value in _flatten(outputs):
         if value is None or name in named:
             raise ValueError(
                 "Expected outputs that are tensors with a name each. Received: "
@@ -204,6 +186,19 @@ def name_outputs(outputs: Any) -> dict[str, Any]:
             f"Expected at least one output. Received: {structure!r}"
         )
     return named
+
+
+def _flatten(structure: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the leaves of a structure with their paths, joined by "_"."""
+    if isinstance(structure, Mapping):
+        items = sorted(structure.items())
+    elif isinstance(structure, (list, tuple)):
+        items = enumerate(structure)
+    else:
+        yield name, structure
+        return
+    for key, value in items:
+        yield from _flatten(value, f"{name}_{key}" if name else str(key))
 
 
 def find_source(
@@ -267,7 +262,7 @@ def find_source(
 
     def run(*arguments: tf.Tensor) -> Any:
         if known is not None and not sequential:
-            arguments = [keras.tree.pack_sequence_as(model.input, arguments)]
+            arguments = [_keras.pack_sequence_as(model.input, arguments)]
         return model(*arguments, training=False)
 
     return Source(run, inputs, model)

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
-from tf_deform import _implementation
+from tf_deform import _implementation, _keras
 from tf_deform.export import _common, _image_files, _source
 
 
@@ -211,7 +211,10 @@ def _list_variables(
     }
     if source.model is not None:
         lists = {
-            name: [variable.value for variable in getattr(source.model, name)]
+            name: [
+                _keras.tf_variable(weight)
+                for weight in getattr(source.model, name)
+            ]
             for name in lists
         }
     known = {id(variable) for variable in lists["variables"]}

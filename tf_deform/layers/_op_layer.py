@@ -10,10 +10,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import keras
 import tensorflow as tf
 
+from tf_deform import _keras
 from tf_deform._implementation import is_for_other_runtime
+from tf_deform._keras import keras
 from tf_deform.ops._arguments import coordinate_type, option, to_tensor
 
 # These arguments of `call` are maps, which may be images of integers.
@@ -23,7 +24,7 @@ _COORDINATES = ("offset", "modulator", "trans")
 
 def check_data_format(data_format: Any) -> str:
     if data_format is None:
-        return keras.config.image_data_format()
+        return keras.backend.image_data_format()
     if isinstance(data_format, str):
         data_format = data_format.lower()  # Keras does this, too.
     return option(
@@ -56,7 +57,7 @@ def _with_known_sizes(maps: tf.Tensor) -> tf.Tensor:
     return tf.reshape(values, (tf.maximum(batch, 1), *sizes))[:batch]
 
 
-class OpLayer(keras.layers.Layer):
+class OpLayer(_keras.LayerMixin, keras.layers.Layer):
     """Hands the arguments of its `call` to an op.
 
     Attributes of subclasses:
@@ -68,8 +69,29 @@ class OpLayer(keras.layers.Layer):
     _AXES: Mapping[str, str] = {}
     _OP_NAMES: Mapping[str, str] = {}
     data_format = "channels_last"
+    _built_for: Mapping[str, tuple[int | None, ...]] | None = None
+
+    def _keep_shapes(self, **shapes: Any) -> None:
+        """Keeps the arguments of `build`, which files tell to a new layer."""
+        shapes = {
+            name: tuple(tf.TensorShape(shape).as_list())
+            for name, shape in shapes.items()
+            if shape is not None
+        }
+        # No checkpoint contains an attribute that is set in this way.
+        object.__setattr__(self, "_built_for", shapes)
+
+    def get_build_config(self) -> dict[str, Any] | None:
+        # Keras 3 would use the names by which the shapes were given, Keras 2
+        # would know one shape alone.
+        if self._built_for is None:
+            return super().get_build_config()
+        if len(self._built_for) == 1:
+            return {"input_shape": self._built_for["inputs_shape"]}
+        return {"shapes_dict": dict(self._built_for)}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        _keras.check_caller(self.name, [*args, *kwargs.values()])
         # Checks before Keras does: Keras and its casts would take arguments
         # that no op can use, or raise errors that do not say which argument
         # they mean.
@@ -97,13 +119,13 @@ class OpLayer(keras.layers.Layer):
         if value is None and name not in ("inputs", "rois"):
             return value
         if not isinstance(value, (tf.Tensor, tf.Variable)):
-            if not isinstance(value, keras.KerasTensor):
+            if not isinstance(value, _keras.KerasTensor):
                 value = to_tensor(
                     value,
                     name,
                     coordinate_type(tf.as_dtype(self.compute_dtype)),
                 )
-            elif value.sparse or getattr(value, "ragged", False):
+            elif not _keras.is_dense(value):
                 raise TypeError(
                     f"Expected `{name}` to be a dense tensor. Received: {value}"
                 )

@@ -7,10 +7,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import keras
 import tensorflow as tf
 
-from tf_deform import _loader
+from tf_deform import _keras, _loader
 from tf_deform._implementation import check_implementation
 from tf_deform._portable.fields import hand_on_nan
 from tf_deform.layers._op_layer import OpLayer, check_data_format
@@ -36,14 +35,16 @@ def check_factor(value: Any, name: str, zero_allowed: bool = True) -> float:
     return value
 
 
-def branch_value(weight: keras.Variable, dtype: str) -> tf.Tensor:
-    """Returns a weight of a branch; a frozen weight has no gradient.
+def branch_value(layer: ROILayer, weight: Any) -> tf.Tensor:
+    """Returns a weight of a layer's branch; a frozen weight has no gradient.
 
     Tapes also watch frozen variables. Without a gradient here, the gradient of
     displacements that depend on frozen weights alone is not computed.
     """
-    value = tf.cast(weight, dtype)
-    return value if weight.trainable else tf.stop_gradient(value)
+    value = tf.cast(weight, layer.compute_dtype)
+    if _keras.is_trainable(layer, weight):
+        return value
+    return tf.stop_gradient(value)
 
 
 class ROILayer(OpLayer):
@@ -103,9 +104,10 @@ class ROILayer(OpLayer):
         inputs_shape = self._shape_to_channels_last(inputs_shape, "inputs")
         shape = self._shape_to_channels_last(shape, name)
         with self._own_words():
-            return self._to_data_format(
-                infer_shape(self._pool, inputs_shape, tuple(rois_shape), shape)
+            shape = infer_shape(
+                self._pool, inputs_shape, tuple(rois_shape), shape
             )
+        return _keras.as_shape(self._to_data_format(shape))
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -155,12 +157,18 @@ class DisplacedROILayer(ROILayer):
         self._hidden = []
         self._channels = None
 
+    @_keras.takes_all_shapes
     def build(
         self,
         inputs_shape: Sequence[int | None],
         rois_shape: Sequence[int | None],
         offset_shape: Sequence[int | None] | None = None,
     ) -> None:
+        self._keep_shapes(
+            inputs_shape=inputs_shape,
+            rois_shape=rois_shape,
+            offset_shape=offset_shape,
+        )
         self._channels = self._channels_of(inputs_shape, "inputs")
         if offset_shape is not None:
             return
@@ -177,6 +185,8 @@ class DisplacedROILayer(ROILayer):
                 shape=(size,),
                 initializer="zeros",
             )
+            for weight, kind in ((kernel, "kernel"), (bias, "bias")):
+                _keras.track(self, weight, f"offset_hidden_{kind}_{index}")
             self._hidden.append((kernel, bias))
             features = size
         self.offset_kernel = self.add_weight(
@@ -191,8 +201,7 @@ class DisplacedROILayer(ROILayer):
     def _run_branch(self, inputs: tf.Tensor, rois: tf.Tensor) -> tf.Tensor:
         def dense(x, kernel, bias):
             kernel, bias = (
-                branch_value(weight, self.compute_dtype)
-                for weight in (kernel, bias)
+                branch_value(self, weight) for weight in (kernel, bias)
             )
             return tf.matmul(x, kernel) + bias
 

@@ -6,12 +6,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_deform import _loader
+from tf_deform import _keras, _loader
 from tf_deform._implementation import check_implementation
+from tf_deform._keras import keras
 from tf_deform.layers._branch import convolve
 from tf_deform.layers._op_layer import OpLayer, check_data_format
 from tf_deform.ops._arguments import (
@@ -31,6 +31,7 @@ from tf_deform.ops.deformable_conv2d import (
 )
 
 MODULATIONS = (None, "sigmoid", "2sigmoid")
+_BRANCH = ("offset_kernel", "offset_bias")
 # Tells the user what to do if a file does not have a layer's weights.
 _OF_PLAIN = (
     ". If the file is that of a model with `Conv2D` in its place: "
@@ -60,7 +61,7 @@ def _shape_of_inputs(
 
 
 @keras.saving.register_keras_serializable(package="tf_deform")
-class DeformableConv2D(OpLayer, keras.layers.Conv2D):
+class DeformableConv2D(OpLayer, _keras.Conv2D):
     """Convolves like `keras.layers.Conv2D`, but learns where to sample.
 
     A branch of the layer, one convolution that starts at zero, predicts for
@@ -213,11 +214,16 @@ class DeformableConv2D(OpLayer, keras.layers.Conv2D):
         )
         self.offset_kernel = None
         self.offset_bias = None
-        self._built_for = None
         self.supports_jit = _loader.supports_jit()
         if not isinstance(self.padding, str):
             for pixels in (*self.padding[0], *self.padding[1]):
                 bounded(pixels, "padding", 0)
+
+    def _branch(self) -> dict[str, Any]:
+        """Returns the branch's weights by the names that files give them."""
+        if self.offset_kernel is None:
+            return {}
+        return {name: getattr(self, name) for name in _BRANCH}
 
     @property
     def _branch_dilation(self) -> Pair:
@@ -235,6 +241,7 @@ class DeformableConv2D(OpLayer, keras.layers.Conv2D):
             implementation=self.implementation,
         )
 
+    @_keras.takes_all_shapes
     def build(
         self,
         inputs_shape: Sequence[int | None] | None = None,
@@ -253,28 +260,19 @@ class DeformableConv2D(OpLayer, keras.layers.Conv2D):
         # weights.
         lora_rank, self.lora_rank = self.lora_rank, None
         super().build(inputs_shape)
+        for name in ("kernel", "_kernel"):  # of Keras 2 and of Keras 3
+            _keras.track(self, self._kernel, name)
         if offset_shape is None:
             self._build_branch(channels)
         if lora_rank:
-            self.enable_lora(lora_rank, lora_alpha=self.lora_alpha)
-        self._built_for = {
-            name: tuple(tf.TensorShape(shape).as_list())
-            for name, shape in (
-                ("inputs_shape", inputs_shape),
-                ("offset_shape", offset_shape),
-                ("modulator_shape", modulator_shape),
-            )
-            if shape is not None
-        }
-
-    def get_build_config(self) -> dict[str, Any] | None:
-        # Keras stores the arguments of `build`, by whatever name they are
-        # given.
-        if self._built_for is None:
-            return super().get_build_config()
-        if len(self._built_for) == 1:
-            return {"input_shape": self._built_for["inputs_shape"]}
-        return {"shapes_dict": dict(self._built_for)}
+            alpha = getattr(self, "lora_alpha", None)  # not in Keras 3.5
+            alpha = {} if alpha is None else {"lora_alpha": alpha}
+            self.enable_lora(lora_rank, **alpha)
+        self._keep_shapes(
+            inputs_shape=inputs_shape,
+            offset_shape=offset_shape,
+            modulator_shape=modulator_shape,
+        )
 
     def _build_branch(self, channels: int) -> None:
         taps = self.kernel_size[0] * self.kernel_size[1]
@@ -309,15 +307,14 @@ class DeformableConv2D(OpLayer, keras.layers.Conv2D):
         if channels is not None:
             channels //= self.groups
         with self._own_words():
-            return self._to_data_format(
-                infer_output_shape(
-                    inputs,
-                    (*self.kernel_size, channels, self.filters),
-                    self._shape_to_channels_last(offset_shape, "offset"),
-                    self._shape_to_channels_last(modulator_shape, "modulator"),
-                    **self._arguments,
-                )
+            shape = infer_output_shape(
+                inputs,
+                (*self.kernel_size, channels, self.filters),
+                self._shape_to_channels_last(offset_shape, "offset"),
+                self._shape_to_channels_last(modulator_shape, "modulator"),
+                **self._arguments,
             )
+        return _keras.as_shape(self._to_data_format(shape))
 
     @staticmethod
     def _raise_lone_modulator(received: Any) -> None:
@@ -406,7 +403,8 @@ class DeformableConv2D(OpLayer, keras.layers.Conv2D):
             )
         inputs = tf.cast(inputs, self.compute_dtype)
         kernel = tf.cast(self.kernel, self.compute_dtype)
-        if not self._kernel.trainable and not self.lora_enabled:
+        trainable = _keras.is_trainable(self, self._kernel)
+        if not trainable and not self.lora_enabled:
             # Tapes also watch frozen variables: stops the gradient to save its
             # time.
             kernel = tf.stop_gradient(kernel)
@@ -426,33 +424,25 @@ class DeformableConv2D(OpLayer, keras.layers.Conv2D):
 
     def save_own_variables(self, store: Any) -> None:
         super().save_own_variables(store)
-        if self.offset_kernel is not None:
-            store["offset_kernel"] = self.offset_kernel
-            store["offset_bias"] = self.offset_bias
+        for name, weight in self._branch().items():
+            store[name] = _keras.stored(weight)
 
     def load_own_variables(self, store: Any) -> None:
         own = {name: store[name] for name in store.keys()}
-        branch = {
-            name: own.pop(name)
-            for name in ("offset_kernel", "offset_bias")
-            if name in own
-        }
+        branch = {name: own.pop(name) for name in _BRANCH if name in own}
         if self.built:
             self._check_branch(branch, sorted(store.keys()))
         super().load_own_variables(own)
         for name, value in branch.items():
-            getattr(self, name).assign(value)
+            self._branch()[name].assign(value)
 
     def _check_branch(
         self, branch: dict[str, Any], received: list[str]
     ) -> None:
         """Checks that a file has all weights of the branch, or none of them."""
-        expected = {}
-        if self.offset_kernel is not None:
-            expected = {
-                "offset_kernel": tuple(self.offset_kernel.shape),
-                "offset_bias": tuple(self.offset_bias.shape),
-            }
+        expected = {
+            name: tuple(weight.shape) for name, weight in self._branch().items()
+        }
         if branch.keys() != expected.keys():
             raise ValueError(
                 f"Expected weights of layer {self.name!r} "
@@ -471,6 +461,10 @@ class DeformableConv2D(OpLayer, keras.layers.Conv2D):
         if not self.built:
             return super()._check_load_own_variables(store)
         expected = 2 if self.use_bias else 1
+        loads = type(self).load_own_variables
+        if loads is DeformableConv2D.load_own_variables:
+            # Counts the weights of a subclass, too, which Keras 3 never stores.
+            expected = len(_keras.own_variables(self)) - len(self._branch())
         if len(store.keys()) != expected:
             raise ValueError(
                 f"Expected {expected} weights (kernel and, with use_bias, "

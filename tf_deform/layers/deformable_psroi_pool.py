@@ -6,10 +6,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 
+from tf_deform import _keras
+from tf_deform._keras import keras
 from tf_deform._portable.fields import hand_on_nan
 from tf_deform.layers._roi_layer import (
     DisplacedROILayer,
@@ -145,6 +146,7 @@ class DeformablePSROIPooling(ROILayer):
                 f"Received: output_dim={output_dim}, num_classes={num_classes}"
             )
 
+    @_keras.takes_all_shapes
     def build(
         self,
         inputs_shape: Sequence[int | None],
@@ -152,6 +154,12 @@ class DeformablePSROIPooling(ROILayer):
         trans_shape: Sequence[int | None] | None = None,
         trans_inputs_shape: Sequence[int | None] | None = None,
     ) -> None:
+        self._keep_shapes(
+            inputs_shape=inputs_shape,
+            rois_shape=rois_shape,
+            trans_shape=trans_shape,
+            trans_inputs_shape=trans_inputs_shape,
+        )
         if trans_inputs_shape is None:
             return
         channels = self._channels_of(trans_inputs_shape, "trans_inputs")
@@ -186,7 +194,7 @@ class DeformablePSROIPooling(ROILayer):
         self, trans_inputs: tf.Tensor, rois: tf.Tensor
     ) -> tf.Tensor:
         kernel, bias = (
-            branch_value(weight, self.compute_dtype)
+            branch_value(self, weight)
             for weight in (self.offset_kernel, self.offset_bias)
         )
         maps = tf.nn.bias_add(tf.tensordot(trans_inputs, kernel[0, 0], 1), bias)

@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import keras
 import tensorflow as tf
 
+from tf_deform._keras import keras
 from tf_deform.layers._roi_layer import DisplacedROILayer, check_factor
 from tf_deform.ops._arguments import MAX_EXTENT, bounded
 from tf_deform.ops.deformable_roi_align import deformable_roi_align

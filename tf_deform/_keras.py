@@ -1,0 +1,379 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds the Keras that `tf.keras` is, and holds what only one Keras has.
+
+The layers are made of one Keras: of Keras 2 with TensorFlow 2.15, or where
+TF_USE_LEGACY_KERAS=1 makes `tf.keras` the package tf_keras; else of Keras 3.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import tensorflow as tf
+
+_LEGACY = "TF_USE_LEGACY_KERAS"
+# Keras 3 before 3.5 casts a given offset to 16 bits.
+_OLDEST = {2: (2, 15), 3: (3, 5)}
+
+
+def _find() -> ModuleType:
+    """Imports the Keras of `tf.keras`, which TensorFlow imports when asked.
+
+    Raises:
+        ImportError: There is none, it is too old, or does not run on
+            TensorFlow.
+    """
+    try:
+        name = tf.keras.layers.Layer.__module__.split(".")[0]
+    except (AttributeError, ImportError) as error:
+        way = "Run `pip install keras`"
+        if os.environ.get(_LEGACY) in ("1", "true", "True"):
+            minor = ".".join(tf.__version__.split(".")[:2])
+            way = (
+                f"Run `pip install 'tf-keras=={minor}.*'`, or unset the "
+                f"environment variable {_LEGACY}"
+            )
+        raise ImportError(
+            "Expected a Keras for TensorFlow, from which tf_deform makes its "
+            f"layers. Received: {error}. {way}"
+        ) from error
+    found = importlib.import_module(name)
+    version = tuple(map(int, found.__version__.split(".")[:2]))
+    if version < _OLDEST.get(version[0], _OLDEST[3]):
+        raise ImportError(
+            "Expected Keras 2.15, or 3.5 or newer. Received: "
+            f"{_describe(found)}. Run `pip install --upgrade keras`"
+        )
+    if found.backend.backend() != "tensorflow":
+        raise ImportError(
+            "Expected Keras to run on TensorFlow. Received: the backend "
+            f"{found.backend.backend()!r}. Set the environment variable "
+            "KERAS_BACKEND=tensorflow before Keras is imported."
+        )
+    return found
+
+
+def _describe(package: ModuleType) -> str:
+    return f"{package.__name__} {package.__version__}"
+
+
+keras = _find()
+KERAS_2 = keras.__version__.startswith("2.")
+KerasTensor = keras.__internal__.KerasTensor if KERAS_2 else keras.KerasTensor
+# The package whose layers and tensors our layers cannot be used with.
+_OTHER = {"keras": "tf_keras", "tf_keras": "keras"}[keras.__name__]
+
+
+# Calls.
+
+
+def check_caller(layer: str, values: Sequence[Any]) -> None:
+    """Checks that a layer is not used in a model of another Keras.
+
+    Such a model would leave the layer out of its weights, or fail later with an
+    error that says nothing of Keras.
+
+    Args:
+        layer: The layer's name.
+        values: The arguments of its call.
+
+    Raises:
+        TypeError: The layer is called with the other Keras' symbolic tensor, or
+            by one of its layers.
+    """
+    other = sys.modules.get(_OTHER)
+    if other is None:
+        return
+    found = None
+    if _is_calling(other):
+        found = "a call by a layer or model"
+    for value in values:
+        kind = type(value)
+        if kind.__module__.startswith(f"{_OTHER}.") and (
+            "KerasTensor" in kind.__name__
+        ):
+            found = f"a call with {value!r}"
+    if found:
+        raise TypeError(
+            f"Expected layer {layer!r} to be used with {_describe(keras)}, of "
+            "which tf_deform's layers are made because TensorFlow's `tf.keras` "
+            f"is. Received: {found} of {_describe(other)}. Make the model with "
+            f"`import {keras.__name__}`, or let the environment variable "
+            f"{_LEGACY} (1: tf_keras) choose the other Keras before TensorFlow "
+            "is imported"
+        )
+
+
+def _is_calling(other: ModuleType) -> bool:
+    """Tells whether a layer of the other Keras is being called."""
+    if other.__version__.startswith("2."):
+        module = sys.modules.get(f"{_OTHER}.src.engine.base_layer_utils")
+        return module is not None and module.call_context().in_call
+    module = sys.modules.get("keras.src.backend.common.global_state")
+    return module is not None and (
+        module.get_global_attribute("current_call_ctx") is not None
+    )
+
+
+def is_dense(tensor: Any) -> bool:
+    """Tells whether a KerasTensor is neither sparse nor ragged."""
+    if KERAS_2:
+        other = ("SparseKerasTensor", "RaggedKerasTensor")
+        return type(tensor).__name__ not in other
+    return not (tensor.sparse or getattr(tensor, "ragged", False))
+
+
+def as_shape(shape: tuple[int | None, ...]) -> Any:
+    """Returns the result of `compute_output_shape` as this Keras wants it."""
+    return tf.TensorShape(shape) if KERAS_2 else shape
+
+
+def is_trainable(layer: Any, weight: Any) -> bool:
+    """Tells whether a layer's weight is trained.
+
+    Keras 2 freezes layers, and leaves their variables as they are. Wrappers
+    may put a tensor in a weight's place.
+    """
+    trainable = getattr(weight, "trainable", True)
+    return trainable and layer.trainable if KERAS_2 else trainable
+
+
+# Layers.
+
+
+class _Layer2:
+    """Adds to a layer of Keras 2 what Keras 3's layers do by themselves."""
+
+    _given: Mapping[str, Any] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Keras 2 tells `build` the shape of the first argument alone.
+        if not self.built:
+            call = inspect.signature(self.call)
+            known = {k: v for k, v in kwargs.items() if k in call.parameters}
+            given = {
+                f"{name}_shape": value.shape
+                for name, value in call.bind(*args, **known).arguments.items()
+                if value is not None
+            }
+            given.pop("inputs_shape", None)
+            # No checkpoint contains an attribute that is set in this way.
+            object.__setattr__(self, "_given", given)
+        return super().__call__(*args, **kwargs)
+
+    @property
+    def _build_input_shape(self) -> Any:
+        """Returns what a file tells `build`: a shape, or shapes by name."""
+        if self._built_for is None:
+            return self._first_shape
+        shapes = dict(self._built_for)
+        return shapes if len(shapes) > 1 else shapes["inputs_shape"]
+
+    @_build_input_shape.setter
+    def _build_input_shape(self, shape: Any) -> None:
+        object.__setattr__(self, "_first_shape", shape)
+
+    def build_from_config(self, config: Mapping[str, Any]) -> None:
+        self.build(config.get("shapes_dict") or config["input_shape"])
+
+
+class _Layer3:
+    """Adds nothing to a layer of Keras 3."""
+
+
+LayerMixin = _Layer2 if KERAS_2 else _Layer3
+
+
+def takes_all_shapes(build: Callable[..., None]) -> Callable[..., None]:
+    """Hands a layer's `build` the shapes of all arguments on Keras 2."""
+    if not KERAS_2:
+        return build
+
+    @functools.wraps(build)
+    def build_2(self: Any, shape: Any = None, *others: Any, **named: Any):
+        if isinstance(shape, Mapping):  # from a file
+            build(self, **shape)
+        elif shape is None or others or named:
+            build(self, *([shape] if shape else []), *others, **named)
+        else:
+            build(self, shape, **self._given)
+        self.built = True
+
+    return build_2
+
+
+class _Conv2D2(keras.layers.Conv2D):
+    """Stores the weights of `_branch` by name, as the layer does on Keras 3.
+
+    Keras 2 would store them by number, behind kernel and bias; and with a file
+    of Keras 2, Keras 3 would set kernel and bias alone.
+    """
+
+    lora_rank = None
+    lora_enabled = False
+
+    @property
+    def _kernel(self) -> Any:
+        return self.kernel
+
+    def _numbered(self) -> dict[str, tf.Variable]:
+        branch = {id(weight) for weight in self._branch().values()}
+        others = [v for v in own_variables(self) if id(v) not in branch]
+        return {str(index): v for index, v in enumerate(others)}
+
+    def save_own_variables(self, store: Any) -> None:
+        for key, weight in self._numbered().items():
+            store[key] = stored(weight)
+
+    def load_own_variables(self, store: Any) -> None:
+        self._check_load_own_variables(store)
+        weights = self._numbered()
+        for key in store.keys():
+            weights[key].assign(store[key])
+
+    def _check_load_own_variables(self, store: Any) -> None:
+        raise ValueError(
+            f"Expected layer {self.name!r} to be built before its weights are "
+            f"loaded. Received: weights {sorted(store.keys())}"
+        )
+
+
+Conv2D = _Conv2D2 if KERAS_2 else keras.layers.Conv2D
+
+
+# Weights.
+
+
+def own_variables(layer: Any) -> list[Any]:
+    """Returns a layer's variables in the order in which files number them."""
+    if KERAS_2:
+        return layer._trainable_weights + layer._non_trainable_weights
+    return layer._trainable_variables + layer._non_trainable_variables
+
+
+def stored(weight: Any) -> Any:
+    """Returns what `save_own_variables` puts in a store for a weight."""
+    return weight.numpy() if KERAS_2 else weight
+
+
+def track(layer: Any, weight: Any, name: str) -> None:
+    """Makes TensorFlow's checkpoints hold a weight of a layer by this name.
+
+    Keras 2 tracks weights by their own names, Keras 3 by the layer's
+    attributes, among which it sees no lists.
+    """
+    layer._track_trackable(weight, name, overwrite=True)
+
+
+def tf_variable(weight: Any) -> tf.Variable:
+    """Returns the variable of TensorFlow that holds a weight."""
+    if KERAS_2:  # With mixed precision a variable stands around another.
+        return getattr(weight, "_variable", weight)
+    return weight.value
+
+
+def name_of(weight: Any) -> str:
+    """Returns a weight's own name, without its layer's."""
+    return weight.name.split("/")[-1].split(":")[0]
+
+
+def stored_weights(layer: Any) -> dict[str, Any]:
+    """Returns a layer's weights by the keys of files.
+
+    Values are arrays where a layer stores what is no weight.
+    """
+    weights: dict[str, Any] = {}
+    layer.save_own_variables(weights)
+    if KERAS_2:  # which stores arrays
+        own = own_variables(layer)
+        known = {str(index): weight for index, weight in enumerate(own)}
+        if isinstance(layer, Conv2D):
+            known = {**layer._numbered(), **layer._branch()}
+        weights = {key: known.get(key, weights[key]) for key in weights}
+    return weights
+
+
+# Files of weights, whose paths follow Keras' walk through a model.
+
+
+def children(layer: Any) -> Iterator[tuple[str, Any]]:
+    """Yields a layer's attributes in the order in which files hold them."""
+    saving = importlib.import_module(f"{keras.__name__}.src.saving.saving_lib")
+    return (saving._walk_trackable if KERAS_2 else saving._walk_saveable)(layer)
+
+
+def is_saveable(item: Any) -> bool:
+    """Tells whether a file holds an object under its class' name."""
+    name = f"{keras.__name__}.src.saving."
+    if KERAS_2:
+        saving = importlib.import_module(f"{name}saving_lib")
+        return saving._is_keras_trackable(item)
+    saveable = importlib.import_module(f"{name}keras_saveable")
+    return isinstance(item, saveable.KerasSaveable)
+
+
+def to_snake_case(name: str) -> str:
+    """Returns a class' name as files write it."""
+    module = "generic_utils" if KERAS_2 else "naming"
+    utils = importlib.import_module(f"{keras.__name__}.src.utils.{module}")
+    return utils.to_snake_case(name)
+
+
+# Tools of export.
+
+
+def policy_of(layer: Any) -> Any:
+    """Returns a layer's policy if `in_float32` can take its place, or None.
+
+    A quantized layer has another kind of policy. The weights of Keras 2 are
+    cast if they are in float32, and used as they are otherwise.
+    """
+    policy = layer._dtype_policy
+    if KERAS_2:
+        return policy if policy.variable_dtype == "float32" else None
+    if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
+        policy = policy[layer.path]
+    known = ("DTypePolicy", "FloatDTypePolicy")
+    return policy if type(policy).__name__ in known else None
+
+
+def in_float32(policy: Any) -> Any:
+    """Returns a policy to compute in float32, with the same variables."""
+    kind = keras.mixed_precision.Policy if KERAS_2 else keras.DTypePolicy
+    result = kind("float32")
+    result._variable_dtype = policy.variable_dtype
+    return result
+
+
+def set_policy(layer: Any, policy: Any) -> None:
+    if KERAS_2:
+        layer._set_dtype_policy(policy)
+    else:  # The setter would leave an entry in a map.
+        layer._dtype_policy = policy
+
+
+def pack_sequence_as(structure: Any, flat: Sequence[Any]) -> Any:
+    """Puts a model's inputs in order, which differs for an OrderedDict."""
+    tree = tf.nest if KERAS_2 else keras.tree
+    return tree.pack_sequence_as(structure, flat)
+
+
+@contextlib.contextmanager
+def whole_tracebacks() -> Iterator[None]:
+    """Leaves the frames of layers in the tracebacks of errors."""
+    config = tf.debugging if KERAS_2 else keras.config
+    filtering = config.is_traceback_filtering_enabled()
+    config.disable_traceback_filtering()
+    try:
+        yield
+    finally:
+        if filtering:
+            config.enable_traceback_filtering()
