@@ -290,6 +290,12 @@ def test_an_optimizer_around():
 
 
 FORMATS = ["model.keras", "model.h5"] + ["folder"] * KERAS_2
+# The files in which Keras keeps the state of an optimizer, whichever it is.
+KEEPS_STATE = {
+    ("adam", "model.keras"),
+    ("schedule", "model.keras"),
+    ("scaled loss", "model.keras"),
+}
 MAKERS = {
     "adam": lambda: optimizers.Adam(0.01),
     "schedule": lambda: optimizers.AdamW(
@@ -300,6 +306,12 @@ MAKERS = {
     ),
 }
 if KERAS_2:
+    KEEPS_STATE |= {
+        ("adam", "model.h5"),
+        ("schedule", "model.h5"),
+        ("legacy", "model.h5"),
+        ("legacy scaled loss", "model.h5"),
+    }
     MAKERS["legacy"] = lambda: legacy.Adam(0.01)
     MAKERS["legacy scaled loss"] = lambda: (
         keras.mixed_precision.LossScaleOptimizer(legacy.SGD(0.01, 0.9))
@@ -317,6 +329,14 @@ def test_a_loaded_model_trains_on(tmp_path, kind, name):
     assert isinstance(loaded.optimizer, type(model.optimizer).__mro__[1])
     inner = getattr(loaded.optimizer, "inner_optimizer", loaded.optimizer)
     assert inner.offset_multiplier == MULTIPLIER
+    assert (
+        inner.get_config()
+        == getattr(
+            model.optimizer, "inner_optimizer", model.optimizer
+        ).get_config()
+    )
+    if (kind, name) not in KEEPS_STATE:
+        return
     fit(model, epochs=2)
     fit(loaded, epochs=2)
     for expected, got in zip(model.get_weights(), loaded.get_weights()):
