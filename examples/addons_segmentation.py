@@ -112,9 +112,9 @@ def build_model(deformable: bool, image_size: int = digit_scenes.IMAGE_SIZE):
     x = keras.layers.Conv2D(
         NUM_CLASSES, 1, bias_initializer=rare, dtype="float32", name="score"
     )(x)
-    x = keras.layers.UpSampling2D(
-        4, interpolation="bilinear", dtype="float32"
-    )(x)
+    x = keras.layers.UpSampling2D(4, interpolation="bilinear", dtype="float32")(
+        x
+    )
     return keras.Model(inputs, x)
 
 
@@ -261,7 +261,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--policy", default="float32", help="e.g. mixed_float16")
+    parser.add_argument(
+        "--policy", default="float32", help="e.g. mixed_float16"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="a few steps on a few scenes"
     )
@@ -273,12 +275,16 @@ def main() -> None:
     print("\n| model | mIoU | training |\n|---|---:|---:|")
     for name in ("before", "plain", "deformable"):
         numbers = results[name]
-        print(f"| {name} | {numbers['miou']:.3f} | {numbers['seconds']:.0f} s |")
+        print(
+            f"| {name} | {numbers['miou']:.3f} | {numbers['seconds']:.0f} s |"
+        )
     print(
         "\nThe served model's largest difference: "
         f"{results['served']['difference']:.1e}"
     )
-    results["arguments"] = {key: str(value) for key, value in vars(args).items()}
+    results["arguments"] = {
+        key: str(value) for key, value in vars(args).items()
+    }
     (args.out / "metrics.json").write_text(json.dumps(results, indent=2))
 
 

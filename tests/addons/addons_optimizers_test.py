@@ -90,6 +90,22 @@ def test_a_loaded_model_trains_on(tmp_path, name, file):
             np.testing.assert_array_equal(other, old)
 
 
+@pytest.mark.parametrize("name", ["LAMB", "SWA"])
+def test_checkpoints_hold_the_state(tmp_path, name):
+    def make(rate):
+        optimizer = deformable_optimizer(MAKERS[name](rate), MULTIPLIER)
+        model = model_of(optimizer)
+        fit(model)
+        return tf.train.Checkpoint(model=model, optimizer=optimizer)
+
+    saved, other = make(0.01), make(0.02)
+    other.read(saved.write(str(tmp_path / "saved"))).assert_consumed()
+    fit(saved.model)
+    fit(other.model)
+    for old, new in zip(saved.model.get_weights(), other.model.get_weights()):
+        np.testing.assert_array_equal(new, old)
+
+
 def test_loading_imports_the_addons(tmp_path, run_python):
     model = model_of(deformable_optimizer(tfa.optimizers.LAMB(0.25), 0.5))
     fit(model)
@@ -184,7 +200,9 @@ def test_layers_that_were_not_built_are_refused():
     optimizer = multi(
         (legacy.SGD(0.1), model.layers[:1]), (legacy.SGD(0.2), model.layers[1:])
     )
-    with pytest.raises(ValueError, match="in no group. Build all layers before"):
+    with pytest.raises(
+        ValueError, match="in no group. Build all layers before"
+    ):
         fit_head(model, optimizer)
 
 
@@ -216,7 +234,9 @@ def test_a_saved_multi_optimizer_still_checks(tmp_path):
     loaded = keras.models.load_model(tmp_path / "model.keras")
     fit(loaded)
     specs = loaded.optimizer.optimizer_specs
-    assert [spec["optimizer"].offset_multiplier for spec in specs] == [0.125] * 2
+    assert [spec["optimizer"].offset_multiplier for spec in specs] == [
+        0.125
+    ] * 2
     specs[1]["weights"] = []
     loaded.train_function = None
     with pytest.raises(ValueError, match="in no group"):
