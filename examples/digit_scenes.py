@@ -18,6 +18,8 @@ It writes for each part
 and `scenes/scenes.json`, which holds the arguments of the call.
 """
 
+from __future__ import annotations
+
 import argparse
 import dataclasses
 import functools
@@ -234,7 +236,6 @@ def _voc(scene: Scene, name: str) -> ET.ElementTree:
     for tag, value in zip(
         ("width", "height", "depth"),
         (*scene.mask.shape[::-1], 1),
-        strict=True,
     ):
         ET.SubElement(size, tag).text = str(value)
     ET.SubElement(root, "segmented").text = "1"

@@ -523,6 +523,18 @@ MISTAKES = [
         ("files_test",),
     ),
     Mistake(
+        "training-decay-of-offsets-at-full-rate",
+        "with self._rate_of_offsets(): super()._apply_weight_decay",
+        "super()._apply_weight_decay",
+        ("optimizer_test",),
+    ),
+    Mistake(
+        "training-offsets-by-the-layers-name",
+        'path.split("/")[-1].startswith("offset_")',
+        '"offset_" in path',
+        ("optimizer_test",),
+    ),
+    Mistake(
         "export-onnx-boundary",
         'if attributes["boundary"] != "zeros" or not known:',
         "if not known:",

@@ -3,6 +3,7 @@
 
 - `tf_deform.layers`: Keras layers.
 - `tf_deform.ops`: functions of tensors, with gradients.
+- `tf_deform.training`: an optimizer with a learning rate for offsets.
 - `tf_deform.export`: models as SavedModel, ONNX and LiteRT files.
 
 Displacements are pairs `(dy, dx)`, and maps are `(batch, height, width,
@@ -11,7 +12,7 @@ channels)`, unless a layer's `data_format` says otherwise.
 
 from typing import TYPE_CHECKING, Any
 
-from tf_deform import _tf2onnx, layers, ops
+from tf_deform import _tf2onnx, layers, ops, training
 from tf_deform._build_info import VERSION as __version__
 from tf_deform._implementation import implementation
 from tf_deform._loader import is_built_with_cuda
@@ -28,6 +29,7 @@ __all__ = [
     "layers",
     "load_plain_weights",
     "ops",
+    "training",
 ]
 
 _tf2onnx.watch()

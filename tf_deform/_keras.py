@@ -182,7 +182,8 @@ class _Layer2:
         object.__setattr__(self, "_first_shape", shape)
 
     def build_from_config(self, config: Mapping[str, Any]) -> None:
-        self.build(config.get("shapes_dict") or config["input_shape"])
+        with tf.name_scope(self.name):  # as in a call, which names variables
+            self.build(config.get("shapes_dict") or config["input_shape"])
 
 
 class _Layer3:

@@ -19,6 +19,7 @@ MODULES = {
     "tf_deform.export": tf_deform.export,
     "tf_deform.layers": tf_deform.layers,
     "tf_deform.ops": tf_deform.ops,
+    "tf_deform.training": tf_deform.training,
 }
 NAMES = [
     (module, name)

@@ -27,6 +27,7 @@ FLOORS = (
     {"_portable"},
     {"ops"},
     {"layers"},
+    {"training"},
     {"_plain_weights", "export"},
     {""},
     {"__main__"},
