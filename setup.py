@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import sys
+from types import ModuleType
 
 from setuptools import Distribution, Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -39,7 +40,7 @@ from cc import build  # noqa: E402
 
 
 @functools.cache
-def tensorflow():
+def tensorflow() -> ModuleType:
     """Imports TensorFlow, to build against it."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:

@@ -61,7 +61,7 @@ class ROILayer(OpLayer):
         data_format: str | None,
         implementation: str,
         **kwargs: Any,
-    ):
+    ) -> None:
         # Keras would cast regions to the compute dtype, so `call` casts itself.
         kwargs["autocast"] = False
         super().__init__(**kwargs)
@@ -144,7 +144,7 @@ class DisplacedROILayer(ROILayer):
         data_format: str | None,
         implementation: str,
         **kwargs: Any,
-    ):
+    ) -> None:
         super().__init__(
             pooled_size, spatial_scale, data_format, implementation, **kwargs
         )
@@ -199,7 +199,7 @@ class DisplacedROILayer(ROILayer):
         )
 
     def _run_branch(self, inputs: tf.Tensor, rois: tf.Tensor) -> tf.Tensor:
-        def dense(x, kernel, bias):
+        def dense(x: tf.Tensor, kernel: Any, bias: Any) -> tf.Tensor:
             kernel, bias = (
                 branch_value(self, weight) for weight in (kernel, bias)
             )

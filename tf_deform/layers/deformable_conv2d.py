@@ -172,7 +172,7 @@ class DeformableConv2D(OpLayer, _keras.Conv2D):
         offset_dilation_rate: int | Sequence[int] | None = None,
         implementation: str = "native",
         **kwargs: Any,
-    ):
+    ) -> None:
         filters = positive(filters, "filters")
         groups = positive(groups, "groups")
         if filters % groups:

@@ -122,7 +122,7 @@ class DeformablePSROIPooling(ROILayer):
         data_format: str | None = None,
         implementation: str = "native",
         **kwargs: Any,
-    ):
+    ) -> None:
         super().__init__(
             pooled_size, spatial_scale, data_format, implementation, **kwargs
         )
@@ -382,7 +382,7 @@ class DeformableROIPooling(DisplacedROILayer):
         data_format: str | None = None,
         implementation: str = "native",
         **kwargs: Any,
-    ):
+    ) -> None:
         super().__init__(
             pooled_size,
             spatial_scale,

@@ -92,7 +92,7 @@ class DeformableROIAlign(DisplacedROILayer):
         data_format: str | None = None,
         implementation: str = "native",
         **kwargs: Any,
-    ):
+    ) -> None:
         super().__init__(
             pooled_size,
             spatial_scale,

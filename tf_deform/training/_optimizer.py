@@ -180,7 +180,9 @@ class _Deformable:
         }
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: Any = None):
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: Any = None
+    ) -> Any:
         _addons.load_class(config["optimizer"])
         return deformable_optimizer(
             keras.optimizers.deserialize(
