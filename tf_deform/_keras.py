@@ -311,21 +311,31 @@ def children(layer: Any) -> Iterator[tuple[str, Any]]:
     return (saving._walk_trackable if KERAS_2 else saving._walk_saveable)(layer)
 
 
-def is_saveable(item: Any) -> bool:
-    """Tells whether a file holds an object under its class' name."""
-    name = f"{keras.__name__}.src.saving."
+def kind_in_file(item: Any, visited: set[int]) -> str | None:
+    """Returns the word by which files number a container's item, or None.
+
+    Args:
+        item: The item.
+        visited: The ids of the layers before it. Keras 2 numbers no layer
+            twice, and leaves out containers in containers.
+    """
+    saving = f"{keras.__name__}.src.saving."
     if KERAS_2:
-        saving = importlib.import_module(f"{name}saving_lib")
-        return saving._is_keras_trackable(item)
-    saveable = importlib.import_module(f"{name}keras_saveable")
-    return isinstance(item, saveable.KerasSaveable)
+        saving = importlib.import_module(f"{saving}saving_lib")
+        if id(item) in visited or not saving._is_keras_trackable(item):
+            return None
+        return snake_case(type(item))
+    saving = importlib.import_module(f"{saving}keras_saveable")
+    if isinstance(item, saving.KerasSaveable):
+        return snake_case(type(item))
+    return "container" if isinstance(item, (list, dict, tuple)) else None
 
 
-def to_snake_case(name: str) -> str:
+def snake_case(kind: type) -> str:
     """Returns a class' name as files write it."""
     module = "generic_utils" if KERAS_2 else "naming"
     utils = importlib.import_module(f"{keras.__name__}.src.utils.{module}")
-    return utils.to_snake_case(name)
+    return utils.to_snake_case(kind.__name__)
 
 
 # Tools of export.

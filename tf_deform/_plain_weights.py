@@ -277,22 +277,15 @@ def _walk_child(
     containers.add(id(child))
     counts = collections.Counter()
     for item in child.values() if isinstance(child, dict) else child:
-        if _keras.is_saveable(item):
-            kind = _snake_case(type(item))
-            if isinstance(item, DeformableConv2D):
-                kind = _snake_case(keras.layers.Conv2D)
-        elif isinstance(item, (list, dict, tuple)):
-            kind = "container"
-        else:
+        kind = _keras.kind_in_file(item, visited)
+        if kind is None:
             continue
+        if isinstance(item, DeformableConv2D):
+            kind = _keras.snake_case(keras.layers.Conv2D)
         count = counts[kind]
         counts[kind] += 1
         inner = f"{path}/{kind}_{count}" if count else f"{path}/{kind}"
         yield from _walk_child(item, inner, label, visited, containers)
-
-
-def _snake_case(kind: type) -> str:
-    return _keras.to_snake_case(kind.__name__)
 
 
 def _match_names(
@@ -445,7 +438,7 @@ def _find_contradictions(pairs: list[tuple[_Target, Entry]]) -> list[str]:
         kinds = [type(target.layer)]
         if isinstance(target.layer, DeformableConv2D):
             kinds = [DeformableConv2D, keras.layers.Conv2D]
-        made_up = "|".join(map(_snake_case, kinds))
+        made_up = "|".join(map(_keras.snake_case, kinds))
         name = (entry.name or target.name).split("/")[-1]
         if name in names - {target.name} and not re.fullmatch(
             rf"({made_up})(_\d+)?", name

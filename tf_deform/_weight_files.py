@@ -142,4 +142,5 @@ def _as_text(value: Any) -> str:
 
 
 def is_bfloat16(array: h5py.Dataset) -> bool:
-    return array.attrs.get("dtype") == "bfloat16"
+    # Keras 2 writes bytes without a word.
+    return array.attrs.get("dtype") == "bfloat16" or array.dtype.str == "|V2"

@@ -40,7 +40,7 @@ from layer_cases import (
 )
 from operands import random
 
-from tf_deform import _build_info
+from tf_deform import _loader
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 every_branch = pytest.mark.parametrize(("kind", "config"), BRANCHES, ids=str)
@@ -432,7 +432,7 @@ def test_training_is_deterministic_and_the_same_inside_xla(kind, config):
     """Trains and predicts, also with XLA."""
     results = [trained(kind, config, 3, optimizer="sgd") for _ in range(2)]
     assert_equal(*results)
-    if _build_info.XLA:
+    if _loader.supports_jit():
         inside = trained(kind, config, 3, optimizer="sgd", jit_compile=True)
         assert_close(inside, results[0], 1e-5)
 
@@ -440,7 +440,7 @@ def test_training_is_deterministic_and_the_same_inside_xla(kind, config):
 @every_kind
 def test_training_without_the_bridge_to_xla(kind, monkeypatch):
     """Tests that Keras declines XLA, as beside an older TensorFlow."""
-    monkeypatch.setattr(_build_info, "XLA", False)
+    monkeypatch.setattr(_loader, "supports_jit", lambda: False)
     call = own_call(kind)
     layer = new(kind)
     model = model_of(layer, call)

@@ -31,7 +31,7 @@ from layer_cases import (
 )
 from operands import random
 
-from tf_deform import _build_info
+from tf_deform import _loader
 from tf_deform._portable.fields import hand_on_nan
 
 NAN = np.float32(np.nan)
@@ -280,7 +280,7 @@ def test_only_a_graph_with_a_branch_looks_for_nan(kind, source):
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_stops(kind, jit_compile):
     """Tests that `TerminateOnNaN` stops training in the first step."""
-    if jit_compile and not _build_info.XLA:
+    if jit_compile and not _loader.supports_jit():
         jit_compile = "auto"
     call = own_call(kind)
     model = model_of(new(kind), call)

@@ -4,6 +4,8 @@
 Nothing here needs TensorFlow: the tests of the core run without it.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -103,11 +105,13 @@ def _compare(
         if not isinstance(actual, Mapping) or actual.keys() != expected.keys():
             return problem
         pairs = [(key, actual[key], expected[key]) for key in expected]
-    elif isinstance(expected, list | tuple) and _is_nested(expected, actual):
-        if not isinstance(actual, list | tuple) or len(actual) != len(expected):
+    elif isinstance(expected, (list, tuple)) and _is_nested(expected, actual):
+        if not isinstance(actual, (list, tuple)) or len(actual) != len(
+            expected
+        ):
             return problem
         names = getattr(expected, "_fields", range(len(expected)))
-        pairs = list(zip(names, actual, expected, strict=True))
+        pairs = list(zip(names, actual, expected))
     else:
         return _compare_arrays(actual, expected, tolerance, name, dtype)
     found = (
@@ -119,7 +123,7 @@ def _compare(
 
 def _is_nested(expected: list | tuple, actual: object) -> bool:
     """Returns whether lists are compared by element, not as an array."""
-    return isinstance(actual, list | tuple) or any(
+    return isinstance(actual, (list, tuple)) or any(
         x is None or hasattr(x, "shape") for x in expected
     )
 
@@ -129,7 +133,7 @@ def _kind(value: object) -> str:
         return "None"
     if isinstance(value, Mapping):
         return f"the keys {sorted(map(str, value))}"
-    if isinstance(value, list | tuple):
+    if isinstance(value, (list, tuple)):
         return f"a {type(value).__name__} of {len(value)}"
     return f"an array of shape {np.shape(value)}"
 
@@ -196,7 +200,7 @@ def _report(
 
 
 def _text(number: Any) -> str:
-    if isinstance(number, np.integer | np.bool_):
+    if isinstance(number, (np.integer, np.bool_)):
         return str(number)
     return f"{float(number):.9g}"
 

@@ -6,13 +6,14 @@ So the tests start with `displaced`, which gives the branch random values that
 move samples by more than a pixel.
 """
 
+from __future__ import annotations
+
 import inspect
 import math
 import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import keras
 import numpy as np
 import pytest
 import reference
@@ -21,7 +22,8 @@ import tensorflow as tf
 from operands import coordinate_type, random
 from tolerances import FORWARD, POOLING
 
-from tf_deform import _build_info, ops
+from tf_deform import _keras, _loader, ops
+from tf_deform._keras import keras
 from tf_deform.layers import (
     DeformableConv2D,
     DeformablePSROIPooling,
@@ -214,7 +216,10 @@ def channels_first(values: Call) -> Call:
 
 def tensors(shapes: dict) -> dict:
     """Returns a symbolic call with these shapes."""
-    return {name: keras.KerasTensor(shape) for name, shape in shapes.items()}
+    kind = _keras.KerasTensor
+    if _keras.KERAS_2:
+        return {k: kind(tf.TensorSpec(shape)) for k, shape in shapes.items()}
+    return {name: kind(shape) for name, shape in shapes.items()}
 
 
 def symbols(call: Call, **dtypes: str) -> dict:
@@ -272,10 +277,10 @@ def in_mode(layer: Layer, call: Call, mode: str) -> Callable:
     """Returns a function of calls like `call`: the layer, or a graph of it."""
     if mode == "eager":
         return lambda call: layer(**call)
-    if mode == "XLA" and not _build_info.XLA:
+    if mode == "XLA" and not _loader.supports_jit():
         pytest.skip("built without the bridge to XLA")
     function = tf.function(
-        lambda *values: layer(**dict(zip(call, values, strict=True))),
+        lambda *values: layer(**dict(zip(call, values))),
         input_signature=signature_of(layer, call, mode),
         jit_compile=mode == "XLA",
     )
@@ -299,7 +304,7 @@ def value_and_gradients(
             places = tf.reshape(tf.range(tf.size(output)), tf.shape(output))
             output_grad = tf.cos(tf.cast(places, output.dtype))
         loss = tf.reduce_sum(output * output_grad)
-    values = [weight.value for weight in weights]
+    values = [_keras.tf_variable(weight) for weight in weights]
     return output, *tape.gradient(loss, [call, values])
 
 
@@ -327,7 +332,8 @@ def displace(layer: Layer, seed: int = 0) -> None:
         return
     for variable in layer.weights:
         fan_in = math.prod(variable.shape[:-1])
-        scale = 0.3 if variable.name == "offset_bias" else fan_in**-0.5
+        is_bias = _keras.name_of(variable) == "offset_bias"
+        scale = 0.3 if is_bias else fan_in**-0.5
         variable.assign(rng.normal(0, scale, variable.shape))
     bias = layer.offset_bias.numpy()
     if isinstance(layer, DeformablePSROIPooling):  # [class][(dy, dx)][part]
@@ -436,7 +442,10 @@ def pool_branch(
 
     `functions` are the functions that pool, without displacements.
     """
-    weights = {v.name: tf.cast(v.value, dtype) for v in layer.weights}
+    weights = {
+        _keras.name_of(v): tf.cast(_keras.tf_variable(v), dtype)
+        for v in layer.weights
+    }
     kernel, bias = weights["offset_kernel"], weights["offset_bias"]
     if isinstance(layer, DeformablePSROIPooling):
         maps = tf.cast(trans_inputs, dtype)

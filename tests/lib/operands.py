@@ -5,6 +5,8 @@ The same seed draws the same numbers. TensorFlow is imported only by functions
 that need it: the tests of the core run without it.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -61,7 +63,7 @@ def forward_and_gradients(
     with tf.GradientTape() as tape:
         tape.watch(list(tensors.values()))
         outputs = function(**{**operands, **tensors}, **options)
-    first = outputs[0] if isinstance(outputs, list | tuple) else outputs
+    first = outputs[0] if isinstance(outputs, (list, tuple)) else outputs
     return outputs, tape.gradient(first, tensors, output_grad)
 
 

@@ -10,14 +10,16 @@ in the type of `offset` (float32 or float64), because where a sample falls is
 part of the definition.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Union
 
 import numpy as np
 
 Pair = tuple[int, int]
-Padding = str | int | Pair | tuple[Pair, Pair]
+Padding = Union[str, int, Pair, tuple[Pair, Pair]]
 
 
 class Gradients(NamedTuple):
@@ -59,9 +61,7 @@ def explicit_padding(
         return (0, 0), (0, 0)
     if padding == "same":
         pads = []
-        for n, k, s, d in zip(
-            size, kernel_size, strides, dilation_rate, strict=True
-        ):
+        for n, k, s, d in zip(size, kernel_size, strides, dilation_rate):
             out = math.ceil(n / s)
             total = max((out - 1) * s + d * (k - 1) + 1 - n, 0)
             pads.append((total // 2, total - total // 2))
@@ -82,7 +82,7 @@ def output_size(
     return tuple(
         (n + sum(p) - d * (k - 1) - 1) // s + 1
         for n, p, k, s, d in zip(
-            size, pads, kernel_size, strides, dilation_rate, strict=True
+            size, pads, kernel_size, strides, dilation_rate
         )
     )
 
@@ -121,7 +121,7 @@ def _neighbours(
         for row, wy, wy_dy in _along_axis(y, height, boundary)
         for col, wx, wx_dx in _along_axis(x, width, boundary)
     ]
-    return _Neighbours(*map(np.array, zip(*pixels, strict=True)))
+    return _Neighbours(*map(np.array, zip(*pixels)))
 
 
 class _Call:
@@ -177,7 +177,7 @@ class _Call:
         self.moved_together = _parts(channels, offset_groups)
         groups = channels // channels_per_group
         self.groups = list(
-            zip(_parts(channels, groups), _parts(filters, groups), strict=True)
+            zip(_parts(channels, groups), _parts(filters, groups))
         )
         self.samples = list(self._samples())
         # `mask * X(y, x)` as [n, i, j, tap, channel].
@@ -296,6 +296,6 @@ def output_and_gradients(
     return call.output(), Gradients(
         *(
             None if operand is None else gradient.reshape(np.shape(operand))
-            for operand, gradient in zip(operands, gradients, strict=True)
+            for operand, gradient in zip(operands, gradients)
         )
     )

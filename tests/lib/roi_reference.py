@@ -11,6 +11,8 @@ float32), in the order in which the definition writes it, because it decides
 which pixels are read and whether the sample counts.
 """
 
+from __future__ import annotations
+
 import functools
 import itertools
 import math
@@ -125,7 +127,7 @@ def psroi_bins(
 
 def _scaled(index: Pair, to: Pair, of: Pair) -> Pair:
     """Converts a cell of a grid of size `of` to a grid of size `to`."""
-    return tuple(i * t // o for i, t, o in zip(index, to, of, strict=True))
+    return tuple(i * t // o for i, t, o in zip(index, to, of))
 
 
 def roi_align_bins(
