@@ -438,7 +438,7 @@ MISTAKES = [
     ),
     Mistake(
         "layer-frozen-kernel-costs",
-        "if not self._kernel.trainable and not self.lora_enabled:",
+        "if not trainable and not self.lora_enabled:",
         "if False:",
         ("every_op_test",),
     ),
@@ -451,8 +451,8 @@ MISTAKES = [
     ),
     Mistake(
         "layer-branch-not-saved",
-        'store["offset_bias"] = self.offset_bias',
-        'store["offset_bias"] = 0 * self.offset_bias',
+        "store[name] = _keras.stored(weight)",
+        "store[name] = 0 * _keras.stored(weight)",
         EVERY_LAYER,
     ),
     Mistake(

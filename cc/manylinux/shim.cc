@@ -15,7 +15,4 @@ TF_DEFORM_HIDDEN void __throw_bad_array_new_length() {
 }  // namespace std
 
 // Since glibc 2.32 it tells that no other thread runs. It is only a hint.
-extern "C" {
-TF_DEFORM_HIDDEN extern char __libc_single_threaded;
-char __libc_single_threaded = 0;
-}
+TF_DEFORM_HIDDEN char __libc_single_threaded = 0;

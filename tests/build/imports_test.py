@@ -26,6 +26,7 @@ FLOORS = (
     {"_implementation"},
     {"_portable"},
     {"ops"},
+    {"_keras"},
     {"layers"},
     {"training"},
     {"_plain_weights", "export"},
@@ -45,6 +46,7 @@ MAY_INCLUDE = {
     "core/cuda": {"core", "core/cuda"},
     "tf": {"core", "tf"},
     "xla": {"core", "tf", "xla"},
+    "manylinux": set(),
     "": {"tf", "xla"},
 }
 
