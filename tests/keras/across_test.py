@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests what Keras 2 and 3 read of each other: `docs/compatibility.md`.
 
-Read are the golden files of both, and files that this environment's other Keras
-writes, if it has one.
+Read are the golden files of both, files of the Keras at hand, and files that
+this environment's other Keras writes, if it has one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tarfile
 import numpy as np
 import pytest
 import tensorflow as tf
-from keras_files import KINDS, make, own_layers, run, serving, train
+from keras_files import KINDS, make, own_layers, run, serving, train, write
 
 from tf_deform._keras import KERAS_2, keras
 
@@ -68,10 +68,16 @@ def way_of(name: str, kind: str, writer: int) -> str | None:
     return way
 
 
-@pytest.fixture(scope="module", params=["golden 2", "golden 3", "other"])
+@pytest.fixture(
+    scope="module", params=["golden 2", "golden 3", "this", "other"]
+)
 def written(request, tmp_path_factory, run_python_as_it_is):
     """Returns a folder of files, and the number of the Keras that wrote it."""
     folder = tmp_path_factory.mktemp("files")
+    if request.param == "this":
+        for kind in KINDS:
+            write(folder / kind, kind)
+        return folder, 2 if KERAS_2 else 3
     if request.param != "other":
         writer = int(request.param[-1])
         with tarfile.open(GOLDEN / f"keras_{writer}.tar.xz") as archive:

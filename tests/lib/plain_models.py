@@ -4,11 +4,12 @@
 import contextlib
 
 import h5py
-import keras
 import numpy as np
 import pytest
 from operands import random
 
+from tf_deform import _keras
+from tf_deform._keras import keras
 from tf_deform.layers import DeformableConv2D
 
 FILES = ("weights.h5", "weights.json", "keras", "h5", "legacy weights")
@@ -72,7 +73,7 @@ def chain(layer, name):
     kinds = [layers.Conv2D, layer] * 2 + [layers.Conv2D]
     return [
         kind(4, 3, padding="same", name=name(letter))
-        for kind, letter in zip(kinds, "abcde", strict=True)
+        for kind, letter in zip(kinds, "abcde")
     ]
 
 
@@ -190,7 +191,7 @@ def assert_is_twin(model, plain):
     image = random(2, *shape[1:])
     np.testing.assert_allclose(model(image), plain(image), 1e-5, 1e-5)
     for weight in model.weights:
-        if "offset" in weight.path:
+        if "offset" in _keras.name_of(weight):
             assert not weight.numpy().any()
 
 

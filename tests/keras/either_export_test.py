@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests exports and `load_plain_weights` on Keras 2 and on Keras 3."""
+
+from __future__ import annotations
+
+import keras_files
+import numpy as np
+import plain_models
+import pytest
+import tensorflow as tf
+
+import tf_deform
+from tf_deform._keras import KERAS_2, keras
+
+
+def filled(kind):
+    model = keras_files.make(kind)
+    keras_files.fill(model)
+    return model
+
+
+@pytest.mark.parametrize("kind", keras_files.KINDS)
+@pytest.mark.parametrize("implementation", ["native", "portable"])
+def test_saved_model(kind, implementation, tmp_path):
+    if implementation == "native" and tf_deform._loader.op_library() is None:
+        pytest.skip("without native ops")
+    model = filled(kind)
+    sample = keras_files.inputs_of(kind)
+    report = tf_deform.export.saved_model(
+        model, tmp_path / "model", implementation, sample=sample, verbose=False
+    )
+    assert max(report.differences.values()) < 1e-5
+    served = keras_files.run(keras_files.serving(tmp_path / "model"), kind)
+    np.testing.assert_allclose(served, keras_files.run(model, kind), 1e-4, 1e-5)
+    loaded = tf.saved_model.load(str(tmp_path / "model"))
+    assert len(loaded.variables) == len(model.weights)
+    assert len(loaded.trainable_variables) == len(model.trainable_weights)
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("kind", keras_files.KINDS)
+@pytest.mark.parametrize("form", ["onnx", "litert"])
+def test_other_runtimes(form, kind, policy, tmp_path):
+    """Tests a file, also of a model that computes in 16 bits."""
+    if form == "onnx":
+        pytest.importorskip("tf2onnx")
+        pytest.importorskip("onnxruntime")
+        if tf_deform._loader.op_library() is None:
+            pytest.skip("without native ops")
+    else:
+        pytest.importorskip("ai_edge_litert.interpreter")
+    keras.mixed_precision.set_global_policy(policy)
+    model = filled(kind)
+    before = [layer.compute_dtype for layer in model.layers]
+    report = getattr(tf_deform.export, form)(
+        model,
+        tmp_path / "file",
+        sample=keras_files.inputs_of(kind),
+        verbose=False,
+    )
+    # The model is compared in float32.
+    assert max(report.differences.values()) < 1e-3
+    assert [layer.compute_dtype for layer in model.layers] == before
+    assert policy.split("_")[-1] in before
+
+
+def test_names_of_outputs(tmp_path):
+    """Tests nested inputs and outputs."""
+    inputs = {"b": keras.Input((4, 5, 3)), "a": keras.Input((2,), name="two")}
+    x = tf_deform.layers.DeformableConv2D(2, 3)(inputs["b"])
+    outputs = {"maps": x, "others": [inputs["a"], x]}
+    model = keras.Model(inputs, outputs)
+    report = tf_deform.export.saved_model(
+        model, tmp_path / "model", image_bytes=False, verbose=False
+    )
+    assert sorted(report.differences) == ["maps", "others_0", "others_1"]
+
+
+@pytest.mark.parametrize("name", [plain_models.named, plain_models.unnamed])
+@pytest.mark.parametrize(
+    "make,kind",
+    [
+        *((make, "weights.h5") for make in plain_models.MAKERS),
+        (plain_models.make_nested, "h5"),
+        (plain_models.make_residual, "keras"),
+    ],
+)
+def test_plain_weights(make, kind, name, tmp_path):
+    plain, path, model = plain_models.plain_and_twin(tmp_path, make, name, kind)
+    report = tf_deform.load_plain_weights(model, path)
+    plain_models.assert_is_twin(model, plain)
+    loaded = sum(len(layer.loaded) for layer in report.layers)
+    assert loaded == len(plain.weights)
+    if kind != "h5" and KERAS_2:
+        assert report.matched_by == "order"  # Keras 2 writes no names.
