@@ -34,7 +34,7 @@ TIMEOUT = 1800  # seconds, of one row's tests
 # What the tests need besides the wheel.
 PACKAGES = ("pytest>=8,<10", "pytest-xdist>=3.6,<4", "h5py")
 # The tests that tell whether an installed package works.
-TELLING = ("tests/wheel", "tests/keras")
+TELLING = ("tests/wheel", "tests/keras", "tests/training")
 XLA = ("tests/xla/xla_test.py",)
 ADDONS = ("tests/addons",)
 
