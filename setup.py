@@ -201,11 +201,12 @@ setup(
     # TensorFlow brings its Keras; tf_deform._keras says which fit.
     install_requires=[f"tensorflow{REQUIRED}"],
     extras_require={
-        # These two need Python 3.10. TensorFlow 2.15 to 2.17 hold onnx back by
-        # their protobuf, and Python 3.10 holds onnxruntime back.
+        # These two need Python 3.10. TensorFlow 2.15 to 2.17 hold onnx back at
+        # 1.18, as newer ones need a newer ml_dtypes; 1.19.0 does not say so.
+        # Python 3.10 holds onnxruntime back.
         "onnx": [
             "tf2onnx>=1.17,<2",
-            "onnx>=1.18,<2",
+            "onnx>=1.18,!=1.19.0,<2",
             "onnxruntime>=1.23,<2",
         ],
         "litert": [

@@ -216,9 +216,8 @@ def _test(row: Row, python: str, folder: str, out: str) -> dict[str, object]:
     tests = os.path.join(folder, "tests")
     shutil.copytree(TESTS, tests)
     shutil.copy(os.path.join(ROOT, "pyproject.toml"), folder)
-    shutil.copytree(
-        os.path.join(ROOT, "examples"), os.path.join(folder, "examples")
-    )
+    for name in ("examples", "docs"):
+        shutil.copytree(os.path.join(ROOT, name), os.path.join(folder, name))
     results = os.path.join(folder, "results.xml")
     environment = {
         "HOME": folder,
