@@ -20,6 +20,10 @@ from typing import Any
 import tensorflow as tf
 
 _LEGACY = "TF_USE_LEGACY_KERAS"
+_SET_BACKEND = (
+    "Set the environment variable KERAS_BACKEND=tensorflow before Keras is "
+    "imported"
+)
 # Keras 3 before 3.5 casts a given offset to 16 bits.
 _OLDEST = {2: (2, 15), 3: (3, 5)}
 
@@ -35,6 +39,8 @@ def _find() -> ModuleType:
         name = tf.keras.layers.Layer.__module__.split(".")[0]
     except (AttributeError, ImportError) as error:
         way = "Run `pip install keras`"
+        if os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow":
+            way = _SET_BACKEND
         if os.environ.get(_LEGACY) in ("1", "true", "True"):
             minor = ".".join(tf.__version__.split(".")[:2])
             way = (
@@ -55,8 +61,7 @@ def _find() -> ModuleType:
     if found.backend.backend() != "tensorflow":
         raise ImportError(
             "Expected Keras to run on TensorFlow. Received: the backend "
-            f"{found.backend.backend()!r}. Set the environment variable "
-            "KERAS_BACKEND=tensorflow before Keras is imported."
+            f"{found.backend.backend()!r}. {_SET_BACKEND}"
         )
     return found
 
@@ -159,15 +164,20 @@ class _Layer2:
         if not self.built:
             call = inspect.signature(self.call)
             known = {k: v for k, v in kwargs.items() if k in call.parameters}
+            _, *others = call.bind(*args, **known).arguments.items()
             given = {
                 f"{name}_shape": value.shape
-                for name, value in call.bind(*args, **known).arguments.items()
-                if value is not None
+                for name, value in others
+                if hasattr(value, "shape")
             }
-            given.pop("inputs_shape", None)
             # No checkpoint contains an attribute that is set in this way.
             object.__setattr__(self, "_given", given)
         return super().__call__(*args, **kwargs)
+
+    def _autographed_call(self) -> Callable:
+        # Autograph would rewrite all functions of this package, none of which
+        # needs it: tracing would take five times as long.
+        return self.call
 
     @property
     def _build_input_shape(self) -> Any:
@@ -203,9 +213,12 @@ def takes_all_shapes(build: Callable[..., None]) -> Callable[..., None]:
         if isinstance(shape, Mapping):  # from a file
             build(self, **shape)
         elif shape is None or others or named:
-            build(self, *([shape] if shape else []), *others, **named)
+            first = [] if shape is None else [shape]
+            build(self, *first, *others, **named)
         else:
-            build(self, shape, **self._given)
+            known = inspect.signature(build).parameters
+            given = {k: v for k, v in self._given.items() if k in known}
+            build(self, shape, **given)
         self.built = True
 
     return build_2

@@ -27,7 +27,12 @@ def test_saved_model(kind, implementation, tmp_path):
     model = filled(kind)
     sample = keras_files.inputs_of(kind)
     report = tf_deform.export.saved_model(
-        model, tmp_path / "model", implementation, sample=sample, verbose=False
+        model,
+        tmp_path / "model",
+        implementation,
+        image_bytes=False,
+        sample=sample,
+        verbose=False,
     )
     assert max(report.differences.values()) < 1e-5
     served = keras_files.run(keras_files.serving(tmp_path / "model"), kind)
