@@ -105,9 +105,7 @@ class BuildExtension(build_ext):
         core_path = self.get_ext_fullpath("tf_deform.core")
         build.link_core(core_path, objects[len(glue) :], cuda)
         # `import tensorflow` loads both libraries before the ops.
-        flags = tf.sysconfig.get_link_flags()
-        if build.has_xla(include):
-            flags += ["-l:libtensorflow_cc.so.2"]
+        flags = tf.sysconfig.get_link_flags() + ["-l:libtensorflow_cc.so.2"]
         build.link_ops(
             self.get_ext_fullpath("tf_deform.ops"),
             objects[: len(glue)],

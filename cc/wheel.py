@@ -148,14 +148,12 @@ def build_libraries(
         empty = [os.path.join(folder, name) for name in _TENSORFLOW_LIBRARIES]
         for path in empty:
             build.link(path, made["shim"], cxx, link)
-        for version, include in includes.items():
-            # The second library has XLA.
-            needed = empty if build.has_xla(include) else empty[:1]
+        for version in versions:
             build.link_ops(
                 os.path.join(out, build.ops_name(version)),
                 made[version] + made["shim"],
                 core,
-                ["-Wl,--no-as-needed", *needed, *cxx],
+                ["-Wl,--no-as-needed", *empty, *cxx],
                 link,
             )
     libraries = {v: build.has_xla(include) for v, include in includes.items()}

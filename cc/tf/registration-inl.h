@@ -22,6 +22,10 @@
 
 #define TF_DEFORM_EXPORT extern "C" __attribute__((visibility("default")))
 
+// TensorFlow's version, such as "2.21.0": a function of its C API, whose header
+// would take long to compile.
+extern "C" const char* TF_Version();
+
 namespace tf_deform {
 
 struct Copy {
@@ -42,20 +46,45 @@ const char* OwnPath() {
              : "a file of unknown name";
 }
 
-// TensorFlow passes an error of a registration on to the program that loads the
-// library.
+// Returns "2.21" of "2.21.0".
+absl::string_view MinorVersion(absl::string_view version) {
+  return version.substr(0, version.find('.', version.find('.') + 1));
+}
+
+// Tells whether this is the TensorFlow that the library was compiled for. Most
+// others lack a symbol, and refuse the library. But some load it, and crash if
+// it registers anything. Those of 2.18 and 2.19 fit each other.
+bool FitsTensorFlow() {
+  const absl::string_view wanted = MinorVersion(TF_DEFORM_TENSORFLOW);
+  const absl::string_view found = MinorVersion(TF_Version());
+  return wanted == found || (wanted == "2.18" && found == "2.19") ||
+         (wanted == "2.19" && found == "2.18");
+}
+
+// Fails to register something: TensorFlow passes the error on to the program
+// that loads the library.
+template <typename... Words>
+void Refuse(const Words&... words) {
+  const tensorflow::Status status =
+      tensorflow::errors::FailedPrecondition(words...);
+  tensorflow::OpRegistry::Global()->Register(
+      [status](tensorflow::OpRegistrationData*) -> tensorflow::Status {
+        return status;
+      });
+}
+
 const bool is_refused = [] {
+  if (!FitsTensorFlow()) {
+    Refuse("Expected TensorFlow ", TF_DEFORM_TENSORFLOW, ", for which ",
+           OwnPath(), " was compiled. Received: TensorFlow ", TF_Version());
+    return true;
+  }
   if (RegistersOps() || std::strcmp(first_copy.version, kVersion) == 0) {
     return false;
   }
-  tensorflow::OpRegistry::Global()->Register(
-      [](tensorflow::OpRegistrationData*) -> tensorflow::Status {
-        return tensorflow::errors::FailedPrecondition(
-            "Expected one version of tf_deform's op library in a process. "
-            "Received: ",
-            OwnPath(), " of version ", kVersion, " after ", first_copy.path,
-            " of version ", first_copy.version);
-      });
+  Refuse("Expected one version of tf_deform's op library in a process. ",
+         "Received: ", OwnPath(), " of version ", kVersion, " after ",
+         first_copy.path, " of version ", first_copy.version);
   return true;
 }();
 
@@ -63,7 +92,7 @@ const bool is_refused = [] {
 
 bool RegistersOps() {
   static const bool is_first = [] {
-    if (first_copy.path != nullptr) return false;
+    if (first_copy.path != nullptr || !FitsTensorFlow()) return false;
     first_copy = {OwnPath(), kVersion};
     return true;
   }();

@@ -222,7 +222,9 @@ import tensorflow as tf
 try:
     library = tf.load_op_library(sys.argv[1])
 except tf.errors.NotFoundError as error:
-    print("NotFoundError", "undefined symbol" in str(error))
+    print("refused", "undefined symbol" in str(error))
+except tf.errors.FailedPreconditionError as error:
+    print("refused", f"TensorFlow {tf.__version__}" in str(error))
 else:
     x = tf.random.normal((1, 6, 7, 3))
     kernel = tf.random.normal((3, 3, 3, 5))
@@ -236,14 +238,18 @@ else:
 @several
 @pytest.mark.parametrize("other", others())
 def test_other_libraries_by_hand(other):
-    """Tests `tf.load_op_library` alone: an error, never a crash."""
+    """Tests `tf.load_op_library` alone: an error, never a crash.
+
+    Most libraries lack a symbol. TensorFlow 2.16 with CUDA has all that 2.17's
+    library needs, and crashed when ops registered themselves for XLA.
+    """
     result = run(sys.executable, "-c", BY_HAND, PACKAGE / f"_ops_{other}.so")
     assert result.returncode == 0, result.stderr
     printed = result.stdout.strip()
     if {other, MINOR} == ALIKE:
         assert float(printed) < 1e-5
     else:
-        assert printed == "NotFoundError True"
+        assert printed == "refused True"
 
 
 @native

@@ -86,7 +86,7 @@ ROWS = (
     Row("3.11", "2.16.2", "keras==3.5.0"),
     Row("3.9", "2.16.2"),
     Row(
-        "3.12",
+        "3.11",  # on 3.12, tf-keras 2.16 makes no weights after a seed is set
         "2.16.2",
         distribution="tensorflow",  # tf-keras requires it
         packages=("tf-keras==2.16.0",),

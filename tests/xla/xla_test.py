@@ -54,7 +54,7 @@ def targets(text: str) -> list[str]:
 
 def assert_same(actual, expected):
     __tracebackhide__ = True
-    actual, expected = map(keras.tree.flatten_with_path, (actual, expected))
+    actual, expected = map(tf.nest.flatten, (actual, expected))
     assert [path for path, _ in actual] == [path for path, _ in expected]
     for (path, first), (_, second) in zip(actual, expected, strict=True):
         assert_equal(first, second, name=str(path), dtype=second.dtype)
