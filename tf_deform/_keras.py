@@ -154,6 +154,14 @@ def is_trainable(layer: Any, weight: Any) -> bool:
 # Layers.
 
 
+def register(layer: type) -> type:
+    """Registers a layer, so that files with it are loaded."""
+    name = layer.__name__
+    if KERAS_2:  # A wrapper's file names the layer inside without a package.
+        keras.utils.get_custom_objects()[name] = layer
+    return keras.saving.register_keras_serializable("tf_deform", name)(layer)
+
+
 class _Layer2:
     """Adds to a layer of Keras 2 what Keras 3's layers do by themselves."""
 
