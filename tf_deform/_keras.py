@@ -47,9 +47,10 @@ def _find() -> ModuleType:
                 f"Run `pip install 'tf-keras=={minor}.*'`, or unset the "
                 f"environment variable {_LEGACY}"
             )
+        text = str(error).rstrip(".")
         raise ImportError(
             "Expected a Keras for TensorFlow, from which tf_deform makes its "
-            f"layers. Received: {error}. {way}"
+            f"layers. Received: {text}. {way}"
         ) from error
     found = importlib.import_module(name)
     version = tuple(map(int, found.__version__.split(".")[:2]))
