@@ -125,7 +125,7 @@ def _run_python(
         timeout=300,
         check=False,
     )
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
     return result.stdout
 
 

@@ -47,9 +47,10 @@ def _find() -> ModuleType:
                 f"Run `pip install 'tf-keras=={minor}.*'`, or unset the "
                 f"environment variable {_LEGACY}"
             )
+        text = str(error).rstrip(".")
         raise ImportError(
             "Expected a Keras for TensorFlow, from which tf_deform makes its "
-            f"layers. Received: {error}. {way}"
+            f"layers. Received: {text}. {way}"
         ) from error
     found = importlib.import_module(name)
     version = tuple(map(int, found.__version__.split(".")[:2]))
@@ -152,6 +153,14 @@ def is_trainable(layer: Any, weight: Any) -> bool:
 
 
 # Layers.
+
+
+def register(layer: type) -> type:
+    """Registers a layer, so that files with it are loaded."""
+    name = layer.__name__
+    if KERAS_2:  # A wrapper's file names the layer inside without a package.
+        keras.utils.get_custom_objects()[name] = layer
+    return keras.saving.register_keras_serializable("tf_deform", name)(layer)
 
 
 class _Layer2:

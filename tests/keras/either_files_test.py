@@ -113,6 +113,18 @@ def test_checkpoints_hold_every_weight(tmp_path):
     assert children["kernel"] is children["_kernel"] is convolution._kernel
 
 
+@pytest.mark.parametrize("kind", ["keras", "h5"])
+def test_a_layer_inside_of_a_wrapper(kind, tmp_path):
+    frames = keras.Input((3, 8, 9, 3))
+    layer = keras.layers.TimeDistributed(DeformableConv2D(4, 3))
+    model = keras.Model(frames, layer(frames))
+    keras_files.fill(model)
+    model.save(tmp_path / f"model.{kind}")
+    loaded = keras.models.load_model(tmp_path / f"model.{kind}")
+    x = random(2, 3, 8, 9, 3)
+    np.testing.assert_array_equal(loaded(x), model(x))
+
+
 def test_a_plain_file_is_refused(tmp_path):
     """Tests that the error says how to load the file of a plain model."""
     image = keras.Input((8, 9, 3))

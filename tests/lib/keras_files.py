@@ -83,7 +83,8 @@ def fill(model: keras.Model) -> None:
 
 def run(model: Callable, kind: str) -> np.ndarray:
     inputs = inputs_of(kind)
-    return np.asarray(model(inputs if len(inputs) > 1 else inputs[0]))
+    outputs = model(inputs if len(inputs) > 1 else inputs[0])
+    return np.asarray(outputs).astype("float32")
 
 
 def train(model: keras.Model, kind: str) -> None:

@@ -11,7 +11,6 @@ import tensorflow as tf
 
 from tf_deform import _keras, _loader
 from tf_deform._implementation import check_implementation
-from tf_deform._keras import keras
 from tf_deform.layers._branch import convolve
 from tf_deform.layers._op_layer import OpLayer, check_data_format
 from tf_deform.ops._arguments import (
@@ -60,7 +59,7 @@ def _shape_of_inputs(
     return given.popitem()[1]
 
 
-@keras.saving.register_keras_serializable(package="tf_deform")
+@_keras.register
 class DeformableConv2D(OpLayer, _keras.Conv2D):
     """Convolves like `keras.layers.Conv2D`, but learns where to sample.
 

@@ -10,7 +10,6 @@ import numpy as np
 import tensorflow as tf
 
 from tf_deform import _keras
-from tf_deform._keras import keras
 from tf_deform._portable.fields import hand_on_nan
 from tf_deform.layers._roi_layer import (
     DisplacedROILayer,
@@ -22,7 +21,7 @@ from tf_deform.ops._arguments import positive, positive_pair
 from tf_deform.ops.deformable_psroi_pool import deformable_psroi_pool
 
 
-@keras.saving.register_keras_serializable(package="tf_deform")
+@_keras.register
 class DeformablePSROIPooling(ROILayer):
     """Pools position-sensitive maps over regions whose bins may be displaced.
 
@@ -303,7 +302,7 @@ class DeformablePSROIPooling(ROILayer):
         }
 
 
-@keras.saving.register_keras_serializable(package="tf_deform")
+@_keras.register
 class DeformableROIPooling(DisplacedROILayer):
     """Pools a feature map over regions whose bins are displaced.
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import tensorflow as tf
 
-from tf_deform._keras import keras
+from tf_deform import _keras
 from tf_deform.layers._roi_layer import DisplacedROILayer, check_factor
 from tf_deform.ops._arguments import MAX_EXTENT, bounded
 from tf_deform.ops.deformable_roi_align import deformable_roi_align
 
 
-@keras.saving.register_keras_serializable(package="tf_deform")
+@_keras.register
 class DeformableROIAlign(DisplacedROILayer):
     """Pools a feature map by ROIAlign whose bins are displaced.
 
