@@ -54,10 +54,11 @@ def targets(text: str) -> list[str]:
 
 def assert_same(actual, expected):
     __tracebackhide__ = True
-    actual, expected = map(tf.nest.flatten, (actual, expected))
-    assert [path for path, _ in actual] == [path for path, _ in expected]
-    for (path, first), (_, second) in zip(actual, expected, strict=True):
-        assert_equal(first, second, name=str(path), dtype=second.dtype)
+    tf.nest.assert_same_structure(actual, expected, check_types=False)
+    pairs = zip(*map(tf.nest.flatten, (actual, expected)), strict=True)
+    for number, (first, second) in enumerate(pairs):
+        name = f"value {number}"
+        assert_equal(first, second, name=name, dtype=second.dtype)
 
 
 @pytest.mark.parametrize(
