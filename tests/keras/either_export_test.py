@@ -81,7 +81,8 @@ def test_names_of_outputs(tmp_path):
     """Tests nested inputs and outputs."""
     inputs = {"b": keras.Input((4, 5, 3)), "a": keras.Input((2,), name="two")}
     x = tf_deform.layers.DeformableConv2D(2, 3)(inputs["b"])
-    outputs = {"maps": x, "others": [inputs["a"], x]}
+    others = [keras.layers.ReLU()(inputs["a"]), x]
+    outputs = {"maps": x, "others": others}
     model = keras.Model(inputs, outputs)
     report = tf_deform.export.saved_model(
         model, tmp_path / "model", image_bytes=False, verbose=False

@@ -54,11 +54,22 @@ def test_steps_are_those_of_two_optimizers(kind, graph):
         )
     if KERAS_2 and graph and kind == "RMSprop":
         bound = 1e-7  # TensorFlow multiplies in another order.
+    if kind == "Muon" and _muon_fails():
+        pytest.skip("this Keras' own Muon fails on TensorFlow")
     result = difference(
         lambda rate: getattr(optimizers, kind)(rate, weight_decay=0.01),
         graph=graph,
     )
     assert result <= bound
+
+
+def _muon_fails() -> bool:
+    weight = keras.Variable(tf.ones((2, 3)))
+    try:
+        optimizers.Muon().apply([tf.ones((2, 3))], [weight])
+    except AttributeError:
+        return True
+    return False
 
 
 @LEGACY
