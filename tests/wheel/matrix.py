@@ -150,7 +150,10 @@ def run_row(row: Row, wheel: str, out: str) -> dict[str, object]:
         begun = time.monotonic()
         # Where another distribution than "tensorflow" gives the module, pip
         # would install TensorFlow a second time.
-        alone = [] if row.distribution == "tensorflow" else ["--no-deps"]
+        alone = ["--no-deps"]
+        if row.distribution == "tensorflow":
+            # For an extra's sake, pip would take a newer TensorFlow.
+            alone = _requirements(row)
         _run([*install, *alone, wheel + row.extras])
         found["install_s"] = round(time.monotonic() - begun, 1)
         found["versions"] = _versions(python)
