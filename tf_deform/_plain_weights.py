@@ -17,7 +17,13 @@ import tensorflow as tf
 
 from tf_deform import _files, _keras
 from tf_deform._keras import keras
-from tf_deform._weight_files import TOP, Entry, is_bfloat16, open_file
+from tf_deform._weight_files import (
+    TOP,
+    Entry,
+    index_of,
+    is_bfloat16,
+    open_file,
+)
 from tf_deform.layers._roi_layer import DisplacedROILayer
 from tf_deform.layers.deformable_conv2d import DeformableConv2D
 from tf_deform.layers.deformable_psroi_pool import DeformablePSROIPooling
@@ -131,8 +137,12 @@ def load_plain_weights(
     Args:
         model: The deformable model, built.
         path: `.weights.h5`, `.weights.json` (with its shards beside it),
-            `.keras`, or an `.h5` of Keras 2 or 3, of weights or a whole model.
-            Numbers are cast to the model's types. No code in it is run.
+            `.keras`, or an `.h5` of Keras 2 or 3, of weights or a whole model;
+            or the prefix of a checkpoint of a model, which Keras 2's
+            `save_weights("prefix")` and `tf.train.Checkpoint` write and the
+            other Keras does not restore. In checkpoints, layers are found by
+            name alone. Numbers are cast to the model's types. No code in the
+            file is run.
 
     Returns:
         A description of each layer; `print` it.
@@ -153,34 +163,40 @@ def load_plain_weights(
             f"{model.name!r}, which has no weights yet. Call it on data first"
         )
     path = _files.to_path(path)
-    with open(path, "rb"):
+    index = index_of(path)
+    with open(path if path.exists() or not index.exists() else index, "rb"):
         pass  # Reading the file below says what is wrong with the path.
     with contextlib.ExitStack() as stack:
         try:
-            entries, legacy = open_file(path, stack)
+            entries, form = open_file(path, stack)
         except FileNotFoundError:  # A shard is missing.
             raise
         except Exception as error:
             raise ValueError(
                 "Expected `path` to be a .weights.h5, .weights.json, .keras or "
-                f".h5 file of Keras. Received: {path}, which cannot be read: "
-                f"{error}"
+                ".h5 file of Keras, or the prefix of a checkpoint of a model. "
+                f"Received: {path}, which cannot be read: {error}"
             ) from error
+        legacy = form != "paths"
         targets = _find_targets(model, legacy)
         problems = {}
-        if legacy:
+        if form == "groups":
             pairs, matched_by, problems["name or order"] = _match_groups(
                 model, entries
             )
         else:
             matched_by = "name"
             pairs, problems["name"] = _match_names(targets, entries)
-            if problems["name"]:
+            if problems["name"] and form == "names":
+                # Every LSTM's cell has the same name.
+                pairs, others = _match_names(targets, entries, 2)
+                problems = {"name": others and problems["name"]}
+            elif problems["name"]:
                 matched_by = "order"
                 pairs, problems["order"] = _match_paths(targets, entries)
         if list(problems.values())[-1]:
             _raise(model, path, problems)
-        plans = [_plan(target, entry, legacy) for target, entry in pairs]
+        plans = [_plan(target, entry, form) for target, entry in pairs]
         misfits = [problem for _, found in plans for problem in found]
         if misfits:
             _raise(model, path, {matched_by: misfits})
@@ -450,7 +466,7 @@ def _find_contradictions(pairs: list[tuple[_Target, Entry]]) -> list[str]:
 
 
 def _plan(
-    target: _Target, entry: Entry, legacy: bool
+    target: _Target, entry: Entry, form: str
 ) -> tuple[dict[str, str], list[str]]:
     """Assigns the arrays of an entry to weights, and lists all mismatches."""
     given = list(entry.arrays)
@@ -464,7 +480,7 @@ def _plan(
     ]
     if set(wanted) == set(given):
         keys = dict(zip(wanted, wanted))
-    elif legacy and len(wanted) == len(given):
+    elif form == "groups" and len(wanted) == len(given):
         keys = dict(zip(wanted, given))  # Keras 2 had other names.
     else:
         return {}, [

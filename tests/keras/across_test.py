@@ -16,7 +16,9 @@ import pytest
 import tensorflow as tf
 from keras_files import KINDS, make, own_layers, run, serving, train, write
 
+import tf_deform
 from tf_deform._keras import KERAS_2, keras
+from tf_deform._loader import op_library
 
 ROOT = pathlib.Path(__file__).parents[2]
 GOLDEN = ROOT / "tests/build/golden"
@@ -27,7 +29,7 @@ ANEW = "`load_model(compile=False)`"
 WEIGHTS = "`load_weights`"
 SERVE = "`tf.saved_model.load`"
 RESTORE = "`restore`"
-NO = "no"
+PLAIN = "`tf_deform.load_plain_weights`"
 
 # For each format: how Keras 3 reads the files of Keras 2, and Keras 2 those of
 # Keras 3; then how each reads its own. None: that Keras does not write it.
@@ -39,9 +41,11 @@ WAYS = {
     "saved": (SERVE, None, LOAD, None),
     "exported": (SERVE,) * 4,
     "serving": (SERVE,) * 4,
-    "checkpoint": (NO, NO, RESTORE, RESTORE),
+    "checkpoint": (PLAIN, PLAIN, RESTORE, RESTORE),
     "layers": (RESTORE,) * 4,
 }
+# What holds the graph of a model, and so the names of its ops.
+GRAPHS = ("saved", "exported", "serving")
 # A row of the documentation for each format.
 ROWS = {
     "model.keras": '`model.save("m.keras")`',
@@ -72,33 +76,38 @@ def way_of(name: str, kind: str, writer: int) -> str | None:
     scope="module", params=["golden 2", "golden 3", "this", "other"]
 )
 def written(request, tmp_path_factory, run_python_as_it_is):
-    """Returns a folder of files, and the number of the Keras that wrote it."""
+    """Returns a folder of files, its writer (Keras 2 or 3), and whether its
+    graphs of our layers have native ops.
+    """
     folder = tmp_path_factory.mktemp("files")
     if request.param == "this":
         for kind in KINDS:
             write(folder / kind, kind)
-        return folder, 2 if KERAS_2 else 3
+        return folder, 2 if KERAS_2 else 3, op_library() is not None
     if request.param != "other":
         writer = int(request.param[-1])
         with tarfile.open(GOLDEN / f"keras_{writer}.tar.xz") as archive:
             archive.extractall(folder)
-        return folder, writer
+        return folder, writer, True
     name = "keras" if keras.__name__ == "tf_keras" else "tf_keras"
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"{name} is not installed")
     script = (ROOT / "tests/lib/keras_files.py").read_text()
     use = "0" if name == "keras" else "1"
     run_python_as_it_is(script, folder, TF_USE_LEGACY_KERAS=use)
-    return folder, 3 if KERAS_2 else 2
+    return folder, 3 if KERAS_2 else 2, op_library() is not None
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", WAYS)
 def test_a_file(name, kind, written):
-    folder, writer = written
+    folder, writer, is_native = written
     way = way_of(name, kind, writer)
     if way is None:
         return
+    is_native = is_native and name in GRAPHS and kind != "stock"
+    if is_native and op_library() is None:
+        pytest.skip("a package without libraries runs no native graph")
     path = folder / kind / name
     expected = np.load(folder / kind / "expected.npy")
 
@@ -108,7 +117,7 @@ def test_a_file(name, kind, written):
     if way == SERVE:
         check(serving(path))
         return
-    if way in (RESTORE, NO):
+    if way in (RESTORE, PLAIN):
         model = make(kind)
         parts = {"model": model}
         if name == "layers":
@@ -118,9 +127,11 @@ def test_a_file(name, kind, written):
             for layer in parts.values():
                 layer.set_weights([0.01 + 0 * x for x in layer.get_weights()])
         status = tf.train.Checkpoint(**parts).read(str(path))
-        if way == NO:
+        if way == PLAIN:
             with pytest.raises(AssertionError):
                 status.assert_existing_objects_matched()
+            tf_deform.load_plain_weights(model, path)
+            check(model)
             return
         status.assert_existing_objects_matched()
         check(model)

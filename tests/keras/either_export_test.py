@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import keras_files
 import numpy as np
 import plain_models
@@ -85,7 +87,11 @@ def test_names_of_outputs(tmp_path):
     outputs = {"maps": x, "others": others}
     model = keras.Model(inputs, outputs)
     report = tf_deform.export.saved_model(
-        model, tmp_path / "model", image_bytes=False, verbose=False
+        model,
+        tmp_path / "model",
+        "portable",
+        image_bytes=False,
+        verbose=False,
     )
     assert sorted(report.differences) == ["maps", "others_0", "others_1"]
 
@@ -107,3 +113,69 @@ def test_plain_weights(make, kind, name, tmp_path):
     assert loaded == len(plain.weights)
     if kind != "h5" and KERAS_2:
         assert report.matched_by == "order"  # Keras 2 writes no names.
+
+
+@pytest.mark.parametrize("make", plain_models.MAKERS)
+def test_plain_weights_of_a_checkpoint(make, tmp_path):
+    """Tests a trained model's, with an optimizer of any name beside it."""
+    plain = plain_models.fill(make(keras.layers.Conv2D, plain_models.named))
+    plain.compile(keras.optimizers.Adam(), "mean_squared_error")
+    model = make(tf_deform.layers.DeformableConv2D, plain_models.named)
+    shape = getattr(plain, "input_shape", None) or (1, 7, 8, 4)
+    image = np.ones((1, *shape[1:]), "float32")
+    plain.fit(image, plain(image) + 1, verbose=0)
+    checkpoint = tf.train.Checkpoint(solver=plain.optimizer, net=plain)
+    paths = [checkpoint.save(str(tmp_path / "some"))]
+    if KERAS_2:
+        plain.save_weights(str(tmp_path / "weights"))
+        paths.append(tmp_path / "weights")
+    reason = {
+        # Layers of one name differ only in the model around them.
+        plain_models.make_nested: "two weights called",
+        # A model's own weights have the model's name, which may differ.
+        plain_models.make_subclassed: "no layer '' in the file",
+        # Keras 2 gives weights the name of the layer around their own.
+        plain_models.make_wrapped: "no layer 'inner' in" if KERAS_2 else None,
+    }.get(make)
+    if reason is not None:
+        with plain_models.refused(model, ValueError, reason):
+            tf_deform.load_plain_weights(model, paths[0])
+        return
+    for path in paths:
+        report = tf_deform.load_plain_weights(model, path)
+        assert report.matched_by == "name"
+        plain_models.assert_is_twin(model, plain)
+        loaded = sum(len(layer.loaded) for layer in report.layers)
+        assert loaded == len(plain.weights)
+
+
+def test_a_checkpoint_that_does_not_fit(tmp_path):
+    make = plain_models.make_chain
+    plain = make(keras.layers.Conv2D, plain_models.named)
+    whole = tf.train.Checkpoint(net=plain).write(str(tmp_path / "whole"))
+    model = make(tf_deform.layers.DeformableConv2D, lambda name: name * 2)
+    with plain_models.refused(model, ValueError, "by name: no layer 'aa'"):
+        tf_deform.load_plain_weights(model, whole)
+    model = make(tf_deform.layers.DeformableConv2D, plain_models.named)
+    part = tf.train.Checkpoint(layers=plain.layers[:3])
+    path = part.write(str(tmp_path / "part"))
+    with plain_models.refused(model, ValueError, "no layer 'c' in the file"):
+        tf_deform.load_plain_weights(model, path)
+    if not KERAS_2:  # Its checkpoints lack layers in lists without a word.
+        others = plain_models.make_subclassed
+        plain = others(keras.layers.Conv2D, plain_models.named)
+        path = tf.train.Checkpoint(net=plain).write(str(tmp_path / "lists"))
+        model = others(tf_deform.layers.DeformableConv2D, plain_models.named)
+        with plain_models.refused(model, ValueError, "no layer 'a' in the fil"):
+            tf_deform.load_plain_weights(model, path)
+        model = make(tf_deform.layers.DeformableConv2D, plain_models.named)
+    for suffix, text in (
+        (".index", "cannot be read"),
+        (".data-00000-of-00001", "cannot be read"),
+    ):
+        file = pathlib.Path(whole + suffix)
+        content = file.read_bytes()
+        file.write_bytes(content[: len(content) // 2])
+        with plain_models.refused(model, ValueError, text):
+            tf_deform.load_plain_weights(model, whole)
+        file.write_bytes(content)

@@ -20,6 +20,7 @@ import tensorflow as tf
 
 import tf_deform
 from tf_deform._keras import KERAS_2, keras
+from tf_deform._loader import op_library
 from tf_deform.layers import (
     DeformableConv2D,
     DeformablePSROIPooling,
@@ -144,6 +145,7 @@ def write(folder: pathlib.Path, kind: str) -> None:
     tf_deform.export.saved_model(
         model,
         folder / "serving",
+        "portable" if op_library() is None else "native",
         image_bytes=False,
         sample=inputs_of(kind),
         verbose=False,
