@@ -3,6 +3,7 @@
 
 - `tf_deform.layers`: Keras layers.
 - `tf_deform.ops`: functions of tensors, with gradients.
+- `tf_deform.make_deformable`: a model's convolutions made deformable, in place.
 - `tf_deform.training`: an optimizer with a learning rate for offsets.
 - `tf_deform.export`: models as SavedModel, ONNX and LiteRT files.
 
@@ -12,10 +13,16 @@ channels)`, unless a layer's `data_format` says otherwise.
 
 from typing import TYPE_CHECKING, Any
 
-from tf_deform import _tf2onnx, layers, ops, training
+from tf_deform import _tf2onnx, layers, models, ops, training
 from tf_deform._build_info import VERSION as __version__
 from tf_deform._implementation import implementation
 from tf_deform._loader import is_built_with_cuda
+from tf_deform.models import (
+    deformable_layers,
+    make_deformable,
+    set_output_stride,
+    train_only,
+)
 
 if TYPE_CHECKING:
     from tf_deform import export
@@ -23,12 +30,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "__version__",
+    "deformable_layers",
     "export",
     "implementation",
     "is_built_with_cuda",
     "layers",
     "load_plain_weights",
+    "make_deformable",
+    "models",
     "ops",
+    "set_output_stride",
+    "train_only",
     "training",
 ]
 

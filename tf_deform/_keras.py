@@ -12,6 +12,7 @@ import functools
 import importlib
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
@@ -247,6 +248,26 @@ class _Conv2D2(keras.layers.Conv2D):
     def _kernel(self) -> Any:
         return self.kernel
 
+    # Keras 2 freezes whole layers; `freeze_kernel` freezes a part of one.
+
+    @property
+    def weights(self) -> list[Any]:
+        # Keras 2 would put frozen weights last.
+        return self._trainable_weights + self._non_trainable_weights
+
+    @property
+    def trainable_weights(self) -> list[Any]:
+        return self._not_frozen(super().trainable_weights)
+
+    @property
+    def non_trainable_weights(self) -> list[Any]:
+        trained = {id(weight) for weight in self.trainable_weights}
+        return [x for x in self.weights if id(x) not in trained]
+
+    def _not_frozen(self, weights: list[Any]) -> list[Any]:
+        frozen = self._frozen_alone() if self.freeze_kernel else []
+        return [x for x in weights if not any(x is y for y in frozen)]
+
     def _numbered(self) -> dict[str, tf.Variable]:
         branch = {id(weight) for weight in self._branch().values()}
         others = [v for v in own_variables(self) if id(v) not in branch]
@@ -269,7 +290,127 @@ class _Conv2D2(keras.layers.Conv2D):
         )
 
 
-Conv2D = _Conv2D2 if KERAS_2 else keras.layers.Conv2D
+class _Conv2D3(keras.layers.Conv2D):
+    """Keeps `freeze_kernel` where Keras 3 sets all weights of a layer."""
+
+    @property
+    def trainable(self) -> bool:
+        return super().trainable
+
+    @trainable.setter
+    def trainable(self, value: bool) -> None:
+        super(_Conv2D3, type(self)).trainable.fset(self, value)
+        if self.freeze_kernel and self.built:
+            self._apply_freeze()
+
+
+Conv2D = _Conv2D2 if KERAS_2 else _Conv2D3
+
+
+# Models.
+
+Functional = importlib.import_module(
+    f"{keras.__name__}.src.{'engine' if KERAS_2 else 'models'}.functional"
+).Functional
+
+
+def sublayers(layer: Any) -> list[Any]:
+    """Returns the layers that a layer or model holds itself."""
+    if KERAS_2:
+        return list(layer._flatten_layers(recursive=False, include_self=False))
+    return list(layer._layers)
+
+
+def flatten_layers(model: Any) -> list[Any]:
+    """Returns all layers within a model, each once, in a fixed order."""
+    layers = model._flatten_layers(include_self=False)
+    return list({id(layer): layer for layer in layers}.values())
+
+
+def path_of(layer: Any) -> str:
+    """Returns a layer's path; on Keras 2 its name stands for it."""
+    return getattr(layer, "path", None) or layer.name
+
+
+def shape_of_build(model: Any) -> Any:
+    """Returns the one shape by which a model was built, or None."""
+    shapes = getattr(model, "_build_shapes_dict", None) or {}
+    shape = getattr(model, "_build_input_shape", None)
+    if len(shapes) == 1:
+        (shape,) = shapes.values()
+    try:
+        return tf.TensorShape(shape) if shape is not None else None
+    except TypeError:  # several shapes
+        return None
+
+
+def forget_functions(model: Any) -> None:
+    """Makes a compiled model trace its functions anew."""
+    for name in ("train_function", "test_function", "predict_function"):
+        if getattr(model, name, None) is not None:
+            setattr(model, name, None)
+    if not KERAS_2 and model.compiled and model.jit_compile:
+        model.jit_compile = True  # Keras looks again whether it can.
+
+
+def is_optimizer_built(model: Any) -> bool:
+    """Tells whether a model's optimizer has state for its variables."""
+    optimizer = getattr(model, "optimizer", None)
+    inner = getattr(optimizer, "inner_optimizer", None)
+    for one in filter(None, (optimizer, inner)):
+        if getattr(one, "built", getattr(one, "_built", False)) is True:
+            return True
+        if len(getattr(one, "_weights", ())) > 1:  # legacy, beside its counter
+            return True
+    return False
+
+
+# A layer that changes its class, as Keras' own `enable_lora` changes a layer.
+
+
+def change_class(layer: Any, kind: type, twin: Any) -> None:
+    """Makes a built layer one of another class.
+
+    Args:
+        layer: The layer.
+        kind: The class.
+        twin: A layer of the class, of which the layer takes what Keras notes
+            about `call`.
+    """
+    object.__setattr__(layer, "__class__", kind)
+    for name in vars(twin):
+        if re.search("^_?call_(signature|spec|has)", name):
+            object.__setattr__(layer, name, getattr(twin, name))
+    # No checkpoint contains attributes that are set in this way.
+    object.__setattr__(layer, "_autocast" if KERAS_2 else "autocast", False)
+    for name in ("offset_kernel", "offset_bias"):
+        object.__setattr__(layer, name, None)
+
+
+@contextlib.contextmanager
+def unlocked(layer: Any) -> Iterator[None]:
+    """Lets a built layer make weights, named as its kernel is."""
+    if KERAS_2:
+        scope = layer.kernel.name.rpartition("/")[0]
+        with tf.name_scope(f"{scope}/") if scope else contextlib.nullcontext():
+            yield
+        return
+    before = set(map(id, layer.variables))
+    layer._tracker.unlock()
+    try:
+        yield
+    finally:
+        layer._tracker.lock()
+    scope = layer.kernel.path.rpartition("/")[0]
+    for variable in layer.variables:
+        if id(variable) not in before:
+            variable._path = f"{scope}/{variable.name}"
+
+
+def set_trainable(weight: Any, trainable: bool) -> None:
+    """Sets a weight's own flag, which Keras 2 does not have."""
+    if not KERAS_2:
+        weight.trainable = trainable
 
 
 # Weights.
@@ -393,10 +534,8 @@ def set_policy(layer: Any, policy: Any) -> None:
         layer._dtype_policy = policy
 
 
-def pack_sequence_as(structure: Any, flat: Sequence[Any]) -> Any:
-    """Puts a model's inputs in order, which differs for an OrderedDict."""
-    tree = tf.nest if KERAS_2 else keras.tree
-    return tree.pack_sequence_as(structure, flat)
+# Puts a model's inputs in order, which differs for an OrderedDict.
+tree = tf.nest if KERAS_2 else keras.tree
 
 
 @contextlib.contextmanager

@@ -262,7 +262,7 @@ def find_source(
 
     def run(*arguments: tf.Tensor) -> Any:
         if known is not None and not sequential:
-            arguments = [_keras.pack_sequence_as(model.input, arguments)]
+            arguments = [_keras.tree.pack_sequence_as(model.input, arguments)]
         return model(*arguments, training=False)
 
     return Source(run, inputs, model)

@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from tf_deform import _keras, _loader
 from tf_deform._implementation import check_implementation
+from tf_deform.layers import _adoption
 from tf_deform.layers._branch import convolve
 from tf_deform.layers._op_layer import OpLayer, check_data_format
 from tf_deform.ops._arguments import (
@@ -114,6 +115,8 @@ class DeformableConv2D(OpLayer, _keras.Conv2D):
         offset_dilation_rate: Dilation of the branch's convolution; None means
             `dilation_rate`. The branch's taps have the same centre as the
             layer's.
+        freeze_kernel: Whether the layer trains its branch alone, while it is
+            trainable: kernel and bias stay as they are.
         implementation: "native", or "portable" for stock TensorFlow ops; see
             `tf_deform.implementation`.
         kwargs: `name`, `dtype`, `trainable`, and so on, as in
@@ -170,6 +173,7 @@ class DeformableConv2D(OpLayer, _keras.Conv2D):
         boundary: str = "zeros",
         offset_dilation_rate: int | Sequence[int] | None = None,
         implementation: str = "native",
+        freeze_kernel: bool = False,
         **kwargs: Any,
     ) -> None:
         filters = positive(filters, "filters")
@@ -213,10 +217,59 @@ class DeformableConv2D(OpLayer, _keras.Conv2D):
         )
         self.offset_kernel = None
         self.offset_bias = None
+        self.freeze_kernel = freeze_kernel
         self.supports_jit = _loader.supports_jit()
         if not isinstance(self.padding, str):
             for pixels in (*self.padding[0], *self.padding[1]):
                 bounded(pixels, "padding", 0)
+
+    @classmethod
+    def adopt(cls, conv: Any, **options: Any) -> DeformableConv2D:
+        """Turns a layer of the class `Conv2D` into one of this class, in place.
+
+        The object stays the same, with its weights, its name and its place in
+        models. It gets a branch that starts at zero: with `modulation` None or
+        "2sigmoid" its outputs stay what they are, up to rounding. A function
+        that was traced with the layer before has to be traced again; see
+        `tf_deform.make_deformable` for a whole model.
+
+        Args:
+            conv: The layer: built, of no subclass, with a kernel of several
+                taps, neither quantized nor with LoRA.
+            options: `offset_groups`, `modulation`, `boundary`,
+                `offset_dilation_rate`, `implementation`, `freeze_kernel`.
+
+        Returns:
+            `conv`.
+
+        Raises:
+            TypeError: An option has another type.
+            ValueError: `conv` is another layer, or an option does not fit.
+                `conv` is then as it was.
+        """
+        return _adoption.adopt(cls, conv, options)
+
+    @property
+    def freeze_kernel(self) -> bool:
+        return self._freeze_kernel
+
+    @freeze_kernel.setter
+    def freeze_kernel(self, value: bool) -> None:
+        self._freeze_kernel = boolean(value, "freeze_kernel")
+        if self.built:
+            self._apply_freeze()
+
+    def _frozen_alone(self) -> list[Any]:
+        """Returns the weights that `freeze_kernel` is about."""
+        return [self._kernel] + [self.bias] * self.use_bias
+
+    def _apply_freeze(self) -> None:
+        trainable = self.trainable and not self.freeze_kernel
+        for weight in self._frozen_alone():
+            is_kernel = weight is self._kernel
+            _keras.set_trainable(
+                weight, trainable and not (is_kernel and self.lora_enabled)
+            )
 
     def _branch(self) -> dict[str, Any]:
         """Returns the branch's weights by the names that files give them."""
@@ -259,19 +312,24 @@ class DeformableConv2D(OpLayer, _keras.Conv2D):
         # weights.
         lora_rank, self.lora_rank = self.lora_rank, None
         super().build(inputs_shape)
-        for name in ("kernel", "_kernel"):  # of Keras 2 and of Keras 3
-            _keras.track(self, self._kernel, name)
+        self._track_kernel()
         if offset_shape is None:
             self._build_branch(channels)
         if lora_rank:
             alpha = getattr(self, "lora_alpha", None)  # not in Keras 3.5
             alpha = {} if alpha is None else {"lora_alpha": alpha}
             self.enable_lora(lora_rank, **alpha)
+        if self.freeze_kernel:
+            self._apply_freeze()
         self._keep_shapes(
             inputs_shape=inputs_shape,
             offset_shape=offset_shape,
             modulator_shape=modulator_shape,
         )
+
+    def _track_kernel(self) -> None:
+        for name in ("kernel", "_kernel"):  # of Keras 2 and of Keras 3
+            _keras.track(self, self._kernel, name)
 
     def _build_branch(self, channels: int) -> None:
         taps = self.kernel_size[0] * self.kernel_size[1]
@@ -403,6 +461,7 @@ class DeformableConv2D(OpLayer, _keras.Conv2D):
         inputs = tf.cast(inputs, self.compute_dtype)
         kernel = tf.cast(self.kernel, self.compute_dtype)
         trainable = _keras.is_trainable(self, self._kernel)
+        trainable = trainable and not self.freeze_kernel
         if not trainable and not self.lora_enabled:
             # Tapes also watch frozen variables: stops the gradient to save its
             # time.
@@ -484,7 +543,7 @@ class DeformableConv2D(OpLayer, _keras.Conv2D):
         super().set_weights(weights)
 
     def get_config(self) -> dict[str, Any]:
-        return {
+        config = {
             **super().get_config(),
             "offset_groups": self.offset_groups,
             "modulation": self.modulation,
@@ -492,3 +551,6 @@ class DeformableConv2D(OpLayer, _keras.Conv2D):
             "offset_dilation_rate": self.offset_dilation_rate,
             "implementation": self.implementation,
         }
+        if self.freeze_kernel:  # which older releases do not know
+            config["freeze_kernel"] = True
+        return config

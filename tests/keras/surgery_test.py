@@ -1,0 +1,620 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests `make_deformable` and its companions on every Keras."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from surgery_models import (
+    MAKERS,
+    displace,
+    filled,
+    head,
+    images,
+    make_composite,
+    make_functional,
+    make_nested,
+    make_pyramid,
+    make_sequential,
+    make_shared,
+    make_subclassed,
+    run,
+)
+
+import tf_deform
+from tf_deform import _keras
+from tf_deform._keras import KERAS_2, keras
+from tf_deform._loader import op_library
+from tf_deform.layers import DeformableConv2D
+
+layers = keras.layers
+every_model = pytest.mark.parametrize("make", MAKERS)
+
+
+def change(model, **options):
+    return tf_deform.make_deformable(model, verbose=False, **options)
+
+
+def assert_near(received, expected, tolerance=1e-5):
+    largest = np.abs(expected).max()
+    assert largest > 0.01
+    assert np.abs(received - expected).max() <= tolerance * largest
+
+
+def snapshot(model):
+    """Returns what an error must leave as it is."""
+    found = [model, *_keras.flatten_layers(model)]
+    return [
+        (id(x), type(x), x.trainable, len(x.weights)) for x in found
+    ], model.get_weights()
+
+
+@pytest.fixture
+def refused():
+    """Expects an error that leaves a model as it is."""
+
+    def check(model, error, match, call):
+        before = snapshot(model)
+        with pytest.raises(error, match=match):
+            call(model)
+        after = snapshot(model)
+        assert after[0] == before[0]
+        np.testing.assert_equal(after[1], before[1])
+
+    return check
+
+
+@every_model
+def test_a_model_stays_what_it_is(make):
+    model = filled(make)
+    before = run(model)
+    kinds = {id(layer): layer for layer in _keras.flatten_layers(model)}
+    weights = {id(w): w.name for w in model.weights}
+    report = change(model)
+    assert len(report.changed) == MAKERS[make]
+    assert len(tf_deform.deformable_layers(model)) == MAKERS[make]
+    assert_near(run(model), before)
+    after = {id(layer): layer for layer in _keras.flatten_layers(model)}
+    assert after.keys() == kinds.keys()
+    left = {id(w): w.name for w in model.weights if id(w) in weights}
+    assert left == weights
+    count, total = report.weights
+    assert total == model.count_params()
+    assert total - count == sum(one.weights for one in report.changed)
+    displace(model)
+    assert np.abs(run(model) - before).max() > 1e-3
+
+
+@every_model
+@pytest.mark.parametrize("modulation", [None, "2sigmoid"])
+def test_other_options_are_exact_too(modulation, make):
+    model = filled(make)
+    before = run(model)
+    options = {"boundary": "clamp", "offset_dilation_rate": 2}
+    change(model, modulation=modulation, implementation="portable", **options)
+    # Samples outside of the image differ: there are none without padding.
+    for layer in tf_deform.deformable_layers(model):
+        assert layer.modulation == modulation
+        assert layer.offset_dilation_rate == (2, 2)
+        assert layer.implementation == "portable"
+        layer.boundary = "zeros"
+    assert_near(run(model), before)
+
+
+CONVOLUTIONS = {
+    "valid": dict(kernel_size=3),
+    "strides": dict(kernel_size=(3, 2), strides=2, padding="same"),
+    "dilation": dict(kernel_size=3, dilation_rate=2, padding="same"),
+    "groups": dict(kernel_size=3, groups=2),
+    "activation": dict(kernel_size=(1, 4), activation="tanh", use_bias=False),
+    "regularizer": dict(
+        kernel_size=3, kernel_regularizer="l2", activity_regularizer="l2"
+    ),
+    "frozen": dict(kernel_size=3, trainable=False),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_convolution_is_adopted(name):
+    image = keras.Input((9, 10, 4))
+    conv = layers.Conv2D(6, name="conv", **CONVOLUTIONS[name])
+    model = keras.Model(image, conv(image))
+    x = np.random.default_rng(0).normal(size=(2, 9, 10, 4)).astype("float32")
+    before, losses = np.array(model(x)), [float(v) for v in model.losses]
+    config = conv.get_config()
+    found = DeformableConv2D.adopt(conv, modulation="2sigmoid", offset_groups=2)
+    assert found is conv and type(conv) is DeformableConv2D
+    assert_near(np.array(model(x)), before)
+    np.testing.assert_allclose([float(v) for v in model.losses], losses, 1e-5)
+    now = conv.get_config()
+    assert {key: now[key] for key in config} == config
+    trained = len(conv.trainable_weights)
+    assert trained == (0 if name == "frozen" else len(conv.weights))
+    # The layer is one that could have been made at once.
+    twin = DeformableConv2D.from_config(now)
+    twin.build(x.shape)
+    assert [_keras.name_of(w) for w in conv.weights] == [
+        _keras.name_of(w) for w in twin.weights
+    ]
+    assert [tuple(w.shape) for w in conv.weights] == [
+        tuple(w.shape) for w in twin.weights
+    ]
+    twin.set_weights(conv.get_weights())
+    assert_near(np.array(twin(x)), before)
+
+
+def test_paths_of_new_weights():
+    model = filled(make_nested)
+    change(model)
+    for layer in tf_deform.deformable_layers(model):
+        name = "name" if KERAS_2 else "path"
+        kernel, offset = (
+            getattr(weight, name)
+            for weight in (layer.kernel, layer.offset_kernel)
+        )
+        assert offset == re.sub(r"kernel(:0)?$", r"offset_kernel\1", kernel)
+
+
+@pytest.mark.parametrize(
+    "asked,count",
+    [
+        (dict(layers="conv[24]"), 2),
+        (dict(layers=["conv0", "conv1$"]), 2),
+        (dict(layers=lambda layer: layer.name == "conv1"), 1),
+        (dict(stages="c4"), 1),
+        (dict(stages="c1-c3"), 3),
+        (dict(stages="c2-"), 3),
+    ],
+)
+def test_layers_are_chosen(asked, count):
+    model = filled(make_functional)
+    before = run(model)
+    report = change(model, **asked)
+    assert len(report.changed) == count
+    assert_near(run(model), before)
+
+
+def test_the_report(capsys):
+    model = filled(make_functional)
+    report = tf_deform.make_deformable(model)
+    text = capsys.readouterr().out
+    assert text == f"{report}\n"
+    assert [one.stride for one in report.changed] == [8, 16]
+    assert [one.kernel_size for one in report.changed] == [(3, 3), (1, 3)]
+    assert dict(report.skipped).keys() == {"conv3"}
+    for line in (
+        r"layer +stride +kernel +weights",
+        r"conv2 +8 +3x3 +\+1,485",  # 9 taps * 6 channels * 27 + 27
+        r"conv4 +16 +1x3 +\+171",  # 3 taps * 6 channels * 9 + 9
+        r"2 layers +1,\d\d\d -> \d,\d\d\d",
+        "as they were: conv3: a kernel of one tap",
+    ):
+        assert re.search(line, text), text
+
+
+def test_what_stays_is_listed():
+    image = keras.Input((16, 16, 4))
+    x = layers.DepthwiseConv2D(3, name="depthwise")(image)
+    x = layers.SeparableConv2D(4, 3, name="separable")(x)
+    x = layers.Conv2DTranspose(4, 3, name="transposed")(x)
+    x = layers.Conv2D(4, 1, name="one")(x)
+
+    class Other(layers.Conv2D):
+        pass
+
+    x = Other(4, 3, name="other")(x)
+    x = DeformableConv2D(4, 3, name="mine")(x)
+    x = layers.Conv2D(4, 3, groups=4, name="each_channel")(x)
+    x = layers.Conv2D(4, 3, name="plain")(x)
+    model = keras.Model(image, x)
+    report = change(model, layers=".*")
+    assert [one.path for one in report.changed] == ["each_channel", "plain"]
+    reasons = dict(report.skipped)
+    for name, reason in {
+        "depthwise": "a DepthwiseConv2D, not a Conv2D",
+        "separable": "a SeparableConv2D, not a Conv2D",
+        "transposed": "a Conv2DTranspose, not a Conv2D",
+        "one": "a kernel of one tap",
+        "other": "a Other, a subclass of Conv2D",
+        "mine": "deformable already",
+    }.items():
+        assert reasons.pop(name).startswith(reason)
+    assert not reasons
+
+
+def test_a_filter_for_each_channel_has_to_be_named():
+    image = keras.Input((16, 16, 4))
+    x = layers.Conv2D(4, 3, groups=4, name="each_channel")(image)
+    model = keras.Model(image, layers.Conv2D(4, 3, name="plain")(x))
+    report = change(model, stages="c0")
+    assert [one.path for one in report.changed] == ["plain"]
+    assert "one filter for each channel" in dict(report.skipped)["each_channel"]
+
+
+@pytest.mark.skipif(KERAS_2, reason="Keras 2 has no LoRA")
+def test_lora_comes_after(refused):
+    model = filled(make_functional)
+    model.get_layer("conv2").enable_lora(2)
+    report = change(model)
+    assert [one.path for one in report.changed] == ["conv4"]
+    assert "LoRA is enabled" in dict(report.skipped)["conv2"]
+    before = run(model)
+    model.get_layer("conv4").enable_lora(2)
+    assert_near(run(model), before)
+
+
+BAD = {
+    "stage": (dict(stages="5"), ValueError, "`stages` like"),
+    "stage type": (dict(stages=5), ValueError, "`stages` like"),
+    "no such stage": (
+        dict(stages="c7"),
+        ValueError,
+        r"stages='c7'.*can be changed: conv0 \(c1\), conv1 \(c2\), conv2",
+    ),
+    "nothing matched": (
+        dict(layers="convolution"),
+        ValueError,
+        "layers='convolution', which finds none.*conv0, conv1, conv2, conv4",
+    ),
+    "all skipped": (
+        dict(layers="conv3"),
+        ValueError,
+        "conv3: a kernel of one tap",
+    ),
+    "expression": (dict(layers="conv["), ValueError, "regular expressions"),
+    "layers": (dict(layers=3), TypeError, "`layers` to be a regular expr"),
+    "layers list": (dict(layers=["a", 3]), TypeError, "`layers` to be a reg"),
+    "modulation": (dict(modulation="tanh"), ValueError, "`modulation`"),
+    "groups": (
+        dict(offset_groups=4),
+        ValueError,
+        "`offset_groups` to divide.*'conv2'.*6 channels",
+    ),
+    "boundary": (dict(boundary="wrap"), ValueError, "`boundary`"),
+    "dilation": (dict(offset_dilation_rate=0), ValueError, "offset_dilation"),
+    "implementation": (dict(implementation="c"), ValueError, "implementation"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments(case, refused):
+    options, error, match = BAD[case]
+    model = filled(make_functional)
+    refused(model, error, match, lambda model: change(model, **options))
+
+
+def test_bad_models(refused):
+    for model, error, match in (
+        (None, TypeError, "`model` to be a model of"),
+        (DeformableConv2D(3, 3), TypeError, "`model` to be a model of"),
+        (keras.Sequential([layers.Conv2D(3, 3)]), ValueError, "to be built"),
+        (
+            keras.Sequential([keras.Input((3, 3, 1)), layers.ReLU()]),
+            ValueError,
+            "which has no weights",
+        ),
+    ):
+        with pytest.raises(error, match=match):
+            change(model)
+    image = keras.Input((7,))
+    dense = keras.Model(image, layers.Dense(3)(image))
+    refused(dense, ValueError, "can be changed: none", change)
+    with pytest.raises(TypeError, match="`model` to be a model of"):
+        tf_deform.deformable_layers([dense])
+    assert tf_deform.deformable_layers(dense) == []
+
+
+def test_twice(refused):
+    model = filled(make_functional)
+    change(model, stages="c4")
+    assert len(change(model).changed) == 1
+    refused(model, ValueError, "conv2: deformable already", change)
+
+
+def test_a_compiled_model(refused):
+    model = filled(make_functional)
+    x, y = images(), np.zeros((2, 3), "float32")
+    model.compile(keras.optimizers.Adam(), "mean_squared_error")
+    before = [model.predict(x, verbose=0), model.evaluate(x, y, verbose=0)]
+    change(model)
+    assert_near(model.predict(x, verbose=0), before[0])
+    displace(model)
+    assert np.abs(model.predict(x, verbose=0) - before[0]).max() > 1e-3
+    assert abs(model.evaluate(x, y, verbose=0) - before[1]) > 1e-5
+    model.fit(x, y, verbose=0)
+    refused(
+        model,
+        ValueError,
+        "has taken steps. Compile it again",
+        lambda model: change(model, stages="c2"),
+    )
+    model.compile(keras.optimizers.Adam(), "mean_squared_error")
+    change(model, stages="c2")
+    model.fit(x, y, verbose=0)
+
+
+@every_model
+def test_training_moves_the_branches(make):
+    model = filled(make)
+    change(model)
+    model.compile("sgd", "mean_squared_error")
+    outputs = model(images())
+    target = tf.nest.map_structure(lambda v: np.ones(v.shape), outputs)
+    model.fit(images(), target, epochs=2, verbose=0)
+    for layer in tf_deform.deformable_layers(model):
+        assert np.abs(layer.offset_kernel.numpy()).max() > 0, layer.name
+
+
+RELOAD = """
+import sys
+import numpy as np
+import tf_deform
+from tf_deform._keras import keras
+
+folder, kind, code = sys.argv[1:]
+if code:
+    sys.path.insert(0, code)
+    import surgery_models
+if kind == "keras":
+    model = keras.models.load_model(f"{folder}/model.keras")
+else:
+    import tensorflow as tf
+    model = tf.saved_model.load(f"{folder}/saved").serve
+images = np.load(f"{folder}/images.npy")
+outputs = model(images)
+outputs = outputs if isinstance(outputs, (list, tuple)) else [outputs]
+if isinstance(outputs[0], dict):
+    outputs = outputs[0].values()
+np.save(f"{folder}/{kind}.npy", np.concatenate([np.ravel(v) for v in outputs]))
+print(len(tf_deform.deformable_layers(model)) if kind == "keras" else "")
+"""
+OWN_CODE = (make_composite, make_subclassed)
+
+
+@every_model
+def test_files(make, tmp_path, run_python_as_it_is, request):
+    """Tests a file in a process that has imported `tf_deform` alone."""
+    model = filled(make)
+    change(model)
+    displace(model)
+    if make is make_functional:
+        tf_deform.train_only(model, "offsets")
+    model.save(tmp_path / "model.keras")
+    np.save(tmp_path / "images.npy", images())
+    code = str(request.path.parents[1] / "lib") if make in OWN_CODE else ""
+    said = run_python_as_it_is(RELOAD, tmp_path, "keras", code)
+    assert int(said.split()[-1]) == MAKERS[make]
+    np.testing.assert_array_equal(np.load(tmp_path / "keras.npy"), run(model))
+    # Weights go to a model that was made deformable in the same way.
+    other = make()
+    change(other)
+    path = str(tmp_path / "model.weights.h5")
+    model.save_weights(path)
+    other.load_weights(path)
+    np.testing.assert_array_equal(run(other), run(model))
+
+
+@every_model
+def test_exports(make, tmp_path, run_python_as_it_is):
+    model = filled(make)
+    change(model)
+    displace(model)
+    native = op_library() is not None
+    tf_deform.export.saved_model(
+        model,
+        tmp_path / "saved",
+        "native" if native else "portable",
+        image_bytes=False,
+        sample=images(),
+        verbose=False,
+    )
+    np.save(tmp_path / "images.npy", images())
+    run_python_as_it_is(RELOAD, tmp_path, "saved", "")
+    assert_near(np.load(tmp_path / "saved.npy"), run(model))
+
+
+def test_a_model_that_is_trained_is_resumed(tmp_path):
+    model = filled(make_subclassed)
+    change(model)
+    x, y = images(), np.zeros((2, 4, 5, 3), "float32")
+    model.compile(keras.optimizers.Adam(1e-2), "mean_squared_error")
+    model.fit(x, y, verbose=0)
+    model.save(tmp_path / "model.keras")
+    other = keras.models.load_model(tmp_path / "model.keras")
+    losses = [
+        each.fit(x, y, epochs=2, verbose=0).history["loss"]
+        for each in (model, other)
+    ]
+    np.testing.assert_array_equal(*losses)
+    assert type(other).__name__ == "Subclassed"
+
+
+def test_copies():
+    """Tests what Keras makes by a model's config."""
+    model = filled(make_composite)
+    change(model)
+    other = type(model).from_config(model.get_config())
+    assert len(tf_deform.deformable_layers(other)) == 7
+    other.set_weights(model.get_weights())
+    np.testing.assert_array_equal(run(other), run(model))
+    other = keras.models.clone_model(model)
+    other.set_weights(model.get_weights())
+    np.testing.assert_array_equal(run(other), run(model))
+
+
+def test_a_file_that_no_longer_fits(tmp_path, monkeypatch):
+    """Tests code that has changed since the file was written."""
+    import surgery_models
+
+    model = filled(make_composite)
+    change(model)
+    model.save(tmp_path / "model.keras")
+    original = surgery_models.Block.__init__
+
+    def other(self, filters, **kwargs):
+        original(self, filters, **kwargs)
+        self.more = self.more * 0
+
+    def call(self, x):
+        return self.last["one"](self.first(x))
+
+    def build(self, shape):
+        for each in (self.first, self.last["one"]):
+            each.build(shape)
+        self.built = True
+
+    monkeypatch.setattr(surgery_models.Block, "__init__", other)
+    monkeypatch.setattr(surgery_models.Block, "call", call)
+    monkeypatch.setattr(surgery_models.Block, "build", build)
+    with pytest.raises((ValueError, TypeError), match="3 convolutions, as whe"):
+        keras.models.load_model(tmp_path / "model.keras")
+
+
+# Training of parts.
+
+
+def trained(model):
+    return {_keras.name_of(w) for w in model.trainable_weights}
+
+
+def trained_layers(model):
+    return {x.name for x in model.layers if x.trainable_weights}
+
+
+@every_model
+def test_train_offsets_only(make):
+    model = filled(make)
+    change(model)
+    chosen = tf_deform.train_only(model)
+    assert len(chosen) == MAKERS[make]
+    assert trained(model) == {"offset_kernel", "offset_bias"}
+    assert len(model.trainable_weights) == 2 * MAKERS[make]
+    before = model.get_weights()
+    model.compile("sgd", "mean_squared_error")
+    target = tf.nest.map_structure(lambda v: np.ones(v.shape), model(images()))
+    model.fit(images(), target, verbose=0)
+    for weight, old in zip(model.weights, before):
+        moved = np.any(weight.numpy() != old)
+        assert moved == _keras.name_of(weight).startswith("offset_")
+
+
+def test_train_parts():
+    model = filled(make_functional)
+    change(model)
+    every = {f"conv{i}" for i in range(5)} | {"head"}
+    norms = {f"bn{i}" for i in range(5)}
+    for what, frozen_norms, expected in (
+        ("all", True, every),
+        ("all", False, every | norms),
+        ("c4-", True, {"conv4", "head"}),
+        ("c3-", False, {"conv2", "bn2", "conv3", "bn3", "conv4", "bn4", "head"}),
+        ("c3", True, {"conv2", "conv3"}),
+        ("c1-c2", False, {"conv0", "bn0", "conv1", "bn1"}),
+        ("conv[01]|head", True, {"conv0", "conv1", "head"}),
+        ("offsets", True, {"conv2", "conv4"}),
+        ("all", False, every | norms),
+    ):
+        tf_deform.train_only(model, what, frozen_norms)
+        assert trained_layers(model) == expected, what
+        only = what == "offsets"
+        assert (trained(model) == {"offset_kernel", "offset_bias"}) == only
+
+
+def test_frozen_kernels_are_stored(tmp_path):
+    """Tests what Keras does not save: the flags of variables."""
+    for make in (make_functional, make_subclassed):
+        model = filled(make)
+        change(model)
+        tf_deform.train_only(model)
+        model.save(tmp_path / "model.keras")
+        other = keras.models.load_model(tmp_path / "model.keras")
+        for layer in tf_deform.deformable_layers(other):
+            assert layer.freeze_kernel
+            assert trained(layer) == {"offset_kernel", "offset_bias"}
+        # Unfreezing a model does not undo it, `train_only` does.
+        other.trainable = True
+        (layer, *_) = tf_deform.deformable_layers(other)
+        assert trained(layer) == {"offset_kernel", "offset_bias"}
+        tf_deform.train_only(other, "all")
+        assert "kernel" in trained(layer)
+
+
+@pytest.mark.skipif(KERAS_2, reason="Keras 2 has no flags of variables")
+def test_a_frozen_kernel_stays_frozen():
+    model = filled(make_functional)
+    conv = model.get_layer("conv4")
+    conv.kernel.trainable = False
+    change(model)
+    assert trained(conv) == {"bias", "offset_kernel", "offset_bias"}
+    conv = model.get_layer("conv2")
+    assert trained(conv) == {"kernel", "bias", "offset_kernel", "offset_bias"}
+
+
+def test_train_only_refuses(refused):
+    model = filled(make_functional)
+    for what, error, match in (
+        (3, TypeError, "`what` to be"),
+        ("offsets", ValueError, "names none of the"),
+        ("nothing like it", ValueError, "names none of the"),
+        ("c8-c9", ValueError, "names none of the"),
+        ("(", ValueError, "regular expressions"),
+    ):
+        refused(
+            model, error, match, lambda m, what=what: tf_deform.train_only(m, what)
+        )
+    with pytest.raises(TypeError, match="`model` to be a model"):
+        tf_deform.train_only(None)
+    change(model)
+    model.compile("sgd", "mean_squared_error")
+    model.fit(images(), np.zeros((2, 3)), verbose=0)
+    refused(model, ValueError, "has taken steps", tf_deform.train_only)
+
+
+def test_layers_with_several_strides():
+    """Tests that a head on a pyramid counts as none of the stages."""
+    model = filled(make_pyramid)
+    report = change(model, stages="c0-")
+    assert "shared_head" not in {one.path for one in report.changed}
+    assert len(report.changed) == 5
+    before = run(model)
+    report = change(model, layers="shared_head")
+    assert [one.stride for one in report.changed] == [0]
+    assert_near(run(model), before)
+
+
+def test_unknown_sizes():
+    image = keras.Input((None, None, 3))
+    x = layers.Conv2D(4, 7, 4, padding="valid")(image)
+    x = layers.ZeroPadding2D(1)(layers.MaxPooling2D(2)(x))
+    x = layers.Conv2D(4, 3, name="c3")(x)
+    x = layers.Conv2D(4, 3, 2, padding="same", name="c4")(x)
+    model = keras.Model(image, head(x))
+    report = change(model)
+    assert [(one.path, one.stride) for one in report.changed] == [
+        ("c3", 8),
+        ("c4", 16),
+    ]
+
+
+def test_a_backbone_alone():
+    """Tests a model that names its backbone, as KerasHub's tasks do."""
+    backbone = filled(make_sequential)
+    image = keras.Input((32, 40, 3))
+    x = backbone.layers[0](image)
+    for layer in backbone.layers[1:-1]:
+        x = layer(x)
+    x = layers.Conv2D(4, 3, padding="same", name="head_conv")(x)
+    model = keras.Model(image, x)
+    assert len(change(keras.models.clone_model(model)).changed) == 3
+    model.backbone = backbone
+    assert len(change(model).changed) == 2
+
+
+def test_shared_layers_stay_shared():
+    model = filled(make_shared)
+    change(model)
+    shared = model.get_layer("shared")
+    assert len([x for x in model.weights if x is shared.offset_kernel]) == 1

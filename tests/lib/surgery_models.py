@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes models of every kind that `make_deformable` is to change."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tf_deform._keras import KERAS_2, keras
+
+layers = keras.layers
+SIZE = (32, 40, 3)
+
+
+def chain(x, prefix=""):
+    """Adds convolutions of the strides 2, 4, 8, 8 (1x1) and 16."""
+    for index, (filters, kernel, strides) in enumerate(
+        [(4, 3, 2), (6, 5, 2), (8, 3, 2), (6, 1, 1), (5, (1, 3), 2)]
+    ):
+        x = layers.Conv2D(
+            filters,
+            kernel,
+            strides,
+            padding="same",
+            use_bias=index != 1,
+            name=f"{prefix}conv{index}",
+        )(x)
+        x = layers.BatchNormalization(name=f"{prefix}bn{index}")(x)
+        x = layers.Activation("tanh")(x)
+    return x
+
+
+def head(x):
+    return layers.Dense(3, name="head")(layers.GlobalAveragePooling2D()(x))
+
+
+def make_functional():
+    image = keras.Input(SIZE)
+    return keras.Model(image, head(chain(image)))
+
+
+def make_sequential():
+    model = keras.Sequential([keras.Input(SIZE)])
+    for strides in (2, 2, 2, 2):
+        model.add(layers.Conv2D(4, 3, strides, padding="same"))
+    model.add(layers.GlobalAveragePooling2D())
+    return model
+
+
+def make_nested():
+    """Makes a model in a model in a model."""
+    image = keras.Input(SIZE)
+    inner = keras.Model(image, chain(image), name="inner")
+    outer = keras.Sequential([keras.Input(SIZE), inner], name="outer")
+    image = keras.Input(SIZE)
+    return keras.Model(image, head(outer(image)))
+
+
+def make_shared():
+    """Makes a layer that is called twice at one stride."""
+    image = keras.Input(SIZE)
+    x = layers.Conv2D(4, 3, 8, padding="same")(image)
+    shared = layers.Conv2D(4, 3, padding="same", name="shared")
+    return keras.Model(image, head(shared(layers.ReLU()(shared(x)))))
+
+
+def make_pyramid():
+    """Makes a shared head on maps of several strides, as detectors have."""
+    image = keras.Input(SIZE)
+    maps, x = [], image
+    for level in range(1, 6):
+        x = layers.Conv2D(4, 3, 2, padding="same", name=f"c{level}")(x)
+        maps.append(x)
+    top = layers.Conv2D(4, 1, name="lateral")(maps[4])
+    fine = layers.Conv2D(4, 1, name="lateral_of_c4")(maps[3])
+    finer = layers.Add()([layers.Cropping2D(((0, 0), (0, 1)))(layers.UpSampling2D(2)(top)), fine])
+    shared = layers.Conv2D(4, 3, padding="same", name="shared_head")
+    return keras.Model(image, [shared(finer), shared(top)])
+
+
+def _register(kind):
+    return keras.saving.register_keras_serializable("surgery_models")(kind)
+
+
+@_register
+class Block(layers.Layer):
+    """Holds convolutions as attributes, in a list and in a dictionary."""
+
+    def __init__(self, filters, **kwargs):
+        super().__init__(**kwargs)
+        self.filters = filters
+        self.first = layers.Conv2D(filters, 3, padding="same", name="same_name")
+        self.more = [layers.Conv2D(filters, 3, padding="same", name="in_list")]
+        self.last = {"one": layers.Conv2D(filters, 3, padding="same")}
+
+    def build(self, shape):
+        for each in (self.first, *self.more, self.last["one"]):
+            each.build(shape)
+            shape = (*shape[:-1], self.filters)
+        self.built = True
+
+    def call(self, x):
+        return self.last["one"](self.more[0](self.first(x)))
+
+    def compute_output_shape(self, shape):
+        return (*shape[:-1], self.filters)
+
+    def get_config(self):
+        return {**super().get_config(), "filters": self.filters}
+
+
+def make_composite():
+    """Makes a functional model of layers that hold layers."""
+    image = keras.Input(SIZE)
+    x = layers.Conv2D(4, 3, 8, padding="same", name="stem")(image)
+    for _ in range(2):
+        x = Block(4)(x)
+    return keras.Model(image, head(x))
+
+
+@_register
+class Subclassed(keras.Model):
+    """Makes its own layers, a functional model among them."""
+
+    def __init__(self, filters=4, **kwargs):
+        super().__init__(**kwargs)
+        self.filters = filters
+        self.stem = layers.Conv2D(filters, 3, 8, padding="same")
+        self.block = Block(filters)
+        image = keras.Input((4, 5, filters))
+        x = layers.Conv2D(filters, 3, padding="same", name="same_name")(image)
+        self.inner = keras.Model(image, x)
+        self.top = keras.Sequential([layers.Conv2D(3, 3, padding="same")])
+
+    def call(self, x):
+        return self.top(self.inner(self.block(self.stem(x))))
+
+    def get_config(self):
+        return {"name": self.name, "filters": self.filters}
+
+
+def make_subclassed():
+    model = Subclassed()
+    model(np.zeros((1, *SIZE), "float32"))
+    return model
+
+
+# How many layers of each are c3 to c5.
+MAKERS = {
+    make_functional: 2,
+    make_sequential: 2,
+    make_nested: 2,
+    make_shared: 2,
+    make_pyramid: 3,
+    make_composite: 7,
+    make_subclassed: 6,
+}
+
+
+def filled(make):
+    """Returns a model whose weights all differ from zero and one another."""
+    model = make()
+    rng = np.random.default_rng(0)
+    for weight in model.weights:
+        low = 0.5 if "variance" in weight.name else -0.3
+        values = rng.uniform(low, low + 0.6, weight.shape)
+        weight.assign(values.astype("float32"))
+    return model
+
+
+def images(count=2):
+    return np.random.default_rng(1).normal(size=(count, *SIZE)).astype("float32")
+
+
+def run(model):
+    """Returns a model's outputs, as one array."""
+    outputs = model(images())
+    outputs = outputs if isinstance(outputs, (list, tuple)) else [outputs]
+    return np.concatenate([np.reshape(each, -1) for each in outputs])
+
+
+def displace(model, scale=0.3):
+    """Sets branches that displace, and differ."""
+    rng = np.random.default_rng(2)
+    for weight in model.weights:
+        path = weight.name if KERAS_2 else weight.path
+        if "offset" in path.split("/")[-1]:
+            weight.assign(rng.normal(scale=scale, size=weight.shape))
