@@ -85,7 +85,7 @@ def test_a_model_stays_what_it_is(make):
     assert total == model.count_params()
     assert total - count == sum(one.weights for one in report.changed)
     displace(model)
-    assert np.abs(run(model) - before).max() > 1e-3
+    assert np.abs(run(model) - before).max() > 1e-3 * np.abs(before).max()
 
 
 @every_model
@@ -362,9 +362,9 @@ if kind == "keras":
     model = keras.models.load_model(f"{folder}/model.keras")
 else:
     import tensorflow as tf
-    model = tf.saved_model.load(f"{folder}/saved").serve
+    model = tf.saved_model.load(f"{folder}/saved")
 images = np.load(f"{folder}/images.npy")
-outputs = model(images)
+outputs = (model if kind == "keras" else model.serve)(images)
 outputs = outputs if isinstance(outputs, (list, tuple)) else [outputs]
 if isinstance(outputs[0], dict):
     outputs = outputs[0].values()
@@ -402,14 +402,13 @@ def test_exports(make, tmp_path, run_python_as_it_is):
     model = filled(make)
     change(model)
     displace(model)
-    native = op_library() is not None
+    options = {"image_bytes": False, "sample": images(), "verbose": False}
+    if make is make_subclassed:
+        spec = tf.TensorSpec((None, *images().shape[1:]), tf.float32)
+        options["input_signature"] = [spec]
+    implementation = "native" if op_library() is not None else "portable"
     tf_deform.export.saved_model(
-        model,
-        tmp_path / "saved",
-        "native" if native else "portable",
-        image_bytes=False,
-        sample=images(),
-        verbose=False,
+        model, tmp_path / "saved", implementation, **options
     )
     np.save(tmp_path / "images.npy", images())
     run_python_as_it_is(RELOAD, tmp_path, "saved", "")
@@ -510,7 +509,11 @@ def test_train_parts():
         ("all", True, every),
         ("all", False, every | norms),
         ("c4-", True, {"conv4", "head"}),
-        ("c3-", False, {"conv2", "bn2", "conv3", "bn3", "conv4", "bn4", "head"}),
+        (
+            "c3-",
+            False,
+            {"conv2", "bn2", "conv3", "bn3", "conv4", "bn4", "head"},
+        ),
         ("c3", True, {"conv2", "conv3"}),
         ("c1-c2", False, {"conv0", "bn0", "conv1", "bn1"}),
         ("conv[01]|head", True, {"conv0", "conv1", "head"}),
@@ -563,7 +566,10 @@ def test_train_only_refuses(refused):
         ("(", ValueError, "regular expressions"),
     ):
         refused(
-            model, error, match, lambda m, what=what: tf_deform.train_only(m, what)
+            model,
+            error,
+            match,
+            lambda m, what=what: tf_deform.train_only(m, what),
         )
     with pytest.raises(TypeError, match="`model` to be a model"):
         tf_deform.train_only(None)

@@ -72,7 +72,9 @@ def make_pyramid():
         maps.append(x)
     top = layers.Conv2D(4, 1, name="lateral")(maps[4])
     fine = layers.Conv2D(4, 1, name="lateral_of_c4")(maps[3])
-    finer = layers.Add()([layers.Cropping2D(((0, 0), (0, 1)))(layers.UpSampling2D(2)(top)), fine])
+    finer = layers.Add()(
+        [layers.Cropping2D(((0, 0), (0, 1)))(layers.UpSampling2D(2)(top)), fine]
+    )
     shared = layers.Conv2D(4, 3, padding="same", name="shared_head")
     return keras.Model(image, [shared(finer), shared(top)])
 
@@ -168,7 +170,9 @@ def filled(make):
 
 
 def images(count=2):
-    return np.random.default_rng(1).normal(size=(count, *SIZE)).astype("float32")
+    return (
+        np.random.default_rng(1).normal(size=(count, *SIZE)).astype("float32")
+    )
 
 
 def run(model):
@@ -178,7 +182,7 @@ def run(model):
     return np.concatenate([np.reshape(each, -1) for each in outputs])
 
 
-def displace(model, scale=0.3):
+def displace(model, scale=1.0):
     """Sets branches that displace, and differ."""
     rng = np.random.default_rng(2)
     for weight in model.weights:

@@ -9,4 +9,10 @@ from tf_deform.models._surgery import (
 )
 from tf_deform.models._training import train_only
 
-__all__ = ["Surgery", "deformable_layers", "make_deformable", "set_output_stride", "train_only"]
+__all__ = [
+    "Surgery",
+    "deformable_layers",
+    "make_deformable",
+    "set_output_stride",
+    "train_only",
+]

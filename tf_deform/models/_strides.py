@@ -18,7 +18,7 @@ from tf_deform._keras import keras
 # Pixels, of sizes that a model leaves open. Strides come out as they are with
 # any size that is large beside them.
 _SIZE = 256
-LAST = 9  # the coarsest stage that a text can name
+OPEN = 99  # ends a range of stages that has no end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,27 +81,39 @@ def measure(model: Any) -> list[Call]:
 
 
 def _calls(found: Sequence[tuple[Any, Any, Any]]) -> Iterator[Call]:
-    size = None
+    levels: dict[tuple[int, int], int] = {}
     coarsest = 0
     is_inside = True
     for layer, inputs, outputs in found:
         sizes = [_spatial(layer, value) for value in (inputs, outputs)]
         if None in sizes:
             continue
-        if size is None:
-            size = sizes[0]
-        before, after = (_level(size, each) for each in sizes)
+        if not levels:
+            levels[sizes[0]] = 0
+        before = _level(levels, sizes[0], next(iter(levels)))
+        after = _level(levels, sizes[1], sizes[0])
         # A model's own call comes after those of its layers.
-        is_leaf = not _keras.sublayers(layer)
-        if is_leaf and is_convolution(layer):
+        if is_convolution(layer) and not _keras.sublayers(layer):
             is_inside = is_inside and after >= coarsest
             coarsest = max(coarsest, after)
         yield Call(layer, before, after, is_inside)
 
 
-def _level(size: Sequence[int], map_size: Sequence[int]) -> int:
-    ratio = max(map_size) and max(size) / max(map_size)
-    return round(math.log2(ratio)) if ratio else 0
+def _level(
+    levels: dict[tuple[int, int], int],
+    size: tuple[int, int],
+    known: tuple[int, int],
+) -> int:
+    """Returns the level of maps of a size, beside that of a known one.
+
+    Maps grow coarser step by step: of 40 pixels, stride 32 leaves 2, and not
+    1.25, while the last step from 3 to 2 is one of 2.
+    """
+    if size not in levels:
+        ratio = max(known) / max(*size, 1)
+        step = round(math.log2(ratio)) if ratio else 0
+        levels[size] = levels[known] + step
+    return levels[size]
 
 
 def _spatial(layer: Any, value: Any) -> tuple[int, int] | None:
@@ -119,7 +131,6 @@ def is_convolution(layer: Any) -> bool:
     """Tells whether a layer is any kind of two-dimensional convolution."""
     size = getattr(layer, "kernel_size", None)
     return isinstance(size, (tuple, list)) and len(size) == 2
-
 
 
 def _signature(model: Any) -> Any:
@@ -143,7 +154,9 @@ def _signature(model: Any) -> Any:
 def _spec(value: Any) -> tf.TensorSpec:
     shape = list(value.shape)
     sizes = [1] + [_SIZE] * (len(shape) - 1)
-    known = [size if known is None else known for size, known in zip(sizes, shape)]
+    known = [
+        size if known is None else known for size, known in zip(sizes, shape)
+    ]
     return tf.TensorSpec(known, value.dtype)
 
 
@@ -155,5 +168,6 @@ def parse(stages: Any) -> range | None:
     if not found:
         return None
     first, rest, last = found.groups()
-    last = last or (LAST if rest else first)
-    return range(int(first), int(last) + 1)
+    if rest and not last:
+        return range(int(first), OPEN)
+    return range(int(first), int(last or first) + 1)

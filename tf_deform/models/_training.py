@@ -68,6 +68,9 @@ def train_only(
             f"layers inside of them. Received: {what!r}, which leaves out "
             f"{names} alone. Name them too"
         )
+    # Keras 3 on TensorFlow leaves the layers of a model as they are where its
+    # flag does not change.
+    model.trainable = False
     model.trainable = True
     for layer in leaves:
         if isinstance(layer, DeformableConv2D):
@@ -105,7 +108,7 @@ def _of_stages(
         if call.is_inside and _strides.is_convolution(call.layer):
             stage = max(stage, call.after)
         stages.setdefault(id(call.layer), stage if call.is_inside else math.inf)
-    is_open = wanted.stop > _strides.LAST
+    is_open = wanted.stop == _strides.OPEN
     return [
         layer
         for layer in leaves
