@@ -25,7 +25,7 @@ def chain(x, prefix=""):
             name=f"{prefix}conv{index}",
         )(x)
         x = layers.BatchNormalization(name=f"{prefix}bn{index}")(x)
-        x = layers.Activation("tanh")(x)
+        x = layers.Activation("softplus")(x)
     return x
 
 
