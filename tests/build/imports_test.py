@@ -29,7 +29,7 @@ FLOORS = (
     {"_keras"},
     {"layers"},
     {"training"},
-    {"_plain_weights", "export"},
+    {"_plain_weights", "export", "visualization"},
     {""},
     {"__main__"},
 )

@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shows where deformable layers look.
+
+`import tf_deform` does not import this package; it is imported when
+`tf_deform.visualization` is used. Pictures need Matplotlib, which the extra
+`tf-deform[plots]` brings; nothing else does.
+"""
+
+from tf_deform.visualization._sampling import (
+    sampling_locations,
+    sampling_modulation,
+)
+
+__all__ = [
+    "sampling_locations",
+    "sampling_modulation",
+]
