@@ -136,17 +136,18 @@ def _locate(
     offset: tf.Tensor | None,
     modulator: tf.Tensor | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    size = tuple(inputs.shape[1:3])
-    out = out_size(layer, size)
-    starts = [-before for before, _ in paddings(layer, size)]
-    axes = [
-        start
-        + stride * np.arange(cells)[:, None]
-        + rate * np.arange(taps)[None, :]
-        for start, stride, cells, rate, taps in zip(
-            starts, layer.strides, out, layer.dilation_rate, layer.kernel_size
+    window = (layer.kernel_size, layer.strides, layer.dilation_rate)
+    size = inputs.shape[1:3]
+    axes = []
+    for pixels, (before, after), taps, stride, rate in zip(
+        size, paddings(layer.padding, size, *window), *window
+    ):
+        span = rate * (taps - 1) + 1
+        cells = max((pixels + before + after - span) // stride + 1, 0)
+        axes.append(
+            stride * np.arange(cells)[:, None] + rate * np.arange(taps) - before
         )
-    ]
+    out = tuple(len(axis) for axis in axes)
     rows, columns = layer.kernel_size
     # (out_h, out_w, kernel_h, kernel_w) of each axis.
     y = np.broadcast_to(axes[0][:, None, :, None], (*out, rows, columns))
@@ -164,39 +165,25 @@ def _array(value: Any) -> np.ndarray:
     return np.asarray(value, "float64")
 
 
-def paddings(layer: Any, size: Sequence[int]) -> list[Pair]:
-    """Returns a convolution's padding in pixels, (before, after) per axis."""
-    if layer.padding == "valid":
+def paddings(
+    padding: Any,
+    size: Sequence[int],
+    taps: Sequence[int],
+    strides: Sequence[int],
+    rates: Sequence[int],
+) -> list[Pair]:
+    """Returns a window's padding in pixels, (before, after) per axis."""
+    if padding == "valid":
         return [(0, 0), (0, 0)]
-    if layer.padding != "same":
-        return list(layer.padding)
+    if padding != "same":
+        return list(padding)
     result = []
-    for pixels, taps, stride, rate in zip(
-        size, layer.kernel_size, layer.strides, layer.dilation_rate
-    ):
+    for pixels, count, stride, rate in zip(size, taps, strides, rates):
         cells = -(-pixels // stride)
-        spare = (cells - 1) * stride + rate * (taps - 1) + 1 - pixels
+        spare = (cells - 1) * stride + rate * (count - 1) + 1 - pixels
         before = max(spare, 0) // 2
         result.append((before, max(spare, 0) - before))
     return result
-
-
-def out_size(layer: Any, size: Sequence[int]) -> Pair:
-    """Returns height and width of a convolution's output."""
-    found = []
-    for pixels, taps, stride, rate, added in zip(
-        size,
-        layer.kernel_size,
-        layer.strides,
-        layer.dilation_rate,
-        paddings(layer, size),
-    ):
-        span = rate * (taps - 1) + 1
-        if layer.padding == "same":
-            found.append(-(-pixels // stride))
-        else:
-            found.append(max((pixels + sum(added) - span) // stride + 1, 0))
-    return (found[0], found[1])
 
 
 def is_convolution(layer: Any) -> bool:
