@@ -6,12 +6,14 @@
 `tf-deform[plots]` brings; nothing else does.
 """
 
+from tf_deform.visualization._explorer import explorer
 from tf_deform.visualization._sampling import (
     sampling_locations,
     sampling_modulation,
 )
 
 __all__ = [
+    "explorer",
     "sampling_locations",
     "sampling_modulation",
 ]

@@ -164,7 +164,7 @@ def walk(model: Any, images: tf.Tensor, layers: Any = None) -> list[Call]:
             layers on maps of the whole image.
     """
     wanted, complaint = choose(model, layers)
-    walker = _Walker(wanted, images, _map_size(model, images))
+    walker = _Walker(wanted, images, map_size(model, images))
     original = keras.layers.Layer.__call__
 
     def record(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -273,7 +273,7 @@ class _Walker:
         found = []
         for value in tf.nest.flatten(values):
             if isinstance(value, (tf.Tensor, tf.Variable)):
-                size = _map_size(layer, value)
+                size = map_size(layer, value)
                 if size is not None and value.shape[0] == self._batch:
                     found.append((value, size))
         return found
@@ -304,7 +304,7 @@ class _Walker:
         self._by_size[found.size] = self._latest = found
 
 
-def _map_size(layer: Any, value: Any) -> tuple[int, int] | None:
+def map_size(layer: Any, value: Any) -> tuple[int, int] | None:
     shape = value.shape
     if shape.rank != 4:
         return None
