@@ -28,7 +28,7 @@ FLOORS = (
     {"ops"},
     {"_keras"},
     {"layers"},
-    {"training"},
+    {"models", "training"},
     {"_plain_weights", "export", "visualization"},
     {""},
     {"__main__"},

@@ -19,8 +19,12 @@ from tf_deform._keras import keras
 from tf_deform.visualization import _walk
 
 _TEMPLATE = pathlib.Path(__file__).with_name("explorer.html")
-# Fields are rounded to 8 bits where the page would be larger with 16.
+# Places are rounded to so many pixels of the photograph, to the next number if
+# the page would be larger.
 _LARGEST = 5_000_000
+_PRECISIONS = (1 / 16, 1 / 4, 1)
+_WEIGHT_STEP = 1 / 128
+_MOST = 2**15 - 1
 _QUALITY = 85  # of the photographs, as JPEG
 
 
@@ -43,8 +47,8 @@ def explorer(
 
         tf_deform.visualization.explorer(model, images, "explorer.html")
 
-    Locations and weights are rounded to 16 bits, or to 8 where the page would
-    be larger than 5 MB; the page tells by how much.
+    Locations are rounded, to 1/16 pixel, or to up to a pixel where the page
+    would be larger than 5 MB; the page tells by how much.
 
     Args:
         model: A built model with one input.
@@ -71,9 +75,10 @@ def explorer(
     images = _walk.to_images(images)
     shown = _photos(images, photos)
     calls = _walk.walk(model, images, layers)
-    page = _page(calls, shown, title, 16)
-    if len(page) > _LARGEST:
-        page = _page(calls, shown, title, 8)
+    for precision in _PRECISIONS:
+        page = _page(calls, shown, title, precision)
+        if len(page) <= _LARGEST:
+            break
     with _files.writing(path) as target:
         target.write_text(page, encoding="utf-8")
 
@@ -104,25 +109,30 @@ def _photos(images: tf.Tensor, photos: Any) -> np.ndarray:
 
 
 def _page(
-    calls: Sequence[_walk.Call], photos: np.ndarray, title: str, bits: int
+    calls: Sequence[_walk.Call],
+    photos: np.ndarray,
+    title: str,
+    precision: float,
 ) -> str:
-    largest = 2 ** (bits - 1) - 1
     layers, fields = [], []
     for call in calls:
         taps = _taps(call.layer)
         regular = call.inputs.cells(call.outputs.place(_cells(call.size)))
         moved = call.locations - (regular[:, :, None, None, :] + taps)
-        steps = [_step(x, largest) for x in (moved, call.modulation)]
+        pixels = precision / max(call.inputs.step)
+        steps = [_step(moved, pixels), _step(call.modulation, _WEIGHT_STEP)]
         weights = call.modulation[..., None] / steps[1]
         values = np.concatenate((moved / steps[0], weights), -1)
         # Neighbours are alike, and compressed best side by side.
-        fields.append(_whole(np.transpose(values, (0, 5, 3, 4, 1, 2)), largest))
+        fields.append(_whole(np.transpose(values, (0, 5, 3, 4, 1, 2))))
         layers.append(
             {
                 "name": call.name,
                 "size": call.size,
                 "start": call.outputs.start,
                 "step": call.outputs.step,
+                "inputStart": call.inputs.start,
+                "inputSize": call.input_size,
                 "scale": call.inputs.step,
                 "groups": call.locations.shape[3],
                 "taps": taps.tolist(),
@@ -133,7 +143,6 @@ def _page(
         )
     data = {
         "title": title,
-        "bits": bits,
         "layers": layers,
         "height": photos.shape[1],
         "width": photos.shape[2],
@@ -143,9 +152,7 @@ def _page(
                     tf.io.encode_jpeg(photo, quality=_QUALITY).numpy()
                 ),
                 "fields": _base64(
-                    zlib.compress(
-                        b"".join(each[index].tobytes() for each in fields), 9
-                    )
+                    _compressed([each[index] for each in fields])
                 ),
             }
             for index, photo in enumerate(photos)
@@ -169,16 +176,22 @@ def _taps(layer: Any) -> np.ndarray:
     return np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 2)
 
 
-def _step(values: np.ndarray, largest: int) -> float:
-    """Returns the number of which values are whole multiples, rounded."""
+def _step(values: np.ndarray, wanted: float) -> float:
+    """Returns the number of which 16-bit numbers are multiples."""
     finite = np.where(np.isfinite(values), abs(values), 0)
-    return float(finite.max(initial=0)) / largest or 1.0
+    return max(float(finite.max(initial=0)) / _MOST, wanted)
 
 
-def _whole(values: np.ndarray, largest: int) -> np.ndarray:
+def _whole(values: np.ndarray) -> np.ndarray:
     """Returns whole numbers; what is no number becomes the least one."""
-    values = np.where(np.isfinite(values), np.rint(values), -largest - 1)
-    return values.astype("<i2" if largest > 127 else "i1")
+    values = np.where(np.isfinite(values), np.rint(values), -_MOST - 1)
+    return values.astype("<i2")
+
+
+def _compressed(fields: Sequence[np.ndarray]) -> bytes:
+    """Compresses numbers: low bytes first, as high bytes are mostly alike."""
+    content = np.concatenate([each.reshape(-1) for each in fields])
+    return zlib.compress(content.view("u1").reshape(-1, 2).T.tobytes(), 9)
 
 
 def _base64(content: bytes) -> str:

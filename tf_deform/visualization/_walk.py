@@ -21,7 +21,7 @@ from tf_deform.ops._arguments import received
 from tf_deform.visualization import _sampling
 
 # A layer that is measured is asked for the places that so many cells read, in
-# the middle of its map: of a map that is enlarged 16 times, those of two pixels.
+# the middle: of a map that is enlarged 16 times, the cells of two pixels.
 _CELLS = 32
 
 
