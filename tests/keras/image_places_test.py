@@ -131,10 +131,10 @@ def test_models_of_every_kind(make):
     names = [call.name for call in calls]
     assert len(set(names)) == len(names)
     if make.__name__ == "make_shared":
-        assert names[2] == f"{names[1]} (call 2)"
+        assert names[2] == f"{names[1]} (2)"
     if make.__name__ == "make_pyramid":
         by_name = dict(zip(names, calls))
-        heads = [by_name[f"shared_head{x}"] for x in ("", " (call 2)")]
+        heads = [by_name[f"shared_head{x}"] for x in ("", " (2)")]
         # The second comes after the first, and is not made of it.
         assert {names[call.previous] for call in heads} <= {
             "lateral",

@@ -332,7 +332,7 @@ def test_the_page_asks_for_nothing(opened, page):
 def test_groups_and_what_is_no_number(browser, tmp_path):
     model = make_model(modulation=None, offset_groups=1)
     last = tf_deform.deformable_layers(model)[-1]
-    bias = np.array(last.offset_bias)
+    bias = keras.ops.convert_to_numpy(last.offset_bias).copy()
     bias[:2] = np.nan, np.inf
     last.offset_bias.assign(bias)
     path = tmp_path / "explorer.html"
@@ -380,7 +380,7 @@ def test_wrong_arguments_leave_no_file(tmp_path):
     refused(ValueError, "without zeros", model, images[:0], path)
     refused(TypeError, "Expected `path`", model, images, 3)
     refused(TypeError, "Expected `title`", model, images, path, title=3)
-    match = "Expected `photos` to be .* Received: photos.shape"
+    match = "Expected photographs to be .* Received: shape"
     refused(ValueError, match, model, images, path, photos=images[:, 1:])
     match = "Expected `layers` to name .* Received: 'none'"
     refused(ValueError, match, model, images, path, layers="none")
@@ -389,4 +389,6 @@ def test_wrong_arguments_leave_no_file(tmp_path):
     refused(ValueError, match, plain, np.zeros((1, 8, 8, 3)), path)
     unbuilt = keras.Sequential([keras.layers.Conv2D(2, 3)])
     refused(ValueError, "no weights yet", unbuilt, images, path)
-    refused(FileNotFoundError, "", model, images, tmp_path / "no" / "x.html")
+    refused(
+        FileNotFoundError, "No such", model, images, tmp_path / "no" / "x.html"
+    )

@@ -73,7 +73,7 @@ def explorer(
         raise TypeError(f"Expected `title` to be a str. Received: {title!r}")
     _walk.choose(model, layers)
     images = _walk.to_images(images)
-    shown = _photos(images, photos)
+    shown = _walk.photographs(images, photos)
     calls = _walk.walk(model, images, layers)
     for precision in _PRECISIONS:
         page = _page(calls, shown, title, precision)
@@ -81,31 +81,6 @@ def explorer(
             break
     with _files.writing(path) as target:
         target.write_text(page, encoding="utf-8")
-
-
-def _photos(images: tf.Tensor, photos: Any) -> np.ndarray:
-    """Returns what is shown, uint8."""
-    height, width = _walk.map_size(None, images)
-    count = images.shape[0]
-    if photos is not None:
-        photos = np.asarray(photos)
-        sizes = [(count, height, width, channels) for channels in (1, 3)]
-        if photos.shape not in sizes or photos.dtype.kind not in "uif":
-            raise ValueError(
-                "Expected `photos` to be numbers of the shape "
-                f"({count}, {height}, {width}, 1 or 3). Received: "
-                f"photos.shape={photos.shape}, dtype={photos.dtype}"
-            )
-    else:
-        photos = np.asarray(tf.cast(images, tf.float32))
-        if keras.backend.image_data_format() == "channels_first":
-            photos = np.moveaxis(photos, 1, -1)
-        if photos.shape[-1] not in (1, 3):
-            photos = photos.mean(-1, keepdims=True)
-        if photos.min() < 0 or photos.max() > 255 or photos.max() <= 1:
-            photos = photos - photos.min()
-            photos = photos * (255 / max(photos.max(), 1e-12))
-    return np.clip(np.rint(photos), 0, 255).astype("uint8")
 
 
 def _page(

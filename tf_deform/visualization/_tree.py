@@ -65,7 +65,8 @@ def _level(call: Call, weights: np.ndarray, image: int) -> Level:
     where = np.nonzero(weights)
     locations = call.locations[image][where].reshape(-1, 2)
     factors = abs(call.modulation[image][where])
-    factors = factors.reshape(len(factors), -1) / np.prod(factors.shape[1:])
+    count = np.prod(factors.shape[1:])
+    factors = factors.reshape(-1, count) / count
     shares = (weights[where][:, None] * factors).reshape(-1)
     inside = ((locations > -1) & (locations < call.input_size)).all(-1)
     inside &= shares > 0

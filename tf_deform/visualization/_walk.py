@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import weakref
 from collections.abc import Callable, Sequence
@@ -57,7 +58,7 @@ class Call:
 
     Attributes:
         layer: The convolution.
-        name: Its path, with a number from its second call on.
+        name: Its path, with a number where it comes again.
         inputs, outputs: Where the cells of its input and of its output lie in
             the image.
         input_size: (height, width) of the input.
@@ -81,6 +82,12 @@ class Call:
     def size(self) -> tuple[int, int]:
         """Returns height and width of the output."""
         return self.locations.shape[1:3]
+
+    def nearest(self, point: Sequence[float]) -> tuple[int, int]:
+        """Returns the cell of the output that is nearest to a point."""
+        cells = np.floor(self.outputs.cells(point) + 0.5)
+        row, column = np.clip(cells, 0, np.array(self.size) - 1)
+        return (int(row), int(column))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +158,43 @@ def to_images(images: Any, rank: int = 4) -> tf.Tensor:
     return images if rank == 4 else images[None]
 
 
+def photographs(images: tf.Tensor, photos: Any = None) -> np.ndarray:
+    """Returns what is shown for images, `(batch, height, width, 1 or 3)`.
+
+    Raises:
+        ValueError: `photos` do not fit the images.
+    """
+    if photos is not None:
+        height, width = map_size(None, images)
+        return check_photos(photos, (images.shape[0], height, width))
+    photos = np.asarray(tf.cast(images, tf.float32))
+    if keras.backend.image_data_format() == "channels_first":
+        photos = np.moveaxis(photos, 1, -1)
+    if photos.shape[-1] not in (1, 3):
+        photos = photos.mean(-1, keepdims=True)
+    # Values that are no colours are spread from black to white.
+    if photos.min() < 0 or photos.max() > 255 or photos.max() <= 1:
+        photos = photos - photos.min()
+        photos = photos * (255 / max(photos.max(), 1e-12))
+    return _to_bytes(photos)
+
+
+def check_photos(photos: Any, shape: tuple[int, ...]) -> np.ndarray:
+    photos = np.asarray(photos)
+    shapes = [(*shape, channels) for channels in (1, 3)]
+    if photos.shape not in shapes or photos.dtype.kind not in "uif":
+        raise ValueError(
+            f"Expected photographs to be numbers of the shape {shapes[0]} or "
+            f"{shapes[1]}. Received: shape={photos.shape}, "
+            f"dtype={photos.dtype}"
+        )
+    return _to_bytes(photos)
+
+
+def _to_bytes(photos: np.ndarray) -> np.ndarray:
+    return np.clip(np.rint(photos), 0, 255).astype("uint8")
+
+
 def walk(model: Any, images: tf.Tensor, layers: Any = None) -> list[Call]:
     """Returns the calls of a model's convolutions on images, in their order.
 
@@ -198,6 +242,7 @@ class _Walker:
         size: tuple[int, int],
     ) -> None:
         self.calls: list[Call] = []
+        self._names: collections.Counter = collections.Counter()
         self._wanted = wanted
         self._batch = images.shape[0]
         # Tensors have no hash; an id is a tensor's while it lives.
@@ -235,8 +280,9 @@ class _Walker:
         locations, modulation = _sampling.sample(layer, **given)
         grid = _window(layer, source.size).within(source.grid)
         name = _keras.path_of(layer)
-        count = sum(call.layer is layer for call in self.calls)
-        name += f" (call {count + 1})" if count else ""
+        self._names[name] += 1
+        if self._names[name] > 1:
+            name += f" ({self._names[name]})"
         self.calls.append(
             Call(
                 layer,
