@@ -5,7 +5,7 @@
 - `tf_deform.ops`: functions of tensors, with gradients.
 - `tf_deform.make_deformable`: a model's convolutions made deformable, in place.
 - `tf_deform.training`: an optimizer with a learning rate for offsets.
-- `tf_deform.visualization`: pictures of where layers look, and a page to explore.
+- `tf_deform.visualization`: where layers look, in pictures and a page.
 - `tf_deform.export`: models as SavedModel, ONNX and LiteRT files.
 
 Displacements are pairs `(dy, dx)`, and maps are `(batch, height, width,
