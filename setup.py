@@ -186,7 +186,10 @@ setup(
     # TensorFlow.
     py_modules=["tf_deform_cli"],
     entry_points={"console_scripts": ["tf-deform = tf_deform_cli:main"]},
-    package_data={"tf_deform": ["py.typed"]},
+    package_data={
+        "tf_deform": ["py.typed"],
+        "tf_deform.visualization": ["explorer.html"],
+    },
     ext_modules=[]
     if LIBRARIES
     else [Extension("tf_deform.core", []), Extension("tf_deform.ops", [])],
@@ -211,16 +214,17 @@ setup(
             "ai-edge-litert>=2.3,<3",
             "ai-edge-quantizer>=0.10,<0.11",  # each is for one ai-edge-litert
         ],
+        "plots": ["matplotlib>=3.9,<4"],
         # It is for TensorFlow 2.15 alone, which is for Python 3.9 to 3.11.
         "addons": ["tensorflow==2.15.*", "tensorflow-addons==0.23.*"],
         "examples": [
             "scikit-learn>=1.5,<2",
             "scikit-image>=0.25,<0.27",
-            "matplotlib>=3.9,<4",
             "pillow>=11,<13",
             "scipy>=1.13,<2",
             "faster-coco-eval>=1.7,<2",
             "h5py>=3.11,<4",
+            "tf-deform[plots]",
             "tf-deform[onnx]",
             "tf-deform[litert]",
         ],
@@ -234,6 +238,7 @@ setup(
             "pytest-xdist>=3.8,<4",
             "nvidia-cuda-cuobjdump>=13,<14",  # reads what any nvcc made
             "sybil>=10,<11",
+            "selenium>=4.20,<5",  # the browser is Debian's, see .ci/run
             "tf-deform[docs]",
             "tf-deform[benchmark]",
             "tf-deform[examples]",

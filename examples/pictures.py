@@ -20,6 +20,8 @@ import matplotlib.pyplot as plt
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch, Rectangle
 
+from tf_deform import visualization
+
 # The colours stand for the background and ten digits.
 _COLORS = ListedColormap(["black", *plt.get_cmap("tab10").colors])
 
@@ -75,63 +77,6 @@ def draw_predictions(
     plt.close(figure)
 
 
-def sampling_locations(
-    model: keras.Model,
-    image: np.ndarray,
-    cell: tuple[int, int],
-    layer_names: tuple[str, ...],
-) -> np.ndarray:
-    """Returns where successive convolutions of stride 1 sample for one output.
-
-    The last layer reads its input at `K` locations; the layer before it reads
-    at `K` further locations to compute each of these, and so on. At a location
-    between cells the offsets of the nearest cell are used.
-
-    Args:
-        model: a model with one input.
-        image: `(height, width, 1)`, input of the model.
-        cell: row and column of the output of the last layer, in cells.
-        layer_names: successive `Conv2D` or `DeformableConv2D` layers of `model`
-            with stride 1, "same" padding and one offset group.
-
-    Returns:
-        `(n, 2)`, (y, x) in cells of the first layer's input. `n` is `K` to the
-        power of the number of layers, without samples that start outside of the
-        map.
-    """
-    layers = [model.get_layer(name) for name in layer_names]
-    inputs = keras.Model(model.input, [layer.input for layer in layers])
-    features = inputs(image[None])
-    locations = np.array([cell], dtype=float)
-    for layer, feature in zip(
-        reversed(layers), reversed(features), strict=True
-    ):
-        rows, columns = (
-            np.arange(size) - (size - 1) / 2 for size in layer.kernel_size
-        )
-        base = np.stack(np.meshgrid(rows, columns, indexing="ij"), axis=-1)
-        base = base.reshape(-1, 2) * layer.dilation_rate
-        height, width = feature.shape[1:3]
-        offset = np.zeros((height, width, len(base), 2))
-        if getattr(layer, "offset_kernel", None) is not None:
-            branch = keras.ops.conv(
-                feature,
-                layer.offset_kernel,
-                padding="same",
-                dilation_rate=layer.dilation_rate,
-            )
-            branch = branch + layer.offset_bias
-            branch = keras.ops.convert_to_numpy(branch)
-            # The displacements come first, (dy, dx) per tap; a modulation may
-            # follow.
-            offset = branch[0, ..., : 2 * len(base)].reshape(offset.shape)
-        nearest = np.rint(locations).astype(int)
-        inside = np.all((nearest >= 0) & (nearest < (height, width)), axis=1)
-        locations, (y, x) = locations[inside], nearest[inside].T
-        locations = (locations[:, None] + base + offset[y, x]).reshape(-1, 2)
-    return locations
-
-
 def draw_sampling(
     path: pathlib.Path,
     images: np.ndarray,
@@ -146,8 +91,7 @@ def draw_sampling(
         images: `(batch, height, width, 1)`, gray values 0 to 255.
         boxes: for each image one box `(x, y, width, height)` in pixels.
         models: models by name.
-        layer_names: see `sampling_locations`. The input of these layers must
-            come from two 3x3 convolutions of stride 2 with "same" padding.
+        layer_names: successive convolutions of each model.
     """
     figure, grid = plt.subplots(
         len(models),
@@ -159,14 +103,14 @@ def draw_sampling(
         for ax, image, (x, y, width, height) in zip(
             axes, images, boxes, strict=True
         ):
-            center = np.array((y + (height - 1) / 2, x + (width - 1) / 2))
-            # For an even size TensorFlow pads "same" at the end only. So cell i
-            # of such a convolution has its centre at pixel 2 i + 1, and cell i
-            # of two convolutions at pixel 2 (2 i + 1) + 1.
-            cell = np.rint((center - 3) / 4).astype(int)
-            cell = np.clip(cell, 0, np.array(image.shape[:2]) // 4 - 1)
-            points = 4 * sampling_locations(model, image, cell, layer_names) + 3
-            show(ax, image[..., 0], name if ax is axes[0] else "")
+            visualization.plot_sampling(
+                model,
+                image,
+                (y + (height - 1) / 2, x + (width - 1) / 2),
+                [model.get_layer(name) for name in layer_names],
+                ax=ax,
+            )
+            ax.set_title(name if ax is axes[0] else "", fontsize=9)
             ax.add_patch(
                 Rectangle(
                     (x - 0.5, y - 0.5),
@@ -177,12 +121,6 @@ def draw_sampling(
                     linewidth=0.8,
                 )
             )
-            ax.plot(points[:, 1], points[:, 0], "o", color="red", markersize=2)
-            ax.plot(4 * cell[1] + 3, 4 * cell[0] + 3, "+", color="cyan")
-            # Leaves a margin to show points outside of the image, which read
-            # zeros.
-            ax.set_xlim(-8.5, image.shape[1] + 7.5)
-            ax.set_ylim(image.shape[0] + 7.5, -8.5)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -5,6 +5,7 @@
 - `tf_deform.ops`: functions of tensors, with gradients.
 - `tf_deform.make_deformable`: a model's convolutions made deformable, in place.
 - `tf_deform.training`: an optimizer with a learning rate for offsets.
+- `tf_deform.visualization`: where layers look, in pictures and a page.
 - `tf_deform.export`: models as SavedModel, ONNX and LiteRT files.
 
 Displacements are pairs `(dy, dx)`, and maps are `(batch, height, width,
@@ -25,7 +26,7 @@ from tf_deform.models import (
 )
 
 if TYPE_CHECKING:
-    from tf_deform import export
+    from tf_deform import export, visualization
     from tf_deform._plain_weights import load_plain_weights
 
 __all__ = [
@@ -42,17 +43,22 @@ __all__ = [
     "set_output_stride",
     "train_only",
     "training",
+    "visualization",
 ]
 
 _tf2onnx.watch()
 
 
 def __getattr__(name: str) -> Any:
-    # Loading a model needs neither of the two: they are imported when used.
+    # Loading a model needs none of these: they are imported when used.
     if name == "export":
         import tf_deform.export as export  # `from` would come back to here.
 
         return export
+    if name == "visualization":
+        import tf_deform.visualization as visualization
+
+        return visualization
     if name == "load_plain_weights":
         from tf_deform._plain_weights import load_plain_weights
 

@@ -20,6 +20,7 @@ MODULES = {
     "tf_deform.layers": tf_deform.layers,
     "tf_deform.ops": tf_deform.ops,
     "tf_deform.training": tf_deform.training,
+    "tf_deform.visualization": tf_deform.visualization,
 }
 NAMES = [
     (module, name)

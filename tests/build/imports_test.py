@@ -28,8 +28,8 @@ FLOORS = (
     {"ops"},
     {"_keras"},
     {"layers"},
-    {"training"},
-    {"_plain_weights", "export"},
+    {"models", "training"},
+    {"_plain_weights", "export", "visualization"},
     {""},
     {"__main__"},
 )

@@ -52,6 +52,7 @@ def test_a_build_packs_no_library_of_an_earlier_one(tmp_path):
     subprocess.run([*command, tmp_path], cwd=ROOT, timeout=300, check=True)
     assert not list(package.glob("*.so"))
     assert (package / "py.typed").exists()
+    assert (package / "visualization/explorer.html").exists()
     assert (package / "_build_info.py").exists()
     assert (tmp_path / "tf_deform_cli.py").exists()
 
