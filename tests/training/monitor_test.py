@@ -82,9 +82,14 @@ def test_numbers(options):
     inputs = rng.normal(size=(2, 9, 11, 4)).astype(np.float32)
     image = keras.Input(inputs.shape[1:])
     model = keras.Model(image, layer(image))
+    # Samples at integers are at, not near, the edge of an image.
+    logs = monitored(model, inputs)
+    plain = tf.zeros_like(layer._run_branch(tf.constant(inputs)))
+    n = 2 * layer.offset_groups * np.prod(layer.kernel_size)
+    (outside,) = (logs[key] for key in logs if key.startswith("outside/"))
+    assert outside == share_outside(layer, inputs, plain[..., :n])
     displace(model, 0.5)
     logs = monitored(model, inputs)
-    n = 2 * layer.offset_groups * np.prod(layer.kernel_size)
     fields = layer._run_branch(tf.constant(inputs)).numpy()
     offset = fields[..., :n]
     length = np.linalg.norm(offset.reshape(-1, 2), axis=1)
@@ -261,6 +266,16 @@ class Compiled(layers.Layer):
         return self.inner.compute_output_shape(shape)
 
 
+def test_the_model_runs_as_in_inference():
+    model = small()
+    displace(model)
+    x = data(4)[0]
+    fields = model.get_layer("deformed")._run_branch(tf.constant(x)).numpy()
+    length = np.linalg.norm(fields[..., :18].reshape(-1, 2), axis=1)
+    logs = short(monitored(model, x))
+    assert logs["offset_mean"] == pytest.approx(length.mean(), rel=1e-5)
+
+
 def test_layers_in_compiled_functions():
     if not tf_deform._loader.supports_jit():
         pytest.skip("built without the bridge to XLA")
@@ -331,6 +346,7 @@ def test_where_images_come_from():
         data(20)[0][:4],
     ):
         assert monitored(model, given) == expected
+        assert SamplingMonitor(given)._images.shape == x.shape  # no labels
     one = monitored(model, x[:1])
     assert one != expected
     assert monitored(model, dataset, count=1) == one
