@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests the learning rate of offsets with tensorflow_addons' optimizers."""
 
+import math
+
 import numpy as np
 import pytest
 import tensorflow as tf
 from optimizer_test import fit, model_of, moves
-from side_by_side import MULTIPLIER, difference
+from side_by_side import MULTIPLIER, RATE, difference
 
 from tf_deform._keras import keras
 from tf_deform.training import deformable_optimizer
@@ -88,6 +90,36 @@ def test_a_loaded_model_trains_on(tmp_path, name, file):
     if file == "model.h5":  # the one in which Keras keeps their state
         for old, other in zip(model.get_weights(), loaded.get_weights()):
             np.testing.assert_array_equal(other, old)
+
+
+DECAYING = {
+    "AdaBelief": lambda rate, decay: tfa.optimizers.AdaBelief(
+        rate, weight_decay=decay
+    ),
+    "AdamW": lambda rate, decay: tfa.optimizers.AdamW(decay, rate),
+    "AdamW, scheduled": lambda rate, decay: tfa.optimizers.AdamW(
+        cosine(decay), learning_rate=cosine(rate)
+    ),
+    "LAMB": lambda rate, decay: tfa.optimizers.LAMB(rate, weight_decay=decay),
+    "NovoGrad": lambda rate, decay: tfa.optimizers.NovoGrad(
+        rate, weight_decay=decay
+    ),
+    "RectifiedAdam": lambda rate, decay: tfa.optimizers.RectifiedAdam(
+        rate, weight_decay=decay
+    ),
+    "SGDW": lambda rate, decay: tfa.optimizers.SGDW(decay, rate),
+}
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+@pytest.mark.parametrize("name", DECAYING)
+def test_weight_decay_that_offsets_do_not_have(name, graph):
+    def make(rate):
+        decay = 0.1 if math.isclose(rate, RATE) else 0.0
+        return DECAYING[name](rate, decay)
+
+    assert difference(make, graph=graph, decay_offsets=False) == 0
+    assert difference(make, graph=graph) > 0
 
 
 @pytest.mark.parametrize("name", ["LAMB", "SWA"])

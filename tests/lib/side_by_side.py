@@ -59,6 +59,7 @@ def run(
     mine: np.ndarray,
     *,
     graph: bool,
+    jit: bool = False,
     steps: int = 5,
     change: Callable[[np.ndarray], np.ndarray] = lambda gradients: gradients,
     between: Callable[[Any, int], None] = lambda optimizer, step: None,
@@ -70,6 +71,7 @@ def run(
         variables: The variables of `weights`.
         mine: One bool for each of them.
         graph: Whether the steps are taken in a graph.
+        jit: Whether XLA compiles the graph.
         steps: Their number.
         change: Changes the gradients of all variables first.
         between: Is called before each step with the optimizer.
@@ -81,7 +83,7 @@ def run(
         optimizer.apply_gradients(zip(gradients, chosen))
 
     if graph:
-        step = tf.function(step)
+        step = tf.function(step, jit_compile=jit)
     for index in range(steps):
         gradients = rng.normal(size=(len(mine), 3, 4)).astype(np.float32)
         between(optimizer, index)
@@ -93,6 +95,7 @@ def difference(
     *,
     between: Callable[[Any, int, bool], None] = lambda *_: None,
     change: Callable[[np.ndarray], np.ndarray] = lambda gradients: gradients,
+    decay_offsets: bool = True,
     **options: Any,
 ) -> float:
     """Returns the largest difference to two optimizers side by side.
@@ -102,12 +105,13 @@ def difference(
         between: Is called before each step with the optimizer, the step and
             whether it is the optimizer of offsets alone.
         change: Changes gradients before the two optimizers see them.
+        decay_offsets: See `deformable_optimizer`.
         options: See `run`.
     """
     start = values(weights())
     tested, expected = weights(), weights()
     run(
-        deformable_optimizer(make(RATE), MULTIPLIER),
+        deformable_optimizer(make(RATE), MULTIPLIER, decay_offsets),
         tested,
         OFFSETS | True,
         between=lambda optimizer, step: between(optimizer, step, False),

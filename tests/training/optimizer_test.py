@@ -144,6 +144,27 @@ def test_weight_decay_leaves_out_what_it_is_told_to():
     assert difference(make, graph=True) == 0
 
 
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+@pytest.mark.parametrize("kind", ["Adam", "AdamW", "Lion", "SGD"])
+def test_weight_decay_that_offsets_do_not_have(kind, graph):
+    def make(rate):
+        decay = 0.1 if math.isclose(rate, RATE) else 0.0
+        return getattr(optimizers, kind)(rate, weight_decay=decay)
+
+    assert difference(make, graph=graph, decay_offsets=False) == 0
+    assert difference(make, graph=graph) > 0
+
+
+@pytest.mark.skipif(KERAS_2, reason="Keras 2 compiles its optimizers itself")
+@pytest.mark.parametrize("kind", ["Adam", "AdamW", "SGD"])
+def test_compiled_graphs(kind):
+    """Tests steps that XLA compiles, as it does in `fit`."""
+    make = getattr(optimizers, kind)
+    decay = {"weight_decay": 0.1}
+    result = difference(lambda rate: make(rate, **decay), graph=True, jit=True)
+    assert result == 0
+
+
 @LEGACY
 def test_xla():
     def make(rate):
@@ -478,6 +499,29 @@ def test_bad_multipliers(multiplier, error, text):
     with pytest.raises(error, match=text):
         deformable_optimizer(optimizer, multiplier)
     assert type(optimizer) is optimizers.SGD
+
+
+def test_decay_of_offsets_is_kept_in_files(tmp_path):
+    make = lambda: optimizers.AdamW(0.01, weight_decay=0.1)  # noqa: E731
+    model = model_of(deformable_optimizer(make(), MULTIPLIER, False))
+    fit(model)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert loaded.optimizer.decay_offsets is False
+    fit(model)
+    fit(loaded)
+    for expected, got in zip(model.get_weights(), loaded.get_weights()):
+        np.testing.assert_array_equal(got, expected)
+    config = deformable_optimizer(make()).get_config()
+    assert "decay_offsets" not in config  # as in files of older releases
+    assert deformable_optimizer(make()).from_config(config).decay_offsets
+
+
+def test_bad_decay_of_offsets():
+    with pytest.raises(
+        TypeError, match="Expected `decay_offsets` to be .*None"
+    ):
+        deformable_optimizer(optimizers.Adam(), decay_offsets=None)
 
 
 @pytest.mark.parametrize("given", ["adam", None, optimizers.Adam])

@@ -91,9 +91,9 @@ class DeformableConv2D(OpLayer, _keras.Conv2D):
 
     Here and below `n` is `offset_groups * kernel_h * kernel_w`. Only a layer
     that is called without `offset` has the last two weights. The regularizers
-    and constraints of the kernel and bias do not apply to them. To give them a
-    learning rate of their own, see `keras.optimizers.MultiOptimizer` with the
-    pattern `.*/offset_(kernel|bias)`.
+    and constraints of the kernel and bias do not apply to them.
+    `tf_deform.training.deformable_optimizer` gives them a learning rate of
+    their own.
 
     Args:
         filters, kernel_size: As in `keras.layers.Conv2D`.

@@ -18,6 +18,7 @@ from typing import Any
 import tensorflow as tf
 
 from tf_deform._keras import KERAS_2, keras
+from tf_deform.ops._arguments import boolean
 from tf_deform.training import _addons
 
 _NAME = "DeformableOptimizer"
@@ -26,7 +27,9 @@ _Schedule = keras.optimizers.schedules.LearningRateSchedule
 _WITHOUT_RATE = ("ConditionalGradient",)
 
 
-def deformable_optimizer(optimizer: Any, offset_multiplier: float = 0.1) -> Any:
+def deformable_optimizer(
+    optimizer: Any, offset_multiplier: float = 0.1, decay_offsets: bool = True
+) -> Any:
     """Lets an optimizer step offsets at a learning rate of their own.
 
     The variables of offsets are those that the layers of `tf_deform.layers`
@@ -58,13 +61,15 @@ def deformable_optimizer(optimizer: Any, offset_multiplier: float = 0.1) -> Any:
             was made.
         offset_multiplier: A number of at least 0, by which the rate of offsets
             is multiplied.
+        decay_offsets: Whether the optimizer's weight decay acts on variables of
+            offsets. Unlike Keras' `exclude_from_weight_decay`, a file keeps it.
 
     Returns:
         `optimizer`.
 
     Raises:
-        TypeError: `optimizer` is none of this Keras, or `offset_multiplier` is
-            no number.
+        TypeError: `optimizer` is none of this Keras, `offset_multiplier` is no
+            number, or `decay_offsets` no bool.
         ValueError: `optimizer` has taken steps or has no learning rate, or
             `offset_multiplier` is negative, infinite or NaN.
     """
@@ -80,11 +85,12 @@ def deformable_optimizer(optimizer: Any, offset_multiplier: float = 0.1) -> Any:
             "Expected `offset_multiplier` to be a finite number of at least 0. "
             f"Received: {offset_multiplier}"
         )
-    _change(optimizer, float(offset_multiplier))
+    decay = boolean(decay_offsets, "decay_offsets")
+    _change(optimizer, float(offset_multiplier), decay)
     return optimizer
 
 
-def _change(optimizer: Any, multiplier: float) -> None:
+def _change(optimizer: Any, multiplier: float, decay: bool) -> None:
     """Gives an optimizer, or those within it, a rate for offsets."""
     if not isinstance(optimizer, _kinds()):
         raise TypeError(
@@ -97,7 +103,7 @@ def _change(optimizer: Any, multiplier: float) -> None:
     if inner is None:
         inner = getattr(optimizer, "_optimizer", None)  # averages
     if inner is not None:
-        _change(inner, multiplier)
+        _change(inner, multiplier, decay)
         return
     for name in ("_built", "built"):
         if getattr(optimizer, name, False) is True:
@@ -109,7 +115,7 @@ def _change(optimizer: Any, multiplier: float) -> None:
     base = type(optimizer)
     if _addons.is_multi(optimizer):
         for spec in optimizer.optimizer_specs:
-            _change(spec["optimizer"], multiplier)
+            _change(spec["optimizer"], multiplier, decay)
     elif not _has_rate(optimizer):
         raise ValueError(
             "Expected `optimizer` to have a learning rate, of which its steps "
@@ -119,6 +125,7 @@ def _change(optimizer: Any, multiplier: float) -> None:
         object.__setattr__(optimizer, "__class__", _subclass(base))
     # No tracker of weights has to know these attributes.
     object.__setattr__(optimizer, "offset_multiplier", multiplier)
+    object.__setattr__(optimizer, "decay_offsets", decay)
 
 
 def _kinds() -> tuple[type, ...]:
@@ -156,6 +163,7 @@ class _Deformable:
     """
 
     offset_multiplier = 1.0
+    decay_offsets = True
     _at_offsets = False
 
     @contextlib.contextmanager
@@ -174,10 +182,13 @@ class _Deformable:
         if KERAS_2:  # finds only some of its classes by their own names
             name = keras.saving.get_registered_name(type(plain))
             saved.update(class_name=name, registered_name=name)
-        return {
+        config = {
             "optimizer": saved,
             "offset_multiplier": self.offset_multiplier,
         }
+        if not self.decay_offsets:  # which older releases do not know
+            config["decay_offsets"] = False
+        return config
 
     @classmethod
     def from_config(
@@ -189,6 +200,7 @@ class _Deformable:
                 config["optimizer"], custom_objects=custom_objects
             ),
             config["offset_multiplier"],
+            config.get("decay_offsets", True),
         )
 
 
@@ -230,6 +242,8 @@ class _NewStep(_Deformable):
             key = self._var_key(variable)
             parts[key in self._offset_keys].append(variable)
         super()._apply_weight_decay(parts[False])
+        if not self.decay_offsets:
+            return
         with self._rate_of_offsets():
             super()._apply_weight_decay(parts[True])
 
@@ -239,6 +253,9 @@ class _LegacyStep(_Deformable):
 
     def _get_hyper(self, name: str, dtype: Any = None) -> Any:
         value = super()._get_hyper(name, dtype)
+        if name == "weight_decay" and self._at_offsets:
+            if not self.decay_offsets:
+                return tf.zeros((), dtype or tf.float32)
         if name != "learning_rate" or not self._at_offsets:
             return value
         if isinstance(value, _Schedule):
