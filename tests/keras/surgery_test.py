@@ -10,61 +10,28 @@ import pytest
 import tensorflow as tf
 from surgery_models import (
     MAKERS,
+    assert_near,
+    change,
     displace,
     filled,
     head,
     images,
-    make_composite,
     make_functional,
     make_nested,
     make_pyramid,
     make_sequential,
     make_shared,
-    make_subclassed,
+    refuse,
     run,
 )
 
 import tf_deform
 from tf_deform import _keras
 from tf_deform._keras import KERAS_2, keras
-from tf_deform._loader import op_library
 from tf_deform.layers import DeformableConv2D
 
 layers = keras.layers
 every_model = pytest.mark.parametrize("make", MAKERS)
-
-
-def change(model, **options):
-    return tf_deform.make_deformable(model, verbose=False, **options)
-
-
-def assert_near(received, expected, tolerance=1e-5):
-    largest = np.abs(expected).max()
-    assert largest > 0.01
-    assert np.abs(received - expected).max() <= tolerance * largest
-
-
-def snapshot(model):
-    """Returns what an error must leave as it is."""
-    found = [model, *_keras.flatten_layers(model)]
-    return [
-        (id(x), type(x), x.trainable, len(x.weights)) for x in found
-    ], model.get_weights()
-
-
-@pytest.fixture
-def refused():
-    """Expects an error that leaves a model as it is."""
-
-    def check(model, error, match, call):
-        before = snapshot(model)
-        with pytest.raises(error, match=match):
-            call(model)
-        after = snapshot(model)
-        assert after[0] == before[0]
-        np.testing.assert_equal(after[1], before[1])
-
-    return check
 
 
 @every_model
@@ -235,7 +202,7 @@ def test_a_filter_for_each_channel_has_to_be_named():
 
 
 @pytest.mark.skipif(KERAS_2, reason="Keras 2 has no LoRA")
-def test_lora_comes_after(refused):
+def test_lora_comes_after():
     model = filled(make_functional)
     model.get_layer("conv2").enable_lora(2)
     report = change(model)
@@ -280,13 +247,13 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_arguments(case, refused):
+def test_bad_arguments(case):
     options, error, match = BAD[case]
     model = filled(make_functional)
-    refused(model, error, match, lambda model: change(model, **options))
+    refuse(model, error, match, lambda model: change(model, **options))
 
 
-def test_bad_models(refused):
+def test_bad_models():
     for model, error, match in (
         (None, TypeError, "`model` to be a model of"),
         (DeformableConv2D(3, 3), TypeError, "`model` to be a model of"),
@@ -301,20 +268,20 @@ def test_bad_models(refused):
             change(model)
     image = keras.Input((7,))
     dense = keras.Model(image, layers.Dense(3)(image))
-    refused(dense, ValueError, "can be changed: none", change)
+    refuse(dense, ValueError, "can be changed: none", change)
     with pytest.raises(TypeError, match="`model` to be a model of"):
         tf_deform.deformable_layers([dense])
     assert tf_deform.deformable_layers(dense) == []
 
 
-def test_twice(refused):
+def test_twice():
     model = filled(make_functional)
     change(model, stages="c4")
     assert len(change(model).changed) == 1
-    refused(model, ValueError, "conv2: deformable already", change)
+    refuse(model, ValueError, "conv2: deformable already", change)
 
 
-def test_a_compiled_model(refused):
+def test_a_compiled_model():
     model = filled(make_functional)
     x, y = images(), np.zeros((2, 3), "float32")
     model.compile(keras.optimizers.Adam(), "mean_squared_error")
@@ -325,7 +292,7 @@ def test_a_compiled_model(refused):
     assert np.abs(model.predict(x, verbose=0) - before[0]).max() > 1e-3
     assert abs(model.evaluate(x, y, verbose=0) - before[1]) > 1e-5
     model.fit(x, y, verbose=0)
-    refused(
+    refuse(
         model,
         ValueError,
         "has taken steps. Compile it again",
@@ -346,237 +313,6 @@ def test_training_moves_the_branches(make):
     model.fit(images(), target, epochs=2, verbose=0)
     for layer in tf_deform.deformable_layers(model):
         assert np.abs(layer.offset_kernel.numpy()).max() > 0, layer.name
-
-
-RELOAD = """
-import sys
-import numpy as np
-import tf_deform
-from tf_deform._keras import keras
-
-folder, kind, code = sys.argv[1:]
-if code:
-    sys.path.insert(0, code)
-    import surgery_models
-if kind == "keras":
-    model = keras.models.load_model(f"{folder}/model.keras")
-else:
-    import tensorflow as tf
-    model = tf.saved_model.load(f"{folder}/saved")
-images = np.load(f"{folder}/images.npy")
-outputs = (model if kind == "keras" else model.serve)(images)
-outputs = outputs if isinstance(outputs, (list, tuple)) else [outputs]
-if isinstance(outputs[0], dict):
-    outputs = outputs[0].values()
-np.save(f"{folder}/{kind}.npy", np.concatenate([np.ravel(v) for v in outputs]))
-print(len(tf_deform.deformable_layers(model)) if kind == "keras" else "")
-"""
-OWN_CODE = (make_composite, make_subclassed)
-
-
-@every_model
-def test_files(make, tmp_path, run_python_as_it_is, request):
-    """Tests a file in a process that has imported `tf_deform` alone."""
-    model = filled(make)
-    change(model)
-    displace(model)
-    if make is make_functional:
-        tf_deform.train_only(model, "offsets")
-    model.save(tmp_path / "model.keras")
-    np.save(tmp_path / "images.npy", images())
-    code = str(request.path.parents[1] / "lib") if make in OWN_CODE else ""
-    said = run_python_as_it_is(RELOAD, tmp_path, "keras", code)
-    assert int(said.split()[-1]) == MAKERS[make]
-    np.testing.assert_array_equal(np.load(tmp_path / "keras.npy"), run(model))
-    # Weights go to a model that was made deformable in the same way.
-    other = make()
-    change(other)
-    path = str(tmp_path / "model.weights.h5")
-    model.save_weights(path)
-    other.load_weights(path)
-    np.testing.assert_array_equal(run(other), run(model))
-
-
-@every_model
-def test_exports(make, tmp_path, run_python_as_it_is):
-    model = filled(make)
-    change(model)
-    displace(model)
-    options = {"image_bytes": False, "sample": images(), "verbose": False}
-    if make is make_subclassed:
-        spec = tf.TensorSpec((None, *images().shape[1:]), tf.float32)
-        options["input_signature"] = [spec]
-    implementation = "native" if op_library() is not None else "portable"
-    tf_deform.export.saved_model(
-        model, tmp_path / "saved", implementation, **options
-    )
-    np.save(tmp_path / "images.npy", images())
-    run_python_as_it_is(RELOAD, tmp_path, "saved", "")
-    assert_near(np.load(tmp_path / "saved.npy"), run(model))
-
-
-def test_a_model_that_is_trained_is_resumed(tmp_path):
-    model = filled(make_subclassed)
-    change(model)
-    x, y = images(), np.zeros((2, 4, 5, 3), "float32")
-    model.compile(keras.optimizers.Adam(1e-2), "mean_squared_error")
-    model.fit(x, y, verbose=0)
-    model.save(tmp_path / "model.keras")
-    other = keras.models.load_model(tmp_path / "model.keras")
-    losses = [
-        each.fit(x, y, epochs=2, verbose=0).history["loss"]
-        for each in (model, other)
-    ]
-    np.testing.assert_array_equal(*losses)
-    assert type(other).__name__ == "Subclassed"
-
-
-def test_copies():
-    """Tests what Keras makes by a model's config."""
-    model = filled(make_composite)
-    change(model)
-    other = type(model).from_config(model.get_config())
-    assert len(tf_deform.deformable_layers(other)) == 7
-    other.set_weights(model.get_weights())
-    np.testing.assert_array_equal(run(other), run(model))
-    other = keras.models.clone_model(model)
-    other.set_weights(model.get_weights())
-    np.testing.assert_array_equal(run(other), run(model))
-
-
-def test_a_file_that_no_longer_fits(tmp_path, monkeypatch):
-    """Tests code that has changed since the file was written."""
-    import surgery_models
-
-    model = filled(make_composite)
-    change(model)
-    model.save(tmp_path / "model.keras")
-    original = surgery_models.Block.__init__
-
-    def other(self, filters, **kwargs):
-        original(self, filters, **kwargs)
-        self.more = self.more * 0
-
-    def call(self, x):
-        return self.last["one"](self.first(x))
-
-    def build(self, shape):
-        for each in (self.first, self.last["one"]):
-            each.build(shape)
-        self.built = True
-
-    monkeypatch.setattr(surgery_models.Block, "__init__", other)
-    monkeypatch.setattr(surgery_models.Block, "call", call)
-    monkeypatch.setattr(surgery_models.Block, "build", build)
-    with pytest.raises((ValueError, TypeError), match="3 convolutions, as whe"):
-        keras.models.load_model(tmp_path / "model.keras")
-
-
-# Training of parts.
-
-
-def trained(model):
-    return {_keras.name_of(w) for w in model.trainable_weights}
-
-
-def trained_layers(model):
-    return {x.name for x in model.layers if x.trainable_weights}
-
-
-@every_model
-def test_train_offsets_only(make):
-    model = filled(make)
-    change(model)
-    chosen = tf_deform.train_only(model)
-    assert len(chosen) == MAKERS[make]
-    assert trained(model) == {"offset_kernel", "offset_bias"}
-    assert len(model.trainable_weights) == 2 * MAKERS[make]
-    before = model.get_weights()
-    model.compile("sgd", "mean_squared_error")
-    target = tf.nest.map_structure(lambda v: np.ones(v.shape), model(images()))
-    model.fit(images(), target, verbose=0)
-    for weight, old in zip(model.weights, before):
-        moved = np.any(weight.numpy() != old)
-        assert moved == _keras.name_of(weight).startswith("offset_")
-
-
-def test_train_parts():
-    model = filled(make_functional)
-    change(model)
-    every = {f"conv{i}" for i in range(5)} | {"head"}
-    norms = {f"bn{i}" for i in range(5)}
-    for what, frozen_norms, expected in (
-        ("all", True, every),
-        ("all", False, every | norms),
-        ("c4-", True, {"conv4", "head"}),
-        (
-            "c3-",
-            False,
-            {"conv2", "bn2", "conv3", "bn3", "conv4", "bn4", "head"},
-        ),
-        ("c3", True, {"conv2", "conv3"}),
-        ("c1-c2", False, {"conv0", "bn0", "conv1", "bn1"}),
-        ("conv[01]|head", True, {"conv0", "conv1", "head"}),
-        ("offsets", True, {"conv2", "conv4"}),
-        ("all", False, every | norms),
-    ):
-        tf_deform.train_only(model, what, frozen_norms)
-        assert trained_layers(model) == expected, what
-        only = what == "offsets"
-        assert (trained(model) == {"offset_kernel", "offset_bias"}) == only
-
-
-def test_frozen_kernels_are_stored(tmp_path):
-    """Tests what Keras does not save: the flags of variables."""
-    for make in (make_functional, make_subclassed):
-        model = filled(make)
-        change(model)
-        tf_deform.train_only(model)
-        model.save(tmp_path / "model.keras")
-        other = keras.models.load_model(tmp_path / "model.keras")
-        for layer in tf_deform.deformable_layers(other):
-            assert layer.freeze_kernel
-            assert trained(layer) == {"offset_kernel", "offset_bias"}
-        # Unfreezing a model does not undo it, `train_only` does.
-        other.trainable = True
-        (layer, *_) = tf_deform.deformable_layers(other)
-        assert trained(layer) == {"offset_kernel", "offset_bias"}
-        tf_deform.train_only(other, "all")
-        assert "kernel" in trained(layer)
-
-
-@pytest.mark.skipif(KERAS_2, reason="Keras 2 has no flags of variables")
-def test_a_frozen_kernel_stays_frozen():
-    model = filled(make_functional)
-    conv = model.get_layer("conv4")
-    conv.kernel.trainable = False
-    change(model)
-    assert trained(conv) == {"bias", "offset_kernel", "offset_bias"}
-    conv = model.get_layer("conv2")
-    assert trained(conv) == {"kernel", "bias", "offset_kernel", "offset_bias"}
-
-
-def test_train_only_refuses(refused):
-    model = filled(make_functional)
-    for what, error, match in (
-        (3, TypeError, "`what` to be"),
-        ("offsets", ValueError, "names none of the"),
-        ("nothing like it", ValueError, "names none of the"),
-        ("c8-c9", ValueError, "names none of the"),
-        ("(", ValueError, "regular expressions"),
-    ):
-        refused(
-            model,
-            error,
-            match,
-            lambda m, what=what: tf_deform.train_only(m, what),
-        )
-    with pytest.raises(TypeError, match="`model` to be a model"):
-        tf_deform.train_only(None)
-    change(model)
-    model.compile("sgd", "mean_squared_error")
-    model.fit(images(), np.zeros((2, 3)), verbose=0)
-    refused(model, ValueError, "has taken steps", tf_deform.train_only)
 
 
 def test_layers_with_several_strides():

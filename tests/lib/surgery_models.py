@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
+import tf_deform
+from tf_deform import _keras
 from tf_deform._keras import KERAS_2, keras
 
 layers = keras.layers
@@ -189,3 +192,36 @@ def displace(model, scale=1.0):
         path = weight.name if KERAS_2 else weight.path
         if "offset" in path.split("/")[-1]:
             weight.assign(rng.normal(scale=scale, size=weight.shape))
+
+
+def change(model, **options):
+    return tf_deform.make_deformable(model, verbose=False, **options)
+
+
+def assert_near(received, expected, tolerance=1e-5):
+    largest = np.abs(expected).max()
+    assert largest > 0.01
+    assert np.abs(received - expected).max() <= tolerance * largest
+
+
+def snapshot(model):
+    """Returns what an error must leave as it is."""
+    found = [model, *_keras.flatten_layers(model)]
+    return [
+        (id(x), type(x), x.trainable, len(x.weights)) for x in found
+    ], model.get_weights()
+
+
+def refuse(model, error, match, call):
+    """Expects an error that leaves a model as it is."""
+    before = snapshot(model)
+    with pytest.raises(error, match=match):
+        call(model)
+    after = snapshot(model)
+    assert after[0] == before[0]
+    np.testing.assert_equal(after[1], before[1])
+
+
+def trained(model):
+    """Returns the names of weights that are trained."""
+    return {_keras.name_of(weight) for weight in model.trainable_weights}
