@@ -202,15 +202,15 @@ setup(
     # TensorFlow brings its Keras; tf_deform._keras says which fit.
     install_requires=[f"tensorflow{REQUIRED}"],
     extras_require={
-        # These two need Python 3.10. TensorFlow 2.15 to 2.17 hold onnx back at
-        # 1.18, as newer ones need a newer ml_dtypes; 1.19.0 does not say so.
-        # Python 3.10 holds onnxruntime back.
+        # It needs Python 3.11, as onnxruntime before 1.25 has no DeformConv.
+        # TensorFlow 2.15 to 2.17 hold onnx back at 1.18, as newer ones need a
+        # newer ml_dtypes; 1.19.0 does not say so.
         "onnx": [
             "tf2onnx>=1.17,<2",
             "onnx>=1.18,!=1.19.0,<2",
-            "onnxruntime>=1.23,<2",
+            "onnxruntime>=1.25,<2",
         ],
-        "litert": [
+        "litert": [  # needs Python 3.10
             "ai-edge-litert>=2.3,<3",
             "ai-edge-quantizer>=0.10,<0.11",  # each is for one ai-edge-litert
         ],

@@ -374,3 +374,19 @@ def test_float64_where_it_is_held(tmp_path):
     )
     sample = (X.astype("float64"), random(3, 8, 9, 18, seed=3, dtype="float64"))
     check_onnx(function, tmp_path / "model", [sample], 19, 1e-12)
+
+
+def test_an_onnxruntime_that_is_too_old(tmp_path, monkeypatch):
+    def raise_as_1_23(*_, **__):
+        raise RuntimeError(
+            "[ONNXRuntimeError] : 9 : NOT_IMPLEMENTED : Could not find an "
+            "implementation for DeformConv(19) node with name 'a'"
+        )
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", raise_as_1_23)
+    monkeypatch.setattr(onnxruntime, "__version__", "1.23.2")
+    image = keras.Input((6, 7, 3))
+    model = keras.Model(image, DeformableConv2D(2, 3)(image))
+    with pytest.raises(RuntimeError, match="1.23.2 is there; 1.25 is the fir"):
+        tf_deform.export.onnx(model, tmp_path / "m.onnx", verbose=False)
+    assert not list(tmp_path.iterdir())

@@ -95,7 +95,7 @@ ROWS = (
     Row("3.11", "2.17.1", "keras==3.5.0", tests=TELLING + XLA),
     Row("3.12", "2.17.1"),
     Row("3.11", "2.18.1", "keras==3.5.0", tests=TELLING + XLA),
-    Row("3.10", "2.18.1", distribution="tensorflow", extras="[onnx,litert]"),
+    Row("3.10", "2.18.1", distribution="tensorflow", extras="[litert]"),
     Row("3.11", "2.19.1", "keras==3.5.0", tests=TELLING + XLA),
     Row("3.12", "2.19.1"),
     Row("3.11", "2.20.0", "keras==3.10.0", tests=TELLING + XLA),

@@ -104,8 +104,13 @@ def onnx(
                 file, providers=["CPUExecutionProvider"]
             )
         except Exception as error:
-            types = _name_types(standard.load(file))
-            raise RuntimeError(f"{error}{types}") from error
+            text = f"{error}{_name_types(standard.load(file))}"
+            if "implementation for DeformConv" in text:
+                text += (
+                    f" (onnxruntime {runtime.__version__} is there; 1.25 is "
+                    "the first that runs DeformConv)"
+                )
+            raise RuntimeError(text) from error
         names = [output.name for output in session.get_outputs()]
         return lambda given: dict(zip(names, session.run(names, given)))
 
