@@ -214,6 +214,7 @@ setup(
             "ai-edge-litert>=2.3,<3",
             "ai-edge-quantizer>=0.10,<0.11",  # each is for one ai-edge-litert
         ],
+        "hub": ["keras-hub>=0.32,<0.34", "scipy>=1.13,<2"],
         "plots": ["matplotlib>=3.9,<4"],
         # It is for TensorFlow 2.15 alone, which is for Python 3.9 to 3.11.
         "addons": ["tensorflow==2.15.*", "tensorflow-addons==0.23.*"],
@@ -242,6 +243,7 @@ setup(
             "tf-deform[docs]",
             "tf-deform[benchmark]",
             "tf-deform[examples]",
+            "tf-deform[hub]",
         ],
         # zig links for an old glibc, see cc/wheel.py.
         "release": ["ziglang>=0.13,<0.18", "auditwheel>=6.4,<7"],

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests README, docs and CHANGELOG: code blocks run, and links have targets."""
 
+import functools
 import os
 import pathlib
 import re
@@ -75,6 +76,9 @@ def workplace(tmp_path, monkeypatch) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         pixels = rng.integers(0, 256, (20, 30, 3)).astype(np.uint8)
         keras.utils.save_img(path, pixels, scale=False)
+    # Nothing is fetched.
+    network = functools.partial(keras.applications.ResNet50, weights=None)
+    monkeypatch.setattr(keras.applications, "ResNet50", network)
     command = tmp_path / "tf-deform"
     # The text is the script that pip writes.
     command.write_text(

@@ -29,7 +29,7 @@ FLOORS = (
     {"_keras"},
     {"layers"},
     {"models", "training"},
-    {"_plain_weights", "export", "visualization"},
+    {"_plain_weights", "export", "hub", "visualization"},
     {""},
     {"__main__"},
 )

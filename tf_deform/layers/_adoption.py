@@ -3,13 +3,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tf_deform import _keras
 from tf_deform._keras import keras
-
-if TYPE_CHECKING:
-    from tf_deform.layers.deformable_conv2d import DeformableConv2D
 
 # What a deformable layer has, and a plain one has not.
 _OWN = (
@@ -51,10 +48,8 @@ def input_channels(conv: Any) -> int:
     return int(conv.kernel.shape[2]) * conv.groups
 
 
-def prepare(
-    kind: type[DeformableConv2D], conv: Any, options: dict[str, Any]
-) -> DeformableConv2D:
-    """Checks that a layer can be changed; returns an unbuilt model of it.
+def prepare(kind: type, conv: Any, options: dict[str, Any]) -> Any:
+    """Checks that a layer can be changed; returns what it will be, unbuilt.
 
     Raises:
         TypeError: An option has another type.
@@ -78,9 +73,7 @@ def prepare(
     return twin
 
 
-def adopt(
-    kind: type[DeformableConv2D], conv: Any, options: dict[str, Any]
-) -> DeformableConv2D:
+def adopt(kind: type, conv: Any, options: dict[str, Any]) -> Any:
     """Implements `DeformableConv2D.adopt`."""
     twin = prepare(kind, conv, options)
     channels = input_channels(conv)

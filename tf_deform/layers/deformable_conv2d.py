@@ -115,10 +115,10 @@ class DeformableConv2D(OpLayer, _keras.Conv2D):
         offset_dilation_rate: Dilation of the branch's convolution; None means
             `dilation_rate`. The branch's taps have the same centre as the
             layer's.
-        freeze_kernel: Whether the layer trains its branch alone, while it is
-            trainable: kernel and bias stay as they are.
         implementation: "native", or "portable" for stock TensorFlow ops; see
             `tf_deform.implementation`.
+        freeze_kernel: Whether the layer trains its branch alone, while it is
+            trainable: kernel and bias stay as they are.
         kwargs: `name`, `dtype`, `trainable`, and so on, as in
             `keras.layers.Conv2D`.
 

@@ -164,6 +164,7 @@ def _edit(
         layer = by_name.get(entry["config"].get("name"))
         if layer is None:
             continue
+        entry.pop("build_config", None)  # It has the old shapes.
         if isinstance(layer, keras.Model):
             entry["config"] = _edit(layer, entry["config"], changes)
         else:
@@ -192,10 +193,14 @@ def _rebuild_hub(model: Any, calls: Sequence[_strides.Call], level: int) -> Any:
     factors = {
         id(call.layer): 2 ** max(0, call.before - level) for call in calls
     }
-    pairs = zip(_keras.flatten_layers(model), _keras.flatten_layers(made))
-    for old, new in pairs:
-        factor = factors.get(id(old), 1)
-        if _strides.is_convolution(old) and factor > 1:
-            new.dilation_rate = tuple(factor * x for x in new.dilation_rate)
+    # Layers that pad come and go with strides.
+    old, new = (
+        [x for x in _keras.flatten_layers(each) if _strides.is_convolution(x)]
+        for each in (model, made)
+    )
+    for one, other in zip(old, new):
+        factor = factors.get(id(one), 1)
+        if factor > 1:
+            other.dilation_rate = tuple(factor * x for x in one.dilation_rate)
     _saving.mark(made)
     return made

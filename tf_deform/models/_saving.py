@@ -19,6 +19,7 @@ from tf_deform._keras import keras
 from tf_deform.layers import DeformableConv2D
 
 _NAME = "Deformed"
+REGISTERED_NAME = f"tf_deform>{_NAME}"
 # What `adopt` is told of a layer.
 _OPTIONS = (
     "modulation",
@@ -100,21 +101,21 @@ class _Deformed:
     def from_config(
         cls, config: dict[str, Any], custom_objects: Any = None
     ) -> Any:
-        if "plain" not in config:
-            # A copy that Keras makes of a layer by its own config.
-            return cls._base.from_config(config)
+        config = dict(config)
+        count, changed = config.pop("count"), config.pop("changed")
+        plain = dict(config.pop("plain"))
+        # Who loads a preset may give other arguments of the plain model.
+        plain["config"] = {**plain["config"], **config}
         made = keras.saving.deserialize_keras_object(
-            config["plain"], custom_objects=custom_objects
+            plain, custom_objects=custom_objects
         )
         layers = _convolutions(made)
-        changed = {
-            int(index): each for index, each in config["changed"].items()
-        }
-        problem = _misfit(made, layers, config["count"], changed)
+        changed = {int(index): each for index, each in changed.items()}
+        problem = _misfit(made, layers, count, changed)
         if problem:
             raise ValueError(
                 f"Expected model or layer {made.name!r} of the file to have "
-                f"{config['count']} convolutions, as when it was saved, "
+                f"{count} convolutions, as when it was saved, "
                 f"{len(changed)} of them changed. Received: {problem}. "
                 "The code that makes it, or its package, has changed"
             )

@@ -18,6 +18,7 @@ from tf_deform.layers import (
     _adoption,
 )
 from tf_deform.layers._roi_layer import DisplacedROILayer
+from tf_deform.layers._search import not_a_model
 from tf_deform.models import _saving, _strides
 
 _MOST_NAMES = 8
@@ -120,8 +121,10 @@ def make_deformable(
         layers: In place of `stages`: a regular expression that is searched for
             in a layer's path, several of them, or a function from a layer to a
             bool.
-        modulation, offset_groups, boundary, offset_dilation_rate,
-            implementation: As in `tf_deform.layers.DeformableConv2D`.
+        modulation, offset_groups, boundary: As in
+            `tf_deform.layers.DeformableConv2D`.
+        offset_dilation_rate, implementation: As in
+            `tf_deform.layers.DeformableConv2D`.
         verbose: Whether to print the result.
 
     Returns:
@@ -142,7 +145,9 @@ def make_deformable(
         implementation=implementation,
     )
     DeformableConv2D(1, 2, **options)  # Checks the options, with any model.
-    found = [x for x in _keras.flatten_layers(model) if _is_convolution(x)]
+    found = [
+        x for x in _keras.flatten_layers(model) if _strides.is_convolution(x)
+    ]
     strides: Mapping[int, Sequence[int]] = {}
     if layers is None:
         found, strides, candidates = _by_stage(model, stages, found)
@@ -189,20 +194,6 @@ def make_deformable(
     return report
 
 
-def deformable_layers(model: keras.Model) -> list[DeformableConv2D]:
-    """Returns the deformable convolutions of a model, in its order.
-
-    Layers within layers and models are among them, each once.
-
-    Raises:
-        TypeError: `model` is no layer or model of the Keras that `tf.keras` is.
-    """
-    if not isinstance(model, keras.layers.Layer):
-        raise TypeError(_not_a_model(model))
-    found = [model, *_keras.flatten_layers(model)]
-    return [layer for layer in found if isinstance(layer, DeformableConv2D)]
-
-
 def has_branch(layer: Any) -> bool:
     """Tells whether a layer learns displacements by weights of its own."""
     if isinstance(layer, DeformableConv2D):
@@ -242,7 +233,7 @@ def selector(layers: Any, name: str) -> Select:
 
 def check_model(model: Any) -> None:
     if not isinstance(model, keras.Model):
-        raise TypeError(_not_a_model(model))
+        raise TypeError(not_a_model(model))
     if not model.built or not model.weights:
         raise ValueError(
             f"Expected `model` to be built. Received: {model.name!r}, which "
@@ -257,25 +248,12 @@ def check_model(model: Any) -> None:
         )
 
 
-def _not_a_model(model: Any) -> str:
-    return (
-        f"Expected `model` to be a model of {keras.__name__} "
-        f"{keras.__version__}, which is TensorFlow's `tf.keras`. Received: "
-        f"{str(model)[:80]} of type {type(model).__module__}."
-        f"{type(model).__qualname__}"
-    )
-
-
-def _is_convolution(layer: Any) -> bool:
-    return _strides.is_convolution(layer)
-
-
 def encoder_of(model: Any) -> Any:
     """Returns the part of a model that its stages are counted in."""
     for name in ("backbone", "image_encoder"):
         inner = getattr(model, name, None)
         if isinstance(inner, keras.Model):
-            model = inner
+            return encoder_of(inner)
     return model
 
 

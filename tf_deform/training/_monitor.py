@@ -18,7 +18,7 @@ import tensorflow as tf
 from tf_deform import _keras
 from tf_deform._keras import keras
 from tf_deform.layers import DeformableConv2D
-from tf_deform.models import deformable_layers
+from tf_deform.layers._search import deformable_layers
 from tf_deform.ops._arguments import positive
 
 # Beyond this share of samples that have left the image, most of a layer's taps

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests presets of KerasHub's models that were made deformable."""
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+import zoo
+
+import tf_deform
+
+LOAD = """
+import sys
+import keras_hub
+import numpy as np
+import tf_deform.hub
+folder, kind = sys.argv[1:]
+kind = getattr(keras_hub.models, kind)
+model = kind.from_preset(f"{folder}/preset")
+images = np.load(f"{folder}/images.npy")
+np.save(f"{folder}/outputs.npy", getattr(model, "backbone", model)(images))
+print(type(model).__name__, len(tf_deform.deformable_layers(model)))
+"""
+
+
+def tiny(**options):
+    return keras_hub.models.ResNetBackbone(
+        input_conv_filters=[64],
+        input_conv_kernel_sizes=[7],
+        stackwise_num_filters=[64, 6, 8],
+        stackwise_num_blocks=[1, 2, 1],
+        stackwise_num_strides=[1, 2, 2],
+        block_type="basic_block",
+        image_shape=(64, 64, 3),
+        **options,
+    )
+
+
+def images():
+    return (
+        np.random.default_rng(0).normal(size=(1, 64, 64, 3)).astype("float32")
+    )
+
+
+def displace(model):
+    rng = np.random.default_rng(1)
+    for layer in tf_deform.deformable_layers(model):
+        layer.offset_bias.assign(rng.normal(size=layer.offset_bias.shape))
+
+
+@pytest.mark.parametrize("kind", ["Backbone", "ResNetBackbone"])
+def test_a_backbone(kind, tmp_path, run_python_as_it_is):
+    model = tiny()
+    tf_deform.make_deformable(model, verbose=False)
+    displace(model)
+    model.save_to_preset(str(tmp_path / "preset"))
+    np.save(tmp_path / "images.npy", images())
+    said = run_python_as_it_is(LOAD, tmp_path, kind)
+    assert said.split()[-2:] == ["ResNetBackbone", "6"]
+    np.testing.assert_array_equal(
+        np.load(tmp_path / "outputs.npy"), model(images())
+    )
+
+
+@pytest.mark.parametrize("kind", ["ImageClassifier", "ResNetImageClassifier"])
+def test_a_task(kind, tmp_path, run_python_as_it_is):
+    backbone = tiny()
+    model = keras_hub.models.ResNetImageClassifier(backbone, num_classes=3)
+    tf_deform.make_deformable(model, verbose=False)
+    displace(model)
+    model.save_to_preset(str(tmp_path / "preset"))
+    np.save(tmp_path / "images.npy", images())
+    said = run_python_as_it_is(LOAD, tmp_path, kind)
+    assert said.split()[-2:] == ["ResNetImageClassifier", "6"]
+    np.testing.assert_array_equal(
+        np.load(tmp_path / "outputs.npy"), model.backbone(images())
+    )
+
+
+def test_a_plain_preset_is_as_before(tmp_path):
+    import tf_deform.hub  # noqa: F401
+
+    model = tiny()
+    model.save_to_preset(str(tmp_path / "preset"))
+    other = keras_hub.models.Backbone.from_preset(str(tmp_path / "preset"))
+    assert type(other) is keras_hub.models.ResNetBackbone
+    np.testing.assert_array_equal(other(images()), model(images()))
+
+
+def test_other_arguments_of_a_preset(tmp_path):
+    import tf_deform.hub  # noqa: F401
+
+    model = tiny()
+    tf_deform.make_deformable(model, verbose=False)
+    model.save_to_preset(str(tmp_path / "preset"))
+    other = keras_hub.models.Backbone.from_preset(
+        str(tmp_path / "preset"), dtype="bfloat16"
+    )
+    assert len(tf_deform.deformable_layers(other)) == 6
+    assert {layer.dtype for layer in tf_deform.deformable_layers(other)} == {
+        "bfloat16"
+    }
+
+
+@pytest.mark.parametrize("stride", [16, 8])
+def test_output_stride(stride, tmp_path):
+    """Tests a residual network that KerasHub makes by its own arguments."""
+    model = zoo.resnet()
+    finer = tf_deform.set_output_stride(model, stride)
+    size = (1, zoo.SIZE, zoo.SIZE, 3)
+    x = np.random.default_rng(0).normal(size=size).astype("float32")
+    coarse, fine = np.array(model(x)), np.array(finer(x))
+    factor = 32 // stride
+    assert fine.shape[1] == factor * coarse.shape[1]
+    assert type(finer).__name__ == "ResNetBackbone"
+    tf_deform.make_deformable(
+        finer, "c4" if stride == 16 else "c3", verbose=False
+    )
+    finer.save(tmp_path / "model.keras")
+    other = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(other(x), finer(x))
