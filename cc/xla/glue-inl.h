@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <string>
 #include <utility>
@@ -19,8 +20,10 @@
 #include "tensorflow/compiler/tf2xla/type_util.h"
 #include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
 #include "tensorflow/compiler/tf2xla/xla_op_registry.h"
+#include "tensorflow/core/framework/kernel_def_builder.h"
 #include "tensorflow/core/framework/node_def_util.h"
 #include "tensorflow/core/framework/op.h"
+#include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/platform/cpu_info.h"
 #include "tensorflow/core/platform/errors.h"
 #include "tensorflow/core/platform/tensor_float_32_utils.h"
@@ -491,28 +494,64 @@ void RegisterHandler(const std::string& op, absl::string_view platform,
   Succeeded(api, api->XLA_FFI_Handler_Register(&args));
 }
 
+using CreateKernel =
+    tensorflow::OpKernel* (*)(tensorflow::OpKernelConstruction*);
+using Types = std::vector<tensorflow::DataType>;
+
+// Tells whether XLA has made its list of the kernels that it compiles for a
+// device. It makes the list once, when TensorFlow's first op runs.
+bool HasMadeItsList(absl::string_view device) {
+  const tensorflow::KernelList known =
+      tensorflow::GetRegisteredKernelsForOp("Abs");
+  return std::any_of(known.kernel().begin(), known.kernel().end(),
+                     [&](const tensorflow::KernelDef& kernel) {
+                       return kernel.device_type() == device;
+                     });
+}
+
+// Registers an op's compilation with XLA. One registration serves all types:
+// XLA takes no second registration for a device. Where the library is loaded
+// after XLA has made its list, adds to the list what would be in it.
+void RegisterCompilation(const std::string& op,
+                         const std::map<std::string, Types>& types,
+                         CreateKernel create) {
+  auto registration = tensorflow::XlaOpRegistrationBuilder::Name(op);
+  registration.Device(Devices());
+  for (const auto& [name, allowed] : types) {
+    registration.TypeConstraint(name, allowed);
+  }
+  tensorflow::XlaOpRegistrar(registration.Build(create));
+  for (const absl::string_view device : Devices()) {
+    if (!HasMadeItsList(device)) continue;
+    tensorflow::KernelDefBuilder kernel(op.c_str());
+    kernel.Device(device.data());
+    for (const auto& [name, allowed] : types) {
+      kernel.TypeConstraint(name.c_str(), allowed);
+    }
+    // The registry owns the description.
+    tensorflow::kernel_factory::OpKernelRegistrar(kernel.Build(), "XlaKernel",
+                                                  create);
+  }
+}
+
 // Registers an op, or its gradient op, with XLA: its compilation, and its
 // handlers.
 template <typename Op, bool kIsGradient>
 void RegisterCall() {
   using Call = OpCall<Op, kIsGradient>;
   const std::string op = OpName<Op>(kIsGradient);
-  // One registration serves all types: XLA takes no second registration for a
-  // device.
-  tensorflow::XlaOpRegistrar(
-      tensorflow::XlaOpRegistrationBuilder::Name(op)
-          .Device(Devices())
-          .TypeConstraint("T", {tensorflow::DT_HALF, tensorflow::DT_BFLOAT16,
-                                tensorflow::DT_FLOAT, tensorflow::DT_DOUBLE})
-          .TypeConstraint("Tcoord",
-                          {tensorflow::DT_FLOAT, tensorflow::DT_DOUBLE})
-          .Build([](tensorflow::OpKernelConstruction* construction)
-                     -> tensorflow::OpKernel* {
-            return new XlaKernel(construction,
-                                 []() -> std::unique_ptr<XlaCall> {
-                                   return std::make_unique<Call>();
-                                 });
-          }));
+  RegisterCompilation(
+      op,
+      {{"T",
+        {tensorflow::DT_HALF, tensorflow::DT_BFLOAT16, tensorflow::DT_FLOAT,
+         tensorflow::DT_DOUBLE}},
+       {"Tcoord", {tensorflow::DT_FLOAT, tensorflow::DT_DOUBLE}}},
+      [](tensorflow::OpKernelConstruction* construction)
+          -> tensorflow::OpKernel* {
+        return new XlaKernel(construction, []() -> std::unique_ptr<XlaCall> {
+          return std::make_unique<Call>();
+        });
+      });
   RegisterHandler(op, "Host", Handle<Call, RunOnHost>);
 #ifdef TF_DEFORM_CUDA
   RegisterHandler(op, "CUDA", Handle<Call, RunOnCuda>);
@@ -526,13 +565,10 @@ const bool is_registered = [] {
   RegisterCall<Op, true>()
   TF_DEFORM_FOR_EACH_OP(TF_DEFORM_REGISTER_CALLS);
   // XLA does not prune the marker, which compiles into nothing.
-  tensorflow::XlaOpRegistrar(
-      tensorflow::XlaOpRegistrationBuilder::Name(kMarker)
-          .Device(Devices())
-          .Build([](tensorflow::OpKernelConstruction* construction)
-                     -> tensorflow::OpKernel* {
-            return new MarkerKernel(construction);
-          }));
+  RegisterCompilation(
+      kMarker, {},
+      [](tensorflow::OpKernelConstruction* construction)
+          -> tensorflow::OpKernel* { return new MarkerKernel(construction); });
   return true;
 }();
 

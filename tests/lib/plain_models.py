@@ -189,7 +189,10 @@ def assert_is_twin(model, plain):
     """Checks that outputs are the same, and that branches are zero."""
     shape = getattr(plain, "input_shape", None) or (1, 7, 8, 4)
     image = random(2, *shape[1:])
-    np.testing.assert_allclose(model(image), plain(image), 1e-5, 1e-5)
+    expected = plain(image).numpy()
+    # Sums of numbers up to 1e4 leave rounding in small ones.
+    least = max(1e-5, 1e-7 * np.abs(expected).max())
+    np.testing.assert_allclose(model(image), expected, 1e-5, least)
     for weight in model.weights:
         if "offset" in _keras.name_of(weight):
             assert not weight.numpy().any()

@@ -162,6 +162,40 @@ def test_compiled_by_xla(name):
             np.testing.assert_array_equal(one, other)
 
 
+LATE = """
+import sys
+import numpy as np
+import tensorflow as tf
+
+images = tf.random.normal((1, 8, 9, 3))
+if sys.argv[1] == "compiled":
+    tf.function(tf.nn.relu, jit_compile=True)(images)
+import tf_deform
+
+layer = tf_deform.layers.DeformableConv2D(4, 3, modulation="sigmoid")
+layer(images)
+layer.offset_bias.assign(tf.random.normal(layer.offset_bias.shape))
+
+def run():
+    with tf.GradientTape() as tape:
+        tape.watch(images)
+        loss = tf.reduce_sum(tf.sin(layer(images)))
+    return loss, tape.gradient(loss, images)
+
+for one, other in zip(run(), tf.function(run, jit_compile=True)()):
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+"""
+
+
+@native
+@pytest.mark.skipif(not _loader.supports_jit(), reason="no XLA for ops")
+@pytest.mark.parametrize("before", ["run", "compiled"])
+def test_loaded_after_the_first_op(before):
+    """Tests XLA, which makes its list of kernels when the first op runs."""
+    result = run(sys.executable, "-c", LATE, before)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
 @native
 @pytest.mark.parametrize("path", sorted(GOLDEN.glob("*_[0-9]")))
 def test_saved_models_of_the_project(path):
