@@ -470,7 +470,7 @@ def test_given_offsets_are_not_measured(warned):
         monitored(keras.Model([image, offset], x), inputs)
     y = tf_deform.layers.DeformableConv2D(2, 3, name="own")(image)
     model = keras.Model([image, offset], layers.Add()([x, y]))
-    displace(model)
+    displace(model, 0.3)
     monitor = SamplingMonitor(inputs)
     (text,) = warned(epochs, monitor, model, 2)
     assert "not measured: given. They were given their offsets" in text
