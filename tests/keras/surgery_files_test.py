@@ -3,10 +3,15 @@
 
 from __future__ import annotations
 
+import inspect
+import pathlib
+import tarfile
+
 import numpy as np
 import pytest
 import tensorflow as tf
 from surgery_models import (
+    GOLDEN,
     MAKERS,
     assert_near,
     change,
@@ -21,7 +26,7 @@ from surgery_models import (
 )
 
 import tf_deform
-from tf_deform._keras import keras
+from tf_deform._keras import KERAS_2, keras
 from tf_deform._loader import op_library
 
 every_model = pytest.mark.parametrize("make", MAKERS)
@@ -29,7 +34,7 @@ RELOAD = """
 import sys
 import numpy as np
 import tf_deform
-from tf_deform._keras import keras
+from tf_deform._keras import KERAS_2, keras
 
 folder, kind, code = sys.argv[1:]
 if code:
@@ -155,3 +160,38 @@ def test_a_file_that_no_longer_fits(tmp_path, monkeypatch):
     monkeypatch.setattr(surgery_models.Block, "build", build)
     with pytest.raises((ValueError, TypeError), match="3 convolutions, as whe"):
         keras.models.load_model(tmp_path / "model.keras")
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("golden")
+    name = f"surgery_keras_{2 if KERAS_2 else 3}.tar.xz"
+    path = pathlib.Path(__file__).parents[1] / "build/golden" / name
+    with tarfile.open(path) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+@pytest.mark.parametrize("make", GOLDEN)
+def test_files_of_the_oldest_versions(make, golden):
+    model = keras.models.load_model(golden / f"{make.__name__}.keras")
+    expected = np.load(golden / f"{make.__name__}.npy")
+    assert_near(run(model), expected)
+    for layer in tf_deform.deformable_layers(model):
+        assert layer.freeze_kernel
+
+
+SAVES = inspect.signature(keras.Model.save_weights).parameters
+
+
+@pytest.mark.skipif("max_shard_size" not in SAVES, reason="no shards")
+def test_shards_of_weights(tmp_path):
+    model, other = filled(make_subclassed), make_subclassed()
+    change(model)
+    change(other)
+    displace(model)
+    path = tmp_path / "model.weights.json"
+    model.save_weights(path, max_shard_size=1e-5)
+    assert len(list(tmp_path.glob("*.h5"))) > 1
+    other.load_weights(path)
+    np.testing.assert_array_equal(run(other), run(model))

@@ -26,7 +26,7 @@ from surgery_models import (
 )
 
 import tf_deform
-from tf_deform import _keras
+from tf_deform import _keras, _loader
 from tf_deform._keras import KERAS_2, keras
 from tf_deform.layers import DeformableConv2D
 
@@ -360,3 +360,34 @@ def test_shared_layers_stay_shared():
     change(model)
     shared = model.get_layer("shared")
     assert len([x for x in model.weights if x is shared.offset_kernel]) == 1
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_mixed_precision(policy, jit):
+    """Tests outputs up to the type's rounding, and training."""
+    if jit and not _loader.supports_jit():
+        pytest.skip("no XLA for ops")
+    keras.mixed_precision.set_global_policy(policy)
+    model = filled(make_functional)
+    before = run(model).astype("float32")
+    change(model)
+    tolerance = 2e-2 if policy == "mixed_float16" else 1e-1
+    assert_near(run(model).astype("float32"), before, tolerance)
+    model.compile("sgd", "mean_squared_error", jit_compile=jit)
+    model.fit(images(), np.ones((2, 3)), epochs=2, verbose=0)
+    for layer in tf_deform.deformable_layers(model):
+        assert layer.compute_dtype == policy.split("_")[1]
+        assert np.abs(layer.offset_kernel.numpy()).max() > 0
+
+
+@pytest.mark.skipif(not _loader.supports_jit(), reason="no XLA for ops")
+@every_model
+def test_compiled_by_xla(make):
+    model = filled(make)
+    change(model)
+    displace(model)
+    compiled = tf.function(model, jit_compile=True)
+    outputs = tf.nest.flatten(compiled(images()))
+    received = np.concatenate([np.reshape(each, -1) for each in outputs])
+    assert_near(received, run(model))

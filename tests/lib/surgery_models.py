@@ -1,7 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes models of every kind that `make_deformable` is to change."""
+"""Makes models of every kind that `make_deformable` is to change.
+
+    python tests/lib/surgery_models.py FOLDER
+
+writes the files that `tests/build/golden/surgery_keras_2.tar.xz` and
+`surgery_keras_3.tar.xz` hold, with Keras 2.15.0 (TensorFlow 2.15.1) and Keras
+3.5.0 (TensorFlow 2.18.1), the oldest that are supported.
+"""
 
 from __future__ import annotations
+
+import pathlib
+import sys
 
 import numpy as np
 import pytest
@@ -225,3 +235,24 @@ def refuse(model, error, match, call):
 def trained(model):
     """Returns the names of weights that are trained."""
     return {_keras.name_of(weight) for weight in model.trainable_weights}
+
+
+# Models whose files every later version reads.
+GOLDEN = (make_functional, make_composite, make_subclassed)
+
+
+def write(folder):
+    for make in GOLDEN:
+        model = filled(make)
+        change(model, stages="c3-c4")
+        displace(model)
+        tf_deform.train_only(model)
+        model.save(folder / f"{make.__name__}.keras")
+        np.save(folder / f"{make.__name__}.npy", run(model))
+
+
+if __name__ == "__main__":
+    # The files name this module, not `__main__`.
+    import surgery_models
+
+    surgery_models.write(pathlib.Path(sys.argv[1]))
