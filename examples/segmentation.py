@@ -33,6 +33,7 @@ import keras
 import numpy as np
 import pictures
 import runs
+import scipy.stats
 import tensorflow as tf
 
 import tf_deform
@@ -213,6 +214,42 @@ def draw(
     )
 
 
+def follow_sizes(
+    model: keras.Model, images: np.ndarray, annotations: list[dict]
+) -> dict[str, float]:
+    """Returns how closely a model's dilation follows the sizes of objects.
+
+    It is Spearman's correlation of the effective dilation in a digit's box
+    with the square root of the box's area, by deformable layer.
+
+    Args:
+        model: a model.
+        images: `(batch, 64, 64, 1)` uint8, the first scenes of a part.
+        annotations: the part's COCO annotations.
+    """
+    boxes = np.array(
+        [
+            (item["image_id"], x, y, x + width, y + height)
+            for item in annotations
+            if item["image_id"] < len(images)
+            for x, y, width, height in [item["bbox"]]
+        ]
+    )
+    sizes = np.sqrt((boxes[:, 3] - boxes[:, 1]) * (boxes[:, 4] - boxes[:, 2]))
+    return {
+        layer.name: float(
+            scipy.stats.spearmanr(
+                tf_deform.visualization.effective_dilation(
+                    model, layer, images, boxes
+                ),
+                sizes,
+                nan_policy="omit",
+            ).statistic
+        )
+        for layer in tf_deform.deformable_layers(model)
+    }
+
+
 def run(
     args: argparse.Namespace, folders: dict[tuple[str, int], pathlib.Path]
 ) -> None:
@@ -254,6 +291,14 @@ def run(
     )
     coco = json.loads((args.data / args.part / "instances.json").read_text())
     draw(models, images, masks, coco["annotations"], args.out)
+    followed = follow_sizes(
+        models[args.arms[-1]], images[:300], coco["annotations"]
+    )
+    for name, value in followed.items():
+        print(
+            f"\n{args.arms[-1]}, {name}: Spearman's correlation of its "
+            f"effective dilation with the sizes of digits is {value:.2f}"
+        )
     exported = exports.export_all(
         models[args.arms[-1]], images[:100], args.out, args.formats
     )
@@ -261,7 +306,9 @@ def run(
         f"\n{args.arms[-1]} exported; differences of logits, relative to the "
         f"largest:\n\n{exports.report(exported)}"
     )
-    runs.write_metrics(args, results, compared, exports=exported)
+    runs.write_metrics(
+        args, results, compared, exports=exported, follows_sizes=followed
+    )
     written = ["metrics.json", "predictions.png", "sampling.png", *exported]
     print(f"\nWritten to {args.out}: {', '.join(written)}")
 

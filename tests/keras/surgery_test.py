@@ -355,6 +355,23 @@ def test_a_backbone_alone():
     assert len(change(model).changed) == 2
 
 
+def test_wrapped_layers(tmp_path):
+    frames = keras.Input((2, 9, 10, 3))
+    conv = layers.Conv2D(4, 3, name="inner")
+    model = keras.Model(frames, layers.TimeDistributed(conv)(frames))
+    x = np.random.default_rng(0).normal(size=(2, 2, 9, 10, 3))
+    x = x.astype("float32")
+    before = np.array(model(x))
+    report = change(model, layers="inner")
+    assert len(report.changed) == 1
+    assert_near(np.array(model(x)), before)
+    displace(model)
+    model.save(tmp_path / "model.keras")
+    other = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(np.array(other(x)), np.array(model(x)))
+    assert len(tf_deform.deformable_layers(other)) == 1
+
+
 def test_shared_layers_stay_shared():
     model = filled(make_shared)
     change(model)

@@ -68,6 +68,9 @@ def test_writes_everything_that_it_promises(name, finished):
     assert arms[deformable]["parameters"] > arms[plain]["parameters"]
     assert f"| {deformable} |" in printed
     assert not list((out / "runs").glob("*/*.weights.h5"))
+    if name == "segmentation":
+        followed = metrics["follows_sizes"]
+        assert followed and all(abs(value) <= 1 for value in followed.values())
     exported = metrics["exports"]
     formats = {"model.tflite"}
     pictures = ["sampling.png", "predictions.png"]
