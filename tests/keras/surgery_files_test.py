@@ -195,3 +195,15 @@ def test_shards_of_weights(tmp_path):
     assert len(list(tmp_path.glob("*.h5"))) > 1
     other.load_weights(path)
     np.testing.assert_array_equal(run(other), run(model))
+
+
+@every_model
+def test_plain_weights_come_before_or_by_their_own_function(make, tmp_path):
+    plain, model = filled(make), make()
+    path = str(tmp_path / "plain.weights.h5")
+    plain.save_weights(path)
+    change(model)
+    with pytest.raises(ValueError, match="load_plain_weights"):
+        model.load_weights(path)
+    tf_deform.load_plain_weights(model, path)
+    assert_near(run(model), run(plain))
