@@ -97,7 +97,8 @@ def test_signatures(kind):
     theirs = text_of_signature(keras.layers.Conv2D).removesuffix("**kwargs)")
     assert text_of_signature(layer) == theirs + (
         "offset_groups=1, modulation=None, boundary='zeros', "
-        "offset_dilation_rate=None, implementation='native', **kwargs)"
+        "offset_dilation_rate=None, implementation='native', "
+        "freeze_kernel=False, **kwargs)"
     )
 
 
@@ -123,6 +124,7 @@ EVERYTHING = {
         "modulation": "2sigmoid",
         "boundary": "clamp",
         "offset_dilation_rate": (2, 1),
+        "freeze_kernel": True,
     },
     **{kind: KINDS[kind].config for kind in POOLS},
 }

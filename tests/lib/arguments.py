@@ -122,6 +122,7 @@ KIND_OF = {
     "strides": "pair",
     "trans_std": "number",
     "units": "units",
+    "freeze_kernel": "boolean",
     "use_bias": "boolean",
 }
 

@@ -543,14 +543,12 @@ class DeformableConv2D(OpLayer, _keras.Conv2D):
         super().set_weights(weights)
 
     def get_config(self) -> dict[str, Any]:
-        config = {
+        return {
             **super().get_config(),
             "offset_groups": self.offset_groups,
             "modulation": self.modulation,
             "boundary": self.boundary,
             "offset_dilation_rate": self.offset_dilation_rate,
             "implementation": self.implementation,
+            "freeze_kernel": self.freeze_kernel,
         }
-        if self.freeze_kernel:  # which older releases do not know
-            config["freeze_kernel"] = True
-        return config
