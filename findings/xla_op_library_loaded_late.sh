@@ -38,6 +38,8 @@ class TwiceXla : public tensorflow::XlaOpKernel {
 REGISTER_XLA_OP(Name("Twice"), TwiceXla);
 CC
 flags=$("$python" -c 'import tensorflow as tf
+for name in ("highwayhash", "farmhash_archive/src"):
+    print(f"-I{tf.sysconfig.get_include()}/external/{name}")
 print(*tf.sysconfig.get_compile_flags(), *tf.sysconfig.get_link_flags())' 2>/dev/null)
 # shellcheck disable=SC2086
 c++ -std=c++17 -O0 -w -fPIC -shared "$folder/twice.cc" -o "$folder/twice.so" $flags
