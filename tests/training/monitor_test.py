@@ -201,6 +201,8 @@ def fit(model, *callbacks, epochs=2):
 def test_training_is_the_same(policy, jit):
     if jit and not tf_deform._loader.supports_jit():
         pytest.skip("built without the bridge to XLA")
+    if jit and KERAS_2:
+        pytest.skip("Keras 2's noise is another in every run with XLA")
     keras.mixed_precision.set_global_policy(policy)
     plain, watched = small(jit), small(jit)
     expected = fit(plain)
