@@ -20,6 +20,10 @@ HEIGHT, WIDTH = 64, 96
 MARGIN = 6
 # A place is rounded to 1/16 pixel, and then to the table's one decimal.
 ROUNDED = 0.5 / 16 + 0.05
+# Two places, each rounded to 1/16 pixel, and the table's whole numbers.
+SPAN_ROUNDED = 2 * 0.5 / 16 + 0.5
+# A weight is rounded to 1/128, and then to the table's two decimals.
+WEIGHT_ROUNDED = 0.5 / 128 + 0.005
 
 
 @pytest.fixture(scope="module")
@@ -174,9 +178,9 @@ def check_numbers(browser, calls, y, x, chosen, image=0):
         cell, places, weights = expected(call, y, x, image)
         assert row[0] == call.name
         assert row[1] == f"{cell[0]}, {cell[1]}"
-        assert abs(float(row[3]) - weights.mean()) < 0.015
+        assert abs(float(row[3]) - weights.mean()) < WEIGHT_ROUNDED
         spans = [float(x) for x in row[4].split("×")]
-        np.testing.assert_allclose(spans, np.ptp(places, axis=0), atol=0.7)
+        np.testing.assert_allclose(spans, np.ptp(places, 0), atol=SPAN_ROUNDED)
         taps = np.stack(
             np.meshgrid([-1, 0, 1], [-1, 0, 1], indexing="ij"), -1
         ).reshape(-1, 2)
@@ -188,7 +192,7 @@ def check_numbers(browser, calls, y, x, chosen, image=0):
     table = np.array(rows(browser, "points"), float)
     np.testing.assert_array_equal(table[:, 0], np.arange(9) + 1)
     np.testing.assert_allclose(table[:, 1:3], places, atol=ROUNDED)
-    np.testing.assert_allclose(table[:, 3], weights, atol=0.01)
+    np.testing.assert_allclose(table[:, 3], weights, atol=WEIGHT_ROUNDED)
 
 
 def test_the_pointer_moves_the_points(opened, page):

@@ -188,7 +188,7 @@ def test_parts_are_where_bins_read(kind, source):
         expected = np.array(((y1 + y2) / 2, (x1 + x2) / 2))
         if kind != "align":  # Samples lie at the start of an eighth of a bin.
             expected -= np.array((y2 - y1, x2 - x1)) / 16
-        np.testing.assert_allclose(middle, expected, atol=0.01)
+        np.testing.assert_allclose(middle, expected, atol=1e-4)
 
 
 def test_the_picture_of_parts():
