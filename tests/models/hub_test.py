@@ -48,32 +48,31 @@ def displace(model):
         layer.offset_bias.assign(rng.normal(size=layer.offset_bias.shape))
 
 
-@pytest.mark.parametrize("kind", ["Backbone", "ResNetBackbone"])
-def test_a_backbone(kind, tmp_path, run_python_as_it_is):
-    model = tiny()
+def classifier():
+    return keras_hub.models.ResNetImageClassifier(tiny(), num_classes=3)
+
+
+@pytest.mark.parametrize(
+    "make,kind",
+    [
+        (tiny, "Backbone"),
+        (tiny, "ResNetBackbone"),
+        (classifier, "ImageClassifier"),
+        (classifier, "ResNetImageClassifier"),
+    ],
+)
+def test_a_preset(make, kind, tmp_path, run_python_as_it_is):
+    model = make()
     tf_deform.make_deformable(model, verbose=False)
     displace(model)
     model.save_to_preset(str(tmp_path / "preset"))
     np.save(tmp_path / "images.npy", images())
     said = run_python_as_it_is(LOAD, tmp_path, kind)
-    assert said.split()[-2:] == ["ResNetBackbone", "6"]
+    name = f"ResNet{kind.removeprefix('ResNet')}"
+    assert said.split()[-2:] == [name, "6"]
     np.testing.assert_array_equal(
-        np.load(tmp_path / "outputs.npy"), model(images())
-    )
-
-
-@pytest.mark.parametrize("kind", ["ImageClassifier", "ResNetImageClassifier"])
-def test_a_task(kind, tmp_path, run_python_as_it_is):
-    backbone = tiny()
-    model = keras_hub.models.ResNetImageClassifier(backbone, num_classes=3)
-    tf_deform.make_deformable(model, verbose=False)
-    displace(model)
-    model.save_to_preset(str(tmp_path / "preset"))
-    np.save(tmp_path / "images.npy", images())
-    said = run_python_as_it_is(LOAD, tmp_path, kind)
-    assert said.split()[-2:] == ["ResNetImageClassifier", "6"]
-    np.testing.assert_array_equal(
-        np.load(tmp_path / "outputs.npy"), model.backbone(images())
+        np.load(tmp_path / "outputs.npy"),
+        getattr(model, "backbone", model)(images()),
     )
 
 
