@@ -344,6 +344,11 @@ def shape_of_build(model: Any) -> Any:
         return None
 
 
+def clear_losses(model: Any) -> None:
+    """Takes back what the latest call has added to a model's losses."""
+    model._clear_losses()
+
+
 def forget_functions(model: Any) -> None:
     """Makes a compiled model trace its functions anew."""
     for name in ("train_function", "test_function", "predict_function"):

@@ -76,7 +76,7 @@ def measure(model: Any) -> list[Call]:
                 f"{type(error).__name__}: {error}. Say which layers by `layers`"
             ) from error
         finally:
-            model._clear_losses()  # tensors of the trace
+            _keras.clear_losses(model)  # tensors of the trace
     return list(_calls(found))
 
 

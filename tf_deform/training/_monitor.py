@@ -329,7 +329,7 @@ def _unchanged(model: Any) -> Iterator[None]:
         tf.config.run_functions_eagerly(eagerly)
         for variable, value in zip(variables, values):
             variable.assign(value)
-        model._clear_losses()
+        _keras.clear_losses(model)
 
 
 def _run(model: Any, images: Any) -> dict[int, list[tuple[Any, np.ndarray]]]:

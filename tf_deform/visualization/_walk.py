@@ -224,7 +224,7 @@ def walk(model: Any, images: tf.Tensor, layers: Any = None) -> list[Call]:
             model(images, training=False)
     finally:
         tf.config.run_functions_eagerly(in_graphs)
-        model._clear_losses()
+        _keras.clear_losses(model)
     if not walker.calls:
         raise ValueError(complaint)
     return walker.calls
