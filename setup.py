@@ -216,15 +216,16 @@ setup(
         ],
         "hub": ["keras-hub>=0.32,<0.34", "scipy>=1.13,<2"],
         "plots": ["matplotlib>=3.9,<4"],
+        # Reads photographs and judges detections.
+        "train": ["pillow>=11,<13", "faster-coco-eval>=1.7,<2"],
         # It is for TensorFlow 2.15 alone, which is for Python 3.9 to 3.11.
         "addons": ["tensorflow==2.15.*", "tensorflow-addons==0.23.*"],
         "examples": [
             "scikit-learn>=1.5,<2",
             "scikit-image>=0.25,<0.27",
-            "pillow>=11,<13",
             "scipy>=1.13,<2",
-            "faster-coco-eval>=1.7,<2",
             "h5py>=3.11,<4",
+            "tf-deform[train]",
             "tf-deform[plots]",
             "tf-deform[onnx]",
             "tf-deform[litert]",
@@ -244,6 +245,7 @@ setup(
             "tf-deform[benchmark]",
             "tf-deform[examples]",
             "tf-deform[hub]",
+            "pycocotools>=2.0.11,<3",  # the oracle of the evaluation
         ],
         # zig links for an old glibc, see cc/wheel.py.
         "release": ["ziglang>=0.13,<0.18", "auditwheel>=6.4,<7"],
