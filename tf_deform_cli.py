@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the command `tf-deform`: finds the libraries, checks that they work.
+"""Runs the command `tf-deform`: trains models, finds and checks libraries.
 
+    tf-deform train detect|segment
+    tf-deform eval
+    tf-deform show
+    tf-deform export
+    tf-deform demo
     tf-deform library
     tf-deform doctor
 
 This module stands beside the package and imports nothing of it, as `import
-tf_deform` loads TensorFlow. So help, the version and mistakes on the command
-line are answered at once, and `doctor` also answers where TensorFlow is missing
-or crashes. `python -m tf_deform` runs the same `main`.
+tf_deform` loads TensorFlow: it loads single files of the package by their
+paths. So help, the version and mistakes on the command line are answered at
+once, and `doctor` also answers where TensorFlow is missing or crashes. `python
+-m tf_deform` runs the same `main`.
 """
 
 from __future__ import annotations
@@ -17,6 +23,7 @@ import ctypes
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import os
 import platform
 import re
@@ -74,6 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--version", action="version", version=f"tf-deform {_version()}"
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    settings, line = _part("_settings"), _part("_command_line")
+    if settings and line:
+        line.add_commands(commands, settings)
     library = commands.add_parser(
         "library",
         help="print the path of the op library",
@@ -88,6 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=_DOCTOR_HELP,
     )
     parsed = parser.parse_args(arguments)
+    if "task" in parsed:
+        found = line.find_settings(parsed, settings, _part("_run_folder"))
+        return _run_task(parsed.task, found, parsed.quiet)
     if parsed.command == "library":
         return _print_library(_core if parsed.core else _op_library)
     if parsed.command == "doctor":
@@ -95,6 +108,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Prints to standard error: a script reads a path from standard output.
     parser.print_help(sys.stderr)
     return 2
+
+
+def _run_task(task: str, found: Mapping[str, Any], quiet: bool) -> int:
+    """Runs a function of `tf_deform.tasks`; its messages go to standard error.
+
+    Errors that are of a kind which says what was expected are told without a
+    traceback. A run has the traceback in its `log.txt`.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    logger = logging.getLogger("tf_deform")
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.WARNING if quiet else logging.INFO)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        from tf_deform import tasks
+
+        with tasks.progress(not quiet):
+            getattr(tasks, task)(**found)
+        return 0
+    except KeyboardInterrupt:
+        logger.error("Interrupted")
+    except (ArithmeticError, ImportError, MemoryError, OSError) as error:
+        logger.error("%s", error)
+    except (RuntimeError, TypeError, ValueError) as error:
+        logger.error("%s", error)
+    finally:
+        logger.removeHandler(handler)
+    return 1
 
 
 # The functions below find facts without an import of the package.
@@ -111,15 +153,23 @@ def _package() -> str:
     return list(spec.submodule_search_locations)[0]
 
 
-def _build_info() -> ModuleType | None:
-    """Returns the module that the build has written, or None."""
-    path = os.path.join(_package(), "_build_info.py")
+def _part(name: str) -> ModuleType | None:
+    """Loads a file of the package by its path; returns None if there is none.
+
+    The file imports nothing of the package.
+    """
+    path = os.path.join(_package(), f"{name}.py")
     if not os.path.exists(path):
         return None
-    spec = importlib.util.spec_from_file_location("_tf_deform_build_info", path)
+    spec = importlib.util.spec_from_file_location(f"_tf_deform{name}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _build_info() -> ModuleType | None:
+    """Returns the module that the build has written, or None."""
+    return _part("_build_info")
 
 
 def _version() -> str:
