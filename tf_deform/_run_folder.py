@@ -11,11 +11,11 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-SETTINGS = "settings.json"
+SETTINGS, LOG = "settings.json", "log.txt"
 # What `_files.writing` leaves in a folder if it is killed.
 _PARTIAL = ".tf_deform-partial-"
 # Settings of a call, not of the run.
-_OF_CALL = ("out", "resume")
+OF_CALL = ("out", "resume")
 
 
 def open_run(
@@ -59,13 +59,13 @@ def open_run(
         )
     found.update({name: kept[name] for name in settings if name in kept})
     for name, value in given.items():
-        if name not in _OF_CALL and value != found[name]:
+        if name not in OF_CALL and value != found[name]:
             raise ValueError(
                 f"Expected {spell(name)} to be {found[name]!r}, as in the run "
                 f"in {out}. Received: {value!r}. Leave it out, or choose "
                 f"another {spell('out')}"
             )
-    return {**found, **{name: given[name] for name in _OF_CALL}}
+    return {**found, **{name: given[name] for name in OF_CALL}}
 
 
 def _kept(out: pathlib.Path) -> dict[str, Any] | None:
@@ -90,7 +90,8 @@ def _kept(out: pathlib.Path) -> dict[str, Any] | None:
                 f"Expected {path} to be the settings of a run. Received: "
                 "something else"
             )
-        if all(name.startswith(_PARTIAL) for name in names):
+        # A run that was killed before it wrote its settings left these.
+        if all(name == LOG or name.startswith(_PARTIAL) for name in names):
             return None
     raise FileExistsError(
         f"Expected {out} to be a new or empty folder, or one with a run. "
