@@ -368,6 +368,13 @@ def _training(
         "batch_size": Setting(whole(1, 4096), 2, "images in a step", "N"),
         "epochs": Setting(whole(1), 12, "passes over the photographs", "N"),
         "steps": Setting(whole(1), None, "steps, in place of --epochs", "N"),
+        "flips": Setting(
+            one_of("horizontal", "all", "none"),
+            "horizontal",
+            "mirror the images in training: left and right, or also up and "
+            "down, for views from above",
+            "horizontal|all|none",
+        ),
         "lr": Setting(
             number(0.0, 100.0),
             None,

@@ -193,7 +193,7 @@ def test_tensorflow_is_not_loaded_before_the_task(files):
     (files / "broken").mkdir()
     for name in ("tensorflow", "keras", "numpy"):
         (files / f"broken/{name}.py").write_text(
-            "raise ImportError('no tensorflow')"
+            "raise ImportError('absent')"
         )
     command = "import tf_deform_cli as c; exit(c.main())"
 
@@ -209,10 +209,10 @@ def test_tensorflow_is_not_loaded_before_the_task(files):
 
     wrong = run(*DETECT, *GOOD, "--size", "7")
     assert wrong.returncode == 2
-    assert "no tensorflow" not in wrong.stderr
+    assert "absent" not in wrong.stderr
     right = run(*DETECT, *GOOD, "--size", "96")
     assert right.returncode == 1
-    assert "no tensorflow" in right.stderr
+    assert "absent" in right.stderr
     assert "Traceback" not in right.stderr
     assert not (files / "run").exists()
 
@@ -308,7 +308,7 @@ def test_broken_settings(text, call, kept):
 def test_what_a_kill_before_the_settings_leaves(call, kept):
     (kept / "settings.json").unlink()
     (kept / ".tf_deform-partial-0a1b2c3d").mkdir()
-    assert call(*DETECT, *GOOD).returncode == 1
+    assert call(*DETECT, *GOOD).status == 0
 
 
 # The functions of Python.

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draws what models find, with Pillow, and where they look, with Matplotlib."""
+
+from __future__ import annotations
+
+import colorsys
+import logging
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tf_deform import _files
+from tf_deform._keras import keras
+from tf_deform.layers import DeformableConv2D
+from tf_deform.models import deformable_layers
+
+LOGGER = logging.getLogger("tf_deform")
+_VOID = 255
+# Larger pictures say no more on a screen.
+MAX_SIDE = 1600
+
+
+def _color(index: int) -> tuple[int, int, int]:
+    """Returns the colour of a class; neighbours differ much in hue."""
+    hue = (0.33 + index * 0.618034) % 1.0  # by the golden ratio
+    return tuple(
+        round(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.85, 1.0)
+    )
+
+
+def shrink(image: np.ndarray) -> tuple[np.ndarray, float]:
+    """Returns an image of at most `MAX_SIDE` pixels, and its scale."""
+    from PIL import Image
+
+    scale = min(1.0, MAX_SIDE / max(image.shape[:2]))
+    if scale < 1:
+        size = [max(1, round(side * scale)) for side in image.shape[1::-1]]
+        image = np.asarray(Image.fromarray(image).resize(size))
+    return image, scale
+
+
+def boxes_picture(
+    image: np.ndarray,
+    found: Mapping[str, np.ndarray],
+    classes: Sequence[str],
+    least: float = 0.0,
+) -> np.ndarray:
+    """Returns a copy of an image with boxes, classes and scores.
+
+    Args:
+        image: `(h, w, 3)` uint8.
+        found: "boxes" `(n, 4)` in pixels of the image, "labels" `(n,)` and, of
+            predictions, "scores" `(n,)`.
+        classes: Names of the classes.
+        least: Boxes with lower scores are left out.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    image, scale = shrink(image)
+    picture = Image.fromarray(image)
+    draw = ImageDraw.Draw(picture)
+    width = max(1, round(max(image.shape) / 400))
+    font = ImageFont.load_default(size=max(10, 6 * width))
+    scores = found.get("scores")
+    # The best ones come last, above the others.
+    for i in reversed(range(len(found["boxes"]))):
+        if scores is not None and scores[i] < least:
+            continue
+        box = [float(x) * scale for x in found["boxes"][i]]
+        # Edges are half-open: the last pixel is one before the end.
+        box[2:] = max(box[0], box[2] - 1), max(box[1], box[3] - 1)
+        label = int(found["labels"][i])
+        draw.rectangle(box, outline=_color(label), width=width)
+        text = classes[label] if label < len(classes) else str(label)
+        if scores is not None:
+            text += f" {scores[i]:.2f}"
+        draw.text(box[:2], text, fill=_color(label), font=font)
+    return np.asarray(picture)
+
+
+def mask_picture(
+    image: np.ndarray, ids: np.ndarray, share: float = 0.5
+) -> np.ndarray:
+    """Returns a copy of an image in the colours of classes; void stays gray.
+
+    Args:
+        image: `(h, w, 3)` uint8.
+        ids: `(h, w)` classes.
+        share: Weight of the colours.
+    """
+    colors = np.array([_color(i) for i in range(256)], "float32")
+    colors[_VOID] = 128
+    mixed = (1 - share) * image + share * colors[np.clip(ids, 0, _VOID)]
+    return shrink(np.round(mixed).astype("uint8"))[0]
+
+
+def side_by_side(*pictures: np.ndarray) -> np.ndarray:
+    """Returns pictures of one size in a row, with a white gap."""
+    gap = np.full((len(pictures[0]), 8, 3), 255, "uint8")
+    row = [part for picture in pictures for part in (picture, gap)]
+    return np.concatenate(row[:-1], axis=1)
+
+
+def write_picture(path: pathlib.Path, picture: np.ndarray) -> None:
+    """Writes a PNG file that appears whole or not at all."""
+    from PIL import Image
+
+    with _files.writing(path) as partial:
+        Image.fromarray(picture).save(partial, format="PNG")
+
+
+def write_sampling(
+    path: pathlib.Path,
+    model: keras.Model,
+    image: np.ndarray,
+    point: Sequence[float],
+) -> bool:
+    """Draws where the deformable convolutions of a backbone look.
+
+    Args:
+        path: PNG file to write.
+        model: A model whose `backbone` takes images `(1, size, size, 3)`.
+        image: `(size, size, 3)`, what the model takes.
+        point: (y, x) in pixels of the image.
+
+    Returns:
+        Whether a picture was written: there may be nothing to draw, or no
+        Matplotlib.
+    """
+    encoder = getattr(model, "backbone", model)
+    if not any(
+        isinstance(layer, DeformableConv2D)
+        for layer in deformable_layers(encoder)
+    ):
+        return False
+    try:
+        import matplotlib
+    except ImportError:
+        LOGGER.info(
+            "No picture of sampling points: `pip install 'tf-deform[plots]'`"
+        )
+        return False
+    from tf_deform.visualization import plot_sampling
+
+    # Figures of their own need no screen, whatever backend is set.
+    figure = matplotlib.figure.Figure(figsize=(8, 8), layout="tight")
+    plot_sampling(encoder, image, point, ax=figure.add_subplot())
+    with _files.writing(path) as partial:
+        figure.savefig(partial, format="png", dpi=100)
+    return True
+
+
+def truth_of(photograph: Any) -> dict[str, np.ndarray]:
+    """Returns the boxes of a `Photograph` for `boxes_picture`."""
+    return {"boxes": photograph.boxes, "labels": photograph.labels}
