@@ -347,9 +347,10 @@ def _training(
         ),
         "weights": Setting(
             weights,
-            "imagenet",
-            "the backbone's weights at the start. Unless it is none, the stem, "
-            "stage c2 and batch normalization stay frozen",
+            None,
+            "the backbone's weights at the start (default: imagenet, or those "
+            "of the .keras file). Unless it is none, the stem, stage c2 and "
+            "batch normalization stay frozen",
             "imagenet|none|FILE",
         ),
         "deform": Setting(
@@ -381,6 +382,13 @@ def _training(
             f"highest learning rate (default: {rate} for 16 images in a step, "
             "for others in proportion)",
             "RATE",
+        ),
+        "ema": Setting(
+            number(0.0, 0.99999),
+            None,
+            "momentum, such as .999, of averages of the weights, which are "
+            "judged and kept as the best (default: no averages)",
+            "MOMENTUM",
         ),
         "seed": Setting(
             whole(0, 2**31 - 1),
@@ -471,7 +479,11 @@ TASKS: Mapping[str, Mapping[str, Setting]] = {
             "FOLDER",
         ),
         "tile": _TILE,
-        "max_detections": _MAX_DETECTIONS,
+        "max_detections": _MAX_DETECTIONS._replace(
+            default=None,
+            help="most boxes of an image that are predicted and judged "
+            "(default: the model's)",
+        ),
         "skip_broken": _READING["skip_broken"],
         **_READING_BOXES,
     },

@@ -111,6 +111,14 @@ def write_picture(path: pathlib.Path, picture: np.ndarray) -> None:
         Image.fromarray(picture).save(partial, format="PNG")
 
 
+def has_offsets(model: keras.Model) -> bool:
+    """Tells whether the backbone of a model has deformable convolutions."""
+    return any(
+        isinstance(layer, DeformableConv2D)
+        for layer in deformable_layers(model.backbone)
+    )
+
+
 def write_sampling(
     path: pathlib.Path,
     model: keras.Model,
@@ -129,11 +137,7 @@ def write_sampling(
         Whether a picture was written: there may be nothing to draw, or no
         Matplotlib.
     """
-    encoder = getattr(model, "backbone", model)
-    if not any(
-        isinstance(layer, DeformableConv2D)
-        for layer in deformable_layers(encoder)
-    ):
+    if not has_offsets(model):
         return False
     try:
         import matplotlib
@@ -146,7 +150,7 @@ def write_sampling(
 
     # Figures of their own need no screen, whatever backend is set.
     figure = matplotlib.figure.Figure(figsize=(8, 8), layout="tight")
-    plot_sampling(encoder, image, point, ax=figure.add_subplot())
+    plot_sampling(model.backbone, image, point, ax=figure.add_subplot())
     with _files.writing(path) as partial:
         figure.savefig(partial, format="png", dpi=100)
     return True

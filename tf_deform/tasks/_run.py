@@ -10,17 +10,16 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import os
 import pathlib
 import platform
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from tf_deform import _build_info, _files, _run_folder, _settings
+from tf_deform import _build_info, _run_folder, _settings, training
 from tf_deform._keras import keras
 
 LOGGER = logging.getLogger("tf_deform")
@@ -42,15 +41,6 @@ def progress(show: bool = True) -> Iterator[None]:
 def shows_bar() -> bool:
     """Tells whether to show a progress bar."""
     return _SHOW_BAR[0]
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes a JSON file that appears whole or not at all."""
-    with _files.writing(path) as partial:
-        partial.write_text(
-            json.dumps(value, indent=2, ensure_ascii=False) + "\n",
-            encoding="utf-8",
-        )
 
 
 def read_json(path: pathlib.Path) -> Any:
@@ -82,11 +72,11 @@ class Run:
         }
         path = self.folder / _run_folder.SETTINGS
         if not path.exists():
-            write_json(path, {"task": self.task, **kept})
+            training.write_metrics(path, {"task": self.task, **kept})
         now, path = versions(), self.folder / _VERSIONS
         before = read_json(path)
         if before is None:
-            write_json(path, now)
+            training.write_metrics(path, now)
         elif before != now:
             names = [n for n in now if now[n] != before.get(n)]
             LOGGER.warning(
@@ -108,7 +98,7 @@ class Run:
         path = self.folder / _FILES
         before = read_json(path)
         if before is None:
-            write_json(path, now)
+            training.write_metrics(path, now)
             return
         for name, part in now.items():
             if part != before.get(name):
@@ -159,8 +149,8 @@ def describe_files(annotations: Any) -> dict[str, Any]:
     paths = []
     for photograph in annotations.photographs:
         paths.append(str(photograph.path))
-        if isinstance(photograph.mask, (str, os.PathLike)):
-            paths.append(str(photograph.mask))
+        if photograph.mask is not None:
+            paths.append(getattr(photograph.mask, "path", photograph.mask))
         for array in ("boxes", "labels", "crowd", "difficult"):
             text.update(np.ascontiguousarray(getattr(photograph, array)))
         text.update(b";")
@@ -258,14 +248,3 @@ def table(rows: Iterable[tuple[str, Any]]) -> str:
     width = max((len(name) for name, _ in rows), default=0)
     return "\n".join(f"  {name:{width}}  {value}" for name, value in rows)
 
-
-def once(function: Callable[[], Any]) -> Callable[[], Any]:
-    """Returns a function that keeps its first result."""
-    kept: list[Any] = []
-
-    def call() -> Any:
-        if not kept:
-            kept.append(function())
-        return kept[0]
-
-    return call

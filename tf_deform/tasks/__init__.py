@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains, judges, shows and exports models of one's own photographs.
+
+Each function is a command of `tf-deform`, and its arguments are the options of
+the command. They need Keras 3, and `pip install 'tf-deform[train]'`; pictures
+of sampling points need `[plots]`, and exports `[onnx]` or `[litert]`. Messages
+go to the logger `tf_deform`.
+
+Photographs with annotations are named by text:
+
+- `voc:ROOT` or `voc:ROOT:SPLIT`: Pascal VOC's xml, beside the images, or in the
+  folders Annotations, JPEGImages and ImageSets;
+- `coco:FILE,IMAGES`: COCO's json, and the folder of the images;
+- `yolo:ROOT`: text files with a line for each object;
+- `masks:IMAGES,LABELS`: folders of images and of masks, for segmenters.
+
+`import tf_deform` does not import this package: `from tf_deform import tasks`.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from tf_deform import _settings
+from tf_deform._keras import KERAS_2, keras
+
+if KERAS_2:
+    raise ImportError(
+        "Expected Keras 3 for tf_deform.tasks. Received: "
+        f"{keras.__name__} {keras.__version__}, which TensorFlow's `tf.keras` "
+        "is"
+    )
+
+from tf_deform.tasks import _evaluate, _run, _setup, _train
+from tf_deform.tasks._run import progress
+
+__all__ = [
+    "demo",
+    "evaluate",
+    "export_model",
+    "progress",
+    "show",
+    "train_detector",
+    "train_segmenter",
+]
+
+Path = os.PathLike
+
+
+def train_detector(
+    data: str,
+    out: str | Path,
+    *,
+    val: str | float = 0.2,
+    resume: bool = False,
+    model: str = "faster-rcnn",
+    pooling: str = "align",
+    max_detections: int = 100,
+    backbone: str | Path = "resnet50",
+    weights: str | Path | None = None,
+    deform: str = "c3-c5",
+    size: int = 640,
+    tile: int | None = None,
+    batch_size: int = 2,
+    epochs: int = 12,
+    steps: int | None = None,
+    flips: str = "horizontal",
+    lr: float | None = None,
+    ema: float | None = None,
+    seed: int = 0,
+    deterministic: bool = False,
+    mixed_precision: str | None = None,
+    jit: bool = False,
+    classes: Sequence[str] | None = None,
+    skip_broken: bool = False,
+    base: int = 0,
+    first_id: int | None = None,
+    crowds: str = "ignore",
+) -> dict[str, Any]:
+    """Trains a detector on photographs with boxes.
+
+        tf_deform.tasks.train_detector("voc:photos", "run", epochs=12)
+
+    With the recipe "1x" of Detectron and mmdetection in the length of this run:
+    momentum .9, a rate of .02 for steps of 16 images and less in proportion,
+    which rises at first and is divided by 10 after 8 and after 11 twelfths, a
+    tenth of the rate for offsets, weight decay 1e-4, gradients of a norm of 10
+    at most. Unless `weights` is "none", the stem, stage c2 and all batch
+    normalization stay as they are.
+
+    Before the first step it logs what the reader found odd, how many objects of
+    which size there are, and how many of them no anchor fits.
+
+    The folder then has
+
+    - best.keras: the model of the epoch with the best AP on the photographs for
+      validation; last.keras: the state to go on from;
+    - metrics.json: AP of each epoch and class; results.json and truth.json:
+      what best.keras found, and what is there, for COCO's own evaluation;
+    - pictures: truth beside detections, and where the model looks;
+    - settings.json, versions.json, files.json (the files of both parts, with
+      their SHA-256), log.txt, and tensorboard.
+
+    Args:
+        data: The photographs to learn from: voc, coco or yolo.
+        out: The folder of the run, new or empty.
+        val: The photographs for validation, or the share of `data` that is kept
+            for it. Its classes are joined with those of `data` by name.
+        resume: Whether to go on with the run in the folder, from its last
+            epoch, with the same settings and the same files. With
+            `deterministic`, the result is that of a run without a stop, to the
+            bit.
+        model: "faster-rcnn" or "rfcn".
+        pooling: How "faster-rcnn" pools regions: "align", "deform" or
+            "moddeform".
+        max_detections: The most boxes of an image that are predicted and
+            judged.
+        backbone: A name of `keras.applications` in small letters, or a .keras
+            file, see `tf_deform.models.backbone`.
+        weights: The backbone's weights at the start: "imagenet", "none" or a
+            file. None: "imagenet", or those of the .keras file.
+        deform: The stages that become deformable, such as "c3-c5", or "none";
+            see `tf_deform.make_deformable`.
+        size: Height and width, in pixels, of the images that the model sees.
+        tile: Pixels of the squares that photographs are cut into, which the
+            model then sees in its `size`, in training and prediction. None:
+            photographs are seen as a whole.
+        batch_size: The number of images in a step.
+        epochs: The number of passes over the photographs.
+        steps: The number of steps, in place of `epochs`.
+        flips: How images are mirrored in training: "horizontal", "all" (for
+            views from above) or "none".
+        lr: The highest learning rate.
+        ema: The momentum of averages of the weights, which are judged and kept
+            as the best.
+        seed: The seed of weights, order and augmentation, and of the split.
+        deterministic: Whether the same seed gives the same bits. It turns on
+            TensorFlow's determinism for the rest of the process.
+        mixed_precision: "bfloat16" or "float16".
+        jit: Whether to compile steps with XLA.
+        classes: The names of the classes, in their order. None: those of the
+            data.
+        skip_broken: Whether to leave out broken files, instead of an error.
+        base: The number of the first pixel in VOC's xml.
+        first_id: The number of the first class in YOLO's files, where the names
+            have no numbers.
+        crowds: COCO's crowds: "ignore", or "objects" as others.
+
+    Returns:
+        What metrics.json holds: "validation" (what best.keras reaches), "best"
+        (the logs of its epoch), "epochs" (the logs of all epochs).
+
+    Raises:
+        ValueError: An argument is not what is expected, the folder has a run
+            with other settings or files, or the data are broken.
+        OSError: A file cannot be read or written; the folder has other things;
+            weights cannot be fetched; another process trains there.
+        ImportError: An extra is not installed.
+        FloatingPointError: The loss or a weight is no number.
+        MemoryError: A step does not fit into memory.
+    """
+    return _train_in_folder("train_detector", locals())
+
+
+def train_segmenter(
+    data: str,
+    out: str | Path,
+    *,
+    val: str | float = 0.2,
+    resume: bool = False,
+    output_stride: int = 16,
+    backbone: str | Path = "resnet50",
+    weights: str | Path | None = None,
+    deform: str = "c3-c5",
+    size: int = 512,
+    tile: int | None = None,
+    batch_size: int = 2,
+    epochs: int = 12,
+    steps: int | None = None,
+    flips: str = "horizontal",
+    lr: float | None = None,
+    ema: float | None = None,
+    seed: int = 0,
+    deterministic: bool = False,
+    mixed_precision: str | None = None,
+    jit: bool = False,
+    classes: Sequence[str] | None = None,
+    skip_broken: bool = False,
+) -> dict[str, Any]:
+    """Trains a segmenter on photographs with masks.
+
+        tf_deform.tasks.train_segmenter("masks:images,labels", "run")
+
+    Pixels of the id 255 are not learned, nor judged. The folder has what
+    `train_detector` says, and best.keras has the best mean IoU.
+
+    Args:
+        data: The photographs to learn from: masks.
+        out, val, resume: As in `train_detector`.
+        output_stride: Pixels of the image for one of the backbone's last map:
+            8, 16 or 32.
+        backbone, weights, deform, size, tile: As in `train_detector`.
+        batch_size, epochs, steps, flips: As in `train_detector`.
+        lr: The highest learning rate. None: .01 for steps of 16 images, and
+            less in proportion.
+        ema, seed, deterministic, mixed_precision, jit: As in `train_detector`.
+        classes, skip_broken: As in `train_detector`.
+
+    Returns:
+        What metrics.json holds, see `train_detector`.
+
+    Raises:
+        ValueError, OSError, ImportError: As in `train_detector`.
+        FloatingPointError, MemoryError: As in `train_detector`.
+    """
+    return _train_in_folder("train_segmenter", locals())
+
+
+def _train_in_folder(task: str, given: dict[str, Any]) -> dict[str, Any]:
+    with _run.opened(task, given) as run, _setup.reproducible(run.settings):
+        return getattr(_train, task)(run)
+
+
+def evaluate(
+    model: str | Path,
+    data: str,
+    *,
+    out: str | Path | None = None,
+    tile: int | None = None,
+    max_detections: int | None = None,
+    skip_broken: bool = False,
+    base: int = 0,
+    first_id: int | None = None,
+    crowds: str = "ignore",
+) -> dict[str, float]:
+    """Judges a model on annotated photographs.
+
+        tf_deform.tasks.evaluate("run/best.keras", "voc:others")
+
+    Args:
+        model: A file of `train_detector` or `train_segmenter`.
+        data: The photographs, whose classes are joined with the model's by
+            name.
+        out: A folder for metrics.json and, of a detector, for results.json and
+            truth.json, with which other programs compute the same numbers.
+        tile: As in `train_detector`.
+        max_detections: The most boxes of an image. None: the model's.
+        skip_broken, base, first_id, crowds: As in `train_detector`.
+
+    Returns:
+        For a detector what `tf_deform.training.CocoEvaluator.evaluate` returns;
+        for a segmenter "mIoU", the mean over classes of intersection over
+        union, "accuracy", the share of right pixels, and "IoU/<class>".
+
+    Raises:
+        ValueError: An argument is not what is expected, or data are broken.
+        OSError: A file cannot be read or written.
+        ImportError: An extra is not installed.
+    """
+    return _evaluate.evaluate(_check("evaluate", locals()))
+
+
+def show(
+    model: str | Path,
+    images: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    score: float = 0.3,
+    tile: int | None = None,
+    sampling: bool = False,
+) -> list[pathlib.Path]:
+    """Draws what a model finds in photographs.
+
+    Args:
+        model: A file of `train_detector` or `train_segmenter`.
+        images: Photographs, or folders of photographs.
+        out: The folder for one PNG file of each photograph, made where missing.
+        score: The least score of a box that is drawn.
+        tile: As in `train_detector`.
+        sampling: Whether to draw also, in a second file, where the deformable
+            layers look at the best box.
+
+    Returns:
+        The files.
+
+    Raises:
+        ValueError: An argument is not what is expected.
+        OSError: A file cannot be read or written.
+        ImportError: An extra is not installed.
+    """
+    return _evaluate.show(_check("show", locals()))
+
+
+def export_model(
+    model: str | Path,
+    path: str | Path,
+    *,
+    portable: bool = False,
+    quantize: str | None = None,
+) -> pathlib.Path:
+    """Writes a model for other programs, and compares it with the model.
+
+    The suffix of the path says what is written:
+
+    - a folder, a SavedModel: of a detector, from bytes of JPEG or PNG files, of
+      any size, to boxes in pixels of these images, scores, classes and their
+      names;
+    - .onnx or .tflite: from uint8 images `(1, size, size, 3)`, RGB, to the
+      same in pixels of the input. A photograph is scaled by size / its longer
+      side and placed at the top left; boxes are divided by this scale.
+
+    A file model.json, in the folder or beside the file (`model.onnx.json`),
+    names the classes and the size.
+
+    Args:
+        model: A file of `train_detector` or `train_segmenter`.
+        path: What to write. An earlier export is replaced.
+        portable: Whether a SavedModel has TensorFlow's own operations alone.
+        quantize: Of .tflite: "float16" or "dynamic", as
+            `tf_deform.export.litert` says.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: An argument is not what is expected.
+        OSError: A file cannot be read or written.
+        ImportError: An extra is not installed.
+        RuntimeError: The exported model computes something else.
+    """
+    return _evaluate.export_model(_check("export_model", locals()))
+
+
+def demo(
+    name: str, *, out: str | Path | None = None, full: bool = False
+) -> None:
+    """Compares plain and deformable models on data that are fetched or made.
+
+    Args:
+        name: "trees": detectors of trees in aerial photographs. "digits":
+            segmenters and detectors of handwritten digits.
+        out: The folder for results. None: `runs/` and the name.
+        full: Whether to train three seeds, and all controls.
+
+    Raises:
+        ValueError: An argument is not what is expected.
+        OSError: A file cannot be fetched, read or written.
+        ImportError: An extra is not installed.
+    """
+    from tf_deform import demo as demos
+
+    settings = _check("demo", locals() | {"demos": None})
+    demos.run(**settings)
+
+
+def _check(task: str, given: dict[str, Any]) -> dict[str, Any]:
+    names = _settings.TASKS[task]
+    found = _settings.check(task, {name: given[name] for name in names})
+    _settings.check_together(task, found)
+    return found

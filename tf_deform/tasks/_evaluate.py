@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Judges, shows and exports trained models."""
+
+from __future__ import annotations
+
+import logging
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tf_deform import data, export, models, training
+from tf_deform._keras import keras
+from tf_deform._settings import export_format
+from tf_deform.tasks import _models, _pictures, _run, _setup
+
+LOGGER = logging.getLogger("tf_deform")
+_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+def evaluate(settings: Mapping[str, Any]) -> dict[str, float]:
+    """Judges a model; see `tf_deform.tasks.evaluate`."""
+    model = _models.load(settings["model"], settings["max_detections"])
+    detector = _models.is_detector(model)
+    form = settings["data"].partition(":")[0]
+    if detector == (form == "masks"):
+        kind = "a detector" if detector else "a segmenter"
+        wanted = "voc, coco or yolo" if detector else "masks"
+        raise ValueError(
+            f"Expected `data` to be {wanted} photographs for {kind}. Received: "
+            f"{settings['data']}"
+        )
+    classes = _models.class_names(model)
+    truth = _setup.read(settings, settings["data"]).select(classes)
+    judge = _models.Judge(
+        truth, detector, settings["tile"], settings["max_detections"]
+    )
+    found = list(_models.predict(model, truth.photographs, settings["tile"]))
+    measures = judge.judge(found)
+    LOGGER.info("%s", _run.table(measures.items()))
+    if settings["out"] is not None:
+        folder = pathlib.Path(settings["out"])
+        folder.mkdir(parents=True, exist_ok=True)
+        if detector:
+            results = judge.evaluator.results(found)
+            training.write_metrics(folder / "results.json", results)
+            training.write_metrics(folder / "truth.json", judge.evaluator.coco)
+        training.write_metrics(folder / "metrics.json", measures)
+        LOGGER.info("Written to %s", folder)
+    return measures
+
+
+def show(settings: Mapping[str, Any]) -> list[pathlib.Path]:
+    """Draws what a model finds; see `tf_deform.tasks.show`."""
+    images = settings["images"]
+    paths = list(_images([images] if isinstance(images, str) else images))
+    if not paths:
+        raise ValueError(
+            f"Expected photographs ({', '.join(_SUFFIXES)}) in {images}. "
+            "Received: none"
+        )
+    model = _models.load(settings["model"])
+    classes = _models.class_names(model)
+    folder = pathlib.Path(settings["out"])
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, path in zip(_names(paths), paths):
+        image = data.read_image(path)
+        found = model.predict_image(image, tile=settings["tile"])
+        if _models.is_detector(model):
+            picture = _pictures.boxes_picture(
+                image, found, classes, settings["score"]
+            )
+            count = int(np.sum(found["scores"] >= settings["score"]))
+            LOGGER.info("%s: %d boxes", path, count)
+        else:
+            picture = _pictures.mask_picture(image, found)
+            ids = np.unique(found)
+            LOGGER.info("%s: %s", path, ", ".join(classes[i] for i in ids))
+        written.append(folder / f"{name}.png")
+        _pictures.write_picture(written[-1], picture)
+        if settings["sampling"]:
+            path = folder / f"{name}-sampling.png"
+            if draw_sampling(path, model, image, found):
+                written.append(path)
+    LOGGER.info("%d pictures written to %s", len(written), folder)
+    return written
+
+
+def draw_sampling(
+    path: pathlib.Path, model: keras.Model, image: np.ndarray, found: Any
+) -> bool:
+    """Draws where a model looks at its best box, or else at the centre."""
+    boxed, scale = data.letterbox(image, model.image_size)
+    boxed = np.asarray(boxed)
+    point = np.array(image.shape[:2]) / 2
+    if isinstance(found, Mapping) and len(found["boxes"]):
+        x1, y1, x2, y2 = found["boxes"][0]
+        point = np.array([(y1 + y2) / 2, (x1 + x2) / 2])
+    point = [float(value) for value in point * np.max(np.asarray(scale))]
+    return _pictures.write_sampling(path, model, boxed, point)
+
+
+def _images(sources: Sequence[str]) -> Iterator[pathlib.Path]:
+    """Yields files, and the photographs in folders, sorted by name."""
+    for source in map(pathlib.Path, sources):
+        if source.is_dir():
+            for path in sorted(source.iterdir()):
+                if path.suffix.lower() in _SUFFIXES:
+                    yield path
+        else:
+            yield source
+
+
+def _names(paths: Sequence[pathlib.Path]) -> list[str]:
+    """Returns a name for each file, all different."""
+    names: dict[str, None] = {}
+    for path in paths:
+        name, count = path.stem, 1
+        while name in names:
+            count += 1
+            name = f"{path.stem}-{count}"
+        names[name] = None
+    return list(names)
+
+
+# Exports.
+
+
+def export_model(settings: Mapping[str, Any]) -> pathlib.Path:
+    """Writes a model for other programs; see `tf_deform.tasks`."""
+    model = _models.load(settings["model"])
+    path = pathlib.Path(settings["path"])
+    kind = export_format(str(path))
+    if kind == "saved_model":
+        _export_folder(model, path, settings["portable"])
+        about = path / "model.json"
+    else:
+        _export_pixels(model, path, kind, settings["quantize"])
+        about = path.with_name(path.name + ".json")
+    training.write_metrics(about, describe(model))
+    LOGGER.info("Written: %s, and what it takes and gives: %s", path, about)
+    return path
+
+
+def describe(model: keras.Model) -> dict[str, Any]:
+    """Returns what a program needs to know that runs an exported model."""
+    return {
+        "kind": "detector" if _models.is_detector(model) else "segmenter",
+        "classes": list(_models.class_names(model)),
+        "size": model.image_size,
+        "input": "RGB, 0 to 255, channels last. The photograph is scaled by "
+        "size / its longer side, placed at the top left; the rest is filled",
+        "boxes": "x1, y1, x2, y2 in pixels of the input; divide by the scale",
+    }
+
+
+def pixels_function(model: keras.Model) -> Any:
+    """Returns the function that ONNX and LiteRT files hold."""
+    size = model.image_size
+
+    @tf.function(
+        input_signature=[tf.TensorSpec((1, size, size, 3), "uint8", "images")]
+    )
+    def run(images: tf.Tensor) -> Any:
+        found = model(images, training=False)
+        if _models.is_detector(model):
+            return found
+        return {"ids": tf.cast(tf.argmax(found, -1), "int32")}
+
+    return run
+
+
+def _export_pixels(
+    model: keras.Model, path: pathlib.Path, kind: str, quantize: str | None
+) -> None:
+    function = pixels_function(model)
+    if kind == "onnx":
+        export.onnx(function, path, verbose=False)
+        _add_metadata(path, describe(model))
+    else:
+        export.litert(function, path, quantize, verbose=False)
+
+
+def _add_metadata(path: pathlib.Path, about: Mapping[str, Any]) -> None:
+    """Writes names into an ONNX file, where tools look for them."""
+
+
+def _export_folder(
+    model: keras.Model, path: pathlib.Path, portable: bool
+) -> None:
+    size = model.image_size
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (size, size, 3)).astype("uint8")
+    sample = np.array([tf.io.encode_png(pixels).numpy()])
+    export.saved_model(
+        models.serving(model),
+        path,
+        "portable" if portable else "native",
+        image_bytes=False,
+        sample=sample,
+        verbose=False,
+    )
+

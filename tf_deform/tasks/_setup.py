@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prepares a run: seeds, precision, data, backbone, optimizer."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import tensorflow as tf
+
+from tf_deform import data, models, training
+from tf_deform._keras import flatten_layers, keras
+from tf_deform.tasks._run import Run
+
+LOGGER = logging.getLogger("tf_deform")
+_MOMENTUM = 0.9
+# Source: the detectors' recipe has 1e-4. There it is added to gradients, so
+# that momentum makes 1 / (1 - momentum) of it; Keras takes it from the weights.
+_DECAY = 1e-4 / (1 - _MOMENTUM)
+# Norm of all gradients together: larger ones come from broken labels, or from
+# the first steps of new heads.
+_CLIP = 10.0
+_OFFSET_MULTIPLIER = 0.1
+_WARM_UP = 500
+_REFERENCE_BATCH = 16
+
+
+@contextlib.contextmanager
+def reproducible(settings: Mapping[str, Any]) -> Iterator[None]:
+    """Sets seeds, determinism and the policy of a run.
+
+    Determinism stays on for the process: TensorFlow's graphs know it.
+    """
+    keras.utils.set_random_seed(settings["seed"])
+    if settings["deterministic"]:
+        tf.config.experimental.enable_op_determinism()
+    before = keras.mixed_precision.dtype_policy()
+    kind = settings["mixed_precision"]
+    keras.mixed_precision.set_dtype_policy(
+        f"mixed_{kind}" if kind else "float32"
+    )
+    try:
+        yield
+    finally:
+        keras.mixed_precision.set_dtype_policy(before)
+
+
+# Data.
+
+
+def read(settings: Mapping[str, Any], source: str, **others: Any) -> Any:
+    """Reads annotated photographs, and logs what the reader noticed."""
+    names = ("base", "first_id", "crowds", "skip_broken")
+    options = {name: settings[name] for name in names if name in settings}
+    found = data.read(source, **options, **others)
+    LOGGER.info("%s: %d photographs", source, len(found.photographs))
+    for note in found.notes:
+        LOGGER.info("  %s", note)
+    if not found.photographs:
+        raise ValueError(
+            f"Expected photographs in {source}. Received: none. "
+            + " ".join(found.notes)
+        )
+    return found
+
+
+def read_parts(run: Run) -> tuple[Any, Any]:
+    """Returns the photographs to learn from, and those for validation."""
+    settings = run.settings
+    train = read(settings, settings["data"], classes=settings["classes"])
+    if isinstance(settings["val"], float):
+        if len(train.photographs) < 2:
+            raise ValueError(
+                "Expected at least two photographs, as a share of them is kept "
+                f"for validation. Received: one in {settings['data']}"
+            )
+        train, val = train.split(settings["val"], settings["seed"])
+        LOGGER.info(
+            "%d photographs to learn from, %d for validation",
+            len(train.photographs),
+            len(val.photographs),
+        )
+    else:
+        val = read(settings, settings["val"]).select(train.classes)
+    LOGGER.info("Classes: %s", ", ".join(train.classes))
+    run.keep_files(training=train, validation=val)
+    return train, val
+
+
+# Models.
+
+
+def make_backbone(settings: Mapping[str, Any]) -> keras.Model:
+    """Makes the backbone: weights, deformable layers, what is frozen."""
+    network, weights = settings["backbone"], settings["weights"]
+    if network.endswith((".keras", ".h5")):
+        network = keras.saving.load_model(network, compile=False)
+    elif weights is None:
+        weights = "imagenet"
+    backbone = models.backbone(network, weights, settings["size"])
+    if settings["deform"] != "none":
+        surgery = models.make_deformable(
+            backbone, settings["deform"], verbose=False
+        )
+        LOGGER.info("Deformable layers of the backbone:\n%s", surgery)
+    if weights != "none":
+        models.train_only(backbone, "c3-", freeze_batch_norm=True)
+    return backbone
+
+
+def follow_batch_norm(model: keras.Model, steps: int) -> None:
+    """Lets moving averages follow within a run.
+
+    Keras' momentum of .99 would keep a share of the start of `.99 ** steps`: a
+    third after 100 steps. Here it averages over a twentieth of the run at most.
+    """
+    momentum = max(0.9, 1 - 20 / max(steps, 1))
+    for layer in flatten_layers(model):
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.momentum = min(layer.momentum, momentum)
+
+
+def make_optimizer(
+    settings: Mapping[str, Any], rate: float, steps: int
+) -> keras.optimizers.Optimizer:
+    """Returns momentum with a rate of its own for offsets.
+
+    The rate rises for 500 steps, or a tenth of the run, and falls to a tenth
+    after 8 and after 11 twelfths of the run: the recipe called "1x", in the
+    length of this run.
+
+    Args:
+        settings: The run's.
+        rate: The highest rate for steps of 16 images, if the settings name
+            none.
+        steps: The number of steps of the run.
+    """
+    highest = settings["lr"]
+    if highest is None:
+        highest = rate * settings["batch_size"] / _REFERENCE_BATCH
+    warm_up = min(_WARM_UP, steps // 10)
+    LOGGER.info(
+        "%d steps of %d images; learning rate %.3g after %d steps",
+        steps,
+        settings["batch_size"],
+        highest,
+        warm_up,
+    )
+    drops = sorted({steps * part // 12 for part in (8, 11)} - {0})
+    optimizer = keras.optimizers.SGD(
+        training.WarmUpSteps(highest, drops, warm_up_steps=warm_up),
+        momentum=_MOMENTUM,
+        weight_decay=_DECAY,
+        global_clipnorm=_CLIP,
+    )
+    return training.deformable_optimizer(optimizer, _OFFSET_MULTIPLIER)
