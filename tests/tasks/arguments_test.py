@@ -192,9 +192,7 @@ def test_tensorflow_is_not_loaded_before_the_task(files):
     """Tests exit statuses where TensorFlow is broken."""
     (files / "broken").mkdir()
     for name in ("tensorflow", "keras", "numpy"):
-        (files / f"broken/{name}.py").write_text(
-            "raise ImportError('absent')"
-        )
+        (files / f"broken/{name}.py").write_text("raise ImportError('absent')")
     command = "import tf_deform_cli as c; exit(c.main())"
 
     def run(*arguments):

@@ -47,20 +47,20 @@ __all__ = [
     "train_segmenter",
 ]
 
-Path = os.PathLike
+_Path = os.PathLike
 
 
 def train_detector(
     data: str,
-    out: str | Path,
+    out: str | _Path,
     *,
     val: str | float = 0.2,
     resume: bool = False,
     model: str = "faster-rcnn",
     pooling: str = "align",
     max_detections: int = 100,
-    backbone: str | Path = "resnet50",
-    weights: str | Path | None = None,
+    backbone: str | _Path = "resnet50",
+    weights: str | _Path | None = None,
     deform: str = "c3-c5",
     size: int = 640,
     tile: int | None = None,
@@ -167,13 +167,13 @@ def train_detector(
 
 def train_segmenter(
     data: str,
-    out: str | Path,
+    out: str | _Path,
     *,
     val: str | float = 0.2,
     resume: bool = False,
     output_stride: int = 16,
-    backbone: str | Path = "resnet50",
-    weights: str | Path | None = None,
+    backbone: str | _Path = "resnet50",
+    weights: str | _Path | None = None,
     deform: str = "c3-c5",
     size: int = 512,
     tile: int | None = None,
@@ -225,10 +225,10 @@ def _train_in_folder(task: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def evaluate(
-    model: str | Path,
+    model: str | _Path,
     data: str,
     *,
-    out: str | Path | None = None,
+    out: str | _Path | None = None,
     tile: int | None = None,
     max_detections: int | None = None,
     skip_broken: bool = False,
@@ -264,9 +264,9 @@ def evaluate(
 
 
 def show(
-    model: str | Path,
-    images: str | Path | Sequence[str | Path],
-    out: str | Path,
+    model: str | _Path,
+    images: str | _Path | Sequence[str | _Path],
+    out: str | _Path,
     *,
     score: float = 0.3,
     tile: int | None = None,
@@ -295,8 +295,8 @@ def show(
 
 
 def export_model(
-    model: str | Path,
-    path: str | Path,
+    model: str | _Path,
+    path: str | _Path,
     *,
     portable: bool = False,
     quantize: str | None = None,
@@ -335,7 +335,7 @@ def export_model(
 
 
 def demo(
-    name: str, *, out: str | Path | None = None, full: bool = False
+    name: str, *, out: str | _Path | None = None, full: bool = False
 ) -> None:
     """Compares plain and deformable models on data that are fetched or made.
 

@@ -99,7 +99,7 @@ def draw_sampling(
     if isinstance(found, Mapping) and len(found["boxes"]):
         x1, y1, x2, y2 = found["boxes"][0]
         point = np.array([(y1 + y2) / 2, (x1 + x2) / 2])
-    point = [float(value) for value in point * np.max(np.asarray(scale))]
+    point = [float(value) for value in point * np.asarray(scale)[[1, 0]]]
     return _pictures.write_sampling(path, model, boxed, point)
 
 
@@ -151,9 +151,11 @@ def describe(model: keras.Model) -> dict[str, Any]:
         "kind": "detector" if _models.is_detector(model) else "segmenter",
         "classes": list(_models.class_names(model)),
         "size": model.image_size,
-        "input": "RGB, 0 to 255, channels last. The photograph is scaled by "
-        "size / its longer side, placed at the top left; the rest is filled",
-        "boxes": "x1, y1, x2, y2 in pixels of the input; divide by the scale",
+        "input": "RGB of 0 to 255, (1, size, size, 3). Of a photograph, scaled "
+        "so that its longer side is size (bilinear, averaging where it "
+        "shrinks), placed at the top left; the rest is 114",
+        "boxes": "x1, y1, x2, y2 in pixels of the input, to be divided by the "
+        "scale: the sides in the input by those of the photograph",
     }
 
 
@@ -203,4 +205,3 @@ def _export_folder(
         sample=sample,
         verbose=False,
     )
-

@@ -114,6 +114,10 @@ class Judge:
         return {
             "mIoU": float(metric.result()),
             "accuracy": correct / max(total, 1),
+            **{
+                f"IoU/{name}": float(value)
+                for name, value in zip(classes, metric.per_class())
+            },
         }
 
     def _truth(self, number: int) -> np.ndarray:

@@ -247,4 +247,3 @@ def table(rows: Iterable[tuple[str, Any]]) -> str:
     rows = [(name, str(value)) for name, value in rows]
     width = max((len(name) for name, _ in rows), default=0)
     return "\n".join(f"  {name:{width}}  {value}" for name, value in rows)
-
