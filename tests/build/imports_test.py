@@ -21,15 +21,25 @@ COMMAND = "tf_deform_cli"
 # A part of the package imports only parts of earlier lines and, of its own
 # line, only itself. "" is `tf_deform/__init__.py`.
 FLOORS = (
-    {"_build_info", "_files", "_tf2onnx", "_weight_files"},
+    {
+        "_build_info",
+        "_command_line",
+        "_files",
+        "_run_folder",
+        "_settings",
+        "_tf2onnx",
+        "_weight_files",
+    },
     {"_loader"},
     {"_implementation"},
     {"_portable"},
     {"ops"},
     {"_keras"},
     {"layers"},
+    {"_plain_weights"},
     {"data", "models", "training"},
-    {"_plain_weights", "export", "hub", "visualization"},
+    {"export", "hub", "visualization"},
+    {"tasks"},
     {""},
     {"__main__"},
 )

@@ -80,7 +80,7 @@ class Judge:
         detector: bool,
         tile: int | None,
         max_detections: int = 100,
-    ):
+    ) -> None:
         self._annotations = annotations
         self._tile = tile
         self.monitor = "AP" if detector else "mIoU"

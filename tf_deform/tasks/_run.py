@@ -58,7 +58,7 @@ class Run:
         settings: All its settings, checked.
     """
 
-    def __init__(self, task: str, settings: Mapping[str, Any]):
+    def __init__(self, task: str, settings: Mapping[str, Any]) -> None:
         self.task = task
         self.settings = dict(settings)
         self.folder = pathlib.Path(settings["out"])

@@ -134,7 +134,7 @@ class _Training:
         val: Any,
         batches: Callable[[int], tf.data.Dataset],
         judge: _models.Judge,
-    ):
+    ) -> None:
         self._run, self._model, self._val = run, model, val
         self._batches, self._judge = batches, judge
         settings = run.settings
@@ -265,7 +265,7 @@ class _Training:
 class _Guard(keras.callbacks.Callback):
     """Ends training at the last step, or at a loss that is no number."""
 
-    def __init__(self, start: int, steps: int):
+    def __init__(self, start: int, steps: int) -> None:
         super().__init__()
         self._step, self._steps = start, steps
 
@@ -287,7 +287,7 @@ class _Guard(keras.callbacks.Callback):
 class _Validation(keras.callbacks.Callback):
     """Puts measures of the model into the logs of an epoch."""
 
-    def __init__(self, judge: _models.Judge, ema: Any):
+    def __init__(self, judge: _models.Judge, ema: Any) -> None:
         super().__init__()
         self._judge, self._ema = judge, ema
 
@@ -305,7 +305,7 @@ class _Validation(keras.callbacks.Callback):
 class _EpochLog(keras.callbacks.Callback):
     """Writes a line to the log after each epoch."""
 
-    def __init__(self, epochs: int):
+    def __init__(self, epochs: int) -> None:
         super().__init__()
         self._epochs = epochs
 
@@ -334,7 +334,7 @@ class _EpochLog(keras.callbacks.Callback):
 class _Apart(keras.callbacks.Callback):
     """Keeps the logs of a callback apart from those of the epoch."""
 
-    def __init__(self, callback: keras.callbacks.Callback):
+    def __init__(self, callback: keras.callbacks.Callback) -> None:
         super().__init__()
         self._callback = callback
 
