@@ -140,7 +140,7 @@ def write_sampling(
     if not has_offsets(model):
         return False
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         LOGGER.info(
             "No picture of sampling points: `pip install 'tf-deform[plots]'`"
@@ -149,7 +149,7 @@ def write_sampling(
     from tf_deform.visualization import plot_sampling
 
     # Figures of their own need no screen, whatever backend is set.
-    figure = matplotlib.figure.Figure(figsize=(8, 8), layout="tight")
+    figure = Figure(figsize=(8, 8), layout="tight")
     plot_sampling(model.backbone, image, point, ax=figure.add_subplot())
     with _files.writing(path) as partial:
         figure.savefig(partial, format="png", dpi=100)

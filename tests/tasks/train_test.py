@@ -1,0 +1,411 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests whole runs: what they write, the same bits twice, kills, failures."""
+
+import contextlib
+import functools
+import hashlib
+import io
+import json
+import logging
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+import tf_deform
+from tf_deform import data, tasks
+from tf_deform.models import FasterRCNN
+from tf_deform.tasks import _run, _setup, _train
+
+HOME = pathlib.Path(tf_deform.__file__).parent.parent
+# The published heads would take seconds for each step.
+SMALL = {"fpn_channels": 8, "head_units": 16, "proposals": 40, "samples": 16}
+SETTINGS = {
+    "size": 64,
+    "batch_size": 2,
+    "steps": 5,
+    "lr": 0.02,
+    "seed": 3,
+    "deterministic": True,
+    "weights": "none",
+}
+COMMAND = f"""
+import os
+os.environ["TF_NUM_INTRAOP_THREADS"] = "1"
+import tf_deform_cli
+before = tf_deform_cli._run_task
+def run(*arguments):
+    from tf_deform.models import FasterRCNN
+    FasterRCNN.__init__.__kwdefaults__.update({SMALL})
+    return before(*arguments)
+tf_deform_cli._run_task = run
+exit(tf_deform_cli.main())
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    defaults = FasterRCNN.__init__.__kwdefaults__
+    before = dict(defaults)
+    defaults.update(SMALL)
+    yield
+    defaults.update(before)
+
+
+def options(backbone, **settings) -> list[str]:
+    """Returns the options of a command."""
+    found = []
+    for name, value in ({"backbone": backbone} | SETTINGS | settings).items():
+        name = "--" + name.replace("_", "-")
+        if value is True:
+            found.append(name)
+        elif value is not None:
+            found.append(f"{name}={value}")
+    return found
+
+
+def start(*arguments) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", COMMAND, *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": str(HOME)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def detector(photographs, backbone, tmp_path_factory):
+    """Trains a detector, and returns its folder and what was returned."""
+    out = tmp_path_factory.mktemp("detector") / "run"
+    keras.utils.clear_session(free_memory=False)
+    found = tasks.train_detector(
+        f"voc:{photographs}/voc",
+        out,
+        val=f"coco:{photographs}/coco.json,{photographs}/images",
+        backbone=backbone,
+        **SETTINGS,
+    )
+    return out, found
+
+
+@pytest.fixture(scope="module")
+def segmenter(photographs, backbone, tmp_path_factory):
+    out = tmp_path_factory.mktemp("segmenter") / "run"
+    found = tasks.train_segmenter(
+        f"masks:{photographs}/images,{photographs}/masks",
+        out,
+        val=0.3,
+        classes=["none", "blue", "red"],
+        backbone=backbone,
+        **SETTINGS,
+    )
+    return out, found
+
+
+def weights(path: pathlib.Path) -> list[np.ndarray]:
+    return keras.saving.load_model(path, compile=False).get_weights()
+
+
+def assert_same_weights(one: pathlib.Path, other: pathlib.Path) -> None:
+    pairs = list(zip(weights(one), weights(other), strict=True))
+    assert len(pairs) > 20
+    for a, b in pairs:
+        np.testing.assert_array_equal(a, b)
+
+
+KEPT = {
+    "best.keras",
+    "files.json",
+    "last.keras",
+    "log.txt",
+    "metrics.json",
+    "pictures",
+    "settings.json",
+    "tensorboard",
+    "versions.json",
+}
+
+
+def test_the_folder_of_a_detector(detector, photographs, backbone):
+    out, found = detector
+    assert {path.name for path in out.iterdir()} == KEPT | {
+        "results.json",
+        "truth.json",
+    }
+    settings = json.loads((out / "settings.json").read_text())
+    assert settings["task"] == "train_detector"
+    assert settings["backbone"] == str(backbone)
+    assert settings["deform"] == "c3-c5"
+    assert "out" not in settings
+    assert settings.items() >= SETTINGS.items()
+    versions = json.loads((out / "versions.json").read_text())
+    assert versions["tensorflow"] == tf.__version__
+    assert {"pillow", "faster-coco-eval", "keras"} < set(versions)
+    files = json.loads((out / "files.json").read_text())
+    assert len(files["training"]["files"]) == 7
+    for path, digest in files["training"]["files"].items():
+        content = pathlib.Path(path).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == digest
+    assert list((out / "tensorboard").rglob("events*"))
+    assert (out / "pictures/validation-7.png").exists()
+    # Truth and detections stand side by side.
+    with Image.open(out / "pictures/validation-1.png") as picture:
+        assert picture.size == (96 + 8 + 96, 64)
+    assert (out / "pictures/sampling.png").exists()
+    assert json.loads((out / "metrics.json").read_text()).keys() == set(found)
+
+
+def test_classes_are_joined_by_name(detector):
+    """Tests the ids of the validation, which has the classes the other way."""
+    out, found = detector
+    assert {"AP/blue", "AP/red"} < set(found["validation"])
+    model = keras.saving.load_model(out / "best.keras", compile=False)
+    assert tuple(model.class_names) == ("blue", "red")
+    truth = json.loads((out / "truth.json").read_text())
+    names = [item["name"] for item in truth["categories"]]
+    assert names == ["blue", "red"]
+    first = truth["annotations"][0]
+    assert first["bbox"] == [10, 12, 30, 32]
+    assert names[first["category_id"] - 1] == "blue"
+
+
+def test_metrics_are_those_of_pycocotools(detector):
+    out, found = detector
+    pycocotools = pytest.importorskip("pycocotools")
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(out / "truth.json"))
+        results = truth.loadRes(str(out / "results.json"))
+        judge = COCOeval(truth, results, "bbox")
+        judge.evaluate()
+        judge.accumulate()
+        judge.summarize()
+    assert pycocotools and len(results.anns) > 0
+    measures = found["validation"]
+    for name, expected in zip(
+        ("AP", "AP50", "AP75"), judge.stats, strict=False
+    ):
+        assert measures[name] == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_log(detector):
+    out, _ = detector
+    text = (out / "log.txt").read_text()
+    for words in (
+        "7 photographs",
+        "Classes: blue, red",
+        "objects: ",
+        "Epoch 1 of 2",
+        "val_AP",
+        "learning rate 0.02 after 0 steps",
+        "Deformable layers of the backbone",
+        "Done: ",
+    ):
+        assert words in text, text
+    # Names of classes would fill the lines.
+    assert "AP/blue" not in text.split("Validation with")[0]
+
+
+def test_the_folder_of_a_segmenter(segmenter):
+    out, found = segmenter
+    assert {path.name for path in out.iterdir()} == KEPT
+    files = json.loads((out / "files.json").read_text())
+    assert len(files["training"]["files"]) == 2 * 5
+    assert len(files["validation"]["files"]) == 2 * 2
+    assert 0 <= found["validation"]["mIoU"] <= 1
+    assert {"IoU/none", "IoU/blue", "IoU/red"} < set(found["validation"])
+    assert found["best"]["val_mIoU"] == pytest.approx(
+        found["validation"]["mIoU"], abs=1e-6
+    )
+    assert len(list((out / "pictures").glob("validation-*.png"))) == 2
+
+
+def test_the_same_bits_after_a_kill(detector, photographs, backbone, tmp_path):
+    """Tests a run that is killed by SIGKILL and resumed without its settings.
+
+    The first run ran in this process, on another number of threads.
+    """
+    out, found = detector
+    arguments = [
+        *("train", "detect", "--data", f"voc:{photographs}/voc", "--val"),
+        f"coco:{photographs}/coco.json,{photographs}/images",
+        *options(backbone),
+        *("--out", tmp_path / "run"),
+    ]
+    process = start(*arguments)
+    end = time.monotonic() + 300
+    while not (tmp_path / "run/last.keras").exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "run/metrics.json").exists()
+    process = start("train", "detect", "--out", tmp_path / "run", "--resume")
+    printed, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert printed == ""
+    assert "Going on after step 4 of 5" in errors
+    for name in ("best.keras", "last.keras"):
+        assert_same_weights(out / name, tmp_path / "run" / name)
+    for name in ("metrics.json", "results.json", "files.json"):
+        assert (out / name).read_text() == (tmp_path / "run" / name).read_text()
+    assert read_state(out) == read_state(tmp_path / "run")
+
+
+def read_state(out: pathlib.Path) -> bytes:
+    """Returns what the last file knows besides weights."""
+    with zipfile.ZipFile(out / "last.keras") as archive:
+        return archive.read("tf_deform/state.json")
+
+
+# Failures.
+
+
+@pytest.fixture
+def train(photographs, backbone, tmp_path):
+    """Returns a function that trains a segmenter in run/."""
+    return functools.partial(
+        tasks.train_segmenter,
+        f"masks:{photographs}/images,{photographs}/masks",
+        tmp_path / "run",
+        backbone=backbone,
+        deform="none",
+        **SETTINGS | {"deterministic": False, "steps": 4},
+    )
+
+
+def fail_at(monkeypatch, step: int, error: BaseException):
+    """Lets training fail after a step."""
+    right = _train._Guard.on_train_batch_end
+
+    def fail(self, batch, logs=None):
+        right(self, batch, logs)
+        if self._step == step:
+            raise error
+
+    monkeypatch.setattr(_train._Guard, "on_train_batch_end", fail)
+
+
+def test_an_interruption_leaves_a_run_to_resume(train, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        fail_at(patch, 4, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            train(batch_size=3)
+    text = (tmp_path / "run/log.txt").read_text()
+    assert "Interrupted; `resume` goes on" in text
+    with pytest.raises(FileExistsError, match="or `resume`"):
+        train(batch_size=3)
+    with pytest.raises(ValueError, match="Expected `batch_size` to be 3"):
+        train(batch_size=2, resume=True)
+    found = train(batch_size=3, resume=True)
+    assert [logs["step"] for logs in found["epochs"]] == [2, 4]
+    # A run that is done is judged once more, not trained.
+    assert train(batch_size=3, resume=True)["epochs"] == found["epochs"]
+
+
+def test_too_little_memory(train, tmp_path, monkeypatch):
+    error = tf.errors.ResourceExhaustedError(None, None, "OOM of [9,9]\nat x")
+    fail_at(monkeypatch, 1, error)
+    with pytest.raises(MemoryError, match="2 images of 64 pixels. Received: O"):
+        train()
+    assert "Traceback" in (tmp_path / "run/log.txt").read_text()
+
+
+def test_a_loss_that_is_no_number(train):
+    with pytest.raises(FloatingPointError, match="Received: nan at step [23]"):
+        train(lr=100.0, weights="none")
+
+
+@pytest.mark.parametrize("change", ["mask", "photograph", "more"])
+def test_other_files_in_a_run_to_resume(
+    change, photographs, backbone, tmp_path, monkeypatch
+):
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            file = f"{name}/{i}.png"
+            (tmp_path / file).write_bytes((photographs / file).read_bytes())
+    arguments = {"backbone": backbone, "val": 0.5, **SETTINGS}
+    source = f"masks:{tmp_path}/images,{tmp_path}/masks"
+
+    def call(**more):
+        monkeypatch.setattr(_setup, "make_backbone", stop)
+        with contextlib.suppress(Stopped):
+            tasks.train_segmenter(source, tmp_path / "run", **arguments, **more)
+
+    call()
+    call(resume=True)
+    first = tmp_path / "images/0.png"
+    if change == "mask":
+        Image.new("L", (96, 64)).save(tmp_path / "masks/0.png")
+        words = "another content of .*/masks/0.png"
+    elif change == "photograph":
+        Image.new("RGB", (96, 64)).save(first)
+        words = "another content of .*/images/0.png"
+    else:
+        for name in ("images", "masks"):
+            file = f"{name}/4.png"
+            (tmp_path / file).write_bytes((photographs / file).read_bytes())
+        words = "a further one, |none at "
+    with pytest.raises(ValueError, match=words):
+        call(resume=True)
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop(*_):
+    raise Stopped
+
+
+def test_two_processes_in_one_folder(train, tmp_path):
+    (tmp_path / "run").mkdir()
+    with _run.logging_to(tmp_path / "run/log.txt"):
+        with pytest.raises(BlockingIOError, match="no other process to train"):
+            train()
+
+
+def test_the_logger_is_as_it_was(detector):
+    logger = logging.getLogger("tf_deform")
+    assert logger.level == logging.NOTSET
+    assert not logger.handlers
+    assert keras.mixed_precision.dtype_policy().name == "float32"
+
+
+def test_no_objects(photographs, backbone, tmp_path):
+    (tmp_path / "voc").mkdir()
+    for suffix in ("png", "xml"):
+        for number in (0, 3):
+            source = photographs / f"voc/3.{suffix}"
+            text = source.read_bytes().replace(b"3.png", b"%d.png" % number)
+            (tmp_path / f"voc/{number}.{suffix}").write_bytes(text)
+    with pytest.raises(ValueError, match="Expected objects to learn from"):
+        tasks.train_detector(
+            f"voc:{tmp_path}/voc",
+            tmp_path / "run",
+            backbone=backbone,
+            classes=["blue"],
+            **SETTINGS,
+        )
+
+
+def test_letterboxed_boxes_are_reported(detector):
+    """Tests that sizes in the log are those that the model sees."""
+    out, _ = detector
+    text = (out / "log.txt").read_text()
+    assert "8 objects: " in text
+    assert data.examples_per_epoch  # the package is the one that is tested
