@@ -336,7 +336,7 @@ def test_functions_take_the_settings(task):
         ("lr", True, "Expected `lr` to be a number"),
         ("jit", 1, "Expected `jit` to be True or False"),
         ("val", True, "Expected `val` to be a share"),
-        ("weights", None, "Expected `weights` to be imagenet"),
+        ("weights", 3, "Expected `weights` to be imagenet"),
         ("deform", None, "Expected `deform` to be none or stages"),
         ("classes", ["a", 3], "Expected `classes` to be names"),
         ("classes", 3, "Expected `classes` to be names"),

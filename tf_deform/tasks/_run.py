@@ -12,6 +12,7 @@ import json
 import logging
 import pathlib
 import platform
+import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -40,7 +41,7 @@ def progress(show: bool = True) -> Iterator[None]:
 
 def shows_bar() -> bool:
     """Tells whether to show a progress bar."""
-    return _SHOW_BAR[0]
+    return _SHOW_BAR[0] and sys.stdout.isatty()
 
 
 def read_json(path: pathlib.Path) -> Any:

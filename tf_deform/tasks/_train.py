@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -170,7 +172,10 @@ class _Training:
         return self._finish(checkpoints)
 
     def _fit(self, start: int, checkpoints: Any, ema: Any) -> None:
+        bar = _run.shows_bar()
         callbacks = [
+            # It comes first, to show the losses alone.
+            *([keras.callbacks.ProgbarLogger()] if bar else []),
             _Guard(start, self._steps),
             *([ema] if ema else []),
             *self._monitors(),
@@ -186,7 +191,7 @@ class _Training:
             steps_per_epoch=self._epoch_steps,
             shuffle=False,  # The batches are shuffled already.
             callbacks=callbacks,
-            verbose=1 if _run.shows_bar() else 0,
+            verbose=1 if bar else 0,
         )
 
     def _monitors(self) -> list[Any]:
@@ -332,7 +337,11 @@ class _EpochLog(keras.callbacks.Callback):
 
 
 class _Apart(keras.callbacks.Callback):
-    """Keeps the logs of a callback apart from those of the epoch."""
+    """Keeps the logs of a callback apart, and writes its warnings to the log.
+
+    Args:
+        callback: What is called at the end of epochs and of training.
+    """
 
     def __init__(self, callback: keras.callbacks.Callback) -> None:
         super().__init__()
@@ -352,7 +361,18 @@ class _Apart(keras.callbacks.Callback):
     def on_epoch_end(
         self, epoch: int, logs: dict[str, Any] | None = None
     ) -> None:
-        self._callback.on_epoch_end(epoch, {})
+        with _logged_warnings():
+            self._callback.on_epoch_end(epoch, {})
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        self._callback.on_train_end({})
+        with _logged_warnings():
+            self._callback.on_train_end({})
+
+
+@contextlib.contextmanager
+def _logged_warnings() -> Iterator[None]:
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always", RuntimeWarning)
+        yield
+    for warning in found:
+        LOGGER.warning("%s", warning.message)
