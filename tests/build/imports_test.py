@@ -28,7 +28,7 @@ FLOORS = (
     {"ops"},
     {"_keras"},
     {"layers"},
-    {"models", "training"},
+    {"models", "training", "data"},
     {"_plain_weights", "export", "hub", "visualization"},
     {""},
     {"__main__"},
