@@ -38,6 +38,134 @@ _MORE = (
     "The exit status is 0 if all is done, 1 if something failed, 2 for wrong "
     "arguments."
 )
+# How a value is called, and what it is; of a task, or of all.
+_HELP = {
+    "data": (
+        "SOURCE",
+        "photographs with annotations: voc:ROOT, voc:ROOT:PART, "
+        "coco:FILE,IMAGES, yolo:ROOT or yolo:ROOT:PART",
+    ),
+    "train_segmenter.data": (
+        "SOURCE",
+        "photographs with masks: masks:IMAGES,LABELS",
+    ),
+    "evaluate.data": (
+        "SOURCE",
+        "photographs with annotations, as in training",
+    ),
+    "out": ("FOLDER", "folder of the run"),
+    "evaluate.out": (
+        "FOLDER",
+        "folder for metrics.json and results.json (default: none)",
+    ),
+    "show.out": ("FOLDER", "folder for one picture each"),
+    "demo.out": ("FOLDER", "folder for results (default: runs/NAME)"),
+    "val": (
+        "SOURCE|SHARE",
+        "photographs for validation, or the share of --data that is kept for "
+        "it",
+    ),
+    "resume": (
+        None,
+        "go on with the run in the folder; it has its settings, data included",
+    ),
+    "train_detector.model": ("faster-rcnn|rfcn", "the detector"),
+    "model": (None, "a model, such as run/best.keras"),
+    "pooling": (
+        "align|deform|moddeform",
+        "how faster-rcnn pools regions: plain, deformable or modulated "
+        "deformable",
+    ),
+    "output_stride": ("8|16|32", "pixels of the image for one of the last map"),
+    "max_detections": ("N", "most boxes of an image, predicted and judged"),
+    "backbone": (
+        "NAME|FILE",
+        "a name of keras.applications in small letters, or a .keras file",
+    ),
+    "weights": (
+        "imagenet|none|FILE",
+        "the backbone's weights at the start (default: imagenet, or those of "
+        "the .keras file). Unless it is none, the stem, stage c2 and batch "
+        "normalization stay frozen",
+    ),
+    "deform": (
+        "c3-c5|none",
+        "stages of the backbone whose convolutions become deformable",
+    ),
+    "size": (
+        "PIXELS",
+        "height and width of the images that the model sees",
+    ),
+    "tile": (
+        "PIXELS",
+        "cut photographs into squares of this size, in training and "
+        "prediction; the model sees each in its --size",
+    ),
+    "batch_size": ("N", "images in a step"),
+    "epochs": ("N", "passes over the photographs"),
+    "steps": ("N", "steps, in place of --epochs"),
+    "flips": (
+        "horizontal|all|none",
+        "how images are mirrored in training; all is for views from above",
+    ),
+    "lr": (
+        "RATE",
+        "highest learning rate (default: .02, of segmenters .01, for 16 images "
+        "in a step, for others in proportion)",
+    ),
+    "ema": (
+        "MOMENTUM",
+        "momentum, such as .999, of averages of the weights, which are judged "
+        "and kept as the best (default: no averages)",
+    ),
+    "seed": ("N", "seed of weights, order and augmentation"),
+    "deterministic": (None, "compute the same bits every time; slower"),
+    "mixed_precision": (
+        "bfloat16|float16",
+        "compute in 16 bits: bfloat16, or float16 for older GPUs",
+    ),
+    "jit": (None, "compile the training step with XLA"),
+    "classes": (
+        "A,B,C",
+        "names of the classes in their order (default: those of the data)",
+    ),
+    "skip_broken": (None, "leave out broken files, instead of an error"),
+    "base": (
+        "0|1",
+        "first pixel of VOC's xml: 0, as tools of today write, or 1, as the "
+        "original",
+    ),
+    "first_id": (
+        "0|1",
+        "first class of YOLO's files, where the names have no numbers",
+    ),
+    "crowds": (
+        "ignore|objects",
+        "COCO's crowds: neither learned nor missed, or objects as others",
+    ),
+    "colours": (
+        "voc",
+        "masks are pictures in the colours of Pascal VOC (default: they hold "
+        "ids, or the tool's list of colours lies beside)",
+    ),
+    "images": (None, "photographs, or folders of photographs"),
+    "score": ("S", "least score of a box"),
+    "sampling": (None, "draw also where deformable layers look"),
+    "path": (None, "model.onnx, model.tflite, or a folder for a SavedModel"),
+    "portable": (
+        None,
+        "a SavedModel of TensorFlow's own operations, which needs no tf-deform "
+        "where it runs",
+    ),
+    "quantize": (
+        "float16|dynamic",
+        "smaller weights of a .tflite file (default: float32)",
+    ),
+    "name": (None, "trees or digits"),
+    "full": (None, "three seeds, and all controls"),
+}
+# Options that may come without a value, which then is this one.
+_BARE = {"mixed_precision": "bfloat16"}
 
 
 def option(name: str) -> str:
@@ -73,7 +201,7 @@ def _add_settings(
 ) -> None:
     positional = _POSITIONAL.get(task, {})
     for name, setting in settings.TASKS[task].items():
-        text = setting.help.replace("%", "%%")
+        metavar, text = _HELP.get(f"{task}.{name}") or _HELP[name]
         kind = _argument(setting.check, settings)
         if name in positional:
             parser.add_argument(
@@ -84,14 +212,14 @@ def _add_settings(
                 help=text,
             )
             continue
-        default = f" (default: {setting.default})"
-        if any(setting.default is value for value in (None, False, ...)):
-            default = ""
-        more = {"nargs": "?", "const": setting.bare} if setting.bare else {}
         if setting.check is settings.boolean:
             more = {"action": "store_true"}
         else:
-            more |= {"type": kind, "metavar": setting.metavar}
+            more = {"type": kind, "metavar": metavar}
+        if name in _BARE:
+            more |= {"nargs": "?", "const": _BARE[name]}
+        if not any(setting.default is value for value in (None, False, ...)):
+            text += f" (default: {setting.default})"
         parser.add_argument(
             option(name),
             # The settings of a run to resume tell what was given.
@@ -99,7 +227,7 @@ def _add_settings(
             # A run to resume has the settings that training requires.
             required=setting.default is ...
             and (name == "out" or "resume" not in settings.TASKS[task]),
-            help=text + default,
+            help=text,
             **more,
         )
     parser.add_argument(

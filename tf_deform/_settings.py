@@ -129,10 +129,10 @@ def existing(value: Any) -> str | list[str]:
 
 
 FORMS = {
-    "voc": "voc:ROOT or voc:ROOT:SPLIT",
+    "voc": "voc:ROOT or voc:ROOT:PART",
     "coco": "coco:FILE,IMAGES",
     "masks": "masks:IMAGES,LABELS",
-    "yolo": "yolo:ROOT",
+    "yolo": "yolo:ROOT or yolo:ROOT:PART",
 }
 
 
@@ -144,42 +144,55 @@ def source(*forms: str) -> Callable[[Any], str]:
         form, colon, rest = str(value).partition(":")
         if not colon or form not in forms or not rest:
             raise Wrong(words)
-        if form == "voc":
-            return f"voc:{_voc_root(rest)}"
-        if form == "yolo":
-            return f"yolo:{_folder(rest, 'ROOT')}"
-        first, comma, second = rest.rpartition(",")
-        if not comma:
-            raise Wrong(FORMS[form])
+        if form in ("voc", "yolo"):
+            root, part = _halves(rest, ":", _folder)
+            found = _need(_folder, root, "ROOT")
+            return f"{form}:{found}{part and ':' + part}"
         if form == "coco":
-            first = _file(first, "FILE")
-        else:
-            first = _folder(first, "IMAGES")
-        second = _folder(second, "IMAGES" if form == "coco" else "LABELS")
-        return f"{form}:{first},{second}"
+            file, images = _halves(rest, ",", os.path.isfile)
+            file = _need(os.path.isfile, file, "FILE")
+            images = _need(_folder, images or os.path.dirname(file), "IMAGES")
+            return f"coco:{file},{images}"
+        images, labels = _halves(rest, ",", _folder, _folder)
+        if not labels:
+            raise Wrong(FORMS[form])
+        images = _need(_folder, images, "IMAGES")
+        return f"{form}:{images},{_need(_folder, labels, 'LABELS')}"
 
     return check
 
 
-def _voc_root(rest: str) -> str:
-    """Returns `ROOT` or `ROOT:SPLIT` with an absolute path."""
-    root, colon, split = rest.rpartition(":")
-    if os.path.isdir(rest) or not colon:
-        return _folder(rest, "ROOT")
-    return f"{_folder(root, 'ROOT')}:{split}"
+def _folder(path: str) -> bool:
+    """Tells whether there is a folder, of a pattern such as `images/*.jpg`."""
+    folder, name = os.path.split(path)
+    return os.path.isdir(folder or "." if "*" in name else path)
 
 
-def _folder(text: str, name: str) -> str:
+def _halves(
+    text: str,
+    mark: str,
+    first: Callable[[str], bool],
+    second: Callable[[str], bool] = lambda path: True,
+) -> tuple[str, str]:
+    """Splits at a mark that is not within a path; the second may be empty."""
+    parts = text.split(mark)
+    halves = [
+        (mark.join(parts[:i]), mark.join(parts[i:]))
+        for i in range(len(parts), 0, -1)
+    ]
+    for one, other in halves:
+        if first(os.path.expanduser(one)) and second(os.path.expanduser(other)):
+            return one, other
+    one, _, other = text.partition(mark)
+    return one, other
+
+
+def _need(there: Callable[[str], bool], text: str, name: str) -> str:
+    """Returns the absolute path of a part of a source that must be there."""
     path = path_text(text)
-    if not os.path.isdir(path):
-        raise Wrong(f"a source whose {name} is a folder; {path} is none")
-    return path
-
-
-def _file(text: str, name: str) -> str:
-    path = path_text(text)
-    if not os.path.isfile(path):
-        raise Wrong(f"a source whose {name} is a file; {path} is none")
+    if not there(path):
+        kind = "file" if there is os.path.isfile else "folder"
+        raise Wrong(f"a source whose {name} is a {kind}; {path} is none")
     return path
 
 
@@ -263,272 +276,106 @@ class Setting(NamedTuple):
 
     Attributes:
         check: Returns the value to use, or raises `Wrong`.
-        default: The default, or `REQUIRED`. None: others decide, see `help`.
-        help: What it is, for the command line.
-        metavar: How the command line calls the value.
-        bare: The value that the command line's option has without one.
+        default: The default, or `REQUIRED`. None: others decide, as the
+            functions of `tf_deform.tasks` say.
     """
 
     check: Callable[[Any], Any]
     default: Any
-    help: str
-    metavar: str | None = None
-    bare: Any = None
 
 
 _BOXES = ("voc", "coco", "yolo")
-_READING = {
-    "classes": Setting(
-        names,
-        None,
-        "names of the classes in their order (default: those of the data)",
-        "A,B,C",
-    ),
-    "skip_broken": Setting(
-        boolean, False, "leave out broken files, instead of an error"
-    ),
-}
+_TILE = Setting(whole(32, 65536), None)
+_MAX_DETECTIONS = Setting(whole(1, 10000), 100)
+_MODEL = Setting(existing_file, REQUIRED)
+_SKIP_BROKEN = Setting(boolean, False)
 _READING_BOXES = {
-    "base": Setting(
-        whole(0, 1),
-        0,
-        "number of the first pixel in VOC's xml: 0, as tools of today write, "
-        "or 1, as the original",
-        "0|1",
-    ),
-    "first_id": Setting(
-        whole(0, 1),
-        None,
-        "number of the first class in YOLO's text files, where the names have "
-        "no numbers",
-        "0|1",
-    ),
-    "crowds": Setting(
-        one_of("ignore", "objects"),
-        "ignore",
-        "COCO's crowds: neither learned nor counted as missed, or objects as "
-        "others",
-        "ignore|objects",
-    ),
+    "base": Setting(whole(0, 1), 0),
+    "first_id": Setting(whole(0, 1), None),
+    "crowds": Setting(one_of("ignore", "objects"), "ignore"),
 }
+_READING_MASKS = {"colours": Setting(one_of("voc"), None)}
 
 
 def _training(
-    forms: tuple[str, ...], size: int, rate: str, own: Mapping[str, Setting]
+    forms: tuple[str, ...], size: int, **own: Setting
 ) -> dict[str, Setting]:
     """Returns the settings of a training task."""
-    words = "; ".join(FORMS[form] for form in forms)
     return {
-        "data": Setting(
-            source(*forms),
-            REQUIRED,
-            f"photographs to learn from: {words}",
-            "SOURCE",
-        ),
-        "out": Setting(path_text, REQUIRED, "folder of the run", "FOLDER"),
-        "val": Setting(
-            source_or_share(*forms),
-            0.2,
-            "photographs for validation, or which share of --data is kept "
-            "for it",
-            "SOURCE|SHARE",
-        ),
-        "resume": Setting(
-            boolean,
-            False,
-            "go on with the run in the folder, with the settings that it has",
-        ),
+        "data": Setting(source(*forms), REQUIRED),
+        "out": Setting(path_text, REQUIRED),
+        "val": Setting(source_or_share(*forms), 0.2),
+        "resume": Setting(boolean, False),
         **own,
-        "backbone": Setting(
-            backbone,
-            "resnet50",
-            "a name of keras.applications in small letters, or a .keras file",
-            "NAME|FILE",
-        ),
-        "weights": Setting(
-            weights,
-            None,
-            "the backbone's weights at the start (default: imagenet, or those "
-            "of the .keras file). Unless it is none, the stem, stage c2 and "
-            "batch normalization stay frozen",
-            "imagenet|none|FILE",
-        ),
-        "deform": Setting(
-            stages,
-            "c3-c5",
-            "stages of the backbone whose convolutions become deformable",
-            "c3-c5|none",
-        ),
-        "size": Setting(
-            divisible(32, 64, 8192),
-            size,
-            "height and width of the images that the model sees, in pixels",
-            "PIXELS",
-        ),
+        "backbone": Setting(backbone, "resnet50"),
+        "weights": Setting(weights, None),
+        "deform": Setting(stages, "c3-c5"),
+        "size": Setting(divisible(32, 64, 8192), size),
         "tile": _TILE,
-        "batch_size": Setting(whole(1, 4096), 2, "images in a step", "N"),
-        "epochs": Setting(whole(1), 12, "passes over the photographs", "N"),
-        "steps": Setting(whole(1), None, "steps, in place of --epochs", "N"),
-        "flips": Setting(
-            one_of("horizontal", "all", "none"),
-            "horizontal",
-            "mirror the images in training: left and right, or also up and "
-            "down, for views from above",
-            "horizontal|all|none",
-        ),
-        "lr": Setting(
-            number(0.0, 100.0),
-            None,
-            f"highest learning rate (default: {rate} for 16 images in a step, "
-            "for others in proportion)",
-            "RATE",
-        ),
-        "ema": Setting(
-            number(0.0, 0.99999),
-            None,
-            "momentum, such as .999, of averages of the weights, which are "
-            "judged and kept as the best (default: no averages)",
-            "MOMENTUM",
-        ),
-        "seed": Setting(
-            whole(0, 2**31 - 1),
-            0,
-            "seed of weights, order and augmentation",
-            "N",
-        ),
-        "deterministic": Setting(
-            boolean, False, "compute the same bits every time, which is slower"
-        ),
-        "mixed_precision": Setting(
-            one_of("bfloat16", "float16"),
-            None,
-            "compute in 16 bits: bfloat16 (where only the option is given), or "
-            "float16 for older GPUs",
-            "bfloat16|float16",
-            "bfloat16",
-        ),
-        "jit": Setting(boolean, False, "compile the training step with XLA"),
-        **_READING,
+        "batch_size": Setting(whole(1, 4096), 2),
+        "epochs": Setting(whole(1), 12),
+        "steps": Setting(whole(1), None),
+        "flips": Setting(one_of("horizontal", "all", "none"), "horizontal"),
+        "lr": Setting(number(0.0, 100.0), None),
+        "ema": Setting(number(0.0, 0.99999), None),
+        "seed": Setting(whole(0, 2**31 - 1), 0),
+        "deterministic": Setting(boolean, False),
+        "mixed_precision": Setting(one_of("bfloat16", "float16"), None),
+        "jit": Setting(boolean, False),
+        "classes": Setting(names, None),
+        "skip_broken": _SKIP_BROKEN,
     }
 
-
-_TILE = Setting(
-    whole(32, 65536),
-    None,
-    "cut photographs into overlapping squares of this many pixels",
-    "PIXELS",
-)
-_MAX_DETECTIONS = Setting(
-    whole(1, 10000),
-    100,
-    "most boxes of an image that are predicted and judged",
-    "N",
-)
-_MODEL = Setting(existing_file, REQUIRED, "a model, such as run/best.keras")
 
 TASKS: Mapping[str, Mapping[str, Setting]] = {
     "train_detector": {
         **_training(
             _BOXES,
             640,
-            ".02",
-            {
-                "model": Setting(
-                    one_of("faster-rcnn", "rfcn"),
-                    "faster-rcnn",
-                    "the detector",
-                    "faster-rcnn|rfcn",
-                ),
-                "pooling": Setting(
-                    one_of("align", "deform", "moddeform"),
-                    "align",
-                    "how faster-rcnn pools regions: plain, deformable or "
-                    "modulated deformable",
-                    "align|deform|moddeform",
-                ),
-                "max_detections": _MAX_DETECTIONS,
-            },
+            model=Setting(one_of("faster-rcnn", "rfcn"), "faster-rcnn"),
+            pooling=Setting(one_of("align", "deform", "moddeform"), "align"),
+            max_detections=_MAX_DETECTIONS,
         ),
         **_READING_BOXES,
     },
-    "train_segmenter": _training(
-        ("masks",),
-        512,
-        ".01",
-        {
-            "output_stride": Setting(
-                lambda value: int(one_of("8", "16", "32")(str(value))),
-                16,
-                "pixels of the image for one of the last map",
-                "8|16|32",
+    "train_segmenter": {
+        **_training(
+            ("masks",),
+            512,
+            output_stride=Setting(
+                lambda value: int(one_of("8", "16", "32")(str(value))), 16
             ),
-        },
-    ),
+        ),
+        **_READING_MASKS,
+    },
     "evaluate": {
         "model": _MODEL,
-        "data": Setting(
-            source(*FORMS),
-            REQUIRED,
-            f"photographs to predict: {'; '.join(FORMS.values())}",
-            "SOURCE",
-        ),
-        "out": Setting(
-            path_text,
-            None,
-            "folder for metrics.json and results.json (default: none)",
-            "FOLDER",
-        ),
+        "data": Setting(source(*FORMS), REQUIRED),
+        "out": Setting(path_text, None),
         "tile": _TILE,
-        "max_detections": _MAX_DETECTIONS._replace(
-            default=None,
-            help="most boxes of an image that are predicted and judged "
-            "(default: the model's)",
-        ),
-        "skip_broken": _READING["skip_broken"],
+        "max_detections": _MAX_DETECTIONS._replace(default=None),
+        "skip_broken": _SKIP_BROKEN,
         **_READING_BOXES,
+        **_READING_MASKS,
     },
     "show": {
         "model": _MODEL,
-        "images": Setting(
-            existing, REQUIRED, "photographs, or folders of photographs"
-        ),
-        "out": Setting(
-            path_text, REQUIRED, "folder for one picture each", "FOLDER"
-        ),
-        "score": Setting(
-            number(0.0, 1.0, also_least=True), 0.3, "least score of a box", "S"
-        ),
+        "images": Setting(existing, REQUIRED),
+        "out": Setting(path_text, REQUIRED),
+        "score": Setting(number(0.0, 1.0, also_least=True), 0.3),
         "tile": _TILE,
-        "sampling": Setting(
-            boolean, False, "draw also where deformable layers look"
-        ),
+        "sampling": Setting(boolean, False),
     },
     "export_model": {
         "model": _MODEL,
-        "path": Setting(
-            export_path,
-            REQUIRED,
-            "model.onnx, model.tflite, or a folder for a SavedModel",
-        ),
-        "portable": Setting(
-            boolean,
-            False,
-            "a SavedModel of TensorFlow's own operations, which needs no "
-            "tf-deform where it runs",
-        ),
-        "quantize": Setting(
-            one_of("float16", "dynamic"),
-            None,
-            "smaller weights of a .tflite file (default: float32)",
-            "float16|dynamic",
-        ),
+        "path": Setting(export_path, REQUIRED),
+        "portable": Setting(boolean, False),
+        "quantize": Setting(one_of("float16", "dynamic"), None),
     },
     "demo": {
-        "name": Setting(one_of("trees", "digits"), REQUIRED, "trees or digits"),
-        "out": Setting(
-            path_text, None, "folder for results (default: runs/NAME)", "FOLDER"
-        ),
-        "full": Setting(boolean, False, "three seeds, and all controls"),
+        "name": Setting(one_of("trees", "digits"), REQUIRED),
+        "out": Setting(path_text, None),
+        "full": Setting(boolean, False),
     },
 }
 
@@ -576,6 +423,13 @@ def check_together(
     Raises:
         ValueError: They do not fit together.
     """
+    sources = [str(found.get(name, "")) for name in ("data", "val")]
+    for name, form in (("base", "voc"), ("first_id", "yolo")):
+        if found.get(name) and not any(x.startswith(form) for x in sources):
+            raise ValueError(
+                f"Expected {spell(name)} for {form} photographs alone. "
+                f"Received: {', '.join(sources)}"
+            )
     if task == "train_detector" and found["model"] == "rfcn":
         if found["pooling"] != "align":
             raise ValueError(

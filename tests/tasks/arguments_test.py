@@ -70,8 +70,8 @@ WRONG = {
     ),
     "form": (
         [*DETECT, "--out", "run", "--data", "csv:photos"],
-        "Expected voc:ROOT or voc:ROOT:SPLIT or coco:FILE,IMAGES or yolo:ROOT. "
-        "Received: 'csv:photos'",
+        "Expected voc:ROOT or voc:ROOT:PART or coco:FILE,IMAGES or "
+        "yolo:ROOT or yolo:ROOT:PART. Received: 'csv:photos'",
     ),
     "no form": ([*DETECT, "--out", "run", "--data", "photos"], "'photos'"),
     "no root": (
@@ -165,6 +165,14 @@ WRONG = {
     "portable": (
         ["export", "m.keras", "m.tflite", "--portable"],
         "Expected --portable for a folder alone",
+    ),
+    "base": (
+        [*DETECT, "--out=r", "--data=yolo:photos", "--base=1"],
+        "Expected --base for voc photographs alone. Received: yolo:",
+    ),
+    "first id": (
+        [*DETECT, *GOOD, "--first-id=1"],
+        "Expected --first-id for yolo photographs alone. Received: voc:",
     ),
     "demo": (["demo", "birds"], "Expected trees or digits"),
 }
@@ -359,10 +367,18 @@ def test_paths_become_absolute(tmp_path, monkeypatch):
         "val": 0.25,
         "out": f"{tmp_path}/y",
     }
-    found = _settings.check("train_segmenter", {"data": "masks:a,b,c:d"})
-    assert found == {"data": f"masks:{tmp_path}/a,b,{tmp_path}/c:d"}
+    for name in ("a,b,c:d", "c:d,a,b", "c:d/*.jpg,a,b/*_ids.png"):
+        data = {"data": f"masks:{name}"}
+        found = _settings.check("train_segmenter", data)["data"]
+        halves = name.replace("a,b", f"{tmp_path}/a,b")
+        assert found == f"masks:{halves.replace('c:d', f'{tmp_path}/c:d')}"
     found = _settings.check("train_detector", {"data": "voc:c:d:val"})
     assert found == {"data": f"voc:{tmp_path}/c:d:val"}
+    (tmp_path / "a,b/c.json").touch()
+    found = _settings.check("evaluate", {"data": "coco:a,b/c.json,c:d"})
+    assert found == {"data": f"coco:{tmp_path}/a,b/c.json,{tmp_path}/c:d"}
+    found = _settings.check("evaluate", {"data": "coco:a,b/c.json"})
+    assert found == {"data": f"coco:{tmp_path}/a,b/c.json,{tmp_path}/a,b"}
 
 
 def test_missing_settings_of_python(tmp_path):

@@ -8,11 +8,13 @@ go to the logger `tf_deform`.
 
 Photographs with annotations are named by text:
 
-- `voc:ROOT` or `voc:ROOT:SPLIT`: Pascal VOC's xml, beside the images, or in the
+- `voc:ROOT` or `voc:ROOT:PART`: Pascal VOC's xml, beside the images, or in the
   folders Annotations, JPEGImages and ImageSets;
 - `coco:FILE,IMAGES`: COCO's json, and the folder of the images;
-- `yolo:ROOT`: text files with a line for each object;
+- `yolo:ROOT` or `yolo:ROOT:PART`: text files with a line for each object;
 - `masks:IMAGES,LABELS`: folders of images and of masks, for segmenters.
+
+`tf_deform.data.read` says more of them.
 
 `import tf_deform` does not import this package: `from tf_deform import tasks`.
 """
@@ -189,6 +191,7 @@ def train_segmenter(
     jit: bool = False,
     classes: Sequence[str] | None = None,
     skip_broken: bool = False,
+    colours: str | None = None,
 ) -> dict[str, Any]:
     """Trains a segmenter on photographs with masks.
 
@@ -208,6 +211,8 @@ def train_segmenter(
             less in proportion.
         ema, seed, deterministic, mixed_precision, jit: As in `train_detector`.
         classes, skip_broken: As in `train_detector`.
+        colours: "voc" if the masks are pictures in the colours of Pascal VOC.
+            None: they hold ids, or a tool's list of colours lies beside.
 
     Returns:
         What metrics.json holds, see `train_detector`.
@@ -235,6 +240,7 @@ def evaluate(
     base: int = 0,
     first_id: int | None = None,
     crowds: str = "ignore",
+    colours: str | None = None,
 ) -> dict[str, float]:
     """Judges a model on annotated photographs.
 
@@ -249,6 +255,7 @@ def evaluate(
         tile: As in `train_detector`.
         max_detections: The most boxes of an image. None: the model's.
         skip_broken, base, first_id, crowds: As in `train_detector`.
+        colours: As in `train_segmenter`.
 
     Returns:
         For a detector what `tf_deform.training.CocoEvaluator.evaluate` returns;

@@ -50,10 +50,19 @@ def reproducible(settings: Mapping[str, Any]) -> Iterator[None]:
 # Data.
 
 
+# What the reader takes for each form of annotations.
+_OPTIONS = {
+    "voc": ("base", "crowds"),
+    "coco": ("crowds",),
+    "yolo": ("first_id", "crowds"),
+    "masks": ("colours",),
+}
+
+
 def read(settings: Mapping[str, Any], source: str, **others: Any) -> Any:
     """Reads annotated photographs, and logs what the reader noticed."""
-    names = ("base", "first_id", "crowds", "skip_broken")
-    options = {name: settings[name] for name in names if name in settings}
+    names = ("skip_broken", *_OPTIONS[source.partition(":")[0]])
+    options = {name: settings[name] for name in names}
     found = data.read(source, **options, **others)
     LOGGER.info("%s: %d photographs", source, len(found.photographs))
     for note in found.notes:
