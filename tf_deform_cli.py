@@ -42,6 +42,15 @@ _TIMEOUT = 600  # seconds; TensorFlow on a cold network disk takes minutes
 _KERAS = "keras >=3.5, tf_keras, or keras 2.15 of TensorFlow 2.15"
 # Begins the child's lines that are for the parent: libraries print, too.
 _MARK = "tf-deform doctor: "
+_TOLD = (
+    ArithmeticError,
+    ImportError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 _LIBRARY_HELP = (
     "Prints the path of tf_deform's op library for the TensorFlow that is "
     "installed here. With it, a program that does not import tf_deform runs "
@@ -113,8 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run_task(task: str, found: Mapping[str, Any], quiet: bool) -> int:
     """Runs a function of `tf_deform.tasks`; its messages go to standard error.
 
-    Errors that are of a kind which says what was expected are told without a
-    traceback. A run has the traceback in its `log.txt`.
+    An error of a kind that says what was expected is told without a traceback,
+    which a run has in its `log.txt`.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logger = logging.getLogger("tf_deform")
@@ -122,20 +131,23 @@ def _run_task(task: str, found: Mapping[str, Any], quiet: bool) -> int:
     handler.setLevel(logging.WARNING if quiet else logging.INFO)
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    # Libraries that convert models let the root logger print everything, too.
+    logger.propagate = False
     try:
         from tf_deform import tasks
 
         with tasks.progress(not quiet):
-            getattr(tasks, task)(**found)
+            result = getattr(tasks, task)(**found)
+        if task == "evaluate":
+            print(json.dumps(result, indent=2))
         return 0
     except KeyboardInterrupt:
         logger.error("Interrupted")
-    except (ArithmeticError, ImportError, MemoryError, OSError) as error:
-        logger.error("%s", error)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except _TOLD as error:
         logger.error("%s", error)
     finally:
         logger.removeHandler(handler)
+        logger.propagate = True
     return 1
 
 

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 from PIL import Image
+from small_runs import SETTINGS, SMALL
 
 CLASSES = ("blue", "red")
 COLORS = ((40, 60, 220), (220, 50, 40))
@@ -109,3 +110,49 @@ def backbone(tmp_path_factory) -> pathlib.Path:
     path = tmp_path_factory.mktemp("backbone") / "tiny.keras"
     keras.Model(image, x).save(path)
     return path
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Makes the heads of detectors small."""
+    from tf_deform.models import FasterRCNN
+
+    for name, value in SMALL.items():
+        monkeypatch.setitem(FasterRCNN.__init__.__kwdefaults__, name, value)
+
+
+@pytest.fixture(scope="session")
+def detector(photographs, backbone, tmp_path_factory):
+    """Trains a detector, and returns its folder and what was returned."""
+    from tf_deform import tasks
+
+    out = tmp_path_factory.mktemp("detector") / "run"
+    keras.utils.clear_session(free_memory=False)
+    with pytest.MonkeyPatch.context() as patch:
+        small.__wrapped__(patch)
+        found = tasks.train_detector(
+            f"voc:{photographs}/voc",
+            out,
+            val=f"coco:{photographs}/coco.json,{photographs}/images",
+            backbone=backbone,
+            **SETTINGS,
+        )
+    return out, found
+
+
+@pytest.fixture(scope="session")
+def segmenter(photographs, backbone, tmp_path_factory):
+    """Trains a segmenter, and returns its folder and what was returned."""
+    from tf_deform import tasks
+
+    out = tmp_path_factory.mktemp("segmenter") / "run"
+    keras.utils.clear_session(free_memory=False)
+    found = tasks.train_segmenter(
+        f"masks:{photographs}/images,{photographs}/masks",
+        out,
+        val=0.3,
+        classes=["none", "blue", "red"],
+        backbone=backbone,
+        **SETTINGS,
+    )
+    return out, found

@@ -20,24 +20,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
+from small_runs import SETTINGS, SMALL
 
 import tf_deform
 from tf_deform import data, tasks
-from tf_deform.models import FasterRCNN
 from tf_deform.tasks import _run, _setup, _train
 
 HOME = pathlib.Path(tf_deform.__file__).parent.parent
-# The published heads would take seconds for each step.
-SMALL = {"fpn_channels": 8, "head_units": 16, "proposals": 40, "samples": 16}
-SETTINGS = {
-    "size": 64,
-    "batch_size": 2,
-    "steps": 5,
-    "lr": 0.02,
-    "seed": 3,
-    "deterministic": True,
-    "weights": "none",
-}
 COMMAND = f"""
 import os
 os.environ["TF_NUM_INTRAOP_THREADS"] = "1"
@@ -50,15 +39,6 @@ def run(*arguments):
 tf_deform_cli._run_task = run
 exit(tf_deform_cli.main())
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small():
-    defaults = FasterRCNN.__init__.__kwdefaults__
-    before = dict(defaults)
-    defaults.update(SMALL)
-    yield
-    defaults.update(before)
 
 
 def options(backbone, **settings) -> list[str]:
@@ -81,35 +61,6 @@ def start(*arguments) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-@pytest.fixture(scope="module")
-def detector(photographs, backbone, tmp_path_factory):
-    """Trains a detector, and returns its folder and what was returned."""
-    out = tmp_path_factory.mktemp("detector") / "run"
-    keras.utils.clear_session(free_memory=False)
-    found = tasks.train_detector(
-        f"voc:{photographs}/voc",
-        out,
-        val=f"coco:{photographs}/coco.json,{photographs}/images",
-        backbone=backbone,
-        **SETTINGS,
-    )
-    return out, found
-
-
-@pytest.fixture(scope="module")
-def segmenter(photographs, backbone, tmp_path_factory):
-    out = tmp_path_factory.mktemp("segmenter") / "run"
-    found = tasks.train_segmenter(
-        f"masks:{photographs}/images,{photographs}/masks",
-        out,
-        val=0.3,
-        classes=["none", "blue", "red"],
-        backbone=backbone,
-        **SETTINGS,
-    )
-    return out, found
 
 
 def weights(path: pathlib.Path) -> list[np.ndarray]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tf_deform import data, export, models, training
+from tf_deform import _files, data, export, models, training
 from tf_deform._keras import keras
 from tf_deform._settings import export_format
 from tf_deform.tasks import _models, _pictures, _run, _setup
@@ -35,7 +36,10 @@ def evaluate(settings: Mapping[str, Any]) -> dict[str, float]:
     classes = _models.class_names(model)
     truth = _setup.read(settings, settings["data"]).select(classes)
     judge = _models.Judge(
-        truth, detector, settings["tile"], settings["max_detections"]
+        truth,
+        detector,
+        settings["tile"],
+        getattr(model, "max_detections", None),
     )
     found = list(_models.predict(model, truth.photographs, settings["tile"]))
     measures = judge.judge(found)
@@ -187,7 +191,20 @@ def _export_pixels(
 
 
 def _add_metadata(path: pathlib.Path, about: Mapping[str, Any]) -> None:
-    """Writes names into an ONNX file, where tools look for them."""
+    """Writes the description into an ONNX file, as its metadata "tf_deform".
+
+    Classes are also the metadata "names", `{0: 'cat', ...}`, where some tools
+    look for them.
+    """
+    import onnx
+
+    proto = onnx.load(str(path))
+    names = dict(enumerate(about["classes"]))
+    onnx.helper.set_model_props(
+        proto, {"tf_deform": json.dumps(about), "names": str(names)}
+    )
+    with _files.writing(path) as partial:
+        partial.write_bytes(proto.SerializeToString())
 
 
 def _export_folder(

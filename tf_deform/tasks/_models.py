@@ -79,7 +79,7 @@ class Judge:
         annotations: Any,
         detector: bool,
         tile: int | None,
-        max_detections: int = 100,
+        max_detections: int | None = None,
     ) -> None:
         self._annotations = annotations
         self._tile = tile

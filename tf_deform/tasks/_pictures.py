@@ -76,7 +76,14 @@ def boxes_picture(
         text = classes[label] if label < len(classes) else str(label)
         if scores is not None:
             text += f" {scores[i]:.2f}"
-        draw.text(box[:2], text, fill=_color(label), font=font)
+        draw.text(
+            box[:2],
+            text,
+            fill=_color(label),
+            font=font,
+            stroke_width=1,
+            stroke_fill="black",
+        )
     return np.asarray(picture)
 
 

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests what is done with trained models: judging, pictures, exports."""
+
+import ast
+import json
+import shutil
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+import tf_deform_cli
+from tf_deform import data, tasks
+
+
+@pytest.fixture
+def sources(photographs) -> dict[str, str]:
+    return {
+        "voc": f"voc:{photographs}/voc",
+        "coco": f"coco:{photographs}/coco.json,{photographs}/images",
+        "masks": f"masks:{photographs}/images,{photographs}/masks",
+    }
+
+
+def test_evaluating_gives_what_training_gave(detector, sources, tmp_path):
+    out, found = detector
+    measures = tasks.evaluate(out / "best.keras", sources["coco"])
+    np.testing.assert_equal(measures, found["validation"])
+    # The same photographs in another form.
+    measures = tasks.evaluate(
+        out / "best.keras", sources["voc"], out=tmp_path / "voc"
+    )
+    np.testing.assert_equal(measures, found["validation"])
+    results = (tmp_path / "voc/results.json").read_text()
+    assert json.loads(results) == json.loads((out / "results.json").read_text())
+
+
+def test_the_command_prints_json(detector, sources, capsys):
+    out, found = detector
+    arguments = ["eval", str(out / "best.keras"), "--data", sources["voc"]]
+    assert tf_deform_cli.main([*arguments, "--max-detections=2"]) == 0
+    printed, said = capsys.readouterr()
+    measures = json.loads(printed)
+    assert measures.keys() == found["validation"].keys()
+    assert measures["max_detections"] == 2
+    assert "max_detections  2" in said
+    assert tf_deform_cli.main([*arguments, "--quiet"]) == 0
+    printed, said = capsys.readouterr()
+    assert json.loads(printed)["AP"] == found["validation"]["AP"]
+    assert said == ""
+
+
+def test_classes_that_the_model_does_not_know(
+    detector, photographs, tmp_path, capsys
+):
+    out, _ = detector
+    shutil.copytree(photographs / "voc", tmp_path / "voc")
+    path = tmp_path / "voc/1.xml"
+    path.write_text(path.read_text().replace("red", "green"))
+    arguments = ["eval", str(out / "best.keras")]
+    arguments += ["--data", f"voc:{tmp_path}/voc"]
+    assert tf_deform_cli.main(arguments) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "Expected no classes but blue, red. Received: green" in said
+
+
+def test_photographs_of_another_kind(detector, segmenter, sources):
+    with pytest.raises(ValueError, match="voc, coco or yolo photographs"):
+        tasks.evaluate(detector[0] / "best.keras", sources["masks"])
+    with pytest.raises(ValueError, match="masks photographs for a segmenter"):
+        tasks.evaluate(segmenter[0] / "best.keras", sources["voc"])
+
+
+def test_evaluating_a_segmenter(segmenter, sources):
+    measures = tasks.evaluate(segmenter[0] / "best.keras", sources["masks"])
+    assert measures.keys() == segmenter[1]["validation"].keys()
+
+
+@pytest.mark.parametrize("kind", ["text", "another model", "weights"])
+def test_a_file_of_no_model(kind, sources, tmp_path):
+    path = tmp_path / "model.keras"
+    path.write_text("text")
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    if kind == "another model":
+        model.save(path)
+    if kind == "weights":
+        model.save_weights(tmp_path / "a.weights.h5")
+        path = tmp_path / "a.weights.h5"
+    with pytest.raises(ValueError, match=f"Expected {path} to be a "):
+        tasks.evaluate(path, sources["voc"])
+
+
+def test_pictures(detector, photographs, tmp_path):
+    """Tests names, of photographs with one name too, and sizes."""
+    written = tasks.show(
+        detector[0] / "best.keras",
+        [photographs / "images", photographs / "voc/1.png"],
+        tmp_path / "pictures",
+        score=0.0,
+        sampling=True,
+    )
+    names = {path.name for path in written}
+    assert {"1.png", "1-2.png", "1-sampling.png", "6.png"} < names
+    assert names == {path.name for path in (tmp_path / "pictures").iterdir()}
+    assert len(names) == 2 * 8
+    with Image.open(tmp_path / "pictures/0.png") as picture:
+        assert picture.size == (96, 64)
+        drawn = np.asarray(picture)
+    before = data.read_image(photographs / "images/0.png")
+    assert (drawn != before).any()
+
+
+def test_pictures_without_boxes(detector, photographs, tmp_path):
+    """Tests that scores that are too low leave a photograph as it is."""
+    photograph = photographs / "images/4.png"
+    (path,) = tasks.show(
+        detector[0] / "best.keras", photograph, tmp_path, score=1.0
+    )
+    with Image.open(path) as picture:
+        drawn = np.asarray(picture)
+    np.testing.assert_array_equal(drawn, data.read_image(photograph))
+
+
+def test_pictures_of_a_segmenter(segmenter, photographs, tmp_path):
+    folder = photographs / "images"
+    written = tasks.show(segmenter[0] / "best.keras", folder, tmp_path)
+    assert len(written) == 7
+    with Image.open(written[1]) as picture:
+        assert picture.size == (64, 80)
+
+
+def test_no_photographs(detector, tmp_path):
+    with pytest.raises(ValueError, match="Expected photographs"):
+        tasks.show(detector[0] / "best.keras", tmp_path, tmp_path)
+
+
+# Exports.
+
+
+def image_of(photographs, number: int) -> np.ndarray:
+    return data.read_image(photographs / f"images/{number}.png")
+
+
+def assert_same_boxes(found, expected, scale=1.0) -> None:
+    """Compares with what `predict_image` returned."""
+    count = int(found["valid"][0])
+    assert count == len(expected["boxes"]) > 5
+    boxes = np.asarray(found["boxes"])[0, :count] / scale
+    # Boxes that leave the photograph end at its borders.
+    inside = np.all(expected["boxes"] < boxes + 0.01, -1)
+    np.testing.assert_allclose(
+        np.where(inside[:, None], boxes, expected["boxes"]),
+        expected["boxes"],
+        atol=0.01,
+    )
+    assert inside.sum() > count / 2
+    scores = np.asarray(found["scores"])[0, :count]
+    np.testing.assert_allclose(scores, expected["scores"], atol=1e-4)
+
+
+def test_onnx(detector, photographs, tmp_path):
+    """Tests what docs tell people to do with the file."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    path = tmp_path / "model.onnx"
+    tasks.export_model(detector[0] / "best.keras", path)
+    about = json.loads((tmp_path / "model.onnx.json").read_text())
+    assert about["classes"] == ["blue", "red"]
+    session = onnxruntime.InferenceSession(path)
+    kept = session.get_modelmeta().custom_metadata_map
+    assert json.loads(kept["tf_deform"]) == about
+    assert ast.literal_eval(kept["names"]) == {0: "blue", 1: "red"}
+    # This photograph has the model's size along its longer side.
+    image = image_of(photographs, 1)
+    height, width = image.shape[:2]
+    model = keras.saving.load_model(detector[0] / "best.keras", compile=False)
+    pixels, scale = data.letterbox(image, about["size"])
+    (given,) = session.get_inputs()
+    assert given.shape == [1, 64, 64, 3]
+    outputs = session.run(None, {given.name: np.uint8(np.round(pixels))[None]})
+    names = [output.name for output in session.get_outputs()]
+    found = dict(zip(names, outputs, strict=True))
+    expected = model.detect(np.round(pixels)[None])
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, atol=1e-3)
+    assert np.asarray(scale).tolist() == [51 / width, 64 / height] * 2
+
+
+@pytest.mark.parametrize("portable", [False, True])
+def test_saved_model(portable, detector, photographs, tmp_path):
+    path = tmp_path / "model"
+    best = detector[0] / "best.keras"
+    tasks.export_model(best, path, portable=portable)
+    about = json.loads((path / "model.json").read_text())
+    assert about["kind"] == "detector"
+    loaded = tf.saved_model.load(path)
+    model = keras.saving.load_model(best, compile=False)
+    content = (photographs / "images/6.png").read_bytes()
+    found = loaded.serve(tf.constant([content]))
+    found = {name: value.numpy() for name, value in found.items()}
+    expected = model.predict_image(image_of(photographs, 6))
+    assert_same_boxes(found, expected)
+    # A second export replaces the first.
+    if portable:
+        tasks.export_model(best, path)
+        assert (path / "model.json").exists()
+
+
+@pytest.mark.slow
+def test_litert(detector, tmp_path):
+    pytest.importorskip("ai_edge_litert")
+    path = tmp_path / "model.tflite"
+    tasks.export_model(detector[0] / "best.keras", path, quantize="float16")
+    about = json.loads((tmp_path / "model.tflite.json").read_text())
+    assert about["size"] == 64
+    assert path.stat().st_size > 10000
+
+
+def test_exports_of_a_segmenter(segmenter, photographs, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    path = tmp_path / "model.onnx"
+    best = segmenter[0] / "best.keras"
+    tasks.export_model(best, path)
+    session = onnxruntime.InferenceSession(path)
+    image = image_of(photographs, 1)
+    pixels = np.uint8(np.round(data.letterbox(image, 64)[0]))[None]
+    (ids,) = session.run(None, {session.get_inputs()[0].name: pixels})
+    assert ids.shape == (1, 64, 64)
+    assert ids.dtype == np.int32
+    model = keras.saving.load_model(best, compile=False)
+    expected = np.argmax(model(pixels.astype("float32")), -1)
+    assert np.mean(ids == expected) > 0.99
