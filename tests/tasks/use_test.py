@@ -13,6 +13,7 @@ from PIL import Image
 
 import tf_deform_cli
 from tf_deform import data, tasks
+from tf_deform.models import serving
 
 
 @pytest.fixture
@@ -40,16 +41,12 @@ def test_evaluating_gives_what_training_gave(detector, sources, tmp_path):
 def test_the_command_prints_json(detector, sources, capsys):
     out, found = detector
     arguments = ["eval", str(out / "best.keras"), "--data", sources["voc"]]
-    assert tf_deform_cli.main([*arguments, "--max-detections=2"]) == 0
+    assert tf_deform_cli.main([*arguments, "--max-detections", "2"]) == 0
     printed, said = capsys.readouterr()
     measures = json.loads(printed)
     assert measures.keys() == found["validation"].keys()
     assert measures["max_detections"] == 2
     assert "max_detections  2" in said
-    assert tf_deform_cli.main([*arguments, "--quiet"]) == 0
-    printed, said = capsys.readouterr()
-    assert json.loads(printed)["AP"] == found["validation"]["AP"]
-    assert said == ""
 
 
 def test_classes_that_the_model_does_not_know(
@@ -61,8 +58,8 @@ def test_classes_that_the_model_does_not_know(
     path.write_text(path.read_text().replace("red", "green"))
     arguments = ["eval", str(out / "best.keras")]
     arguments += ["--data", f"voc:{tmp_path}/voc"]
-    assert tf_deform_cli.main(arguments) == 1
-    said = capsys.readouterr().err.splitlines()[-1]
+    assert tf_deform_cli.main([*arguments, "--quiet"]) == 1
+    (said,) = capsys.readouterr().err.splitlines()
     assert "Expected no classes but blue, red. Received: green" in said
 
 
@@ -94,17 +91,19 @@ def test_a_file_of_no_model(kind, sources, tmp_path):
 
 def test_pictures(detector, photographs, tmp_path):
     """Tests names, of photographs with one name too, and sizes."""
+    (tmp_path / "photos").mkdir()
+    shutil.copy(photographs / "images/0.png", tmp_path / "photos")
+    (tmp_path / "photos/notes.txt").touch()
     written = tasks.show(
         detector[0] / "best.keras",
-        [photographs / "images", photographs / "voc/1.png"],
+        [tmp_path / "photos", photographs / "voc/0.png"],
         tmp_path / "pictures",
         score=0.0,
         sampling=True,
     )
-    names = {path.name for path in written}
-    assert {"1.png", "1-2.png", "1-sampling.png", "6.png"} < names
-    assert names == {path.name for path in (tmp_path / "pictures").iterdir()}
-    assert len(names) == 2 * 8
+    names = [path.name for path in written]
+    assert names == ["0.png", "0-sampling.png", "0-2.png", "0-2-sampling.png"]
+    assert all(path.exists() for path in written)
     with Image.open(tmp_path / "pictures/0.png") as picture:
         assert picture.size == (96, 64)
         drawn = np.asarray(picture)
@@ -143,23 +142,6 @@ def image_of(photographs, number: int) -> np.ndarray:
     return data.read_image(photographs / f"images/{number}.png")
 
 
-def assert_same_boxes(found, expected, scale=1.0) -> None:
-    """Compares with what `predict_image` returned."""
-    count = int(found["valid"][0])
-    assert count == len(expected["boxes"]) > 5
-    boxes = np.asarray(found["boxes"])[0, :count] / scale
-    # Boxes that leave the photograph end at its borders.
-    inside = np.all(expected["boxes"] < boxes + 0.01, -1)
-    np.testing.assert_allclose(
-        np.where(inside[:, None], boxes, expected["boxes"]),
-        expected["boxes"],
-        atol=0.01,
-    )
-    assert inside.sum() > count / 2
-    scores = np.asarray(found["scores"])[0, :count]
-    np.testing.assert_allclose(scores, expected["scores"], atol=1e-4)
-
-
 def test_onnx(detector, photographs, tmp_path):
     """Tests what docs tell people to do with the file."""
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -184,10 +166,12 @@ def test_onnx(detector, photographs, tmp_path):
     expected = model.detect(np.round(pixels)[None])
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, atol=1e-3)
-    assert np.asarray(scale).tolist() == [51 / width, 64 / height] * 2
+    np.testing.assert_allclose(scale, [51 / width, 64 / height] * 2, rtol=1e-6)
 
 
-@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize(
+    "portable", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
 def test_saved_model(portable, detector, photographs, tmp_path):
     path = tmp_path / "model"
     best = detector[0] / "best.keras"
@@ -198,13 +182,17 @@ def test_saved_model(portable, detector, photographs, tmp_path):
     model = keras.saving.load_model(best, compile=False)
     content = (photographs / "images/6.png").read_bytes()
     found = loaded.serve(tf.constant([content]))
-    found = {name: value.numpy() for name, value in found.items()}
-    expected = model.predict_image(image_of(photographs, 6))
-    assert_same_boxes(found, expected)
-    # A second export replaces the first.
-    if portable:
-        tasks.export_model(best, path)
-        assert (path / "model.json").exists()
+    expected = serving(model)(tf.constant([content]))
+    for name, value in expected.items():
+        if value.dtype.is_floating:
+            np.testing.assert_allclose(found[name], value, atol=1e-3)
+        else:
+            np.testing.assert_array_equal(found[name], value)
+    # Boxes are in pixels of the photograph.
+    best_box = found["boxes"][0, 0].numpy()
+    expected = model.predict_image(image_of(photographs, 6))["boxes"][0]
+    np.testing.assert_allclose(best_box, expected, atol=1)
+    assert {b"blue", b"red"} & set(np.ravel(found["names"]))
 
 
 @pytest.mark.slow
@@ -217,6 +205,7 @@ def test_litert(detector, tmp_path):
     assert path.stat().st_size > 10000
 
 
+@pytest.mark.slow
 def test_exports_of_a_segmenter(segmenter, photographs, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     path = tmp_path / "model.onnx"
