@@ -18,7 +18,7 @@ _VOID = 255
 
 def is_detector(model: keras.Model) -> bool:
     """Tells whether a model finds boxes; else it is a segmenter."""
-    return not isinstance(model, models.Segmenter)
+    return isinstance(model, (models.FasterRCNN, models.RFCN))
 
 
 def load(path: str, max_detections: int | None = None) -> keras.Model:
@@ -37,8 +37,7 @@ def load(path: str, max_detections: int | None = None) -> keras.Model:
         raise ValueError(
             f"Expected {path} to be a model of Keras 3. Received: {error}"
         ) from error
-    kinds = (models.FasterRCNN, models.RFCN, models.Segmenter)
-    if not isinstance(model, kinds):
+    if not hasattr(model, "predict_image"):
         raise ValueError(
             f"Expected {path} to be a FasterRCNN, RFCN or Segmenter. Received: "
             f"a {type(model).__name__}"
