@@ -337,7 +337,8 @@ COCO_FAULTS = [
     Fault("name in capitals", "coco", file_name("A.PNG"), "kept"),
     Fault("size missing", "coco", without("images", "width"), "kept"),
     Fault("size of 100 million pixels", "coco",
-          update(0, "images", width=10**8), "broken", "to have 1e.08x16 pixels, .* Received: 24x16"),
+          update(0, "images", width=10**8), "broken",
+          "to have 1e.08x16 pixels, .* Received: 24x16"),
 ]  # fmt: skip
 VOC_FAULTS = [
     Fault("xml of no bytes", "voc", text(""), "broken", "well-formed xml"),
@@ -350,8 +351,8 @@ VOC_FAULTS = [
     Fault("entity of a file", "voc", text(OUTER + xml("a")), "broken",
           "without entities"),
     Fault("xml in GBK", "voc",
-          text(ENCODED.format("GBK") + xml("a", more="<x>车</x>"), "gbk"), "kept",
-          check=boxes(FIRST, SECOND)),
+          text(ENCODED.format("GBK") + xml("a", more="<x>车</x>"), "gbk"),
+          "kept", check=boxes(FIRST, SECOND)),
     Fault("xml in UTF-16", "voc", text(ENCODED.format("UTF-16") + xml("a"),
           "utf-16"), "kept", check=boxes(FIRST, SECOND)),
     Fault("xml in an unknown encoding", "voc",

@@ -161,7 +161,8 @@ YOLO_FAULTS = [
           "yes 1, no 2"),
     Fault("names of two files", "yolo", text("dog\ncar\n", "classes.txt"),
           "refused", "tell the same names.*data.yaml: .*classes.txt: "),
-    Fault("name twice", "yolo", names("car\ncar\n"), "refused", "different nam"),
+    Fault("name twice", "yolo", names("car\ncar\n"), "refused",
+          "different names"),
     Fault("blank name", "yolo", names("car\n\ndog\n"), "refused",
           "classes.txt. Received: a blank line 2"),
     Fault("names of numbers", "yolo", names("1\n#2\n"), "kept", "1 1, #2 2"),
@@ -175,7 +176,7 @@ YOLO_FAULTS = [
           "a: &a [x]\n" + "\n".join(
               f"{chr(i + 1)}: &{chr(i + 1)} [{', '.join(['*' + chr(i)] * 9)}]"
               for i in range(97, 107)) + "\nnames: [car, dog]"), "kept"),
-    Fault("yaml of 10 000 brackets", "yolo", yaml("names: " + "[" * 10_000),
+    Fault("yaml of 2 000 brackets", "yolo", yaml("names: " + "[" * 2_000),
           "refused", "to be yaml"),
     Fault("all parts", "yolo", parts, "kept",
           "all parts are read together: train 1, val 1",
@@ -289,7 +290,7 @@ MASK_FAULTS = [
           lambda root, form: cut(root / "masks/a.png"), "broken",
           "masks/a.png to be a sound image"),
     Fault("one row less", "masks", masked(CUT), "broken", "24x15 .* 24x16"),
-    Fault("id without a name", "masks", masked(mask("a") + 0 * 1 | 4), "refused",
+    Fault("id without a name", "masks", masked(mask("a") | 4), "refused",
           "0: ground, 1: car, 2: dog. Received: id 4, first in .*a.png"),
     Fault("no names", "masks", no_names, "kept", "by their ids, 0 to 2",
           check=same),
@@ -333,7 +334,7 @@ def write_grey4(path):
 
 
 def cut(path):
-    path.write_bytes(path.read_bytes()[:-20])
+    path.write_bytes(path.read_bytes()[:-60])
 
 
 @pytest.mark.parametrize("form, fault", rows(YOLO_FAULTS))
