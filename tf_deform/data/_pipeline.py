@@ -25,6 +25,9 @@ from tf_deform.data._transforms import Example
 if TYPE_CHECKING:
     from tf_deform.data import Annotations, Photograph
 
+# The functions here hold no Python that AutoGraph would have to rewrite.
+_as_it_is = tf.autograph.experimental.do_not_convert
+
 Read = Callable[[str], np.ndarray]
 
 _GIB = 1 << 30
@@ -283,7 +286,8 @@ class _Files:
                     if key not in self._kept and pixels.nbytes <= self._rest:
                         self._kept[key] = pixels
                         self._rest -= pixels.nbytes
-            # TensorFlow may own and change what it gets.
+            # TensorFlow takes over the memory of an array that happens to lie
+            # at a multiple of 64 bytes, and may write there.
             return pixels.copy()
 
         def load(index: tf.Tensor) -> tf.Tensor:
@@ -350,7 +354,7 @@ def _order(count: int, seed: int, start: int, shuffle: bool) -> tf.data.Dataset:
 
     first, rest = divmod(start, count)
     epochs = tf.data.Dataset.range(first, np.iinfo("int64").max)
-    return epochs.flat_map(epoch).skip(rest).enumerate(start)
+    return epochs.flat_map(_as_it_is(epoch)).skip(rest).enumerate(start)
 
 
 def _batches(
@@ -400,7 +404,7 @@ def _batches(
 
     return (
         _order(int(indices.shape[0]), seed, start * batch_size, shuffle)
-        .map(make, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        .map(_as_it_is(make), tf.data.AUTOTUNE, deterministic=True)
         .batch(batch_size, drop_remainder=True)
         .prefetch(2)
     )
