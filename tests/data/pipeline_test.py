@@ -429,7 +429,7 @@ def test_what_fits_is_read_once():
 def check_error(annotations, read, *texts, make=detection):
     disk = SimpleNamespace(read=read)
     with pytest.raises(tf.errors.InvalidArgumentError) as caught:
-        take(make(annotations, disk, 31, 5), 1)
+        take(make(annotations, disk, 31, 5, shuffle=False), 1)
     for text in texts:
         assert text in str(caught.value)
 
@@ -442,7 +442,21 @@ def test_a_broken_file_is_named():
             raise OSError("image file is truncated")
         return images[path]
 
-    check_error(annotations, read, "3.jpg: image file is truncated")
+    check_error(
+        annotations,
+        read,
+        "ValueError: Expected a file that can be read. "
+        "Received: 3.jpg: image file is truncated",
+    )
+
+
+def test_the_words_of_a_reader_stay():
+    annotations, images = make_noise()
+
+    def read(path):
+        raise ValueError(f"Expected {path} to be sound. Received: noise")
+
+    check_error(annotations, read, "ValueError: Expected 0.jpg to be sound.")
 
 
 def test_a_file_of_another_size_is_named():
@@ -467,6 +481,54 @@ def test_a_mask_with_other_ids_is_named(value, received):
         f"4.png of {received}",
         make=segmentation,
     )
+
+
+def test_a_mask_may_be_more_than_a_path():
+    annotations, images = make_noise()
+    for photo in annotations.photographs:
+        photo.mask = SimpleNamespace(path=photo.mask, labels={1: 2})
+    batches = data.segmentation_batches(
+        annotations,
+        LONG,
+        5,
+        augment=False,
+        shuffle=False,
+        read_image=images.__getitem__,
+        read_mask=lambda mask: images[mask.path] + mask.labels[1],
+    )
+    ((_, masks),) = batches.take(1)
+    np.testing.assert_array_equal(masks[2], images["2.png"] + 2)
+
+    def read(file):
+        if file is annotations.photographs[4].mask:
+            raise OSError("truncated")
+        return images[getattr(file, "path", file)]
+
+    check_error(annotations, read, "4.png: truncated", make=segmentation)
+
+
+def test_files_are_read_by_default(tmp_path):
+    pytest.importorskip("tf_deform.data._images")
+    from PIL import Image
+
+    rng = np.random.default_rng(7)
+    image = rng.integers(0, 256, (31, 53, 3), "uint8")
+    mask = rng.integers(0, 9, (31, 53, 1), "uint8")
+    Image.fromarray(image).save(tmp_path / "0.png")
+    Image.fromarray(mask[..., 0]).save(tmp_path / "mask.png")
+    photo = make_photo(
+        tmp_path / "0", 31, 53, [], mask=str(tmp_path / "mask.png")
+    )
+    photo.path = str(tmp_path / "0.png")
+    annotations = SimpleNamespace(photographs=(photo,))
+    batches = data.segmentation_batches(annotations, 53, 1, augment=False)
+    ((images, masks),) = batches.take(1)
+    np.testing.assert_array_equal(images[0, :31], image)
+    np.testing.assert_array_equal(masks[0, :31], mask)
+    (tmp_path / "0.png").write_bytes(b"not an image")
+    batches = data.detection_batches(annotations, 53, 1)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="0.png"):
+        take(batches, 1)
 
 
 def test_a_missing_mask_is_named():
