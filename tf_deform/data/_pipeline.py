@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -112,7 +113,8 @@ def detection_batches(
             to 1.
         min_visible: smallest share of the area of a box that must lie in the
             image. Other objects are dropped; boxes are clipped to the image.
-        cache_bytes: how many bytes of decoded images to keep in memory.
+        cache_bytes: how many bytes of decoded images to keep in memory as long
+            as the dataset lives.
         read_image: function from a path to `(height, width, 3)` uint8; by
             default `tf_deform.data.read_image`.
 
@@ -138,7 +140,7 @@ def detection_batches(
 
     files = _Files(annotations.photographs, cache_bytes)
     return _batches(
-        annotations.photographs,
+        files,
         settings,
         objects,
         [files.reader("path", 3, read_image or _default("read_image"))],
@@ -197,7 +199,7 @@ def segmentation_batches(
             )
     files = _Files(annotations.photographs, cache_bytes)
     return _batches(
-        annotations.photographs,
+        files,
         settings,
         [_NO_OBJECTS] * len(annotations.photographs),
         [
@@ -256,13 +258,22 @@ class _Files:
 
     The first ones that fit are kept and none is given up for another: as each
     epoch reads every file, no other choice would be hit more often.
+
+    Attributes:
+        photographs: photographs of which the files are.
     """
 
     def __init__(self, photographs: Sequence[Photograph], limit: int) -> None:
-        self._photographs = photographs
+        self.photographs = photographs
         self._rest = limit
         self._kept: dict[tuple[str, int], np.ndarray] = {}
         self._lock = threading.Lock()
+
+    def forget(self) -> None:
+        """Keeps nothing from now on."""
+        with self._lock:
+            self._kept.clear()
+            self._rest = 0
 
     def reader(
         self, field: str, channels: int, read: Read
@@ -279,7 +290,7 @@ class _Files:
             key = field, int(index)
             pixels = self._kept.get(key)
             if pixels is None:
-                photo = self._photographs[key[1]]
+                photo = self.photographs[key[1]]
                 shape = photo.height, photo.width, channels
                 pixels = _read(read, getattr(photo, field), shape)
                 with self._lock:
@@ -361,7 +372,7 @@ def _order(count: int, seed: int, start: int, shuffle: bool) -> tf.data.Dataset:
 
 
 def _batches(
-    photographs: Sequence[Photograph],
+    files: _Files,
     settings: _Settings,
     objects: Sequence[_Objects],
     readers: Sequence[Callable[[tf.Tensor], tf.Tensor]],
@@ -375,7 +386,8 @@ def _batches(
     """Returns the batches of what `finish` makes of examples.
 
     Args:
-        photographs: photographs of any number.
+        files: photographs, and what is kept of them as long as the dataset
+            lives.
         settings: how examples are made of them.
         objects: boxes and labels of each photograph.
         readers: functions from an index to an image and, if there are two, to a
@@ -383,6 +395,7 @@ def _batches(
         finish: function from an example to an element of the dataset.
         batch_size, seed, start, shuffle: see `detection_batches`.
     """
+    photographs = files.photographs
     if not photographs or batch_size < 1 or start < 0:
         raise ValueError(
             "Expected photographs, batch_size >= 1 and start >= 0. Received: "
@@ -405,12 +418,15 @@ def _batches(
         key = tf.stack([tf.constant(seed, "int64"), number])
         return finish(_view(example, settings, key, origins[place]))
 
-    return (
+    batches = (
         _order(int(indices.shape[0]), seed, start * batch_size, shuffle)
         .map(_as_it_is(make), tf.data.AUTOTUNE, deterministic=True)
         .batch(batch_size, drop_remainder=True)
         .prefetch(2)
     )
+    # TensorFlow keeps a `numpy_function` as long as the process lives.
+    weakref.finalize(batches, files.forget)
+    return batches
 
 
 def _view(
