@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,10 @@ from tf_deform.data._transforms import Example
 if TYPE_CHECKING:
     from tf_deform.data import Annotations, Photograph
 
-Read = Callable[[str], np.ndarray]
+# The functions here hold no Python that AutoGraph would have to rewrite.
+_as_it_is = tf.autograph.experimental.do_not_convert
+
+Read = Callable[[Any], np.ndarray]
 
 _GIB = 1 << 30
 # The share of examples that show the centre of an object, if any is cut off.
@@ -109,7 +113,8 @@ def detection_batches(
             to 1.
         min_visible: smallest share of the area of a box that must lie in the
             image. Other objects are dropped; boxes are clipped to the image.
-        cache_bytes: how many bytes of decoded images to keep in memory.
+        cache_bytes: how many bytes of decoded images to keep in memory as long
+            as the dataset lives.
         read_image: function from a path to `(height, width, 3)` uint8; by
             default `tf_deform.data.read_image`.
 
@@ -135,7 +140,7 @@ def detection_batches(
 
     files = _Files(annotations.photographs, cache_bytes)
     return _batches(
-        annotations.photographs,
+        files,
         settings,
         objects,
         [files.reader("path", 3, read_image or _default("read_image"))],
@@ -170,8 +175,8 @@ def segmentation_batches(
     drawn without regard to objects.
 
     Args:
-        read_mask: function from a path to `(height, width, 1)` ids from 0 to
-            255; by default `tf_deform.data.read_mask`.
+        read_mask: function from `Photograph.mask` to `(height, width, 1)` ids
+            from 0 to 255; by default `tf_deform.data.read_mask`.
 
     Returns:
         Dataset of pairs: images, `(batch, size, size, 3)` float32 RGB from 0 to
@@ -194,7 +199,7 @@ def segmentation_batches(
             )
     files = _Files(annotations.photographs, cache_bytes)
     return _batches(
-        annotations.photographs,
+        files,
         settings,
         [_NO_OBJECTS] * len(annotations.photographs),
         [
@@ -242,7 +247,7 @@ def _most_objects(boxes: np.ndarray, settings: _Settings) -> int:
 
 
 def _default(name: str) -> Read:
-    """Returns a function of `tf_deform.data`, which imports Pillow."""
+    """Returns a reader of `tf_deform.data`."""
     from tf_deform.data import _images
 
     return getattr(_images, name)
@@ -253,13 +258,22 @@ class _Files:
 
     The first ones that fit are kept and none is given up for another: as each
     epoch reads every file, no other choice would be hit more often.
+
+    Attributes:
+        photographs: photographs of which the files are.
     """
 
     def __init__(self, photographs: Sequence[Photograph], limit: int) -> None:
-        self._photographs = photographs
+        self.photographs = photographs
         self._rest = limit
-        self._kept: dict[tuple[str, str], np.ndarray] = {}
+        self._kept: dict[tuple[str, int], np.ndarray] = {}
         self._lock = threading.Lock()
+
+    def forget(self) -> None:
+        """Keeps nothing from now on."""
+        with self._lock:
+            self._kept.clear()
+            self._rest = 0
 
     def reader(
         self, field: str, channels: int, read: Read
@@ -267,23 +281,24 @@ class _Files:
         """Returns a function from the index of a photograph to pixels.
 
         Args:
-            field: `"path"` or `"mask"`, which holds the path.
+            field: `"path"` or `"mask"`, which names the file.
             channels: number of channels.
-            read: function from the path to pixels.
+            read: function from the field to pixels.
         """
 
         def get(index: np.ndarray) -> np.ndarray:
-            photo = self._photographs[int(index)]
-            key = (field, str(getattr(photo, field)))
+            key = field, int(index)
             pixels = self._kept.get(key)
             if pixels is None:
-                shape = (photo.height, photo.width, channels)
-                pixels = _read(read, key[1], shape)
+                photo = self.photographs[key[1]]
+                shape = photo.height, photo.width, channels
+                pixels = _read(read, getattr(photo, field), shape)
                 with self._lock:
                     if key not in self._kept and pixels.nbytes <= self._rest:
                         self._kept[key] = pixels
                         self._rest -= pixels.nbytes
-            # TensorFlow may own and change what it gets.
+            # TensorFlow takes over the memory of an array that happens to lie
+            # at a multiple of 64 bytes, and may write there.
             return pixels.copy()
 
         def load(index: tf.Tensor) -> tf.Tensor:
@@ -294,20 +309,23 @@ class _Files:
         return load
 
 
-def _read(read: Read, path: str, shape: tuple[int, int, int]) -> np.ndarray:
-    """Returns uint8 pixels, or raises an error that names the file."""
+def _read(read: Read, file: Any, shape: tuple[int, int, int]) -> np.ndarray:
+    """Returns uint8 pixels, or raises a ValueError that names the file."""
+    path = str(getattr(file, "path", file))
     try:
-        pixels = np.asarray(read(path))
+        pixels = np.asarray(read(file))
     except Exception as error:
+        if isinstance(error, ValueError) and path in str(error):
+            raise
         raise ValueError(
             f"Expected a file that can be read. Received: {path}: {error}"
-        ) from error
+        ) from None
     if pixels.shape != shape:
         raise ValueError(
             f"Expected (height, width, channels) {shape}, as annotated. "
             f"Received: {path} of {pixels.shape}"
         )
-    if pixels.dtype != "uint8" and pixels.size:
+    if pixels.dtype != "uint8":
         low, high = pixels.min(), pixels.max()
         if low < 0 or high > 255:
             raise ValueError(
@@ -350,11 +368,11 @@ def _order(count: int, seed: int, start: int, shuffle: bool) -> tf.data.Dataset:
 
     first, rest = divmod(start, count)
     epochs = tf.data.Dataset.range(first, np.iinfo("int64").max)
-    return epochs.flat_map(epoch).skip(rest).enumerate(start)
+    return epochs.flat_map(_as_it_is(epoch)).skip(rest).enumerate(start)
 
 
 def _batches(
-    photographs: Sequence[Photograph],
+    files: _Files,
     settings: _Settings,
     objects: Sequence[_Objects],
     readers: Sequence[Callable[[tf.Tensor], tf.Tensor]],
@@ -368,7 +386,8 @@ def _batches(
     """Returns the batches of what `finish` makes of examples.
 
     Args:
-        photographs: photographs of any number.
+        files: photographs, and what is kept of them as long as the dataset
+            lives.
         settings: how examples are made of them.
         objects: boxes and labels of each photograph.
         readers: functions from an index to an image and, if there are two, to a
@@ -376,6 +395,7 @@ def _batches(
         finish: function from an example to an element of the dataset.
         batch_size, seed, start, shuffle: see `detection_batches`.
     """
+    photographs = files.photographs
     if not photographs or batch_size < 1 or start < 0:
         raise ValueError(
             "Expected photographs, batch_size >= 1 and start >= 0. Received: "
@@ -398,12 +418,15 @@ def _batches(
         key = tf.stack([tf.constant(seed, "int64"), number])
         return finish(_view(example, settings, key, origins[place]))
 
-    return (
+    batches = (
         _order(int(indices.shape[0]), seed, start * batch_size, shuffle)
-        .map(make, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        .map(_as_it_is(make), tf.data.AUTOTUNE, deterministic=True)
         .batch(batch_size, drop_remainder=True)
         .prefetch(2)
     )
+    # TensorFlow keeps a `numpy_function` as long as the process lives.
+    weakref.finalize(batches, files.forget)
+    return batches
 
 
 def _view(
