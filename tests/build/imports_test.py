@@ -28,8 +28,9 @@ FLOORS = (
     {"ops"},
     {"_keras"},
     {"layers"},
+    {"_plain_weights"},
     {"models", "training"},
-    {"_plain_weights", "export", "hub", "visualization"},
+    {"export", "hub", "visualization"},
     {""},
     {"__main__"},
 )
