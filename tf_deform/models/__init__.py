@@ -20,10 +20,13 @@ __all__ = [
 # Imported at once, so that Keras finds the classes of models in files.
 if not _keras.KERAS_2:
     from tf_deform.models._backbones import backbone
+    from tf_deform.models._faster_rcnn import FasterRCNN
+    from tf_deform.models._rfcn import RFCN
+    from tf_deform.models._serving import serving
 
-    __all__ += ["backbone"]
+    __all__ += ["FasterRCNN", "RFCN", "backbone", "serving"]
 
-_OF_KERAS_3 = {"backbone"}
+_OF_KERAS_3 = {"FasterRCNN", "RFCN", "backbone", "serving"}
 
 
 def __getattr__(name: str) -> Any:
