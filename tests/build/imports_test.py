@@ -21,7 +21,7 @@ COMMAND = "tf_deform_cli"
 # A part of the package imports only parts of earlier lines and, of its own
 # line, only itself. "" is `tf_deform/__init__.py`.
 FLOORS = (
-    {"_build_info", "_files", "_tf2onnx", "_weight_files"},
+    {"_build_info", "_cache", "_files", "_tf2onnx", "_weight_files"},
     {"_loader"},
     {"_implementation"},
     {"_portable"},
@@ -30,11 +30,19 @@ FLOORS = (
     {"layers"},
     {"models", "training"},
     {"_plain_weights", "export", "hub", "visualization"},
+    {"demo"},
     {""},
     {"__main__"},
 )
 # These parts need TensorFlow alone: a program without Keras 3 could use them.
-NO_KERAS = {"_files", "_loader", "_implementation", "_portable", "ops"}
+NO_KERAS = {
+    "_cache",
+    "_files",
+    "_loader",
+    "_implementation",
+    "_portable",
+    "ops",
+}
 # Every other import of the package belongs to an extra, and stands in the
 # function that needs it. Keras requires h5py.
 REQUIRED = {"tensorflow", "keras", "numpy", "h5py"}
