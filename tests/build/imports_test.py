@@ -28,7 +28,7 @@ FLOORS = (
     {"ops"},
     {"_keras"},
     {"layers"},
-    {"models", "training"},
+    {"data", "models", "training"},
     {"_plain_weights", "export", "hub", "visualization"},
     {"demo"},
     {""},
