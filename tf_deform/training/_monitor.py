@@ -156,7 +156,7 @@ class SamplingMonitor(keras.callbacks.Callback):
                 self._writer = tf.summary.create_file_writer(self._log_dir)
             with self._writer.as_default(step=epoch):
                 for key, value in numbers.items():
-                    tf.summary.write(key, value, metadata=_scalar())
+                    tf.summary.write(key, value, metadata=scalar_metadata())
             self._writer.flush()
         self._warn_of_values()
         if self._epochs == _PATIENCE:
@@ -260,7 +260,7 @@ class SamplingMonitor(keras.callbacks.Callback):
         )
 
 
-def _scalar() -> Any:
+def scalar_metadata() -> Any:
     """Returns how TensorBoard's files mark a number.
 
     `tf.summary.scalar` does the same, but fails where TensorBoard itself, a
