@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import tensorflow as tf
 
@@ -332,6 +333,19 @@ def path_of(layer: Any) -> str:
     return getattr(layer, "path", None) or layer.name
 
 
+def nodes_of(model: Any) -> list[tuple[list[Any], list[Any]]]:
+    """Returns inputs and outputs of each call in a functional model of Keras 3.
+
+    A call comes after those that it depends on.
+    """
+    by_depth = model._nodes_by_depth
+    return [
+        (node.input_tensors, node.output_tensors)
+        for depth in sorted(by_depth, reverse=True)
+        for node in by_depth[depth]
+    ]
+
+
 def shape_of_build(model: Any) -> Any:
     """Returns the one shape by which a model was built, or None."""
     shapes = getattr(model, "_build_shapes_dict", None) or {}
@@ -504,6 +518,26 @@ def snake_case(kind: type) -> str:
     module = "generic_utils" if KERAS_2 else "naming"
     utils = importlib.import_module(f"{keras.__name__}.src.utils.{module}")
     return utils.to_snake_case(kind.__name__)
+
+
+@contextlib.contextmanager
+def downloads() -> Iterator[list[tuple[str, str, str, str]]]:
+    """Yields a list that grows by the files that Keras 3 asks for.
+
+    They are name, address, the folder that keeps it, and hash.
+    """
+    utils = importlib.import_module("keras.src.utils.file_utils")
+    original, asked = utils.get_file, []
+
+    def get_file(name: str, url: str, **options: Any) -> str:
+        folder = os.path.join(
+            utils.config.keras_home(), options["cache_subdir"]
+        )
+        asked.append((name, url, folder, options["file_hash"]))
+        return original(name, url, **options)
+
+    with mock.patch.object(utils, "get_file", get_file):
+        yield asked
 
 
 # Tools of export.

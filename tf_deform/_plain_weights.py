@@ -153,6 +153,17 @@ def load_plain_weights(
         ValueError: `model` is not built, or the file is of another kind or does
             not fit. The model is then as it was.
     """
+    return load(model, path)
+
+
+def load(
+    model: keras.Model, path: str | os.PathLike, without_top: bool = False
+) -> LoadedWeights:
+    """Does the same; `without_top` leaves out dense layers of the file.
+
+    They are left out where the model has no layer of their name. Any other
+    layer may be one of a deeper network, and is an error.
+    """
     if not isinstance(model, keras.Model):
         raise TypeError(
             f"Expected `model` to be a keras.Model. Received: {model!r}"
@@ -179,6 +190,8 @@ def load_plain_weights(
             ) from error
         legacy = form != "paths"
         targets = _find_targets(model, legacy)
+        if without_top:
+            entries = _without_top(entries, targets)
         problems = {}
         if form == "groups":
             pairs, matched_by, problems["name or order"] = _match_groups(
@@ -213,6 +226,21 @@ def load_plain_weights(
             variable.assign(value)
         raise
     return LoadedWeights(path, matched_by, tuple(_report(targets, loaded)))
+
+
+def _without_top(entries: list[Entry], targets: list[_Target]) -> list[Entry]:
+    """Leaves out dense layers, of a matrix and a bias, that no target is."""
+    names = {target.name for target in targets}
+    paths = {target.path for target in targets}
+
+    def is_top(entry: Entry) -> bool:
+        is_known = entry.path in paths
+        if entry.name is not None:
+            is_known = entry.name.split("/")[-1] in names
+        axes = [len(array.shape) for array in entry.arrays.values()]
+        return not is_known and max(axes) == 2
+
+    return [entry for entry in entries if not is_top(entry)]
 
 
 def _raise(
