@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds the parts of a detector between its backbone and its regions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from tf_deform._keras import KerasTensor, keras
+
+Maps = dict[str, KerasTensor]
+
+
+def as_pyramid(backbone: Any) -> keras.Model:
+    """Returns a model whose outputs are a dictionary of maps, "P2" and so on.
+
+    Args:
+        backbone: A name or a model, see `FasterRCNN`.
+
+    Raises:
+        TypeError: It is neither.
+        ValueError: It has no such outputs.
+    """
+    if isinstance(backbone, str):
+        from tf_deform.models import _backbones  # of names, if there is one
+
+        return _backbones.backbone(backbone)
+    if not isinstance(backbone, keras.Model):
+        raise TypeError(
+            "Expected `backbone` to be a name or a keras.Model. Received: "
+            f"{backbone!r:.200} of type {type(backbone).__name__}"
+        )
+    outputs = getattr(backbone, "output", None)
+    if not isinstance(outputs, Mapping):
+        outputs = getattr(backbone, "pyramid_outputs", outputs)
+    if isinstance(outputs, (list, tuple)) and 1 < len(outputs) < 5:
+        first = 6 - len(outputs)
+        outputs = {f"P{first + i}": x for i, x in enumerate(outputs)}
+    if not isinstance(outputs, Mapping) or not all(
+        isinstance(name, str) and name[:1] == "P" and name[1:].isdigit()
+        for name in outputs
+    ):
+        raise ValueError(
+            'Expected `backbone` to have outputs "P2", "P3", "P4", "P5" or '
+            "some of them, as a dictionary or as an attribute "
+            "`pyramid_outputs`, or a list of 2 to 4 maps that ends with P5. "
+            f"Received: {backbone.name!r} with the outputs {outputs}"
+        )
+    outputs = {k: outputs[k] for k in sorted(outputs, key=level_of)}
+    if backbone.output is outputs or backbone.output == outputs:
+        return backbone
+    return keras.Model(backbone.inputs, outputs, name=backbone.name)
+
+
+def level_of(name: str) -> int:
+    """Returns the number in a map's name."""
+    return int(name[1:])
+
+
+def stride_of(maps: KerasTensor, image_size: int) -> int:
+    """Returns the stride of a map of an image, as a power of two."""
+    return 2 ** round(math.log2(image_size / maps.shape[1]))
+
+
+def convolution(filters: int, size: int, **arguments: Any) -> Any:
+    """Returns a convolution in channels last, whatever Keras' setting is."""
+    return keras.layers.Conv2D(
+        filters,
+        size,
+        padding="same",
+        data_format="channels_last",
+        **arguments,
+    )
+
+
+def build_fpn(maps: Mapping[str, KerasTensor], channels: int, dtype: Any):
+    """Adds the coarser maps to the finer ones, all with the same channels.
+
+    Source: Lin et al. 2016, "Feature Pyramid Networks for Object Detection",
+    arXiv:1612.03144, section 3; the last map, every second pixel of the one
+    before, section 4.1.
+
+    Args:
+        maps: Maps, the finest first, each half the size of the one before.
+        channels: Number of channels of all results.
+        dtype: Policy of the layers.
+
+    Returns:
+        Maps of the same names, and one more, of half the size of the last one.
+    """
+    options = {"data_format": "channels_last", "dtype": dtype}
+    merged: Maps = {}
+    above = None
+    for name in reversed(maps):
+        lateral = convolution(
+            channels, 1, dtype=dtype, name=f"fpn_lateral_{name}"
+        )
+        x = lateral(maps[name])
+        if above is not None:
+            rows, columns = x.shape[1:3]
+            up = keras.layers.UpSampling2D(2, **options)(above)
+            extra = [[0, up.shape[1] - rows], [0, up.shape[2] - columns]]
+            if extra != [[0, 0], [0, 0]]:  # of maps of odd sizes
+                up = keras.layers.Cropping2D(extra, **options)(up)
+            x = keras.layers.Add(dtype=dtype)([x, up])
+        merged[name] = above = x
+    outputs: Maps = {}
+    for name in maps:
+        smooth = convolution(
+            channels, 3, dtype=dtype, name=f"fpn_output_{name}"
+        )
+        outputs[name] = smooth(merged[name])
+    half = keras.layers.MaxPooling2D(1, 2, **options)
+    outputs[f"P{level_of(name) + 1}"] = half(outputs[name])
+    return outputs
+
+
+def build_rpn(
+    maps: Mapping[str, KerasTensor], anchors: int, channels: int, dtype: Any
+) -> tuple[list[KerasTensor], list[KerasTensor]]:
+    """Judges the anchors of all maps by the same weights.
+
+    Source: Ren et al. 2015, "Faster R-CNN", arXiv:1506.01497, section 3.1.
+
+    The scores start at 0, not at a low prior: the loss draws as many anchors
+    with an object as without, as long as there are enough.
+
+    Args:
+        maps: Maps of the same channels.
+        anchors: Number of anchors of a cell.
+        channels: Channels of the hidden layer.
+        dtype: Policy of the layers.
+
+    Returns:
+        For each map, `(batch, height * width * anchors)` logits, and
+        `(batch, height * width * anchors, 4)` deltas, both in the compute
+        dtype.
+    """
+
+    def make(filters: int, size: int, name: str, **arguments: Any) -> Any:
+        start = keras.initializers.RandomNormal(stddev=0.01)
+        return convolution(
+            filters,
+            size,
+            kernel_initializer=start,
+            dtype=dtype,
+            name=name,
+            **arguments,
+        )
+
+    hidden = make(channels, 3, "rpn_hidden", activation="relu")
+    score = make(anchors, 1, "rpn_objectness")
+    move = make(4 * anchors, 1, "rpn_deltas")
+    objectness, deltas = [], []
+    for maps_of_level in maps.values():
+        x = hidden(maps_of_level)
+        flat = keras.layers.Reshape((-1,), dtype=dtype)
+        rows = keras.layers.Reshape((-1, 4), dtype=dtype)
+        objectness.append(flat(score(x)))
+        deltas.append(rows(move(x)))
+    return objectness, deltas

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Detects objects in photographs of any size, and serves detectors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+_BATCH = 4  # tiles that go through the model together
+_GRAY = 114  # the value of pixels where a photograph does not reach
+# A box that its tile cuts is dropped if a box of another tile covers this share
+# of it.
+_COVERED = 0.5
+
+
+def fit(
+    pixels: tf.Tensor, side: tf.Tensor | int, size: int
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Scales an image, and puts it at the top left of a gray square.
+
+    It does the same as `tf_deform.data.letterbox`, by which a model is trained.
+
+    Args:
+        pixels: `(height, width, 3)` uint8 or float32, 0 to 255.
+        side: Pixels that become `size` pixels, no fewer than the image has.
+        size: Height and width of the square.
+
+    Returns:
+        `(size, size, 3)` float32; and int32 `(2,)`, height and width of the
+        image in the square.
+    """
+    full = tf.shape(pixels, out_type="int64")[:2]
+    side = tf.cast(side, "int64")
+    inner = (2 * full * size + side) // (2 * side)  # Rounds to whole pixels.
+    inner = tf.cast(tf.clip_by_value(inner, 1, size), "int32")
+    pixels = tf.cast(pixels, "float32")
+    pixels = tf.cond(
+        tf.reduce_all(inner == tf.cast(full, "int32")),
+        lambda: pixels,
+        lambda: tf.image.resize(pixels, inner, antialias=True),
+    )
+    rest = [[0, size - inner[0]], [0, size - inner[1]], [0, 0]]
+    pixels = tf.pad(pixels, rest, constant_values=_GRAY)
+    return tf.ensure_shape(pixels, (size, size, 3)), inner
+
+
+def predict_image(
+    model: Any, image: np.ndarray, tile: int | None, overlap: float
+) -> dict[str, np.ndarray]:
+    """Computes `Detector.predict_image`."""
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(
+            "Expected `image` to be (height, width, 3) uint8. Received: "
+            f"{image.shape} {image.dtype}"
+        )
+    if min(image.shape) < 1:
+        raise ValueError(
+            f"Expected `image` to have pixels. Received: {image.shape}"
+        )
+    if tile is not None and (tile < 1 or not 0 <= overlap < 1):
+        raise ValueError(
+            "Expected `tile` of at least 1 pixel, and 0 <= overlap < 1. "
+            f"Received: tile={tile}, overlap={overlap}"
+        )
+    height, width = image.shape[:2]
+    side = max(height, width) if tile is None else tile
+    origins = [
+        (y, x)
+        for y in _starts(height, side, overlap)
+        for x in _starts(width, side, overlap)
+    ]
+    found = []
+    for first in range(0, len(origins), _BATCH):
+        some = origins[first : first + _BATCH]
+        # All batches have one size, for which the model is traced.
+        some += some[-1:] * (min(_BATCH, len(origins)) - len(some))
+        parts = [image[y : y + side, x : x + side] for y, x in some]
+        images = [fit(tf.constant(x), side, model.image_size)[0] for x in parts]
+        outputs = model.detect(np.stack(images))
+        for index, origin in enumerate(origins[first : first + _BATCH]):
+            count = int(outputs["valid"][index])
+            rows = {
+                k: v[index, :count] for k, v in outputs.items() if v.ndim > 1
+            }
+            found.append((origin, parts[index].shape[:2], rows))
+    return _merge(found, (height, width), side, model)
+
+
+def _starts(extent: int, side: int, overlap: float) -> list[int]:
+    """Returns where tiles begin along an axis, spread evenly."""
+    rest = max(extent - side, 0)
+    step = max(math.floor(side * (1 - overlap)), 1)
+    count = -(-rest // step)
+    return [rest * i // max(count, 1) for i in range(count + 1)]
+
+
+def _merge(
+    found: list[tuple[tuple[int, int], tuple[int, int], dict[str, np.ndarray]]],
+    size: tuple[int, int],
+    side: int,
+    model: Any,
+) -> dict[str, np.ndarray]:
+    """Puts the boxes of tiles together, each object once.
+
+    A box that overlaps a better one of its class by more than the model's
+    `max_overlap` goes, as within one tile. A box that ends at the border of its
+    tile, while the photograph goes on, may be a part of an object; all others
+    are better, and it also goes if a box of another tile covers half of it.
+    """
+    scale = model.image_size / side
+    height, width = size
+    boxes, scores, labels, tiles, cut = [], [], [], [], []
+    for tile, ((y, x), (rows, columns), outputs) in enumerate(found):
+        inner = outputs["boxes"] / scale
+        inner = np.minimum(inner, [columns, rows, columns, rows])
+        near = 1 / scale + 1e-3  # one pixel of what the model sees
+        limits = (x > 0, y > 0, x + columns < width, y + rows < height)
+        beside = (
+            inner[:, 0],
+            inner[:, 1],
+            columns - inner[:, 2],
+            rows - inner[:, 3],
+        )
+        ends = [limit & (gap < near) for limit, gap in zip(limits, beside)]
+        cut.append(np.any(ends, 0))
+        boxes.append(inner + np.array([x, y, x, y]))
+        scores.append(outputs["scores"])
+        labels.append(outputs["labels"])
+        tiles.append(np.full(len(inner), tile))
+    boxes, scores, labels, tiles, cut = map(
+        np.concatenate, (boxes, scores, labels, tiles, cut)
+    )
+    kept = np.zeros(0, int)
+    for index in np.lexsort((-scores, cut)):
+        low = np.maximum(boxes[kept, :2], boxes[index, :2])
+        high = np.minimum(boxes[kept, 2:], boxes[index, 2:])
+        common = np.maximum(high - low, 0).prod(-1)
+        own = (boxes[index, 2:] - boxes[index, :2]).prod()
+        others = (boxes[kept, 2:] - boxes[kept, :2]).prod(-1)
+        goes = common > model.max_overlap * (own + others - common)
+        if cut[index]:
+            goes |= (common > _COVERED * own) & (tiles[kept] != tiles[index])
+        if not np.any(goes & (labels[kept] == labels[index])):
+            kept = np.append(kept, index)
+    kept = kept[np.argsort(-scores[kept], kind="stable")]
+    return {
+        "boxes": boxes[kept].astype("float32"),
+        "scores": scores[kept],
+        "labels": labels[kept],
+    }
+
+
+def serving(model: Any) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
+    """Returns a function from files of images to what a detector finds.
+
+        archive = keras.export.ExportArchive()
+        archive.track(model)
+        archive.add_endpoint("serve", tf_deform.models.serving(model))
+        archive.write_out("served")
+
+    Args:
+        model: A detector.
+
+    Returns:
+        A `tf.function` of `(batch,)` strings, each a JPEG or PNG file of any
+        size, gray or in colour, whose pixels are taken as they are stored:
+        EXIF's orientation is not looked at. It returns, padded to the same
+        number for each image,
+
+        - "boxes": `(batch, n, 4)` float32, x1, y1, x2, y2 in pixels of the
+          given image, and -1 beyond the last one;
+        - "scores": `(batch, n)` float32, the best first, and 0;
+        - "class_ids": `(batch, n)` int32, from 0, and -1;
+        - "names": `(batch, n)` strings, the model's `class_names`, or the ids
+          if it has none, and "";
+        - "valid": `(batch,)` int32, how many of the `n` are detections.
+
+    Raises:
+        TypeError: `model` is no detector.
+    """
+    if not hasattr(model, "predict_image") or not hasattr(model, "anchors"):
+        raise TypeError(
+            "Expected `model` to be a FasterRCNN or an RFCN. Received: "
+            f"{model!r:.200}"
+        )
+    size = model.image_size
+    names = model.class_names or map(str, range(model.num_classes))
+    names = tf.constant([*names, ""])
+
+    def read(data: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        pixels = tf.io.decode_image(data, channels=3, expand_animations=False)
+        pixels = tf.ensure_shape(pixels, (None, None, 3))
+        full = tf.shape(pixels)[:2]
+        return (*fit(pixels, tf.reduce_max(full), size), full)
+
+    def serve(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
+        images, inner, full = tf.map_fn(
+            read,
+            image_bytes,
+            fn_output_signature=(
+                tf.TensorSpec((size, size, 3), "float32"),
+                tf.TensorSpec((2,), "int32"),
+                tf.TensorSpec((2,), "int32"),
+            ),
+        )
+        # Detects in a blank image where there is no image: TensorFlow's
+        # convolutions return a wrong shape for an empty batch.
+        count = tf.shape(images)[0]
+        blank = tf.cast(count == 0, "int32")
+        images = tf.pad(images, ((0, blank), (0, 0), (0, 0), (0, 0)))
+        found = model(images, training=False)
+        found = {name: value[:count] for name, value in found.items()}
+        inner, limits = (
+            tf.tile(tf.cast(x[:, ::-1], "float32"), (1, 2))[:, None]
+            for x in (inner, full)
+        )
+        labels = found["labels"]
+        boxes = tf.minimum(found["boxes"] * (limits / inner), limits)
+        ids = tf.where(labels < 0, model.num_classes, labels)
+        return {
+            "boxes": tf.where(labels[..., None] < 0, -1.0, boxes),
+            "scores": found["scores"],
+            "class_ids": labels,
+            "names": tf.gather(names, ids),
+            "valid": found["valid"],
+        }
+
+    return tf.function(
+        serve,
+        input_signature=[tf.TensorSpec((None,), "string", name="image_bytes")],
+    )
