@@ -4,6 +4,8 @@
 - `tf_deform.layers`: Keras layers.
 - `tf_deform.ops`: functions of tensors, with gradients.
 - `tf_deform.make_deformable`: a model's convolutions made deformable, in place.
+- `tf_deform.data`: photographs with boxes or masks, as labelling tools write
+  them.
 - `tf_deform.training`: an optimizer with a learning rate for offsets.
 - `tf_deform.visualization`: where layers look, in pictures and a page.
 - `tf_deform.export`: models as SavedModel, ONNX and LiteRT files.
@@ -26,11 +28,12 @@ from tf_deform.models import (
 )
 
 if TYPE_CHECKING:
-    from tf_deform import export, visualization
+    from tf_deform import data, export, visualization
     from tf_deform._plain_weights import load_plain_weights
 
 __all__ = [
     "__version__",
+    "data",
     "deformable_layers",
     "export",
     "implementation",
@@ -51,6 +54,10 @@ _tf2onnx.watch()
 
 def __getattr__(name: str) -> Any:
     # Loading a model needs none of these: they are imported when used.
+    if name == "data":
+        import tf_deform.data as data
+
+        return data
     if name == "export":
         import tf_deform.export as export  # `from` would come back to here.
 
