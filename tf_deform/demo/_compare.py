@@ -12,17 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from tf_deform import _files
+from tf_deform.training import write_metrics
 
 _LOG = logging.getLogger("tf_deform")
 _DRAWS = 400  # of the bootstrap; the interval's ends are the 10th from the end
 Results = Sequence[Mapping[str, Any]]
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes a JSON file that appears whole or not at all."""
-    with _files.writing(path) as partial:
-        partial.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def claim(folder: pathlib.Path, settings: Mapping[str, Any]) -> None:
@@ -38,7 +32,7 @@ def claim(folder: pathlib.Path, settings: Mapping[str, Any]) -> None:
     record = folder / "settings.json"
     if not record.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(record, settings)
+        write_metrics(record, settings)
     found = json.loads(record.read_text())
     if found != settings:
         raise ValueError(
@@ -65,7 +59,7 @@ def run_once(
     claim(folder, settings)
     path = folder / "result.json"
     if not path.exists():
-        write_json(path, {**settings, **run()})
+        write_metrics(path, {**settings, **run()})
     else:
         _LOG.info("%s: done before", folder.name)
     return json.loads(path.read_text())

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from tf_deform import data, models, training
+from tf_deform._files import writing
 from tf_deform._keras import keras
 from tf_deform.demo import _compare, _fetch, _photographs, _pictures
 from tf_deform.demo._thin_resnet import thin_resnet50
@@ -100,7 +101,7 @@ def trees(
         ]
         pairs.append(("deformable", LONGER))
     metrics = _summarise(results, pairs, out / "runs", sets)
-    _compare.write_json(out / "metrics.json", metrics)
+    training.write_metrics(out / "metrics.json", metrics)
     _LOG.info("\n%s", _report(metrics))
     _draw(out, sets, runs, sorted(seeds)[0])
     _LOG.info("Written to %s", out)
@@ -171,15 +172,19 @@ class _Runs:
 
     def run(self, arm: str, seed: int, steps: int) -> dict[str, Any]:
         folder = self.folder(arm, seed)
-        return _compare.run_once(
+        result = _compare.run_once(
             folder,
             {"arm": arm, "seed": seed, "steps": steps},
             lambda: self._run(folder, arm, seed, steps),
         )
+        # Once there is a result, nothing needs the state of training.
+        for name in ("best.keras", "last.keras"):
+            (folder / name).unlink(missing_ok=True)
+        return result
 
     def load(self, arm: str, seed: int) -> keras.Model:
         return keras.saving.load_model(
-            self.folder(arm, seed) / "best.keras", compile=False
+            self.folder(arm, seed) / "model.keras", compile=False
         )
 
     def _run(
@@ -188,7 +193,7 @@ class _Runs:
         model = build(self._weights, ARMS.get(arm), seed)
         _LOG.info("%s, seed %d: %d steps", arm, seed, steps)
         seconds = self._train(model, folder, f"{arm}, seed {seed}", seed, steps)
-        model = self.load(arm, seed)
+        model = keras.saving.load_model(folder / "best.keras", compile=False)
         measured: dict[str, Any] = {
             "parameters": sum(
                 int(np.prod(variable.shape))
@@ -200,9 +205,11 @@ class _Runs:
         for name in _photographs.TESTS:
             judge = make_judge(self._sets[name])
             results = judge.results(find(model, self._sets[name]))
-            _compare.write_json(folder / f"results-{name}.json", results)
-            _compare.write_json(folder / f"truth-{name}.json", judge.coco)
+            training.write_metrics(folder / f"results-{name}.json", results)
+            training.write_metrics(folder / f"truth-{name}.json", judge.coco)
             measured[name] = judge.measure(results)
+        with writing(folder / "model.keras") as partial:
+            model.save(partial)
         return measured
 
     def _train(
