@@ -25,7 +25,10 @@ from tf_deform.data._transforms import Example
 if TYPE_CHECKING:
     from tf_deform.data import Annotations, Photograph
 
-Read = Callable[[str], np.ndarray]
+# The functions here hold no Python that AutoGraph would have to rewrite.
+_as_it_is = tf.autograph.experimental.do_not_convert
+
+Read = Callable[[Any], np.ndarray]
 
 _GIB = 1 << 30
 # The share of examples that show the centre of an object, if any is cut off.
@@ -170,8 +173,8 @@ def segmentation_batches(
     drawn without regard to objects.
 
     Args:
-        read_mask: function from a path to `(height, width, 1)` ids from 0 to
-            255; by default `tf_deform.data.read_mask`.
+        read_mask: function from `Photograph.mask` to `(height, width, 1)` ids
+            from 0 to 255; by default `tf_deform.data.read_mask`.
 
     Returns:
         Dataset of pairs: images, `(batch, size, size, 3)` float32 RGB from 0 to
@@ -242,7 +245,7 @@ def _most_objects(boxes: np.ndarray, settings: _Settings) -> int:
 
 
 def _default(name: str) -> Read:
-    """Returns a function of `tf_deform.data`, which imports Pillow."""
+    """Returns a reader of `tf_deform.data`."""
     from tf_deform.data import _images
 
     return getattr(_images, name)
@@ -258,7 +261,7 @@ class _Files:
     def __init__(self, photographs: Sequence[Photograph], limit: int) -> None:
         self._photographs = photographs
         self._rest = limit
-        self._kept: dict[tuple[str, str], np.ndarray] = {}
+        self._kept: dict[tuple[str, int], np.ndarray] = {}
         self._lock = threading.Lock()
 
     def reader(
@@ -267,23 +270,24 @@ class _Files:
         """Returns a function from the index of a photograph to pixels.
 
         Args:
-            field: `"path"` or `"mask"`, which holds the path.
+            field: `"path"` or `"mask"`, which names the file.
             channels: number of channels.
-            read: function from the path to pixels.
+            read: function from the field to pixels.
         """
 
         def get(index: np.ndarray) -> np.ndarray:
-            photo = self._photographs[int(index)]
-            key = (field, str(getattr(photo, field)))
+            key = field, int(index)
             pixels = self._kept.get(key)
             if pixels is None:
-                shape = (photo.height, photo.width, channels)
-                pixels = _read(read, key[1], shape)
+                photo = self._photographs[key[1]]
+                shape = photo.height, photo.width, channels
+                pixels = _read(read, getattr(photo, field), shape)
                 with self._lock:
                     if key not in self._kept and pixels.nbytes <= self._rest:
                         self._kept[key] = pixels
                         self._rest -= pixels.nbytes
-            # TensorFlow may own and change what it gets.
+            # TensorFlow takes over the memory of an array that happens to lie
+            # at a multiple of 64 bytes, and may write there.
             return pixels.copy()
 
         def load(index: tf.Tensor) -> tf.Tensor:
@@ -294,20 +298,23 @@ class _Files:
         return load
 
 
-def _read(read: Read, path: str, shape: tuple[int, int, int]) -> np.ndarray:
-    """Returns uint8 pixels, or raises an error that names the file."""
+def _read(read: Read, file: Any, shape: tuple[int, int, int]) -> np.ndarray:
+    """Returns uint8 pixels, or raises a ValueError that names the file."""
+    path = str(getattr(file, "path", file))
     try:
-        pixels = np.asarray(read(path))
+        pixels = np.asarray(read(file))
     except Exception as error:
+        if isinstance(error, ValueError) and path in str(error):
+            raise
         raise ValueError(
             f"Expected a file that can be read. Received: {path}: {error}"
-        ) from error
+        ) from None
     if pixels.shape != shape:
         raise ValueError(
             f"Expected (height, width, channels) {shape}, as annotated. "
             f"Received: {path} of {pixels.shape}"
         )
-    if pixels.dtype != "uint8" and pixels.size:
+    if pixels.dtype != "uint8":
         low, high = pixels.min(), pixels.max()
         if low < 0 or high > 255:
             raise ValueError(
@@ -350,7 +357,7 @@ def _order(count: int, seed: int, start: int, shuffle: bool) -> tf.data.Dataset:
 
     first, rest = divmod(start, count)
     epochs = tf.data.Dataset.range(first, np.iinfo("int64").max)
-    return epochs.flat_map(epoch).skip(rest).enumerate(start)
+    return epochs.flat_map(_as_it_is(epoch)).skip(rest).enumerate(start)
 
 
 def _batches(
@@ -400,7 +407,7 @@ def _batches(
 
     return (
         _order(int(indices.shape[0]), seed, start * batch_size, shuffle)
-        .map(make, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        .map(_as_it_is(make), tf.data.AUTOTUNE, deterministic=True)
         .batch(batch_size, drop_remainder=True)
         .prefetch(2)
     )

@@ -92,11 +92,12 @@ def crop(
     """
 
     def cut(pixels: tf.Tensor) -> tf.Tensor:
-        start, stop = origin, origin + shape
-        return pixels[start[0] : stop[0], start[1] : stop[1]]
+        end = tf.add(origin, shape)
+        return pixels[origin[0] : end[0], origin[1] : end[1]]
 
     def area(boxes: tf.Tensor) -> tf.Tensor:
-        return tf.reduce_prod(boxes[:, 2:] - boxes[:, :2], axis=1)
+        sides = tf.maximum(boxes[:, 2:] - boxes[:, :2], 0.0)
+        return tf.reduce_prod(sides, axis=1)
 
     boxes = example.boxes - _four(origin)
     clipped = tf.clip_by_value(boxes, 0.0, _four(shape))
