@@ -15,12 +15,12 @@ import numpy as np
 from tf_deform.data._folders import check_file, shown
 from tf_deform.data._records import VOID, Mask
 
-# Other formats are not tried: some run other programs. Pillow takes the
-# photographs with previews of some telephones (MPO) for a format of their own.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "MPO", "PPM")
+# Other formats are not tried: some run other programs.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 # Modes of 8 bits that Pillow turns into RGB.
 _MODES = "1 L LA La P PA RGB RGBA RGBa RGBX CMYK YCbCr".split()
-# How a whole file ends.
+# How a whole file ends. Pillow calls a JPEG with previews behind it, as some
+# telephones write it, MPO.
 _ENDS = {
     "JPEG": b"\xff\xd9",
     "MPO": b"\xff\xd9",
@@ -110,10 +110,10 @@ def _opened(path: str) -> Iterator[Any]:
 
 def _orientation(image: Any) -> int:
     """Returns EXIF's orientation, which stands before the pixels."""
-    base = next(c for c in type(image).__mro__ if c.__module__ == "PIL.Image")
     try:
         # A PNG's own method decodes the pixels to look for EXIF behind them.
-        value = base.getexif(image).get(_ORIENTATION, 1)
+        exif = pillow().Image.getexif(image)
+        value = exif.get(_ORIENTATION, 1)
     except Exception:  # Broken EXIF, of which Pillow raises all kinds.
         return 1
     return value if value in _UPRIGHT else 1
@@ -155,18 +155,22 @@ def header(path: str, *, decode: bool = False) -> Header:
     with _opened(path) as image:
         _check_mode(path, image)
         orientation = _orientation(image)
-        stored = image.size
         animated = image.format != "MPO" and bool(
             getattr(image, "is_animated", False)
         )
-        _check_end(path, image)
-        if decode:
+        tiff = image.format == "TIFF"
+        if decode or (tiff and orientation > 1):
             image.load()
-        size = stored[::-1] if orientation > 4 else stored
+        else:
+            _check_end(path, image)
+        other = image.size[::-1] if orientation > 4 else image.size
+        # Pillow turns a TIFF itself.
+        size, stored = (image.size, other) if tiff else (other, image.size)
         return Header(size, stored, orientation, animated)
 
 
 def _turned(image: Any, orientation: int) -> Any:
+    """Sets an image upright that has an orientation."""
     if orientation in _UPRIGHT:
         operation = getattr(pillow().Transpose, _UPRIGHT[orientation])
         image = image.transpose(operation)
@@ -192,10 +196,17 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     with _opened(path) as image:
         _check_mode(path, image)
         orientation = _orientation(image)
-        if "transparency" in image.info:
-            # Pillow warns where a palette loses its transparency.
-            image = image.convert("RGBA")
-        return np.array(_turned(image.convert("RGB"), orientation))
+        image.load()
+        if image.format == "TIFF":  # Pillow may have turned it.
+            orientation = _orientation(image)
+        return np.array(_turned(_rgb(image), orientation))
+
+
+def _rgb(image: Any) -> Any:
+    if "transparency" in image.info:
+        # Pillow warns where a palette loses its transparency.
+        image = image.convert("RGBA")
+    return image.convert("RGB")
 
 
 def mask_header(path: str) -> tuple[tuple[int, int], str]:
@@ -258,10 +269,7 @@ def read_mask(mask: str | os.PathLike | Mask) -> np.ndarray:
         mask = Mask(os.fspath(mask))
     with _opened(mask.path) as image:
         _check_mask(mask.path, image, mask.colours)
-        if mask.colours:
-            if "transparency" in image.info:
-                image = image.convert("RGBA")
-            image = image.convert("RGB")
+        image = _rgb(image) if mask.colours else image
         pixels = np.array(_turned(image, mask.orientation))
     found = packed(pixels) if mask.colours else pixels.astype(np.int32)
     if mask.labels is not None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from tf_deform.data._coco import read_json
 from tf_deform.data._drafts import (
+    ANIMATED,
     STORED,
     TURNED,
     Draft,
@@ -289,6 +290,7 @@ def _read(
     one = Draft(image, head.size, mask=mask)
     if head.orientation > 1:
         one.odd[STORED if stored else TURNED] += 1
+    one.odd[ANIMATED] = int(head.animated)
     return one, np.bincount(read_mask(mask).ravel(), minlength=VOID + 1)
 
 

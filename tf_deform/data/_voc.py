@@ -173,6 +173,7 @@ class _Reader:
             )
         name = _text(root, "filename")
         last = re.split(r"[/\\]", name)[-1]
+        others = len(found) - 1
         if len(found) > 1:
             named = [x for x in found if os.path.basename(x) == last]
             found = named or found
@@ -186,6 +187,10 @@ class _Reader:
         image = os.path.join(self.root, found[0])
         told = [_object(node, self.base) for node in root.findall("object")]
         one = draft(image, header(image, decode=decode), told, _size(root))
+        if others > 0:
+            one.odd[
+                "images that share the name of an annotated one were left out"
+            ] += others
         if name and stem(last) != stem(image) and last != stem(image):
             one.odd[
                 "images were found by the name of their xml file, which names "

@@ -376,7 +376,7 @@ def read_yolo(
 
     def orphan(path: str) -> None:
         if _is_label(read_text(os.path.join(reader.root, path))):
-            raise ValueError("Expected an image of this name. Received: none")
+            raise ValueError("Expected one image of this name. Received: none")
 
     chosen = reader.images(split)
     items = [

@@ -1,0 +1,435 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests odd and broken xml and json files, and boxes.
+
+A fault is put into the annotations of the image `a` of three.
+"""
+
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+from faults import Fault, check, rows
+from small_sets import (
+    OBJECTS,
+    SIZES,
+    coco,
+    object_xml,
+    picture,
+    write_json,
+    xml,
+    yolo,
+)
+
+BOXES = "voc coco yolo"
+FIRST = OBJECTS["a"][0][1]
+SECOND = OBJECTS["a"][1][1]
+
+
+def text(content, encoding="utf-8"):
+    """Returns a maker that replaces the xml file of `a`."""
+
+    def make(root, form):
+        data = (
+            content if isinstance(content, bytes) else content.encode(encoding)
+        )
+        (root / "a.xml").write_bytes(data)
+
+    return make
+
+
+def xml_object(inner):
+    return text(xml("a", [], more=f"<object>{inner}</object>"))
+
+
+def changed(change):
+    """Returns a maker that changes COCO's json."""
+
+    def make(root, form):
+        content = coco()
+        result = change(content)
+        write_json(root, result if isinstance(result, dict) else content)
+
+    return make
+
+
+def raw(content):
+    def make(root, form):
+        data = content if isinstance(content, bytes) else content.encode()
+        (root / "labels.json").write_bytes(data)
+
+    return make
+
+
+def update(place=0, key="annotations", **fields):
+    return changed(lambda content: content[key][place].update(fields))
+
+
+def without(key, field, place=0):
+    return changed(lambda content: content[key][place].pop(field))
+
+
+def edges(*values):
+    """Returns a maker that gives the first object of `a` other edges."""
+
+    def make(root, form):
+        x1, y1, x2, y2 = values
+        if form == "voc":
+            objects = [("car", values), OBJECTS["a"][1]]
+            (root / "a.xml").write_text(xml("a", objects))
+        elif form == "coco":
+            update(bbox=[x1, y1, x2 - x1, y2 - y1])(root, form)
+        else:
+            width, height = SIZES["a"]
+            line = [(x1 + x2) / 2 / width, (y1 + y2) / 2 / height]
+            line += [(x2 - x1) / width, (y2 - y1) / height]
+            lines = yolo("a").splitlines()
+            lines[0] = " ".join(map(str, (0, *line)))
+            (root / "labels/a.txt").write_text("\n".join(lines))
+
+    return make
+
+
+def one(value):
+    """Returns a maker that writes something else for the number xmin."""
+
+    def make(root, form):
+        if form == "voc":
+            edges(value, *FIRST[1:])(root, form)
+        elif form == "coco":
+            update(bbox=[value, 1, 2, 3])(root, form)
+        else:
+            (root / "labels/a.txt").write_text(f"0 {value} 0.5 0.5 0.5\n")
+
+    return make
+
+
+def repeated(root, form):
+    if form == "voc":
+        (root / "a.xml").write_text(xml("a", OBJECTS["a"] + OBJECTS["a"][:1]))
+    elif form == "coco":
+        content = coco()
+        content["annotations"].append({**content["annotations"][0], "id": 77})
+        write_json(root, content)
+    else:
+        lines = yolo("a")
+        (root / "labels/a.txt").write_text(lines + lines.splitlines()[0])
+
+
+def boxes(*wanted):
+    def see(found):
+        np.testing.assert_allclose(
+            found["a"].boxes, np.reshape(wanted, (-1, 4)), atol=1e-5
+        )
+
+    return see
+
+
+def twice(root, form):
+    """Lists an image once more, with one object of its own."""
+    content = coco()
+    content["images"].append({**content["images"][0], "id": 99})
+    content["annotations"].append(
+        {**content["annotations"][0], "image_id": 99, "id": 98}
+    )
+    write_json(root, content)
+
+
+def file_name(name, *folders):
+    """Returns a maker that moves `a.png` to folders and calls it `name`."""
+
+    def make(root, form):
+        update(key="images", file_name=name)(root, form)
+        for folder in folders:
+            path = root / "images" / folder / pathlib.PureWindowsPath(name).name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(root / "images/a.png", path)
+        if folders:
+            (root / "images/a.png").unlink()
+
+    return make
+
+
+def moved(name, folder=None):
+    """Returns a maker that puts the xml or image of `a` elsewhere."""
+
+    def make(root, form):
+        path = root / (folder or "") / name
+        path.parent.mkdir(exist_ok=True)
+        (root / ("a" + path.suffix)).rename(path)
+
+    return make
+
+
+def two_images(content):
+    def make(root, form):
+        picture("a").save(root / "a.jpg", "JPEG")
+        (root / "a.xml").write_text(content)
+
+    return make
+
+
+def no_xml(root, form):
+    for path in root.glob("*.xml"):
+        path.unlink()
+
+
+def no_objects(root, form):
+    for name in SIZES:
+        (root / f"{name}.xml").write_text(xml(name, []))
+
+
+def listed(content):
+    def make(root, form):
+        folder = root / "ImageSets/Main"
+        folder.mkdir(parents=True)
+        (folder / "part.txt").write_text(content)
+        return f"voc:{root}:part"
+
+    return make
+
+
+BOMB = (
+    '<!DOCTYPE annotation [<!ENTITY a "aaaaaaaaaa">'
+    + "".join(
+        f'<!ENTITY {chr(b)} "{("&" + chr(b - 1) + ";") * 10}">'
+        for b in range(98, 108)
+    )
+    + "]>"
+)
+OUTER = '<!DOCTYPE annotation [<!ENTITY x SYSTEM "file:///etc/passwd">]>'
+ENCODED = '<?xml version="1.0" encoding="{}"?>'
+POLYGON = [[3, 4, 9, 4, 9, 11], [2, 3, 5, 6, 7, 8]]
+MISSING = coco()
+del MISSING["categories"]
+
+BOX_FAULTS = [
+    Fault(
+        "box beyond the image",
+        BOXES,
+        edges(-3, 2, 30, 20),
+        "kept",
+        "beyond their image and were clipped: 1 .*a.png",
+        check=boxes((0, 2, 24, 16), SECOND),
+    ),
+    Fault(
+        "box beyond the image by rounding",
+        BOXES,
+        edges(0, 0, 24.3, 16.1),
+        "kept",
+        r"\A(?!.*clipped)",
+        check=boxes((0, 0, 24, 16), SECOND),
+    ),
+    Fault(
+        "box outside the image",
+        BOXES,
+        edges(25, 2, 30, 10),
+        "kept",
+        "outside their image were dropped: 1 .*a.png",
+        check=boxes(SECOND),
+    ),
+    Fault(
+        "box with exchanged edges",
+        BOXES,
+        edges(10, 12, 2, 3),
+        "kept",
+        "exchanged edges, .* order: 1 .*a.png",
+        check=boxes((2, 3, 10, 12), SECOND),
+    ),
+    Fault(
+        "box without width",
+        BOXES,
+        edges(5, 3, 5, 12),
+        "kept",
+        "without width or height were dropped: 1 .*a.png",
+        check=boxes(SECOND),
+    ),
+    Fault(
+        "box of one pixel",
+        BOXES,
+        edges(5, 3, 6, 4),
+        "kept",
+        check=boxes((5, 3, 6, 4), SECOND),
+    ),
+    Fault(
+        "object twice",
+        BOXES,
+        repeated,
+        "kept",
+        "repeat another in all fields were dropped: 1 .*a.png",
+        check=boxes(FIRST, SECOND),
+    ),
+    *(
+        Fault(f"number {value}", BOXES, one(value), "broken", "a finite number")
+        for value in ("nan", "inf", "1e999", "12,5", "1_0", "0x1", "ten")
+    ),
+]
+COCO_FAULTS = [
+    Fault("json list", "coco", raw("[]"), "refused", "Received: list"),
+    Fault("json cut", "coco", raw(json.dumps(coco())[:99]), "refused", "json"),
+    Fault("json of no bytes", "coco", raw(""), "refused", "to be json"),
+    Fault("json in Latin-1", "coco", raw('{"é": 1}'.encode("latin-1")),
+          "refused", "labels.json to be json"),
+    Fault("json of 100 000 brackets", "coco", raw("[" * 100_000), "refused",
+          "labels.json to be json"),
+    Fault("json with a mark before it", "coco",
+          raw(b"\xef\xbb\xbf" + json.dumps(coco()).encode()), "kept"),
+    Fault("json without categories", "coco", changed(lambda _: MISSING),
+          "refused", "'categories'. Received: no such key"),
+    Fault("json with null annotations", "coco",
+          changed(lambda c: {**c, "annotations": None}), "refused",
+          "annotations of another kind, None"),
+    Fault("category id twice", "coco", update(1, "categories", id=3), "refused",
+          "category id 3 twice: car, dog"),
+    Fault("category without a name", "coco", update(1, "categories", name=""),
+          "refused", "category id 4 alone"),
+    Fault("category name twice", "coco",
+          changed(lambda c: c["categories"].append({"id": 9, "name": "car"})),
+          "kept", "share a name and were joined: 1 .car."),
+    Fault("category id as text", "coco", update(0, "categories", id="3"),
+          "kept", check=boxes(FIRST, SECOND)),
+    Fault("unknown category", "coco", update(category_id=55), "refused",
+          r"category ids 3, 4. Received: 55 \(1 times\)"),
+    Fault("image id twice", "coco", update(1, "images", id=7), "refused",
+          "image id 7 twice: a.png, b.png"),
+    Fault("image without an id", "coco", without("images", "id"), "refused",
+          "image's id in .*labels.json"),
+    Fault("annotation ids that repeat", "coco", update(id=1), "kept",
+          check=boxes(FIRST, SECOND)),
+    Fault("annotation without id, area, iscrowd", "coco",
+          changed(lambda c: [c["annotations"][0].pop(k)
+                             for k in ("id", "area", "iscrowd")]),
+          "kept", check=boxes(FIRST, SECOND)),
+    Fault("annotation of an unlisted image", "coco", update(image_id=1234),
+          "kept", "does not list were dropped: 1 .image id 1234",
+          check=boxes(SECOND)),
+    Fault("image listed twice", "coco", twice, "kept",
+          "listed more than once.*: 1 .*a.png", check=boxes(FIRST, SECOND)),
+    Fault("polygon without a box", "coco",
+          update(bbox=[], segmentation=POLYGON), "kept",
+          check=boxes((2, 3, 9, 11), SECOND)),
+    Fault("box before polygon", "coco", update(segmentation=POLYGON), "kept",
+          check=boxes(FIRST, SECOND)),
+    Fault("box null", "coco", update(bbox=None), "broken", "list of x, y"),
+    Fault("box of three numbers", "coco", update(bbox=[1, 2, 3]), "broken",
+          "list of x, y, width and height. Received: .1, 2, 3."),
+    Fault("box of true and false", "coco", update(bbox=[True, 0, 1, 2]),
+          "broken", "finite number. Received: True"),
+    Fault("box of numbers as text", "coco", update(bbox=["2", "3", "8", "9.0"]),
+          "kept", check=boxes(FIRST, SECOND)),
+    Fault("iscrowd maybe", "coco", update(iscrowd="maybe"), "broken", "crowd"),
+    Fault("no file name", "coco", without("images", "file_name"), "broken",
+          "a file_name. Received: None"),
+    Fault("file name of a folder", "coco", file_name("."), "broken",
+          "a folder"),
+    Fault("file name with a null", "coco", file_name("a\0.png"), "broken",
+          "no file of this name"),
+    Fault("path of Windows", "coco", file_name(r"C:\photos\a.png", "x"), "kept",
+          check=boxes(FIRST, SECOND)),
+    Fault("path of another machine, name twice", "coco",
+          file_name("/home/x/one/a.png", "one", "two"), "kept",
+          check=lambda found: "/one/" in found["a"].path or pytest.fail()),
+    Fault("name twice", "coco", file_name("a.png", "one", "two"), "broken",
+          "2 files of this name: one/a.png, two/a.png"),
+    Fault("address with escapes", "coco",
+          file_name("http://localhost/images/%61.png"), "kept"),
+    Fault("name in capitals", "coco", file_name("A.PNG"), "kept"),
+    Fault("size missing", "coco", without("images", "width"), "kept"),
+    Fault("size of 100 million pixels", "coco",
+          update(0, "images", width=10**8), "broken",
+          "to have 1e.08x16 pixels, .* Received: 24x16"),
+]  # fmt: skip
+VOC_FAULTS = [
+    Fault("xml of no bytes", "voc", text(""), "broken", "well-formed xml"),
+    Fault("xml cut", "voc", text(xml("a")[:90]), "broken", "well-formed xml"),
+    Fault("xml with a bare &", "voc", xml_object("<name>a & b</name>"),
+          "broken", "well-formed"),
+    Fault("xml of a page", "voc", text("<html></html>"), "broken", "<html>"),
+    Fault("entities that grow", "voc", text(BOMB + xml("a")), "broken",
+          "without entities"),
+    Fault("entity of a file", "voc", text(OUTER + xml("a")), "broken",
+          "without entities"),
+    Fault("xml in GBK", "voc",
+          text(ENCODED.format("GBK") + xml("a", more="<x>车</x>"), "gbk"),
+          "kept", check=boxes(FIRST, SECOND)),
+    Fault("xml in UTF-16", "voc", text(ENCODED.format("UTF-16") + xml("a"),
+          "utf-16"), "kept", check=boxes(FIRST, SECOND)),
+    Fault("xml in an unknown encoding", "voc",
+          text(ENCODED.format("martian") + xml("a")), "broken", "encoding"),
+    Fault("xml that is not in its encoding", "voc",
+          text(ENCODED.format("UTF-8") + xml("a", more="<x>é</x>"), "latin-1"),
+          "broken", "well-formed"),
+    Fault("object without a name", "voc",
+          xml_object("<bndbox><xmin>1</xmin></bndbox>"), "broken", "name ''"),
+    Fault("object without a box", "voc", xml_object("<name>car</name>"),
+          "broken", "'car', 0 boxes"),
+    Fault("box without an edge", "voc",
+          xml_object("<name>car</name><bndbox><xmin>1</xmin></bndbox>"),
+          "broken", "ymin to be a finite number. Received: ''"),
+    Fault("part of an object with a box of its own", "voc",
+          text(xml("a", more=object_xml(
+              "car", FIRST, "<part><name>head</name><bndbox/></part>"))),
+          "kept", check=boxes(FIRST, FIRST, SECOND)),
+    Fault("size of 0", "voc", text(xml("a", size=(0, 0))), "kept"),
+    Fault("size empty", "voc", text(xml("a", size=("", ""))), "kept"),
+    Fault("size of 10^12", "voc", text(xml("a", size=(10**12, 10**12))),
+          "broken", "Received: 24x16"),
+    Fault("difficult empty", "voc",
+          text(xml("a", [], more=object_xml("car", FIRST, "<difficult/>"))),
+          "kept", check=boxes(FIRST)),
+    Fault("difficult maybe", "voc",
+          text(xml("a", [], more=object_xml(
+              "car", FIRST, "<difficult>maybe</difficult>"))),
+          "broken", "difficult"),
+    Fault("another name for a file name", "voc",
+          text(xml("a").replace("a.png", "zebra.png")), "kept",
+          "name of their xml file, which names another: 1 .*a.png"),
+    Fault("another name for the xml", "voc", moved("zebra.xml"), "kept",
+          check=boxes(FIRST, SECOND)),
+    Fault("image without an xml", "voc",
+          lambda root, form: (root / "a.xml").unlink(), "kept",
+          "without an xml file, taken as empty: 1 .*a.png", check=boxes()),
+    Fault("folder named xml", "voc",
+          lambda root, form: [(root / "a.xml").unlink(),
+                              (root / "a.xml").mkdir()] and None,
+          "broken", "a.xml', which is a folder"),
+    Fault("two images of one name, one told", "voc", two_images(xml("a")),
+          "kept", "share the name .* left out: 1 .*a.png"),
+    Fault("two images of one name", "voc",
+          two_images(xml("a").replace("a.png", "")), "broken",
+          "a.xml: .* Received: a.jpg, a.png"),
+    Fault("xml files in folders of their own", "voc", moved("a.xml", "labels"),
+          "kept", check=boxes(FIRST, SECOND)),
+    Fault("no xml at all", "voc", no_xml, "refused", "xml files in"),
+    Fault("no object at all", "voc", no_objects, "refused", "at least one obj"),
+    Fault("from 1", "voc", edges(1, 1, 24, 16), "kept", "from 1 and both",
+          {"base": 1}, boxes((0, 0, 24, 16), (10, 0, 23, 15))),
+    Fault("from 0 read as from 1", "voc", edges(0, 3, 9, 9), "kept",
+          "seem to count from 0.*a.png", {"base": 1},
+          boxes((0, 2, 9, 9), (10, 0, 23, 15))),
+    Fault("list of images", "voc", listed("a\nc\na\n"), "kept",
+          check=lambda found: found.keys() == {"a", "c"} or pytest.fail()),
+    Fault("list of one class, with endings", "voc",
+          listed("a.png -1\r\nb  1\n"), "kept",
+          check=lambda found: found.keys() == {"a", "b"} or pytest.fail()),
+    Fault("list that names no image", "voc", listed("b\nc\nzebra\n"), "broken",
+          "zebra"),
+    Fault("no list", "voc", lambda root, form: f"voc:{root}:part", "refused",
+          "list part.txt"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form, fault", rows(BOX_FAULTS))
+def test_a_box(form, fault, tmp_path):
+    check(form, fault, tmp_path / "set")
+
+
+@pytest.mark.parametrize("form, fault", rows(COCO_FAULTS))
+def test_coco(form, fault, tmp_path):
+    check(form, fault, tmp_path / "set")
+
+
+@pytest.mark.parametrize("form, fault", rows(VOC_FAULTS))
+def test_voc(form, fault, tmp_path):
+    check(form, fault, tmp_path / "set")
