@@ -197,7 +197,7 @@ class BestAndLast(keras.callbacks.Callback):
             self._folder / "last.keras",
             self.model,
             state,
-            [np.asarray(v) for v in self._others(self.model)],
+            [variable.numpy() for variable in self._others(self.model)],
         )
 
     def _is_best(self, record: dict[str, Any]) -> bool:

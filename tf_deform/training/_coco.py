@@ -154,7 +154,9 @@ class CocoEvaluator:
                     ),
                     "bbox": box,
                     "area": float(area),
-                    "iscrowd": int(any(item.get(x) for x in _NOT_JUDGED)),
+                    "iscrowd": int(
+                        any(map(_is_set, map(item.get, _NOT_JUDGED)))
+                    ),
                 }
             )
         notes = []
@@ -468,6 +470,11 @@ def _is_number(value: Any) -> bool:
         and not isinstance(value, bool)
         and math.isfinite(value)
     )
+
+
+def _is_set(flag: Any) -> bool:
+    """Tells whether a flag is set, which some tools write as a text."""
+    return flag not in (None, 0, "", "0")
 
 
 def _box(value: Any) -> list[float] | None:

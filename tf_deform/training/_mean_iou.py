@@ -50,7 +50,7 @@ class MeanIoU(keras.metrics.MeanIoU):
 
     def per_class(self) -> np.ndarray:
         """Returns the IoU of each class, float64, NaN where there is none."""
-        counts = np.asarray(self.total_cm).astype(np.float64)
+        counts = self.total_cm.numpy().astype(np.float64)
         both = np.diag(counts)
         either = counts.sum(0) + counts.sum(1) - both
         with np.errstate(invalid="ignore"):
