@@ -79,14 +79,15 @@ class Detector(keras.Model):
         self.min_score = float(min_score)
         self.max_overlap = float(max_overlap)
         self.seed = int(seed)
-        self.backbone = self._prepare(_pyramid.as_pyramid(backbone))
+        self.backbone = self._prepare(
+            _pyramid.as_pyramid(backbone, self.image_size)
+        )
         image = keras.Input(
             (self.image_size, self.image_size, 3), dtype="float32", name="image"
         )
         maps = self.backbone(image)
-        if not isinstance(maps, Mapping):  # Keras unpacks a single output.
-            maps = dict(zip(self.backbone.output, [maps]))
-        outputs = self._build(maps)
+        names = sorted(maps, key=_pyramid.level_of)
+        outputs = self._build({name: maps[name] for name in names})
         self.trunk = keras.Model(image, outputs, name="trunk")
         self._anchors = [
             _boxes.make_anchors(

@@ -4,53 +4,43 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from tf_deform._keras import KerasTensor, keras
+from tf_deform.models import _backbones
+
+_NAME = re.compile("P[2-9]")  # of a map of stride 4 or more
 
 Maps = dict[str, KerasTensor]
 
 
-def as_pyramid(backbone: Any) -> keras.Model:
+def as_pyramid(backbone: Any, image_size: int) -> keras.Model:
     """Returns a model whose outputs are a dictionary of maps, "P2" and so on.
 
     Args:
-        backbone: A name or a model, see `FasterRCNN`.
+        backbone: A model with such outputs, or with 2 to 4 outputs of which
+            the last is P5; or what `tf_deform.models.backbone` takes.
+        image_size: Pixels.
 
     Raises:
-        TypeError: It is neither.
+        TypeError: It is neither a model nor a name.
         ValueError: It has no such outputs.
     """
-    if isinstance(backbone, str):
-        from tf_deform.models import _backbones  # of names, if there is one
-
-        return _backbones.backbone(backbone)
-    if not isinstance(backbone, keras.Model):
-        raise TypeError(
-            "Expected `backbone` to be a name or a keras.Model. Received: "
-            f"{backbone!r:.200} of type {type(backbone).__name__}"
-        )
     outputs = getattr(backbone, "output", None)
-    if not isinstance(outputs, Mapping):
-        outputs = getattr(backbone, "pyramid_outputs", outputs)
     if isinstance(outputs, (list, tuple)) and 1 < len(outputs) < 5:
         first = 6 - len(outputs)
         outputs = {f"P{first + i}": x for i, x in enumerate(outputs)}
-    if not isinstance(outputs, Mapping) or not all(
-        isinstance(name, str) and name[:1] == "P" and name[1:].isdigit()
-        for name in outputs
-    ):
+        backbone = keras.Model(backbone.inputs, outputs, name=backbone.name)
+    elif not isinstance(outputs, Mapping):
+        return _backbones.backbone(backbone, image_size=image_size)
+    if not all(_NAME.fullmatch(str(name)) for name in outputs):
         raise ValueError(
-            'Expected `backbone` to have outputs "P2", "P3", "P4", "P5" or '
-            "some of them, as a dictionary or as an attribute "
-            "`pyramid_outputs`, or a list of 2 to 4 maps that ends with P5. "
-            f"Received: {backbone.name!r} with the outputs {outputs}"
+            'Expected `backbone` to have the outputs "P2" to "P5" or some of '
+            f"them. Received: {backbone.name!r} with {sorted(outputs)}"
         )
-    outputs = {k: outputs[k] for k in sorted(outputs, key=level_of)}
-    if backbone.output is outputs or backbone.output == outputs:
-        return backbone
-    return keras.Model(backbone.inputs, outputs, name=backbone.name)
+    return backbone
 
 
 def level_of(name: str) -> int:
