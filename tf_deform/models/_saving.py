@@ -124,6 +124,8 @@ class _Deformed:
             if each["options"] and not isinstance(layer, DeformableConv2D):
                 DeformableConv2D.adopt(layer, **each["options"])
             layer.dilation_rate = tuple(each["dilation_rate"])
+            if each["options"]:
+                layer._set_flags(each.get("trainable"))
         keep(made)
         return made
 
@@ -139,6 +141,7 @@ def _describe(layer: Any) -> dict[str, Any] | None:
         "filters": layer.filters,
         "dilation_rate": list(layer.dilation_rate),
         "options": {name: config[name] for name in _OPTIONS if name in config},
+        "trainable": layer._flags() if is_deformable else None,
     }
 
 
