@@ -118,3 +118,14 @@ def test_output_stride(stride, tmp_path):
     finer.save(tmp_path / "model.keras")
     other = keras.models.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(other(x), finer(x))
+
+
+def test_output_stride_comes_first():
+    model = tiny()
+    finer = tf_deform.set_output_stride(model, 8)
+    tf_deform.make_deformable(model, verbose=False)
+    for refused in (model, finer):
+        before = refused.get_weights()
+        with pytest.raises(ValueError, match="once, and then `make_deformable"):
+            tf_deform.set_output_stride(refused, 8)
+        np.testing.assert_equal(refused.get_weights(), before)

@@ -40,8 +40,13 @@ def keep(model: Any) -> None:
 
 def mark(holder: Any) -> None:
     """Changes the class of a model or layer."""
-    if not isinstance(holder, _Deformed):
+    if not is_marked(holder):
         object.__setattr__(holder, "__class__", _subclass(type(holder)))
+
+
+def is_marked(holder: Any) -> bool:
+    """Tells whether `mark` has changed the class of a model or layer."""
+    return isinstance(holder, _Deformed)
 
 
 def _holders(layer: Any) -> Iterator[Any]:
