@@ -118,7 +118,7 @@ def test_resnet():
     steps = [call.outputs.step[0] for call in calls]
     np.testing.assert_allclose(steps, [2, 4, 8, 8, 16, 32])
     previous = [call.previous for call in calls]
-    assert previous == [None, 0, 1, 2, 3, 4]
+    assert previous == [(), (0,), (1,), (2,), (3,), (4,)]
 
 
 @pytest.mark.parametrize("make", MAKERS)
@@ -139,7 +139,54 @@ def test_models_of_every_kind(make):
         by_name = dict(zip(names, calls))
         heads = [by_name[f"shared_head{x}"] for x in ("", " (2)")]
         # The second comes after the first, and is not made of it.
-        assert {names[call.previous] for call in heads} <= {
+        assert {names[i] for call in heads for i in call.previous} <= {
             "lateral",
             "lateral_of_c4",
         }
+
+
+def joined(image, join):
+    """Adds parallel convolutions, and one that reads both."""
+    x = layers.Conv2D(2, 3, 2, padding="same", name="stem")(image)
+    one = layers.Conv2D(2, 3, padding="same", name="one")(x)
+    two = layers.Conv2D(2, (1, 5), padding="same", name="two")(x)
+    plain = layers.ReLU()(x)
+    return layers.Conv2D(2, 3, name="last")(join(one, two, plain))
+
+
+@pytest.mark.parametrize("kind", ["Concatenate", "Add", "Maximum"])
+def test_all_parallel_branches_are_followed(kind):
+    image = keras.Input((32, 40, 3))
+    x = joined(image, lambda *x: getattr(layers, kind)()(list(x)))
+    calls = _walk.walk(keras.Model(image, x), tf.zeros((1, 32, 40, 3)), ".")
+    assert [call.name.split("/")[-1] for call in calls] == [
+        *("stem", "one", "two", "last")
+    ]
+    # The stem comes before both, so that a way straight to it adds nothing.
+    assert [call.previous for call in calls] == [(), (0,), (0,), (1, 2)]
+
+
+class Residual(layers.Layer):
+    """Adds what its convolution makes, by an op that is no layer."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.inner = layers.Conv2D(2, 3, padding="same", name="inner")
+
+    def build(self, shape):
+        self.inner.build(shape)
+        self.built = True
+
+    def call(self, x):
+        return x + self.inner(x)
+
+    def compute_output_shape(self, shape):
+        return shape
+
+
+def test_what_ops_join_is_followed():
+    image = keras.Input((32, 40, 3))
+    x = layers.Conv2D(2, 3, 2, padding="same", name="stem")(image)
+    x = layers.Conv2D(2, 3, name="last")(Residual()(x))
+    calls = _walk.walk(keras.Model(image, x), tf.zeros((1, 32, 40, 3)), ".")
+    assert [call.previous for call in calls] == [(), (0,), (1,)]

@@ -111,6 +111,11 @@ def make_with(layer):
     return keras.Model(image, x)
 
 
+def deformable(x):
+    x = layers.Conv2D(4, 3, 2, padding="same")(x)
+    return tf_deform.layers.DeformableConv2D(4, 3, padding="same")(x)
+
+
 @pytest.mark.parametrize(
     "made,stride,error,match",
     [
@@ -130,6 +135,12 @@ def make_with(layer):
             16,
             ValueError,
             "coarser in another way",
+        ),
+        (
+            lambda: make_with(deformable),
+            16,
+            ValueError,
+            "DeformableConv2D, whose displacements .* first, and then `make_d",
         ),
     ],
 )

@@ -101,6 +101,34 @@ def test_a_frozen_kernel_stays_frozen():
     assert trained(conv) == {"kernel", "bias", "offset_kernel", "offset_bias"}
 
 
+@pytest.mark.skipif(KERAS_2, reason="Keras 2 has no flags of variables")
+@pytest.mark.parametrize("make", [make_functional, make_subclassed])
+def test_flags_set_by_hand_are_stored(make, tmp_path):
+    model = filled(make)
+    change(model)
+    first, second, *others = tf_deform.deformable_layers(model)
+    first.kernel.trainable = False
+    second.freeze_kernel = True
+    second.bias.trainable = True
+    second.offset_kernel.trainable = False
+    expected = [trained(layer) for layer in (first, second, *others)]
+    assert expected[:2] == [
+        {"bias", "offset_kernel", "offset_bias"},
+        {"bias", "offset_bias"},
+    ]
+    model.save(tmp_path / "model.keras")
+    other = keras.models.load_model(tmp_path / "model.keras")
+    found = [trained(layer) for layer in tf_deform.deformable_layers(other)]
+    assert found == expected
+    # Flags of the usual kind are in no file, so that they cannot contradict.
+    for layer in others:
+        assert "trainable" not in layer.get_build_config()
+    other.save(tmp_path / "again.keras")
+    again = keras.models.load_model(tmp_path / "again.keras")
+    found = [trained(layer) for layer in tf_deform.deformable_layers(again)]
+    assert found == expected
+
+
 def test_train_only_refuses():
     model = filled(make_functional)
     for what, error, match in (

@@ -33,7 +33,8 @@ import numpy as np
 import tf_deform
 folder = sys.argv[1]
 model = keras.models.load_model(f"{folder}/model.keras", compile=False)
-outputs = keras.tree.flatten(model(np.load(f"{folder}/images.npy")))
+images = np.load(f"{folder}/images.npy")
+outputs = keras.tree.flatten(model(images, training=False))
 np.save(f"{folder}/outputs.npy", np.concatenate([np.ravel(v) for v in outputs]))
 print(type(model).__name__)
 """
@@ -62,32 +63,52 @@ def resnet() -> keras.Model:
     )
 
 
-def retinanet() -> keras.Model:
+def tiny_resnet() -> keras.Model:
+    return hub("ResNetBackbone")(
+        input_conv_filters=[64],
+        input_conv_kernel_sizes=[7],
+        stackwise_num_filters=[64, 6, 8],
+        stackwise_num_blocks=[1, 2, 1],
+        stackwise_num_strides=[1, 2, 2],
+        block_type="basic_block",
+        image_shape=(64, 64, 3),
+    )
+
+
+def retinanet(
+    encoder: Callable[[], keras.Model] = resnet, top: int = 5
+) -> keras.Model:
+    """Makes a detector on a network whose coarsest stride is `2 ** top`."""
+    inner = encoder()
     backbone = hub("RetinaNetBackbone")(
-        image_encoder=resnet(),
+        image_encoder=inner,
         min_level=3,
-        max_level=5,
+        max_level=top,
         use_p5=False,
-        image_shape=(SIZE, SIZE, 3),
+        image_shape=inner.input_shape[1:],
     )
     return hub("RetinaNetObjectDetector")(
         backbone=backbone, num_classes=4, bounding_box_format="xyxy"
     )
 
 
-def deeplab() -> keras.Model:
+def deeplab(
+    encoder: Callable[[], keras.Model] = resnet, top: int = 5
+) -> keras.Model:
+    """Makes a segmenter on a network whose coarsest stride is `2 ** top`."""
+    inner = encoder()
     backbone = hub("DeepLabV3Backbone")(
-        image_encoder=resnet(),
-        spatial_pyramid_pooling_key="P5",
+        image_encoder=inner,
+        spatial_pyramid_pooling_key=f"P{top}",
         low_level_feature_key="P2",
-        upsampling_size=8,
+        upsampling_size=2 ** (top - 2),
         dilation_rates=[6, 12, 18],
-        image_shape=(SIZE, SIZE, 3),
+        image_shape=inner.input_shape[1:],
     )
     return hub("DeepLabV3ImageSegmenter")(backbone=backbone, num_classes=4)
 
 
-def d_fine() -> keras.Model:
+def d_fine(size: int = SIZE, decoder_layers: int = 3) -> keras.Model:
     encoder = hub("HGNetV2Backbone")(
         depths=[1, 1, 2, 1],
         embedding_size=32,
@@ -103,7 +124,7 @@ def d_fine() -> keras.Model:
         ],
         apply_downsample=[False, True, True, True],
         use_lightweight_conv_block=[False, False, True, True],
-        image_shape=(SIZE, SIZE, 3),
+        image_shape=(size, size, 3),
         out_features=["stage3", "stage4"],
     )
     return hub("DFineBackbone")(
@@ -115,7 +136,7 @@ def d_fine() -> keras.Model:
         hidden_dim=128,
         learn_initial_query=False,
         num_queries=30,
-        anchor_image_size=(SIZE, SIZE),
+        anchor_image_size=(size, size),
         feat_strides=[16, 32],
         num_feature_levels=2,
         encoder_in_channels=[512, 1024],
@@ -126,14 +147,14 @@ def d_fine() -> keras.Model:
         hidden_expansion=0.34,
         depth_multiplier=0.5,
         eval_idx=-1,
-        num_decoder_layers=3,
+        num_decoder_layers=decoder_layers,
         decoder_attention_heads=8,
         decoder_ffn_dim=512,
         decoder_n_points=[6, 6],
         lqe_hidden_dim=64,
         num_lqe_layers=2,
         out_features=["stage3", "stage4"],
-        image_shape=(SIZE, SIZE, 3),
+        image_shape=(size, size, 3),
         seed=0,
     )
 
@@ -185,7 +206,10 @@ class Row:
 
 
 def outputs_of(model: keras.Model, images: np.ndarray) -> list[np.ndarray]:
-    return [np.asarray(x) for x in keras.tree.flatten(model(images))]
+    # Without `training`, Keras' Resizing, which DeepLabV3 has, makes all layers
+    # behind it train: its own `training` is True where none is given.
+    outputs = model(images, training=False)
+    return [np.asarray(x) for x in keras.tree.flatten(outputs)]
 
 
 def examine(name: str, folder: pathlib.Path) -> Row:

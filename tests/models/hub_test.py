@@ -23,19 +23,6 @@ print(type(model).__name__, len(tf_deform.deformable_layers(model)))
 """
 
 
-def tiny(**options):
-    return keras_hub.models.ResNetBackbone(
-        input_conv_filters=[64],
-        input_conv_kernel_sizes=[7],
-        stackwise_num_filters=[64, 6, 8],
-        stackwise_num_blocks=[1, 2, 1],
-        stackwise_num_strides=[1, 2, 2],
-        block_type="basic_block",
-        image_shape=(64, 64, 3),
-        **options,
-    )
-
-
 def images():
     return (
         np.random.default_rng(0).normal(size=(1, 64, 64, 3)).astype("float32")
@@ -49,14 +36,16 @@ def displace(model):
 
 
 def classifier():
-    return keras_hub.models.ResNetImageClassifier(tiny(), num_classes=3)
+    return keras_hub.models.ResNetImageClassifier(
+        zoo.tiny_resnet(), num_classes=3
+    )
 
 
 @pytest.mark.parametrize(
     "make,kind",
     [
-        (tiny, "Backbone"),
-        (tiny, "ResNetBackbone"),
+        (zoo.tiny_resnet, "Backbone"),
+        (zoo.tiny_resnet, "ResNetBackbone"),
         (classifier, "ImageClassifier"),
         (classifier, "ResNetImageClassifier"),
     ],
@@ -79,7 +68,7 @@ def test_a_preset(make, kind, tmp_path, run_python_as_it_is):
 def test_a_plain_preset_is_as_before(tmp_path):
     import tf_deform.hub  # noqa: F401
 
-    model = tiny()
+    model = zoo.tiny_resnet()
     model.save_to_preset(str(tmp_path / "preset"))
     other = keras_hub.models.Backbone.from_preset(str(tmp_path / "preset"))
     assert type(other) is keras_hub.models.ResNetBackbone
@@ -89,7 +78,7 @@ def test_a_plain_preset_is_as_before(tmp_path):
 def test_other_arguments_of_a_preset(tmp_path):
     import tf_deform.hub  # noqa: F401
 
-    model = tiny()
+    model = zoo.tiny_resnet()
     tf_deform.make_deformable(model, verbose=False)
     model.save_to_preset(str(tmp_path / "preset"))
     other = keras_hub.models.Backbone.from_preset(
@@ -118,3 +107,14 @@ def test_output_stride(stride, tmp_path):
     finer.save(tmp_path / "model.keras")
     other = keras.models.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(other(x), finer(x))
+
+
+def test_output_stride_comes_first():
+    model = zoo.tiny_resnet()
+    finer = tf_deform.set_output_stride(model, 8)
+    tf_deform.make_deformable(model, verbose=False)
+    for refused in (model, finer):
+        before = refused.get_weights()
+        with pytest.raises(ValueError, match="once, and then `make_deformable"):
+            tf_deform.set_output_stride(refused, 8)
+        np.testing.assert_equal(refused.get_weights(), before)

@@ -8,7 +8,14 @@ import warnings
 import numpy as np
 import pytest
 import tensorflow as tf
-from surgery_models import MAKERS, SIZE, displace, filled, images
+from surgery_models import (
+    MAKERS,
+    SIZE,
+    displace,
+    filled,
+    images,
+    make_functional,
+)
 
 import tf_deform
 from tf_deform._keras import KERAS_2, keras
@@ -304,6 +311,7 @@ def test_logs_reach_other_callbacks(tmp_path):
     own = scalars(tmp_path / "own")
     names = [name for name in history if name.endswith(NAME)]
     assert len(names) == len(KEYS) == len(own)
+    assert monitor.history == {name: history[name] for name in names}
     for name in names:
         assert len(set(history[name])) == 2
         assert [float(row[name]) for row in rows] == history[name]
@@ -311,6 +319,31 @@ def test_logs_reach_other_callbacks(tmp_path):
         if has_board:
             seen = scalars(tmp_path / "keras" / "train")
             assert seen[f"epoch_{name}"] == pytest.approx(own[name])
+
+
+def test_a_summary_in_the_logs(tmp_path):
+    """Tests totals in the logs, and numbers of each layer beside them."""
+    model = filled(make_functional)
+    tf_deform.make_deformable(model, verbose=False)
+    displace(model)
+    names = monitored(model, images()).keys()
+    monitor = SamplingMonitor(images(), log_dir=tmp_path, summary=True)
+    model.compile(keras.optimizers.SGD(0.01), "mse")
+    logs = model.fit(
+        images(), np.zeros((2, 3)), epochs=2, verbose=0, callbacks=[monitor]
+    ).history
+    assert monitor.history.keys() == names
+    for key, total in zip(KEYS, (np.mean, np.max, np.mean, np.mean)):
+        parts = [monitor.history[x] for x in names if x.startswith(f"{key}/")]
+        assert len(parts) > 1
+        assert logs.pop(key) == pytest.approx(total(parts, axis=0))
+    assert not any("/" in name for name in logs)
+    assert scalars(tmp_path).keys() == names
+    for name, values in scalars(tmp_path).items():
+        assert list(values.values()) == pytest.approx(monitor.history[name])
+    # One more training begins anew, as `History` does.
+    monitor.on_train_begin()
+    assert monitor.history == {}
 
 
 def scalars(folder) -> dict[str, dict[int, float]]:
@@ -504,6 +537,7 @@ def test_bad_images(given):
         ("count", 0, ValueError),
         ("count", 1.5, TypeError),
         ("log_dir", 3, TypeError),
+        ("summary", "yes", TypeError),
         ("log_dir", __file__, ValueError),
     ],
 )

@@ -269,15 +269,22 @@ def test_layers_and_photographs_are_chosen(opened, page):
 def test_the_reach_is_that_of_the_stack(opened, page, index):
     """Tests what is reached down to the first layer against Python's."""
     cell = [size // 2 for size in page[1][index].size]
-    found = opened.execute_script(
+    levels = check_reach(opened, page[1], index, cell)
+    assert len(levels) == index + 1
+
+
+def check_reach(browser, calls, index, cell):
+    """Compares the page's reach with Python's, whose levels are returned."""
+    found = browser.execute_script(
         "return reach(arguments[0], loaded.get(0).fields, ...arguments[1])",
         index,
         cell,
     )
     found = np.reshape(found, (-1, 3))
-    levels = _tree.follow(page[1], index, cell)
-    assert len(levels) == index + 1
-    places, weights = levels[-1].points, levels[-1].weights
+    levels = _tree.follow(calls, index, cell)
+    first = [level for level in levels if not level.call.previous]
+    places = np.concatenate([level.points for level in first])
+    weights = np.concatenate([level.weights for level in first])
     assert abs(found[:, 2].sum() / weights.sum() - 1) < 0.02
     for axis in (0, 1):
         means = [
@@ -292,12 +299,38 @@ def test_the_reach_is_that_of_the_stack(opened, page, index):
             ),
             (0.05, 0.95),
         )
-        extent = opened.execute_script(
+        extent = browser.execute_script(
             "return extent(arguments[0].flat(), arguments[1])",
             found.tolist(),
             axis,
         )
         assert abs(extent - (high - low + 1)) < 2
+    return levels
+
+
+def test_the_reach_of_parallel_branches(browser, tmp_path):
+    image = keras.Input((HEIGHT, WIDTH, 3))
+    x = keras.layers.Conv2D(4, 3, strides=4, padding="same")(image)
+    wide = keras.layers.Conv2D(4, (1, 7), padding="same", name="layer_wide")(x)
+    tall = keras.layers.Conv2D(4, (5, 1), padding="same", name="layer_tall")(x)
+    x = keras.layers.Concatenate()([wide, tall, x])
+    x = keras.layers.Conv2D(4, 3, padding="same", name="layer_last")(x)
+    model = keras.Model(image, x)
+    tf_deform.make_deformable(model, layers="layer_", verbose=False)
+    rng = np.random.default_rng(0)
+    for layer in tf_deform.deformable_layers(model):
+        layer.offset_bias.assign(rng.normal(size=layer.offset_bias.shape))
+    path, images = tmp_path / "explorer.html", make_images(1)
+    tf_deform.visualization.explorer(model, images, path)
+    resize(browser, 1200)
+    browser.get(path.as_uri())
+    wait(browser)
+    calls = _walk.walk(model, tf.constant(images))
+    levels = check_reach(browser, calls, 2, (8, 12))
+    assert [level.call.name for level in levels] == [
+        *("layer_last", "layer_tall", "layer_wide")
+    ]
+    assert browser.get_log("browser") == []
 
 
 @pytest.mark.parametrize("width", [360, 768, 1600])

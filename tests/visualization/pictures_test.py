@@ -116,15 +116,53 @@ def test_the_tree_has_the_shares_of_a_linear_model():
             )
         result = x[0, cell[0], cell[1], 0]
     gradient = np.array(tape.gradient(result, maps))[0, ..., 0]
-    read = dataclasses.replace(
-        calls[0],
-        outputs=calls[0].inputs,
-        locations=np.zeros((1, *calls[0].input_size, 1, 1, 2)),
-    )
-    spread = _tree._spread(read, levels[-1])
+    spread = _tree._spread(whole(calls[0]), levels[-1])
     # Each layer takes a quarter of a channel, and the second sums up four.
     np.testing.assert_allclose(spread / 4, gradient, rtol=1e-3, atol=1e-6)
     assert np.count_nonzero(gradient) > 30
+
+
+def test_the_tree_gives_parallel_branches_equal_shares():
+    """Tests weights against gradients, as above."""
+    image = keras.Input((*SIZE, 3))
+    x = keras.layers.Conv2D(4, 3, 2, padding="same", name="stem")(image)
+    kind = dict(filters=4, padding="same", modulation="2sigmoid")
+    branches = [
+        layers.DeformableConv2D(kernel_size=size, name=f"deformed_{i}", **kind)
+        for i, size in enumerate((3, (1, 5)))
+    ]
+    x = keras.layers.Average()([layer(x) for layer in branches])
+    x = layers.DeformableConv2D(kernel_size=3, name="deformed_2", **kind)(x)
+    model = keras.Model(image, x)
+    for index, layer in enumerate(tf_deform.deformable_layers(model)):
+        layer.offset_bias.assign(random(*layer.offset_bias.shape, seed=index))
+        taps = np.prod(layer.kernel_size)
+        layer.kernel.assign(np.full(layer.kernel.shape, 1 / (4 * taps)))
+    image = random(*SIZE, 3)
+    calls = _walk.walk(model, tf.constant(image[None]))
+    cell = (9, 14)
+    levels = _tree.follow(calls, 2, cell)
+    assert [level.call for level in levels] == calls[::-1]
+    assert len(_tree.follow(calls, 2, cell, depth=2)) == 2
+    rest = keras.Model(branches[0].input, x)
+    maps = tf.constant(keras.Model(model.input, branches[0].input)(image[None]))
+    # Displacements are biases alone, so that the model is linear in the map.
+    with tf.GradientTape() as tape:
+        tape.watch(maps)
+        result = rest(maps)[0, cell[0], cell[1], 0]
+    gradient = np.array(tape.gradient(result, maps))[0, ..., 0]
+    found = sum(_tree._spread(whole(calls[0]), level) for level in levels[1:])
+    np.testing.assert_allclose(found / 4, gradient, rtol=1e-3, atol=1e-6)
+    assert np.count_nonzero(gradient) > 30
+
+
+def whole(call):
+    """Returns a call whose cells are the pixels of the given call's input."""
+    return dataclasses.replace(
+        call,
+        outputs=call.inputs,
+        locations=np.zeros((1, *call.input_size, 1, 1, 2)),
+    )
 
 
 def regular(call):

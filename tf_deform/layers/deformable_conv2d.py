@@ -271,6 +271,40 @@ class DeformableConv2D(OpLayer, _keras.Conv2D):
                 weight, trainable and not (is_kernel and self.lora_enabled)
             )
 
+    def _flags(self) -> dict[str, bool] | None:
+        """Returns which weights are trained, or None if it is as usual.
+
+        Keras saves the flag of a layer and no flags of variables. On Keras 2
+        variables have none.
+        """
+        if not self.built:
+            return None
+        found, usual = {}, {}
+        kernel = {"kernel": self._kernel, "bias": self.bias}
+        for name, weight in {**kernel, **self._branch()}.items():
+            if weight is None:
+                continue
+            found[name] = bool(_keras.is_trainable(self, weight))
+            frozen = name in kernel and self.freeze_kernel
+            frozen |= name == "kernel" and self.lora_enabled
+            usual[name] = self.trainable and not frozen
+        return None if found == usual else found
+
+    def _set_flags(self, flags: Mapping[str, bool] | None) -> None:
+        weights = {"kernel": self._kernel, "bias": self.bias, **self._branch()}
+        for name, trainable in (flags or {}).items():
+            _keras.set_trainable(weights[name], trainable)
+
+    def get_build_config(self) -> dict[str, Any] | None:
+        config, flags = super().get_build_config(), self._flags()
+        return config if flags is None else {**config, "trainable": flags}
+
+    def build_from_config(self, config: Mapping[str, Any]) -> None:
+        config = dict(config)
+        flags = config.pop("trainable", None)
+        super().build_from_config(config)
+        self._set_flags(flags)
+
     def _branch(self) -> dict[str, Any]:
         """Returns the branch's weights by the names that files give them."""
         if self.offset_kernel is None:

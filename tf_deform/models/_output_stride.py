@@ -9,6 +9,7 @@ from typing import Any
 
 from tf_deform import _keras
 from tf_deform._keras import keras
+from tf_deform.layers import DeformableConv2D
 from tf_deform.models import _saving, _strides, _surgery
 
 _HUB = "stackwise_num_strides"  # an argument of KerasHub's residual networks
@@ -30,7 +31,8 @@ def set_output_stride(model: keras.Model, output_stride: int) -> keras.Model:
 
     Args:
         model: A functional or sequential model, functional models in it
-            included, or a residual network of KerasHub, not yet deformable.
+            included, or a residual network of KerasHub; not deformable yet:
+            this comes first, and then `make_deformable`.
         output_stride: 16 or 8: pixels of the image for one of the coarsest
             map, in each direction.
 
@@ -40,7 +42,9 @@ def set_output_stride(model: keras.Model, output_stride: int) -> keras.Model:
     Raises:
         TypeError: `model` is no model of this Keras.
         ValueError: `output_stride` is another number, the model is of another
-            kind, is no coarser, or has layers that cannot be dilated.
+            kind, is no coarser, has layers that cannot be dilated, as
+            deformable ones, or is one of KerasHub's that is deformable or
+            dilated already.
     """
     _surgery.check_model(model)
     if isinstance(output_stride, bool) or output_stride not in (8, 16):
@@ -48,13 +52,21 @@ def set_output_stride(model: keras.Model, output_stride: int) -> keras.Model:
             f"Expected `output_stride` to be 16 or 8. Received: {output_stride}"
         )
     level = {8: 3, 16: 4}[output_stride]
+    if _saving.is_marked(model):
+        raise ValueError(
+            "Expected `model` as its class makes it, before `set_output_stride`"
+            " and `make_deformable`, in this order. Received: "
+            f"{model.name!r}, a {type(model).__name__} whose convolutions are "
+            "deformable or dilated already. Make the model anew, call "
+            "`set_output_stride` once, and then `make_deformable`"
+        )
     is_hub = _HUB in _arguments(model)
     if not is_hub and not _is_functional(model):
         raise ValueError(
             "Expected `model` to be functional or sequential, with all its "
-            "layers, or a residual network of KerasHub that is not deformable "
-            f"yet. Received: {model.name!r} of the class "
-            f"{type(model).__name__}. Give the backbone of a larger model"
+            "layers, or a residual network of KerasHub. Received: "
+            f"{model.name!r} of the class {type(model).__name__}. Give the "
+            "backbone of a larger model, before `make_deformable`"
         )
     calls = _strides.measure(model)
     if max((call.after for call in calls), default=0) <= level:
@@ -117,6 +129,13 @@ def _changes(
             found["padding"] = [
                 [factor * pixels for pixels in side] for side in layer.padding
             ]
+        elif isinstance(layer, DeformableConv2D) and factor > 1:
+            raise _cannot(
+                layer,
+                "whose displacements would be as many pixels of a finer map, "
+                "and so look less far. Call `set_output_stride` first, and "
+                "then `make_deformable`",
+            )
         elif _strides.is_convolution(layer) and factor > 1:
             found["dilation_rate"] = [factor * x for x in layer.dilation_rate]
         elif hasattr(layer, "pool_size") and factor > 1:

@@ -40,8 +40,13 @@ def keep(model: Any) -> None:
 
 def mark(holder: Any) -> None:
     """Changes the class of a model or layer."""
-    if not isinstance(holder, _Deformed):
+    if not is_marked(holder):
         object.__setattr__(holder, "__class__", _subclass(type(holder)))
+
+
+def is_marked(holder: Any) -> bool:
+    """Tells whether `mark` has changed the class of a model or layer."""
+    return isinstance(holder, _Deformed)
 
 
 def _holders(layer: Any) -> Iterator[Any]:
@@ -124,6 +129,8 @@ class _Deformed:
             if each["options"] and not isinstance(layer, DeformableConv2D):
                 DeformableConv2D.adopt(layer, **each["options"])
             layer.dilation_rate = tuple(each["dilation_rate"])
+            if each["options"]:
+                layer._set_flags(each.get("trainable"))
         keep(made)
         return made
 
@@ -139,6 +146,7 @@ def _describe(layer: Any) -> dict[str, Any] | None:
         "filters": layer.filters,
         "dilation_rate": list(layer.dilation_rate),
         "options": {name: config[name] for name in _OPTIONS if name in config},
+        "trainable": layer._flags() if is_deformable else None,
     }
 
 

@@ -19,7 +19,7 @@ from tf_deform import _keras
 from tf_deform._keras import keras
 from tf_deform.layers import DeformableConv2D
 from tf_deform.layers._search import deformable_layers
-from tf_deform.ops._arguments import positive
+from tf_deform.ops._arguments import boolean, positive
 
 # Beyond this share of samples that have left the image, most of a layer's taps
 # read nothing.
@@ -68,7 +68,16 @@ class SamplingMonitor(keras.callbacks.Callback):
 
     A plain "same" convolution has samples outside as well, in its padding.
     `History` sees the logs, and so do the callbacks that come later in the list
-    that `fit` is given, such as `CSVLogger` and `TensorBoard`.
+    that `fit` is given, such as `CSVLogger` and `TensorBoard`, and the progress
+    bar, which becomes long. With `summary=True` the logs get four numbers in
+    place of all layers':
+
+        offset_mean         mean of the layers' means
+        offset_p99          largest of the layers' 99th percentiles
+        outside, modulator  means of the layers' numbers
+
+    `history`, a dictionary from the names above to lists of an epoch's number
+    each, and `log_dir` have the numbers of all layers in either case.
 
     It warns once for each layer and reason:
 
@@ -94,6 +103,7 @@ class SamplingMonitor(keras.callbacks.Callback):
         count: The number of images of the batch that are used, at most.
         log_dir: A folder into which the numbers also go, for TensorBoard,
             without Keras' callback; or None.
+        summary: Whether the logs get totals, not the numbers of each layer.
 
     Raises:
         TypeError: An argument has another type.
@@ -107,8 +117,10 @@ class SamplingMonitor(keras.callbacks.Callback):
         images: Any,
         count: int = 8,
         log_dir: str | os.PathLike | None = None,
+        summary: bool = False,
     ) -> None:
         super().__init__()
+        self._summary = boolean(summary, "summary")
         self._images = _batch(images, positive(count, "count"))
         if log_dir is not None:
             if not isinstance(log_dir, (str, os.PathLike)):
@@ -128,6 +140,7 @@ class SamplingMonitor(keras.callbacks.Callback):
     def _start(self) -> None:
         self._writer = None
         self._epochs = 0
+        self.history: dict[str, list[float]] = {}
         self._last: list[tuple[str, Any, _Sampling]] = []
         self._said: set[tuple[str, str]] = set()
 
@@ -144,12 +157,20 @@ class SamplingMonitor(keras.callbacks.Callback):
         self._measure()
         self._epochs += 1
         numbers = {}
+        totals: dict[str, list[float]] = collections.defaultdict(list)
         for name, _, found in self._last:
             for key in ("offset_mean", "offset_p99", "outside", "modulator"):
                 value = getattr(found, key)
                 if value is not None:
                     numbers[f"{key}/{name}"] = value
-        if logs is not None:
+                    totals[key].append(value)
+        for key, value in numbers.items():
+            self.history.setdefault(key, []).append(value)
+        if logs is not None and self._summary:
+            for key, values in totals.items():
+                total = np.max if key == "offset_p99" else np.mean
+                logs[key] = float(total(values))
+        elif logs is not None:
             logs.update(numbers)
         if self._log_dir is not None:
             if self._writer is None:

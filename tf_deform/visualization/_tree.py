@@ -20,7 +20,8 @@ class Level:
         call: The layer's call.
         points: `(n, 2)`, (y, x) in pixels of the image.
         weights: `(n,)`, of which the last layer's sum up to its mean
-            modulation, and each layer's before to what is left of it.
+            modulation, and each layer's before to what is left of it; parallel
+            branches have equal shares.
     """
 
     call: Call
@@ -40,6 +41,7 @@ def follow(
     A sample of a layer lies between cells of the layer before, whose samples
     count by bilinear weights. Samples beyond a map read zeros, and are left
     out. Layers that are not among `calls` are taken to look straight down.
+    Where parallel branches come together, all are followed.
 
     Args:
         calls: All calls.
@@ -51,13 +53,14 @@ def follow(
     weights = np.zeros(calls[index].size)
     weights[tuple(cell)] = 1
     levels: list[Level] = []
-    following: int | None = index
-    while following is not None and len(levels) != depth:
-        call = calls[following]
-        levels.append(_level(call, weights, image))
-        following = call.previous
-        if following is not None:
-            weights = _spread(calls[following], levels[-1])
+    following = {index: weights}
+    while following and len(levels) != depth:
+        latest = max(following)  # so that all that samples it has come before
+        call = calls[latest]
+        levels.append(_level(call, following.pop(latest), image))
+        for each in call.previous:
+            share = _spread(calls[each], levels[-1]) / len(call.previous)
+            following[each] = following.get(each, 0) + share
     return levels
 
 

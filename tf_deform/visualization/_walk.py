@@ -65,8 +65,9 @@ class Call:
         locations: `(batch, out_h, out_w, offset_groups, taps, 2)`, (y, x) in
             pixels of the input.
         modulation: `(batch, out_h, out_w, offset_groups, taps)`.
-        previous: The index of the call that comes last before it, among those
-            that its input is made of; or None.
+        previous: The indices of the calls that come last before it: those that
+            its input is made of, without the ones that another of them is made
+            of. Several where parallel branches come together.
     """
 
     layer: Any
@@ -76,7 +77,7 @@ class Call:
     input_size: tuple[int, int]
     locations: np.ndarray
     modulation: np.ndarray
-    previous: int | None
+    previous: tuple[int, ...]
 
     @property
     def size(self) -> tuple[int, int]:
@@ -92,11 +93,11 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class _Map:
-    """Describes a map: where it lies, and the last call that it is made of."""
+    """Describes a map: where it lies, and the last calls it is made of."""
 
     grid: Grid
     size: tuple[int, int]
-    last: int | None
+    last: tuple[int, ...] = ()
 
 
 def choose(model: Any, layers: Any) -> tuple[Callable[[Any], bool], str]:
@@ -248,7 +249,7 @@ class _Walker:
         # Tensors have no hash; an id is a tensor's while it lives.
         self._known: dict[int, tuple[weakref.ref, _Map]] = {}
         self._by_size: dict[tuple[int, int], _Map] = {}
-        self._latest = _Map(Grid(), size, None)
+        self._latest = _Map(Grid(), size)
         self._keep(images, self._latest)
 
     def note(self, layer: Any, args: Any, kwargs: Any, outputs: Any) -> None:
@@ -259,21 +260,26 @@ class _Walker:
         if not before or not after or isinstance(layer, ROILayer):
             return
         sources = [self._map(*each) for each in before]
-        lasts = [each.last for each in sources if each.last is not None]
-        last = max(lasts, default=None)
+        last = self._merge(sources)
         if _sampling.is_convolution(layer) and self._wanted(layer):
             last = self._call(layer, args, kwargs, sources[0], last)
         for tensor, size in after:
             if _keras.sublayers(layer):
-                grid = self._guess(size).grid
+                guess = self._guess(size)
+                found = _Map(guess.grid, size, self._merge([*sources, guess]))
             else:
                 grid = self._step(layer, args, kwargs, before, size)
-                grid = grid.within(sources[0].grid)
-            self._keep(tensor, _Map(grid, size, last))
+                found = _Map(grid.within(sources[0].grid), size, last)
+            self._keep(tensor, found)
 
     def _call(
-        self, layer: Any, args: Any, kwargs: Any, source: _Map, last: int | None
-    ) -> int:
+        self,
+        layer: Any,
+        args: Any,
+        kwargs: Any,
+        source: _Map,
+        last: tuple[int, ...],
+    ) -> tuple[int, ...]:
         names = ("inputs", "offset", "modulator")
         given = {**dict(zip(names, args)), **kwargs}
         given = {name: given[name] for name in names if name in given}
@@ -295,7 +301,17 @@ class _Walker:
                 last,
             )
         )
-        return len(self.calls) - 1
+        return (len(self.calls) - 1,)
+
+    def _merge(self, sources: Sequence[_Map]) -> tuple[int, ...]:
+        """Returns the last calls that maps are made of together."""
+        last = {index for each in sources for index in each.last}
+        inner, found = set(), list(last)
+        while found:
+            new = set(self.calls[found.pop()].previous) - inner
+            inner |= new
+            found += new
+        return tuple(sorted(last - inner))
 
     def _step(
         self, layer: Any, args: Any, kwargs: Any, before: Any, size: Any
