@@ -481,9 +481,15 @@ MISTAKES = [
     ),
     Mistake(
         "roi-layer-branch-on-padding",
-        "offset = tf.where(exists, offset, tf.zeros_like(offset))",
+        "fields = tf.where(exists, fields, tf.zeros_like(fields))",
         "pass",
         ("nan_test",),
+    ),
+    Mistake(
+        "roi-layer-factors-of-other-bins",
+        "outputs *= tf.cast(factor, outputs.dtype)",
+        "outputs *= tf.cast(factor[:, ::-1], outputs.dtype)",
+        EVERY_LAYER,
     ),
     Mistake(
         "roi-layer-class-of-nan",

@@ -40,7 +40,9 @@ def count_control(folder):
 
 
 @pytest.mark.parametrize("by", ["tf_deform", "keras"])
-@pytest.mark.parametrize("kind", ["clamp", "psroi", "roi", "align"])
+@pytest.mark.parametrize(
+    "kind", ["clamp", "psroi", "roi", "align", "modulated"]
+)
 def test_portable_saved_models_have_no_branches(by, kind, tmp_path):
     if kind in POOLING:
         model = pooling_model(kind)

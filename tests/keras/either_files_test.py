@@ -100,9 +100,11 @@ def test_further_weights_of_a_subclass(tmp_path):
 
 def test_checkpoints_hold_every_weight(tmp_path):
     """Tests names under which both Keras 2 and 3 find a weight."""
+    two = {"units": (8, 4), "modulation": "sigmoid"}
     layers = {
-        kind: built(kind, "own", **config)[0]
-        for kind, config in (("conv2d", {}), ("align", {"units": (8,)}))
+        "conv2d": built("conv2d", "own")[0],
+        "align": built("align", "own", units=(8,))[0],
+        "modulated": built("align", "own", **two)[0],
     }
     path = tf.train.Checkpoint(**layers).write(str(tmp_path / "checkpoint"))
     names = [name for name, _ in tf.train.list_variables(path)]

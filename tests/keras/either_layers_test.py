@@ -30,6 +30,7 @@ from layer_cases import (
     output_shape,
     own_call,
     pool_branch,
+    pool_factors,
     tensors,
     value_and_gradients,
 )
@@ -56,7 +57,10 @@ def expected(layer, call):
         maps = call.get("trans_inputs")
         operands = {"rois": call["rois"]}
         operands["own"] = pool_branch(layer, inputs, call["rois"], maps)
-    return by_hand(layer, inputs, *operands.values())
+    output = by_hand(layer, inputs, *operands.values())
+    if "own" in operands:
+        output = output * pool_factors(layer, inputs, call["rois"])
+    return output
 
 
 @pytest.mark.parametrize("kind,source,config", EVERY_CALL)

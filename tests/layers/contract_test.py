@@ -62,7 +62,7 @@ SIGNATURES = {
     "pool": "(pooled_size, spatial_scale, sample_per_part=4, trans_std=0.1, "
     "units=(), " + _LAST,
     "align": "(pooled_size, spatial_scale, sampling_ratio=0, gamma=0.1, "
-    "units=(), " + _LAST,
+    "units=(), modulation=None, " + _LAST,
 }
 # No argument is called `mask`: Keras fills it from its own masks.
 CALL_SIGNATURES = {
@@ -147,6 +147,8 @@ def test_config_holds_every_argument(kind):
     everything = {**EVERYTHING[kind], **_OTHERS, **more}
     if kind in DENSE:
         everything["units"] = (8, 4)
+    if kind == "align":
+        everything["modulation"] = "sigmoid"
     constructor = inspect.signature(cls).parameters
     assert {*constructor, *more} == {*everything, "kwargs"}
     layer = cls(**everything)

@@ -30,6 +30,7 @@ from layer_cases import (
     own_call,
     plain_call,
     pool_branch,
+    pool_factors,
     symbols,
     value_and_gradients,
 )
@@ -82,14 +83,16 @@ def test_own_branch(kind, config, dtype, tolerance):
     call = {k: v.astype(dtype) for k, v in own_call(kind).items()}
     displacements = pool_branch(layer, **call)
     expected = by_hand(layer, call["inputs"], call["rois"], displacements)
+    expected *= pool_factors(layer, call["inputs"], call["rois"])
     assert_close(layer(**call), expected, tolerance)
 
 
 @every_branch
 def test_a_new_layer_pools_plainly(kind, config):
-    """Tests a new layer, whose branch gives zeros."""
+    """Tests a new layer, whose branches give zeros: half with a sigmoid."""
     layer, call = new(kind, **config), own_call(kind)
     plain = by_hand(layer, *plain_call(kind).values())
+    plain *= 0.5 if "modulation" in config else 1
     assert_close(layer(**call), plain, 1e-5)
     for variable in layer.weights:
         if "hidden_kernel" in variable.name:
@@ -110,7 +113,8 @@ def test_displacements_of_zero_are_none(kind, config, call):
         call[KINDS[kind].given] *= 0
     layer = new(kind, **WIDE[kind], **config)
     output = layer(**call)
-    assert_equal(output, by_the_op(layer, call["inputs"], call["rois"]))
+    plain = by_the_op(layer, call["inputs"], call["rois"])
+    assert_equal(output, plain * 0.5 if "modulation" in config else plain)
 
 
 @pytest.mark.parametrize("kind", DENSE)
@@ -128,6 +132,37 @@ def test_shapes_of_a_dense_branch(kind):
         ("offset_kernel", (5, 3 * 4 * 2)),
         ("offset_bias", (3 * 4 * 2,)),
     ]
+
+
+def test_shapes_of_a_modulating_branch():
+    layer = displaced("align", units=[8, 5], modulation="sigmoid")
+    assert [(v.name, tuple(v.shape)) for v in layer.weights[6:]] == [
+        ("offset_modulator_hidden_kernel_0", (3 * 4 * 6, 8)),
+        ("offset_modulator_hidden_bias_0", (8,)),
+        ("offset_modulator_kernel", (8, 3 * 4)),
+        ("offset_modulator_bias", (3 * 4,)),
+    ]
+    assert layer.offset_modulator_kernel is layer.weights[8]
+    # One that is given displacements has no branch at all.
+    layer = new("align", modulation="sigmoid")
+    call = given_call("align")
+    assert_equal(layer(**call), by_the_op(layer, *call.values()))
+    assert layer.weights == []
+
+
+def test_order_of_factors():
+    """Sets one number of the bias."""
+    layer = new("align", modulation="sigmoid")
+    call = own_call("align")
+    half = layer(**call).numpy()
+    assert np.all(np.any(half, (0, 3)))
+    for row, column in np.ndindex(3, 4):
+        bias = np.zeros((3, 4), np.float32)
+        bias[row, column] = np.log(3)
+        layer.offset_modulator_bias.assign(bias.reshape(-1))
+        expected = half.copy()
+        expected[:, row, column] *= 1.5
+        assert_close(layer(**call), expected, 1e-6)
 
 
 def test_shapes_of_a_position_sensitive_branch():
@@ -225,7 +260,8 @@ def test_padding_among_others_has_no_say(kind, config, bad):
     # Padding goes to the end, so that the weights of the sum stay the same.
     call["rois"] = np.concatenate([call["rois"], nowhere])
     output, *gradients = value_and_gradients(layer, call, layer.weights)
-    assert_equal(output[:7], expected)
+    # A product of more rows may round otherwise.
+    assert_close(output[:7], expected, 1e-6 if "modulation" in config else 0)
     assert_equal(output[7:], np.zeros((3, 3, 4, 6)))
     assert_close(gradients, expected_gradients, 1e-6, name="gradients")
     assert all(np.any(gradient) for gradient in expected_gradients[1])

@@ -70,6 +70,7 @@ LAYERS = {
     "psroi": {},
     "pool, units": {"units": (8,)},
     "align": {},
+    "align, modulation": {"units": (8, 4), "modulation": "sigmoid"},
 }
 
 

@@ -108,6 +108,7 @@ KIND_OF = {
     "kernel_size": "pair",
     "modulation": "option",
     "DeformableConv2D.modulation": "option or None",
+    "DeformableROIAlign.modulation": "option or None",
     "num_classes": "count",
     "offset_dilation_rate": "pair or None",
     "offset_groups": "count",

@@ -117,6 +117,10 @@ POOL_BRANCHES = [
         for kind in DENSE
         for units in [(), (8,), (8, 4)]
     ],
+    *[
+        ("align", {"units": units, "modulation": "sigmoid"})
+        for units in [(), (8, 4)]
+    ],
 ]
 BRANCHES = [
     ("conv2d", {}),
@@ -468,6 +472,32 @@ def pool_branch(
     return tf.reshape(x, (len(rois), *layer.pooled_size, 2)).numpy()
 
 
+def pool_factors(
+    layer: Layer,
+    inputs: Any,
+    rois: Any,
+    functions: Any = _BY_HAND,
+    dtype: Any = tf.float64,
+) -> Any:
+    """Computes what multiplies bins from a layer's weights; 1 without it."""
+    if getattr(layer, "modulation", None) is None:
+        return 1
+    weights = {
+        _keras.name_of(v).removeprefix("offset_modulator_"): tf.cast(
+            _keras.tf_variable(v), dtype
+        )
+        for v in layer.weights
+        if "modulator" in v.name
+    }
+    x = by_the_op(layer, inputs, rois, functions=functions)
+    x = tf.reshape(tf.cast(x, dtype), (len(rois), math.prod(x.shape[1:])))
+    for index in range(len(layer.units) - 1):
+        x = tf.matmul(x, weights[f"hidden_kernel_{index}"])
+        x = tf.nn.relu(x + weights[f"hidden_bias_{index}"])
+    x = np.float64(tf.matmul(x, weights["kernel"]) + weights["bias"])
+    return 1 / (1 + np.exp(-x.reshape(len(rois), *layer.pooled_size, 1)))
+
+
 def in_its_type(layer: Layer, call: Call) -> tuple[np.ndarray, Any]:
     """Computes the branch in the layer's type, and the rest exactly.
 
@@ -492,4 +522,8 @@ def in_its_type(layer: Layer, call: Call) -> tuple[np.ndarray, Any]:
     displacements = pool_branch(layer, inputs, rois, maps, ops, compute)
     displacements = np.asarray(displacements).astype(coordinates)
     output = by_hand(layer, inputs, rois, displacements)
-    return output, POOLING[compute.name]
+    if getattr(layer, "modulation", None) is None:
+        return output, POOLING[compute.name]
+    # The bins, the factors and their products are rounded.
+    output *= pool_factors(layer, inputs, rois, ops, compute)
+    return output, FORWARD[compute.name]

@@ -128,7 +128,14 @@ class ROILayer(OpLayer):
 
 
 class DisplacedROILayer(ROILayer):
-    """Pools with bins displaced one by one, as given or by a branch."""
+    """Pools with bins displaced one by one, as given or by a branch.
+
+    Attributes of subclasses:
+        modulation: None, or "sigmoid" for a second branch of the same kind,
+            whose factors multiply the bins.
+    """
+
+    modulation: str | None = None
 
     _AXES = {
         "inputs": "batch, height, width, channels",
@@ -155,6 +162,9 @@ class DisplacedROILayer(ROILayer):
             )
         self.units = tuple(positive(size, "units") for size in units)
         self._hidden = []
+        self.offset_modulator_kernel = None
+        self.offset_modulator_bias = None
+        self._modulator_hidden = []
         self._channels = None
 
     @_keras.takes_all_shapes
@@ -172,55 +182,113 @@ class DisplacedROILayer(ROILayer):
         self._channels = self._channels_of(inputs_shape, "inputs")
         if offset_shape is not None:
             return
-        bins = self.pooled_size[0] * self.pooled_size[1]
-        features = bins * self._channels
-        for index, size in enumerate(self.units):
+        bins = math.prod(self.pooled_size)
+        self.offset_kernel, self.offset_bias = self._add_branch(
+            "offset", self._hidden, self.units, 2 * bins
+        )
+        if self.modulation is not None:
+            self.offset_modulator_kernel, self.offset_modulator_bias = (
+                self._add_branch(
+                    "offset_modulator",
+                    self._modulator_hidden,
+                    self.units[:-1],
+                    bins,
+                )
+            )
+
+    def _add_branch(
+        self,
+        name: str,
+        hidden: list[tuple[Any, Any]],
+        units: Sequence[int],
+        outputs: int,
+    ) -> tuple[Any, Any]:
+        """Makes the weights of dense layers, of which the last are zero.
+
+        Args:
+            name: What the names of weights begin with.
+            hidden: Receives kernel and bias of each hidden layer.
+            units: Sizes of the hidden layers.
+            outputs: Size of the last layer.
+
+        Returns:
+            Kernel and bias of the last layer.
+        """
+        features = math.prod(self.pooled_size) * self._channels
+        for index, size in enumerate(units):
             kernel = self.add_weight(
-                name=f"offset_hidden_kernel_{index}",
+                name=f"{name}_hidden_kernel_{index}",
                 shape=(features, size),
                 initializer="glorot_uniform",
             )
             bias = self.add_weight(
-                name=f"offset_hidden_bias_{index}",
+                name=f"{name}_hidden_bias_{index}",
                 shape=(size,),
                 initializer="zeros",
             )
             for weight, kind in ((kernel, "kernel"), (bias, "bias")):
-                _keras.track(self, weight, f"offset_hidden_{kind}_{index}")
-            self._hidden.append((kernel, bias))
+                _keras.track(self, weight, f"{name}_hidden_{kind}_{index}")
+            hidden.append((kernel, bias))
             features = size
-        self.offset_kernel = self.add_weight(
-            name="offset_kernel",
-            shape=(features, 2 * bins),
+        kernel = self.add_weight(
+            name=f"{name}_kernel",
+            shape=(features, outputs),
             initializer="zeros",
         )
-        self.offset_bias = self.add_weight(
-            name="offset_bias", shape=(2 * bins,), initializer="zeros"
+        bias = self.add_weight(
+            name=f"{name}_bias", shape=(outputs,), initializer="zeros"
         )
+        return kernel, bias
 
     def _run_branch(self, inputs: tf.Tensor, rois: tf.Tensor) -> tf.Tensor:
+        return self._run_branches(inputs, rois)[0]
+
+    def _run_branches(
+        self, inputs: tf.Tensor, rois: tf.Tensor
+    ) -> list[tf.Tensor]:
+        """Returns what the branches make of the plain pooling.
+
+        Displacements `(num_rois, pooled_h, pooled_w, 2)` and, with modulation,
+        factors `(num_rois, pooled_h, pooled_w, 1)`, in the coordinate type.
+        """
+        coordinates = coordinate_type(inputs.dtype)
+        # Keeps padding at 0 also where weights are NaN: 0 times NaN would be
+        # NaN.
+        known = tf.cast(rois, coordinates)
+        exists = tf.reduce_all(tf.abs(known) <= coordinates.max, 1, True)
+        exists &= known[:, :1] >= 0
+        x = self._pool(inputs, rois, None)
+        # Flattens channels last, whatever the layer's format is, so that the
+        # weights are the same in both formats.
+        x = tf.reshape(x, (-1, math.prod(x.shape[1:])))
+
         def dense(x: tf.Tensor, kernel: Any, bias: Any) -> tf.Tensor:
             kernel, bias = (
                 branch_value(self, weight) for weight in (kernel, bias)
             )
             return tf.matmul(x, kernel) + bias
 
-        x = self._pool(inputs, rois, None)
-        # Flattens channels last, whatever the layer's format is, so that the
-        # weights are the same in both formats.
-        x = tf.reshape(x, (-1, math.prod(x.shape[1:])))
-        for kernel, bias in self._hidden:
-            x = tf.nn.relu(dense(x, kernel, bias))
-        offset = dense(x, self.offset_kernel, self.offset_bias)
-        coordinates = coordinate_type(inputs.dtype)
-        offset = tf.cast(offset, coordinates)
-        # Keeps padding at 0 also where weights are NaN: 0 times NaN would be
-        # NaN.
-        rois = tf.cast(rois, coordinates)
-        exists = tf.reduce_all(tf.abs(rois) <= coordinates.max, 1, True)
-        exists &= rois[:, :1] >= 0
-        offset = tf.where(exists, offset, tf.zeros_like(offset))
-        return tf.reshape(offset, (-1, *self.pooled_size, 2))
+        def run(hidden: list[tuple[Any, Any]], *last: Any) -> tf.Tensor:
+            fields = x
+            for kernel, bias in hidden:
+                fields = tf.nn.relu(dense(fields, kernel, bias))
+            fields = tf.cast(dense(fields, *last), coordinates)
+            fields = tf.where(exists, fields, tf.zeros_like(fields))
+            return tf.reshape(
+                fields,
+                (-1, *self.pooled_size, last[0].shape[-1] // bins),
+            )
+
+        bins = math.prod(self.pooled_size)
+        found = [run(self._hidden, self.offset_kernel, self.offset_bias)]
+        if self.offset_modulator_kernel is not None:
+            factors = run(
+                self._modulator_hidden,
+                self.offset_modulator_kernel,
+                self.offset_modulator_bias,
+            )
+            found.append(tf.sigmoid(factors))
+        return found
 
     def _check_offset(self, shape: Sequence[int | None] | None) -> None:
         if shape is None:
@@ -264,14 +332,17 @@ class DisplacedROILayer(ROILayer):
         if inputs.shape.rank is None or inputs.shape[-1] is None:
             inputs = tf.ensure_shape(inputs, (None, None, None, self._channels))
         has_own = offset is None
+        factors = []
         if has_own:
-            offset = self._run_branch(inputs, rois)
+            offset, *factors = self._run_branches(inputs, rois)
         else:
             offset = self._to_channels_last(offset, "offset")
         with self._own_words():
             outputs = self._pool(inputs, rois, offset)
         if has_own:
             outputs = hand_on_nan(outputs, offset)
+        for factor in factors:
+            outputs *= tf.cast(factor, outputs.dtype)
         return self._to_data_format(outputs)
 
     def get_config(self) -> dict[str, Any]:

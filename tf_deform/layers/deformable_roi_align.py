@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from tf_deform import _keras
 from tf_deform.layers._roi_layer import DisplacedROILayer, check_factor
-from tf_deform.ops._arguments import MAX_EXTENT, bounded
+from tf_deform.ops._arguments import MAX_EXTENT, bounded, option
 from tf_deform.ops.deformable_roi_align import deformable_roi_align
 
 
@@ -25,7 +25,15 @@ class DeformableROIAlign(DisplacedROILayer):
         offset = hidden @ offset_kernel + offset_bias
         outputs = align(inputs, rois, offset)
 
-    The last matrix starts at zero, so that a new layer is ROIAlign. `align` is
+    The last matrix starts at zero, so that a new layer is ROIAlign. With
+    `modulation="sigmoid"` a second branch, of one hidden layer less, multiplies
+    the bins:
+
+        outputs *= sigmoid(
+            hidden @ offset_modulator_kernel + offset_modulator_bias
+        )
+
+    It starts at zero too, so that a new layer is half of ROIAlign. `align` is
     `tf_deform.ops.deformable_roi_align`: regions are not rounded, and samples
     lie at the centre of each sub-bin.
 
@@ -35,8 +43,9 @@ class DeformableROIAlign(DisplacedROILayer):
 
     Source: He et al. 2017, "Mask R-CNN", arXiv:1703.06870, section 3;
     displacements: Dai et al. 2017, "Deformable Convolutional Networks",
-    arXiv:1703.06211, Eq. 6; hidden layers: Zhu et al. 2018, "Deformable
-    ConvNets v2", arXiv:1811.11168, section 3.2.
+    arXiv:1703.06211, Eq. 6; hidden layers and modulation: Zhu et al. 2018,
+    "Deformable ConvNets v2", arXiv:1811.11168, section 3.2; a branch of its own
+    for modulation: mmcv's ModulatedDeformRoIPoolPack.
 
     Weights:
         offset_hidden_kernel_0, offset_hidden_bias_0, ...: one pair for each of
@@ -44,6 +53,11 @@ class DeformableROIAlign(DisplacedROILayer):
         offset_kernel: `(features, pooled_h * pooled_w * 2)`, ordered
             `[ph][pw][(dy, dx)]`.
         offset_bias: `(pooled_h * pooled_w * 2,)`.
+        offset_modulator_hidden_kernel_0, ...: one pair for each of `units` but
+            the last; these and the next two with `modulation` alone.
+        offset_modulator_kernel: `(features, pooled_h * pooled_w)`, ordered
+            `[ph][pw]`.
+        offset_modulator_bias: `(pooled_h * pooled_w,)`.
 
     Only a layer that is not given `offset` has weights.
 
@@ -54,6 +68,7 @@ class DeformableROIAlign(DisplacedROILayer):
             depends on the size of the region.
         gamma: Factor of the displacements.
         units: Sizes of the branch's hidden layers, none by default.
+        modulation: None, or "sigmoid" for factors of the bins.
         data_format: "channels_last" or "channels_first", of `inputs`, `offset`
             and the outputs; None means `keras.config.image_data_format()`. The
             weights are the same in both. "channels_first" costs a transposition
@@ -70,8 +85,8 @@ class DeformableROIAlign(DisplacedROILayer):
             but to float32 (float64 if that is the compute dtype). No gradient.
         offset: `(num_rois, pooled_h, pooled_w, 2)`, or `(num_rois, 2,
             pooled_h, pooled_w)` for "channels_first": `(dy, dx)` in fractions
-            of the region, times `gamma`; cast like `rois`. The branch then
-            neither runs nor is built.
+            of the region, times `gamma`; cast like `rois`. No branch then
+            runs or is built, and nothing is modulated.
 
     Returns:
         `(num_rois, pooled_h, pooled_w, channels)`, or `(num_rois, channels,
@@ -89,6 +104,7 @@ class DeformableROIAlign(DisplacedROILayer):
         sampling_ratio: int = 0,
         gamma: float = 0.1,
         units: Sequence[int] = (),
+        modulation: str | None = None,
         data_format: str | None = None,
         implementation: str = "native",
         **kwargs: Any,
@@ -105,6 +121,7 @@ class DeformableROIAlign(DisplacedROILayer):
             sampling_ratio, "sampling_ratio", -MAX_EXTENT
         )
         self.gamma = check_factor(gamma, "gamma")
+        self.modulation = option(modulation, "modulation", (None, "sigmoid"))
 
     def _pool(
         self, inputs: tf.Tensor, rois: tf.Tensor, offset: tf.Tensor | None
@@ -125,4 +142,5 @@ class DeformableROIAlign(DisplacedROILayer):
             **super().get_config(),
             "sampling_ratio": self.sampling_ratio,
             "gamma": self.gamma,
+            "modulation": self.modulation,
         }
