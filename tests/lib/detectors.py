@@ -34,7 +34,7 @@ def make_backbone(first=2, last=4, width=8):
     return keras.Model(image, maps, name="small")
 
 
-def make_faster_rcnn(pooling="align", num_classes=2, **arguments):
+def make_faster_rcnn(pooling="align", backbone=None, **arguments):
     arguments = {
         **COMMON,
         "fpn_channels": 16,
@@ -43,10 +43,11 @@ def make_faster_rcnn(pooling="align", num_classes=2, **arguments):
         "samples": 32,
         **arguments,
     }
-    return FasterRCNN(make_backbone(), num_classes, pooling, **arguments)
+    backbone = make_backbone() if backbone is None else backbone
+    return FasterRCNN(backbone, 2, pooling, **arguments)
 
 
-def make_rfcn(pooling="deform", num_classes=2, **arguments):
+def make_rfcn(pooling="deform", backbone=None, **arguments):
     arguments = {
         **COMMON,
         "channels": 32,
@@ -55,7 +56,8 @@ def make_rfcn(pooling="deform", num_classes=2, **arguments):
         "hard_examples": 16,
         **arguments,
     }
-    return RFCN(make_backbone(3, 3), num_classes, pooling, **arguments)
+    backbone = make_backbone(3, 3) if backbone is None else backbone
+    return RFCN(backbone, 2, pooling, **arguments)
 
 
 def liven(model, scale=1.0):
