@@ -180,6 +180,16 @@ def no_objects(root, form):
         (root / f"{name}.xml").write_text(xml(name, []))
 
 
+def other_images(folder):
+    """Returns a maker that puts pictures of the same name beside."""
+
+    def make(root, form):
+        (root / folder).mkdir()
+        picture("a").save(root / folder / "a.png")
+
+    return make
+
+
 def listed(content):
     def make(root, form):
         folder = root / "ImageSets/Main"
@@ -401,6 +411,10 @@ VOC_FAULTS = [
           "a.xml: .* Received: a.jpg, a.png"),
     Fault("xml files in folders of their own", "voc", moved("a.xml", "labels"),
           "kept", check=boxes(FIRST, SECOND)),
+    Fault("masks of the same names", "voc", other_images("SegmentationClass"),
+          "kept", "[)]\nobjects: 3", check=boxes(FIRST, SECOND)),
+    Fault("pictures in another folder", "voc yolo", other_images("runs"),
+          "kept", "without an annotated image were left out: 1 .*runs/a.png"),
     Fault("no xml at all", "voc", no_xml, "refused", "xml files in"),
     Fault("no object at all", "voc", no_objects, "refused", "at least one obj"),
     Fault("from 1", "voc", edges(1, 1, 24, 16), "kept", "from 1 and both",
