@@ -4,7 +4,8 @@
     python examples/addons_segmentation.py --out runs/addons
 
 For TensorFlow 2.15, the last that tensorflow_addons runs with. A small plain
-model learns to segment scenes of handwritten digits (see `digit_scenes.py`).
+model learns to segment scenes of handwritten digits (see
+`tf_deform/demo/_digit_scenes.py`).
 Then two copies of it are fine-tuned for the same number of steps on the same
 batches: one stays plain, in the other the last two convolutions become
 deformable and start with the plain weights. In the folder the call leaves
@@ -30,11 +31,11 @@ import time
 # TensorFlow's messages at start-up would bury the table.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import digit_scenes
 import numpy as np
 import tensorflow as tf
 
 import tf_deform
+from tf_deform.demo import _digit_scenes as digit_scenes
 
 try:
     import tensorflow_addons as tfa

@@ -20,13 +20,14 @@ from collections.abc import Callable, Iterable
 # TensorFlow's messages at start-up would bury the table.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import digit_scenes
 import exports
 import h5py
 import keras
 import numpy as np
 import scipy.stats
 import tensorflow as tf
+
+from tf_deform.demo import _digit_scenes as digit_scenes
 
 BATCH_SIZE = 32
 WARMUP_STEPS = 50

@@ -3,7 +3,8 @@
 
     python examples/segmentation.py --out runs/segmentation
 
-It composes scenes of handwritten digits (see `digit_scenes.py`), trains each
+It composes scenes of handwritten digits (see
+`tf_deform/demo/_digit_scenes.py`), trains each
 arm for the same number of steps on the same batches, and leaves in the folder:
 
     metrics.json        every number that was printed
@@ -27,7 +28,6 @@ import pathlib
 # TensorFlow's messages at start-up would bury the table.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import digit_scenes
 import exports
 import keras
 import numpy as np
@@ -37,6 +37,7 @@ import scipy.stats
 import tensorflow as tf
 
 import tf_deform
+from tf_deform.demo import _digit_scenes as digit_scenes
 
 ARMS = (
     "plain",

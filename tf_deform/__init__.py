@@ -8,6 +8,7 @@
   them.
 - `tf_deform.training`: an optimizer with a learning rate for offsets.
 - `tf_deform.visualization`: where layers look, in pictures and a page.
+- `tf_deform.demo`: what deformable convolution is worth, on trees and digits.
 - `tf_deform.export`: models as SavedModel, ONNX and LiteRT files.
 
 Displacements are pairs `(dy, dx)`, and maps are `(batch, height, width,
@@ -28,12 +29,13 @@ from tf_deform.models import (
 )
 
 if TYPE_CHECKING:
-    from tf_deform import data, export, visualization
+    from tf_deform import data, demo, export, visualization
     from tf_deform._plain_weights import load_plain_weights
 
 __all__ = [
     "__version__",
     "data",
+    "demo",
     "deformable_layers",
     "export",
     "implementation",
@@ -58,6 +60,10 @@ def __getattr__(name: str) -> Any:
         import tf_deform.data as data
 
         return data
+    if name == "demo":
+        import tf_deform.demo as demo
+
+        return demo
     if name == "export":
         import tf_deform.export as export  # `from` would come back to here.
 

@@ -3,7 +3,8 @@
 
     python examples/detection/train.py --out runs/detection
 
-It composes scenes of handwritten digits (see `../digit_scenes.py`), trains each
+It composes scenes of handwritten digits (see
+`tf_deform/demo/_digit_scenes.py`), trains each
 arm (see `detector.py`) for the same number of steps on the same batches, and
 leaves in the folder:
 

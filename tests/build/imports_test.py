@@ -23,6 +23,7 @@ COMMAND = "tf_deform_cli"
 FLOORS = (
     {
         "_build_info",
+        "_cache",
         "_command_line",
         "_files",
         "_run_folder",
@@ -39,12 +40,20 @@ FLOORS = (
     {"_plain_weights"},
     {"data", "models", "training"},
     {"export", "hub", "visualization"},
+    {"demo"},
     {"tasks"},
     {""},
     {"__main__"},
 )
 # These parts need TensorFlow alone: a program without Keras 3 could use them.
-NO_KERAS = {"_files", "_loader", "_implementation", "_portable", "ops"}
+NO_KERAS = {
+    "_cache",
+    "_files",
+    "_loader",
+    "_implementation",
+    "_portable",
+    "ops",
+}
 # Every other import of the package belongs to an extra, and stands in the
 # function that needs it. Keras requires h5py.
 REQUIRED = {"tensorflow", "keras", "numpy", "h5py"}

@@ -5,7 +5,6 @@ import io
 import json
 import types
 
-import digit_scenes
 import keras
 import numpy as np
 import PIL.Image
@@ -14,6 +13,7 @@ import tensorflow as tf
 from detection import detector, export, train
 
 from tf_deform import _loader
+from tf_deform.demo import _digit_scenes as digit_scenes
 
 CATEGORIES = [{"id": 7, "name": "seven"}, {"id": 3, "name": "three"}]
 

@@ -11,9 +11,10 @@ import pytest
 pytest.importorskip("skimage", reason="the examples' requirements")
 pytest.importorskip("sklearn", reason="the examples' requirements")
 
-import digit_scenes
 import PIL.Image
 import skimage
+
+from tf_deform.demo import _digit_scenes as digit_scenes
 
 _COUNTS = {"train": 5, "val": 3, "test": 4}
 

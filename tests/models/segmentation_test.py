@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests the model of the segmentation example; `runs_test.py` tests runs."""
 
-import digit_scenes
 import keras
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ import tensorflow as tf
 from detection_test import displace, random_images
 
 from tf_deform import _loader
+from tf_deform.demo import _digit_scenes as digit_scenes
 
 
 def make_model(image_size: int | None) -> keras.Model:

@@ -5,7 +5,7 @@ The digits are the 1797 scans that scikit-learn contains. The backgrounds are
 photographs and textures that scikit-image contains in its wheel. Nothing is
 downloaded. Every part (train, val, test) has digits and pictures of its own.
 
-    python examples/digit_scenes.py --out scenes --seed 0
+    python -m tf_deform.demo._digit_scenes --out scenes --seed 0
 
 It writes for each part
 
@@ -25,23 +25,12 @@ import dataclasses
 import functools
 import json
 import pathlib
-import shutil
+import types
 import xml.etree.ElementTree as ET
 
 import numpy as np
 
-try:
-    import PIL.Image
-    import skimage
-    import skimage.color
-    import skimage.io
-    import skimage.transform
-    import sklearn.datasets
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        "Expected scikit-learn, scikit-image and Pillow to be installed. "
-        f"Received: {error}. Run `pip install 'tf-deform[examples]'`."
-    ) from error
+from tf_deform import _files
 
 IMAGE_SIZE = 64
 NUM_CLASSES = 11  # The background and ten digits.
@@ -99,8 +88,26 @@ class Scene:
 
 
 @functools.cache
+def _packages() -> tuple[types.ModuleType, ...]:
+    """Imports what the extra `tf-deform[examples]` brings."""
+    try:
+        import PIL.Image
+        import skimage.color
+        import skimage.io
+        import skimage.transform
+        import sklearn.datasets
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "Expected scikit-learn, scikit-image and Pillow to be installed. "
+            f"Received: {error}. Run `pip install 'tf-deform[examples]'`."
+        ) from error
+    return PIL, skimage, sklearn
+
+
+@functools.cache
 def _scans() -> tuple[np.ndarray, np.ndarray]:
     """Returns the scans, `(1797, 12, 12)` in [0, 1], and their digits."""
+    _, _, sklearn = _packages()
     data = sklearn.datasets.load_digits()
     # Two empty pixels around the scan let its ink fade out when enlarged.
     images = np.pad(data.images / 16.0, ((0, 0), (2, 2), (2, 2)))
@@ -110,6 +117,7 @@ def _scans() -> tuple[np.ndarray, np.ndarray]:
 @functools.cache
 def _picture(name: str) -> np.ndarray:
     """Returns a picture of scikit-image, gray in [0, 1], at half its size."""
+    _, skimage, _ = _packages()
     # Reads the file by its path: `skimage.data` would download a missing file.
     path = pathlib.Path(skimage.__file__).parent / "data" / name
     picture = skimage.io.imread(path)
@@ -142,6 +150,7 @@ def _deform(rng: np.random.Generator, scan: np.ndarray) -> np.ndarray | None:
         `(64, 64)` ink in [0, 1], or None if the digit is too large for the
         scene.
     """
+    _, skimage, _ = _packages()
     scale = np.exp(rng.uniform(np.log(1.2), np.log(5.0)))
     stretch = np.exp(rng.uniform(-0.5, 0.5) * np.log(1.6))
     linear = skimage.transform.AffineTransform(
@@ -258,6 +267,7 @@ def _voc(scene: Scene, name: str) -> ET.ElementTree:
 
 
 def _write_part(folder: pathlib.Path, part: str, count: int, seed: int) -> None:
+    PIL, _, _ = _packages()
     for name in ("images", "masks", "voc"):
         (folder / name).mkdir(parents=True)
     images, annotations = [], []
@@ -347,13 +357,12 @@ def write(
                 "choose another one."
             )
         return out
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for part, count in counts.items():
-        print(f"Composing {count} {part} scenes", flush=True)
-        _write_part(partial / part, part, count, seed)
-    (partial / record.name).write_text(json.dumps(asked))
-    partial.rename(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with _files.writing(out, record.name) as partial:
+        for part, count in counts.items():
+            print(f"Composing {count} {part} scenes", flush=True)
+            _write_part(partial / part, part, count, seed)
+        (partial / record.name).write_text(json.dumps(asked))
     return out
 
 

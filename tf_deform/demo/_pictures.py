@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draws what detectors of trees find, and where they look."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tf_deform import data, visualization
+from tf_deform._files import writing
+from tf_deform._keras import keras
+
+_LEAST_SCORE = 0.3
+
+
+class Row(NamedTuple):
+    """Holds a row of pictures: a photograph and what was found in it.
+
+    Attributes:
+        place: Where it was taken.
+        image: `(height, width, 3)` uint8.
+        photograph: The photograph's annotations.
+        found: By arm, what `predict_image` returned.
+    """
+
+    place: str
+    image: np.ndarray
+    photograph: Any
+    found: Mapping[str, Mapping[str, np.ndarray]]
+
+
+def _figure(rows: int, columns: int) -> tuple[Any, np.ndarray]:
+    """Makes a figure that needs no screen, and its axes."""
+    import matplotlib.figure
+
+    figure = matplotlib.figure.Figure(
+        figsize=(4 * columns, 4 * rows), layout="constrained"
+    )
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for each in axes.flat:
+        each.set_axis_off()
+    return figure, axes
+
+
+def _save(figure: Any, path: pathlib.Path) -> None:
+    with writing(path) as partial:
+        figure.savefig(partial, format="png", dpi=100)
+
+
+def draw_boxes(path: pathlib.Path, rows: Sequence[Row]) -> None:
+    """Draws one row for each photograph: true boxes, then each arm's.
+
+    Args:
+        path: PNG file to write.
+        rows: The photographs. Boxes of a score below .3 are left out.
+    """
+    arms = list(rows[0].found)
+    figure, axes = _figure(len(rows), 1 + len(arms))
+    for row, line in zip(rows, axes):
+        wanted = ~(row.photograph.crowd | row.photograph.difficult)
+        boxes = row.photograph.boxes[wanted]
+        _show(line[0], row.image, boxes, "white")
+        line[0].set_title(f"{row.place}: {len(boxes)} trees annotated")
+        for ax, (arm, found) in zip(line[1:], row.found.items()):
+            likely = found["scores"] >= _LEAST_SCORE
+            _show(ax, row.image, found["boxes"][likely], "yellow")
+            ax.set_title(f"{arm}: {likely.sum()} found")
+    _save(figure, path)
+
+
+def _show(ax: Any, image: np.ndarray, boxes: np.ndarray, color: str) -> None:
+    import matplotlib.patches
+
+    ax.imshow(image)
+    # A box's edges lie between pixels; Matplotlib counts from their centres.
+    for x1, y1, x2, y2 in boxes - 0.5:
+        ax.add_patch(
+            matplotlib.patches.Rectangle(
+                (x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color
+            )
+        )
+
+
+def draw_sampling(
+    path: pathlib.Path, model: keras.Model, rows: Sequence[Row], trees: int = 3
+) -> None:
+    """Draws where the last deformable layers of a backbone look for trees.
+
+    Args:
+        path: PNG file to write.
+        model: A detector whose backbone has deformable layers.
+        rows: The photographs, a row each.
+        trees: Number of trees of a photograph, from small to large.
+    """
+    figure, axes = _figure(len(rows), trees)
+    for row, line in zip(rows, axes):
+        wanted = ~(row.photograph.crowd | row.photograph.difficult)
+        boxes = row.photograph.boxes[wanted]
+        boxes = boxes[np.argsort((boxes[:, 2:] - boxes[:, :2]).prod(1))]
+        ranks = np.linspace(0.1, 0.9, trees) * (len(boxes) - 1)
+        pixels, scale = data.letterbox(row.image, model.image_size)
+        for ax, box in zip(line, boxes[ranks.astype(int)]):
+            x1, y1, x2, y2 = box * np.asarray(scale)
+            visualization.plot_sampling(
+                model.backbone,
+                np.asarray(pixels),
+                ((y1 + y2) / 2, (x1 + x2) / 2),
+                ax=ax,
+            )
+            _show(
+                ax,
+                np.asarray(pixels) / 255,
+                np.array([[x1, y1, x2, y2]]),
+                "white",
+            )
+        line[0].set_title(row.place)
+    _save(figure, path)
