@@ -92,7 +92,7 @@ def read_parts(run: Run) -> tuple[Any, Any]:
             len(val.photographs),
         )
     else:
-        val = read(settings, settings["val"]).select(train.classes)
+        val = read(settings, settings["val"], classes=train.classes)
     LOGGER.info("Classes: %s", ", ".join(train.classes))
     run.keep_files(training=train, validation=val)
     return train, val
