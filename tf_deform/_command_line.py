@@ -88,6 +88,10 @@ _HELP = {
         "the .keras file). Unless it is none, the stem, stage c2 and batch "
         "normalization stay frozen",
     ),
+    "demo.weights": (
+        "FILE",
+        "for trees, the file open_nsfw.onnx (default: fetched)",
+    ),
     "deform": (
         "c3-c5|none",
         "stages of the backbone whose convolutions become deformable",

@@ -375,6 +375,7 @@ TASKS: Mapping[str, Mapping[str, Setting]] = {
     "demo": {
         "name": Setting(one_of("trees", "digits"), REQUIRED),
         "out": Setting(path_text, None),
+        "weights": Setting(existing_file, None),
         "full": Setting(boolean, False),
     },
 }
@@ -430,6 +431,11 @@ def check_together(
                 f"Expected {spell(name)} for {form} photographs alone. "
                 f"Received: {', '.join(sources)}"
             )
+    if found.get("name") == "digits" and found["weights"] is not None:
+        raise ValueError(
+            f"Expected {spell('weights')} for trees alone. Received: "
+            f"{found['weights']}"
+        )
     if task == "train_detector" and found["model"] == "rfcn":
         if found["pooling"] != "align":
             raise ValueError(

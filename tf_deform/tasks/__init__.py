@@ -342,25 +342,33 @@ def export_model(
 
 
 def demo(
-    name: str, *, out: str | _Path | None = None, full: bool = False
-) -> None:
+    name: str,
+    *,
+    out: str | _Path | None = None,
+    weights: str | _Path | None = None,
+    full: bool = False,
+) -> dict[str, Any]:
     """Compares plain and deformable models on data that are fetched or made.
 
     Args:
         name: "trees": detectors of trees in aerial photographs. "digits":
             segmenters and detectors of handwritten digits.
         out: The folder for results. None: `runs/` and the name.
+        weights: For trees, the file open_nsfw.onnx. None: it is fetched.
         full: Whether to train three seeds, and all controls.
+
+    Returns:
+        What metrics.json holds.
 
     Raises:
         ValueError: An argument is not what is expected.
         OSError: A file cannot be fetched, read or written.
         ImportError: An extra is not installed.
     """
-    from tf_deform import demo as demos
+    settings = _check("demo", locals())
+    from tf_deform.demo import run
 
-    settings = _check("demo", locals() | {"demos": None})
-    demos.run(**settings)
+    return run(**settings)
 
 
 def _check(task: str, given: dict[str, Any]) -> dict[str, Any]:

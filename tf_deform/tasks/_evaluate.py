@@ -34,7 +34,7 @@ def evaluate(settings: Mapping[str, Any]) -> dict[str, float]:
             f"{settings['data']}"
         )
     classes = _models.class_names(model)
-    truth = _setup.read(settings, settings["data"]).select(classes)
+    truth = _setup.read(settings, settings["data"], classes=classes)
     judge = _models.Judge(
         truth,
         detector,

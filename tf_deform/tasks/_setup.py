@@ -92,7 +92,7 @@ def read_parts(run: Run) -> tuple[Any, Any]:
             len(val.photographs),
         )
     else:
-        val = read(settings, settings["val"]).select(train.classes)
+        val = read(settings, settings["val"], classes=train.classes)
     LOGGER.info("Classes: %s", ", ".join(train.classes))
     run.keep_files(training=train, validation=val)
     return train, val
@@ -102,21 +102,31 @@ def read_parts(run: Run) -> tuple[Any, Any]:
 
 
 def make_backbone(settings: Mapping[str, Any]) -> keras.Model:
-    """Makes the backbone: weights, deformable layers, what is frozen."""
+    """Makes the backbone with its weights."""
     network, weights = settings["backbone"], settings["weights"]
     if network.endswith((".keras", ".h5")):
         network = keras.saving.load_model(network, compile=False)
     elif weights is None:
         weights = "imagenet"
-    backbone = models.backbone(network, weights, settings["size"])
+    return models.backbone(network, weights, settings["size"])
+
+
+def prepare(model: keras.Model, settings: Mapping[str, Any]) -> None:
+    """Makes layers of a model's backbone deformable, and freezes others.
+
+    The model comes first, as it may have made the backbone's maps finer, by
+    dilation that offsets do not follow.
+    """
     if settings["deform"] != "none":
         surgery = models.make_deformable(
-            backbone, settings["deform"], verbose=False
+            model.backbone,
+            settings["deform"],
+            offset_dilation_rate=1,
+            verbose=False,
         )
         LOGGER.info("Deformable layers of the backbone:\n%s", surgery)
-    if weights != "none":
-        models.train_only(backbone, "c3-", freeze_batch_norm=True)
-    return backbone
+    if settings["weights"] != "none":
+        models.train_only(model.backbone, "c3-", freeze_batch_norm=True)
 
 
 def follow_batch_norm(model: keras.Model, steps: int) -> None:

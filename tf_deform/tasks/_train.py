@@ -42,6 +42,7 @@ def train_detector(run: _run.Run) -> dict[str, Any]:
         model = models.FasterRCNN(
             backbone, len(train.classes), settings["pooling"], **options
         )
+    _setup.prepare(model, settings)
     _report_objects(train, val, model, settings)
 
     def batches(start: int) -> tf.data.Dataset:
@@ -72,6 +73,7 @@ def train_segmenter(run: _run.Run) -> dict[str, Any]:
         image_size=settings["size"],
         class_names=train.classes,
     )
+    _setup.prepare(model, settings)
 
     def batches(start: int) -> tf.data.Dataset:
         return data.segmentation_batches(
