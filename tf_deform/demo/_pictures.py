@@ -23,7 +23,7 @@ class Row(NamedTuple):
         place: Where it was taken.
         image: `(height, width, 3)` uint8.
         photograph: The photograph's annotations.
-        found: By arm, what `predict_image` returned.
+        found: By arm, "boxes" `(n, 4)` and "scores" `(n,)`.
     """
 
     place: str
