@@ -161,10 +161,6 @@ _HELP = {
         "a SavedModel of TensorFlow's own operations, which needs no tf-deform "
         "where it runs",
     ),
-    "quantize": (
-        "float16|dynamic",
-        "smaller weights of a .tflite file (default: float32)",
-    ),
     "name": (None, "trees or digits"),
     "full": (None, "three seeds, and all controls"),
 }

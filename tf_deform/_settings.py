@@ -370,7 +370,6 @@ TASKS: Mapping[str, Mapping[str, Setting]] = {
         "model": _MODEL,
         "path": Setting(export_path, REQUIRED),
         "portable": Setting(boolean, False),
-        "quantize": Setting(one_of("float16", "dynamic"), None),
     },
     "demo": {
         "name": Setting(one_of("trees", "digits"), REQUIRED),
@@ -443,12 +442,9 @@ def check_together(
                 "always pools with displacements. Received: "
                 f"{found['pooling']}"
             )
-    if task == "export_model":
-        kind = export_format(found["path"])
-        for name, only in (("portable", "saved_model"), ("quantize", "litert")):
-            if found[name] and kind != only:
-                wanted = "a folder" if name == "portable" else "a .tflite file"
-                raise ValueError(
-                    f"Expected {spell(name)} for {wanted} alone. Received: "
-                    f"{found['path']}"
-                )
+    if task == "export_model" and found["portable"]:
+        if export_format(found["path"]) != "saved_model":
+            raise ValueError(
+                f"Expected {spell('portable')} for a folder alone. Received: "
+                f"{found['path']}"
+            )

@@ -158,10 +158,6 @@ WRONG = {
         ["export", "m.keras", "no/m.onnx"],
         "a path in a folder that exists",
     ),
-    "quantized": (
-        ["export", "m.keras", "m.onnx", "--quantize", "float16"],
-        "Expected --quantize for a .tflite file alone",
-    ),
     "portable": (
         ["export", "m.keras", "m.tflite", "--portable"],
         "Expected --portable for a folder alone",

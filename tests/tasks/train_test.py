@@ -275,7 +275,15 @@ def test_too_little_memory(train, tmp_path, monkeypatch):
     assert "Traceback" in (tmp_path / "run/log.txt").read_text()
 
 
-def test_a_loss_that_is_no_number(train, tmp_path, monkeypatch):
+def test_a_loss_that_is_no_number():
+    guard = _train._Guard(start=4, steps=9)
+    guard.on_train_batch_end(0, {"loss": 1.5})
+    with pytest.raises(FloatingPointError, match="Received: nan at step 6. "):
+        guard.on_train_batch_end(1, {"loss": np.nan})
+
+
+def test_weights_that_are_no_numbers(train, tmp_path, monkeypatch):
+    """Tests what a loss does not show: on a CPU relu makes zeros of NaN."""
     right = data.segmentation_batches
 
     def broken(*args, **kwargs):
@@ -286,7 +294,7 @@ def test_a_loss_that_is_no_number(train, tmp_path, monkeypatch):
         return tf.where(step == 2, np.nan, images), masks
 
     monkeypatch.setattr(data, "segmentation_batches", broken)
-    with pytest.raises(FloatingPointError, match="Received: nan at step 3. "):
+    with pytest.raises(FloatingPointError, match="Expected "):
         train()
     assert not (tmp_path / "run/last.keras").exists()
 

@@ -199,7 +199,7 @@ def test_saved_model(portable, detector, photographs, tmp_path):
 def test_litert(detector, tmp_path):
     pytest.importorskip("ai_edge_litert")
     path = tmp_path / "model.tflite"
-    tasks.export_model(detector[0] / "best.keras", path, quantize="float16")
+    tasks.export_model(detector[0] / "best.keras", path)
     about = json.loads((tmp_path / "model.tflite.json").read_text())
     assert about["size"] == 64
     assert path.stat().st_size > 10000

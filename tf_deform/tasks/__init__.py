@@ -306,7 +306,6 @@ def export_model(
     path: str | _Path,
     *,
     portable: bool = False,
-    quantize: str | None = None,
 ) -> pathlib.Path:
     """Writes a model for other programs, and compares it with the model.
 
@@ -326,8 +325,6 @@ def export_model(
         model: A file of `train_detector` or `train_segmenter`.
         path: What to write. An earlier export is replaced.
         portable: Whether a SavedModel has TensorFlow's own operations alone.
-        quantize: Of .tflite: "float16" or "dynamic", as
-            `tf_deform.export.litert` says.
 
     Returns:
         The path.

@@ -142,7 +142,7 @@ def export_model(settings: Mapping[str, Any]) -> pathlib.Path:
         _export_folder(model, path, settings["portable"])
         about = path / "model.json"
     else:
-        _export_pixels(model, path, kind, settings["quantize"])
+        _export_pixels(model, path, kind)
         about = path.with_name(path.name + ".json")
     training.write_metrics(about, describe(model))
     LOGGER.info("Written: %s, and what it takes and gives: %s", path, about)
@@ -179,15 +179,13 @@ def pixels_function(model: keras.Model) -> Any:
     return run
 
 
-def _export_pixels(
-    model: keras.Model, path: pathlib.Path, kind: str, quantize: str | None
-) -> None:
+def _export_pixels(model: keras.Model, path: pathlib.Path, kind: str) -> None:
     function = pixels_function(model)
     if kind == "onnx":
         export.onnx(function, path, verbose=False)
         _add_metadata(path, describe(model))
     else:
-        export.litert(function, path, quantize, verbose=False)
+        export.litert(function, path, verbose=False)
 
 
 def _add_metadata(path: pathlib.Path, about: Mapping[str, Any]) -> None:
