@@ -355,7 +355,8 @@ class Detector(keras.Model):
         A run that goes on after a break thus draws what it would have drawn.
         """
         step = 0
-        if self.optimizer is not None:
+        # A model that is not compiled has no such attribute.
+        if getattr(self, "optimizer", None) is not None:
             step = tf.cast(self.optimizer.iterations, "int32")
         seed = tf.stack([self.seed + 1000 * stream, step])
         return tf.random.stateless_uniform(tf.shape(like), seed)
