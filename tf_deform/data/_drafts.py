@@ -249,7 +249,7 @@ def collect(
         raise ValueError(
             f"Expected {len(items)} sound files or images. Received: "
             f"{len(broken)} that are not:\n{text}\n"
-            "skip_broken=True leaves out their photographs"
+            "skip_broken=True (--skip-broken) leaves out their photographs"
         )
     for text in broken:
         notes.say(f"broken and left out: {text}")
