@@ -163,6 +163,7 @@ def test_mixed_precision(policy):
     logits = model(images())
     assert logits.dtype == "float32"
     assert model.get_layer("hidden").compute_dtype == policy[6:]
+    assert model.get_layer("score").compute_dtype == "float32"
     assert model.backbone.get_layer("c5").compute_dtype == policy[6:]
     largest = np.abs(expected).max()
     np.testing.assert_allclose(logits, expected, atol=0.02 * largest)
