@@ -217,7 +217,11 @@ setup(
         "hub": ["keras-hub>=0.32,<0.34", "scipy>=1.13,<2"],
         "plots": ["matplotlib>=3.9,<4"],
         # Reads photographs and judges detections.
-        "train": ["pillow>=11,<13", "faster-coco-eval>=1.7,<2"],
+        "train": [
+            "pillow>=11,<13",
+            "pyyaml>=6,<7",
+            "faster-coco-eval>=1.7,<2",
+        ],
         # It is for TensorFlow 2.15 alone, which is for Python 3.9 to 3.11.
         "addons": ["tensorflow==2.15.*", "tensorflow-addons==0.23.*"],
         "examples": [

@@ -26,6 +26,7 @@ FLOORS = (
         "_cache",
         "_command_line",
         "_files",
+        "_image_files",
         "_run_folder",
         "_settings",
         "_tf2onnx",
@@ -49,6 +50,7 @@ FLOORS = (
 NO_KERAS = {
     "_cache",
     "_files",
+    "_image_files",
     "_loader",
     "_implementation",
     "_portable",

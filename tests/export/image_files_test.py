@@ -20,7 +20,7 @@ from exported import (
 )
 from operands import random
 
-from tf_deform.export._image_files import decode
+from tf_deform._image_files import decode
 from tf_deform.layers import DeformableConv2D
 
 

@@ -390,6 +390,20 @@ def test_serving(trained, tmp_path):
         names = [(b"red", b"blue")[i] for i in expected["labels"]]
         assert found["names"][row].tolist() == names + [b""] * (10 - count)
         assert np.all(found["class_ids"][row, count:] == -1)
+    # A camera that is held upright stores a turned image and says so.
+    file, exif = io.BytesIO(), PIL.Image.Exif()
+    exif[0x112] = 6
+    stored = PIL.Image.fromarray(image).transpose(PIL.Image.Transpose.ROTATE_90)
+    stored.save(file, "JPEG", quality=100, subsampling=0, exif=exif)
+    turned = serve(tf.constant([file.getvalue()]))
+    pixels = tf.io.decode_jpeg(file.getvalue()).numpy()
+    expected = trained.predict_image(np.rot90(pixels, -1))
+    count = len(expected["boxes"])
+    assert turned["valid"].numpy() == [count]
+    assert count > 0
+    np.testing.assert_allclose(
+        turned["boxes"][0, :count], expected["boxes"], 1e-4, 1e-3
+    )
     none = serve(tf.constant([], tf.string))
     assert none["boxes"].shape == (0, 10, 4)
     with pytest.raises(TypeError, match="to be a FasterRCNN or an RFCN"):

@@ -12,8 +12,8 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
-from tf_deform import _implementation, _keras
-from tf_deform.export import _common, _image_files, _source
+from tf_deform import _image_files, _implementation, _keras
+from tf_deform.export import _common, _source
 
 
 def saved_model(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tf_deform import _keras
+from tf_deform import _image_files, _keras
 from tf_deform._keras import keras
 from tf_deform.models import _backbones, _pyramid, _serving
 from tf_deform.models._detector import _check_names
@@ -234,7 +234,7 @@ class Segmenter(keras.Model):
         """Returns what `tf_deform.models.serving` returns for a segmenter."""
 
         def read(data: tf.Tensor) -> tuple[tf.RaggedTensor, tf.Tensor]:
-            pixels = _serving.decode(data)
+            pixels = _image_files.decode(data, channels=3)
             size = tf.shape(pixels)[:2]
             square, inner = _serving.fit(
                 pixels, tf.reduce_max(size), self.image_size

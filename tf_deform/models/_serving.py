@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tf_deform import _image_files
+
 _BATCH = 4  # tiles that go through the model together
 _GRAY = 114  # the value of pixels where a photograph does not reach
 # A box that its tile cuts is dropped if a box of another tile covers this share
@@ -190,12 +192,6 @@ def _merge(rows: dict[str, np.ndarray], max_overlap: float) -> np.ndarray:
     return kept[np.argsort(-scores[kept], kind="stable")]
 
 
-def decode(data: tf.Tensor) -> tf.Tensor:
-    """Decodes a file to `(height, width, 3)` uint8."""
-    pixels = tf.io.decode_image(data, channels=3, expand_animations=False)
-    return tf.ensure_shape(pixels, (None, None, 3))
-
-
 def serving(model: Any) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
     """Returns a function from files of images to what a model finds in them.
 
@@ -209,9 +205,8 @@ def serving(model: Any) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
 
     Returns:
         A `tf.function` of `(batch,)` strings, each a JPEG or PNG file of any
-        size, gray or in colour, whose pixels are taken as they are stored:
-        EXIF's orientation is not looked at. It returns, padded to the same
-        number for each image,
+        size, gray or in colour; JPEG files are turned as EXIF's orientation
+        says. It returns, padded to the same number for each image,
 
         - "boxes": `(batch, n, 4)` float32, x1, y1, x2, y2 in pixels of the
           given image, and -1 beyond the last one;
@@ -242,7 +237,7 @@ def serving(model: Any) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
     names = tf.constant([*names, ""])
 
     def read(data: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        pixels = decode(data)
+        pixels = _image_files.decode(data, channels=3)
         full = tf.shape(pixels)[:2]
         return (*fit(pixels, tf.reduce_max(full), size), full)
 
