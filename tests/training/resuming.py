@@ -11,6 +11,7 @@ import signal
 import time
 import traceback
 import zipfile
+from unittest import mock
 
 import h5py
 import numpy as np
@@ -19,7 +20,7 @@ import tensorflow as tf
 from tf_deform import layers, training
 from tf_deform._keras import keras
 
-EPOCHS = 16
+EPOCHS = 12
 STEPS = 3  # in an epoch
 SHAPE = (6, 5, 2)
 
@@ -119,6 +120,12 @@ def digest(path: pathlib.Path) -> dict[str, object]:
     return found
 
 
+def save_slowly(model, path, save=keras.Model.save):
+    """Leaves more time to be killed before a file is whole."""
+    save(model, path)
+    time.sleep(0.1)
+
+
 def start(folder: pathlib.Path) -> int:
     """Trains in a new process, whose id it returns.
 
@@ -130,7 +137,8 @@ def start(folder: pathlib.Path) -> int:
         try:
             tf.config.experimental.enable_op_determinism()
             tf.config.threading.set_intra_op_parallelism_threads(1)
-            train(folder, deformable=False)
+            with mock.patch.object(keras.Model, "save", save_slowly):
+                train(folder, deformable=False)
             os._exit(0)
         except BaseException:
             traceback.print_exc()

@@ -6,14 +6,13 @@ On Keras 2 there are `SamplingMonitor` and `deformable_optimizer` alone.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tf_deform._keras import KERAS_2, keras
 from tf_deform.training._monitor import SamplingMonitor
 from tf_deform.training._optimizer import deformable_optimizer
 
-if TYPE_CHECKING:
+if not KERAS_2:
     from tf_deform.training._anchors import AnchorReport, anchor_report
     from tf_deform.training._checkpoints import BestAndLast
     from tf_deform.training._coco import CocoCallback, CocoEvaluator
@@ -36,35 +35,19 @@ __all__ = [
     "deformable_optimizer",
     "write_metrics",
 ]
-# What is for Keras 3, and imported when used.
-_MODULES = {
-    "AnchorReport": "_anchors",
-    "BestAndLast": "_checkpoints",
-    "CocoCallback": "_coco",
-    "CocoEvaluator": "_coco",
-    "EmaEvaluation": "_ema",
-    "MeanIoU": "_mean_iou",
-    "TensorBoardLogs": "_metrics",
-    "WarmUpSteps": "_schedules",
-    "anchor_report": "_anchors",
-    "write_metrics": "_metrics",
-}
-if KERAS_2:
-    __all__ = [name for name in __all__ if name not in _MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if KERAS_2:
+    if name in _KERAS_3:
         raise ImportError(
             f"Expected Keras 3 for tf_deform.training.{name}. Received: "
             f"{keras.__name__} {keras.__version__}, which TensorFlow's "
             "`tf.keras` is"
         )
-    module = importlib.import_module(f"tf_deform.training.{_MODULES[name]}")
-    return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+# What Keras 2 does not have.
+_KERAS_3 = frozenset(__all__) - set(globals())
+if KERAS_2:
+    __all__ = ["SamplingMonitor", "deformable_optimizer"]
