@@ -16,6 +16,7 @@ import tf_deform
 ROOT = pathlib.Path(__file__).parents[2]
 MODULES = {
     "tf_deform": tf_deform,
+    "tf_deform.data": tf_deform.data,
     "tf_deform.export": tf_deform.export,
     "tf_deform.layers": tf_deform.layers,
     "tf_deform.models": tf_deform.models,

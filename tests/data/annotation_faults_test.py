@@ -180,6 +180,16 @@ def no_objects(root, form):
         (root / f"{name}.xml").write_text(xml(name, []))
 
 
+def other_images(folder):
+    """Returns a maker that puts pictures of the same name beside."""
+
+    def make(root, form):
+        (root / folder).mkdir()
+        picture("a").save(root / folder / "a.png")
+
+    return make
+
+
 def listed(content):
     def make(root, form):
         folder = root / "ImageSets/Main"
@@ -319,6 +329,9 @@ COCO_FAULTS = [
     Fault("box of numbers as text", "coco", update(bbox=["2", "3", "8", "9.0"]),
           "kept", check=boxes(FIRST, SECOND)),
     Fault("iscrowd maybe", "coco", update(iscrowd="maybe"), "broken", "crowd"),
+    Fault("ignore, which evaluations would count", "coco", update(ignore=1),
+          "kept", r"difficult objects, left out of .*: 1 \(car 1",
+          check=boxes(FIRST, SECOND)),
     Fault("no file name", "coco", without("images", "file_name"), "broken",
           "a file_name. Received: None"),
     Fault("file name of a folder", "coco", file_name("."), "broken",
@@ -401,6 +414,10 @@ VOC_FAULTS = [
           "a.xml: .* Received: a.jpg, a.png"),
     Fault("xml files in folders of their own", "voc", moved("a.xml", "labels"),
           "kept", check=boxes(FIRST, SECOND)),
+    Fault("masks of the same names", "voc", other_images("SegmentationClass"),
+          "kept", r"(?s)\A(?!.*left out)", check=boxes(FIRST, SECOND)),
+    Fault("pictures in another folder", "voc yolo", other_images("runs"),
+          "kept", "without an annotated image were left out: 1 .*runs/a.png"),
     Fault("no xml at all", "voc", no_xml, "refused", "xml files in"),
     Fault("no object at all", "voc", no_objects, "refused", "at least one obj"),
     Fault("from 1", "voc", edges(1, 1, 24, 16), "kept", "from 1 and both",

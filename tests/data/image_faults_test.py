@@ -87,10 +87,6 @@ def link(root, form):
     path.symlink_to(path.rename(other / "photo.png"))
 
 
-def circle(root, form):
-    (images_of(form, root) / "again").symlink_to(root)
-
-
 def pipe(root, form):
     gone(root, form)
     os.mkfifo(path_of(root, form))
@@ -230,7 +226,6 @@ FAULTS = [
     Fault("broken EXIF", ALL, broken_exif, "kept"),
     Fault("ending in capitals", ALL, uppercase, "kept"),
     Fault("link", ALL, link, "kept"),
-    Fault("link in a circle", ALL, circle, "kept"),
     Fault("what macOS leaves", ALL, hidden, "kept"),
 ]
 
@@ -239,6 +234,16 @@ FAULTS = [
 @pytest.mark.filterwarnings("error:Palette images")
 def test_an_image(form, fault, tmp_path):
     check(form, fault, tmp_path / "set")
+
+
+@pytest.mark.parametrize("form", ALL.split())
+def test_a_folder_that_links_to_itself_is_read_once(form, tmp_path):
+    source = WRITERS[form](tmp_path)
+    notes = data.read(source).notes
+    folder = images_of(form, tmp_path)
+    (folder / "again").symlink_to(folder)
+    result = data.read(source)
+    assert len(result.photographs) == 3 and result.notes == notes
 
 
 EXIF = {

@@ -28,6 +28,7 @@ _OUTSIDE = 0.5
 CLIPPED = "boxes reach beyond their image and were clipped"
 EMPTY = "boxes without width or height were dropped"
 INVERTED = "boxes had exchanged edges, which were put in order"
+FOREIGN = "images in folders without an annotated image were left out"
 LOST = "boxes outside their image were dropped"
 REPEATED = "objects that repeat another in all fields were dropped"
 STORED = (
@@ -248,7 +249,7 @@ def collect(
         raise ValueError(
             f"Expected {len(items)} sound files or images. Received: "
             f"{len(broken)} that are not:\n{text}\n"
-            "skip_broken=True leaves out their photographs"
+            "skip_broken=True (--skip-broken) leaves out their photographs"
         )
     for text in broken:
         notes.say(f"broken and left out: {text}")

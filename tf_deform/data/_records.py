@@ -17,7 +17,7 @@ VOID = 255
 class Mask:
     """A mask in a file, and the labels that its pixels are.
 
-    Attributes:
+    Args:
         path: The file.
         labels: The label of each id of the file, or of each colour as the
             integer `red << 16 | green << 8 | blue`. None: ids are labels.
@@ -43,7 +43,7 @@ def _array(value: Any, dtype: type, *shape: int) -> np.ndarray:
 class Photograph:
     """A photograph and what is on it.
 
-    Attributes:
+    Args:
         path: The image file.
         width: Width of the upright image in pixels.
         height: Its height.
@@ -83,7 +83,7 @@ class Photograph:
 class Annotations:
     """Photographs with objects of named classes.
 
-    Attributes:
+    Args:
         classes: The name of each label.
         photographs: The photographs.
         notes: What the reader found odd and what it did about it, in lines for

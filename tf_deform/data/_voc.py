@@ -9,7 +9,15 @@ from typing import Any
 from xml.etree import ElementTree
 from xml.parsers import expat
 
-from tf_deform.data._drafts import Draft, Notes, Told, collect, draft, finish
+from tf_deform.data._drafts import (
+    FOREIGN,
+    Draft,
+    Notes,
+    Told,
+    collect,
+    draft,
+    finish,
+)
 from tf_deform.data._folders import (
     Index,
     files,
@@ -266,21 +274,24 @@ def read_voc(
             f"Expected xml files in {shown(reader.root)}. Received: none"
         )
     known = {one.path for one in drafts}
+    places = {os.path.dirname(path) for path in known}
 
     def alone(path: str) -> Draft:
         found = os.path.join(reader.root, reader.index.find(path))
         return draft(found, header(found, decode=skip_broken), [])
 
-    left = [
-        path
-        for path in reader.alone
-        if os.path.join(reader.root, path) not in known
-    ]
-    without = collect(
-        [(path, lambda path=path: alone(path)) for path in left],
-        skip_broken,
-        notes,
-    )
+    items = []
+    for path in reader.alone:
+        full = os.path.join(reader.root, path)
+        if (
+            reader.list is None
+            and places
+            and (os.path.dirname(full) not in places)
+        ):
+            notes.add(FOREIGN, full)
+        elif full not in known:
+            items.append((full, lambda path=path: alone(path)))
+    without = collect(items, skip_broken, notes)
     for one in without:
         notes.add("images without an xml file, taken as empty", one.path)
     drafts += without

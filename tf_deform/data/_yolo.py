@@ -4,11 +4,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tf_deform.data._coco import read_json
-from tf_deform.data._drafts import Draft, Notes, Told, collect, draft, finish
+from tf_deform.data._drafts import (
+    FOREIGN,
+    Draft,
+    Notes,
+    Told,
+    collect,
+    draft,
+    finish,
+)
 from tf_deform.data._folders import (
     Index,
     files,
@@ -225,8 +233,13 @@ class _Reader:
         except FileNotFoundError:  # It is broken when it is read.
             return line
 
-    def images(self, split: str | None) -> list[str]:
+    def images(self, split: str | None, labelled: Iterable[str]) -> list[str]:
         """Returns the images of a part, or all.
+
+        Args:
+            split: The part, or None.
+            labelled: The images that have labels. Images that lie elsewhere are
+                of something else.
 
         Raises:
             ValueError: There is no such part, or no image.
@@ -255,11 +268,19 @@ class _Reader:
                 + "; yolo:ROOT:PART reads one"
             )
         listed = [image for part in self.parts.values() for image in part]
+        what = "images of no part were left out"
         if not listed:
-            inside = [x for x in self.index.paths if x.startswith("images/")]
-            return inside or self.index.paths
+            what = FOREIGN
+            places = {os.path.dirname(image) for image in labelled}
+            listed = [
+                x
+                for x in self.index.paths
+                if not places
+                or os.path.dirname(x) in places
+                or x.startswith("images/")
+            ]
         for other in sorted({*self.index.paths} - {*listed}):
-            self.notes.add("images of no part were left out", other)
+            self.notes.add(what, other)
         return list(dict.fromkeys(listed))
 
 
@@ -346,6 +367,8 @@ def read_yolo(
             labels.setdefault(image, []).append(label)
         if not images:
             orphans.append(label)
+        elif len(images) > 1:
+            notes.add("labels that several images of one name share", label)
 
     def read(name: str) -> Draft:
         place = reader.index.find(name)
@@ -378,7 +401,7 @@ def read_yolo(
         if _is_label(read_text(os.path.join(reader.root, path))):
             raise ValueError("Expected one image of this name. Received: none")
 
-    chosen = reader.images(split)
+    chosen = reader.images(split, labels)
     items = [
         (os.path.join(reader.root, image), lambda image=image: read(image))
         for image in chosen
