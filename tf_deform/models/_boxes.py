@@ -122,6 +122,48 @@ def overlaps(boxes: tf.Tensor, others: tf.Tensor) -> tf.Tensor:
     return common / tf.maximum(union, _SMALLEST)
 
 
+def match(
+    anchors: tf.Tensor, truth: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Finds for each anchor the object that it belongs to, if to any.
+
+    That is the object that it overlaps most; but first an object of whose
+    anchors none overlaps it more than this one.
+
+    Args:
+        anchors: `(n, 4)` boxes.
+        truth: `(batch, m, 4)` boxes of objects, m at least 1.
+
+    Returns:
+        `(batch, n)` the largest overlap; `(batch, n)` int64, the object; and
+        `(batch, n)` bool, whether the anchor is the best one of its object.
+    """
+
+    def match_image(truth: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        overlap = overlaps(anchors[None], truth[None])[0]
+        nearest = tf.reduce_max(overlap, 0)
+        nearest = (overlap == nearest) & tf.less(0.0, overlap)
+        forced = tf.reduce_any(nearest, -1)
+        index = tf.where(
+            forced,
+            tf.argmax(tf.cast(nearest, "int32"), -1),
+            tf.argmax(overlap, -1),
+        )
+        return tf.reduce_max(overlap, -1), index, forced
+
+    # One image after the other: all overlaps of a crowd and of all anchors take
+    # a GiB.
+    return tf.map_fn(
+        match_image,
+        truth,
+        parallel_iterations=1,
+        fn_output_signature=tuple(
+            tf.TensorSpec(anchors.shape[:1], dtype)
+            for dtype in ("float32", "int64", "bool")
+        ),
+    )
+
+
 def suppress(
     boxes: tf.Tensor,
     scores: tf.Tensor,

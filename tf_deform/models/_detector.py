@@ -366,22 +366,11 @@ class Detector(keras.Model):
         Both are sums, divided by the number of anchors in the sample.
         """
         anchors = tf.constant(self.anchors())
-        anchors = tf.repeat(anchors[None], tf.shape(truth)[0], 0)
         objectness, deltas = (
             tf.cast(tf.concat(outputs[name], 1), "float32")
             for name in ("objectness", "deltas")
         )
-        overlap = _boxes.overlaps(anchors, truth)
-        # An object gets the anchors that overlap it most, however little.
-        nearest = tf.reduce_max(overlap, 1, keepdims=True)
-        nearest = (overlap == nearest) & (overlap > 0)
-        forced = tf.reduce_any(nearest, -1)
-        best = tf.reduce_max(overlap, -1)
-        index = tf.where(
-            forced,
-            tf.argmax(tf.cast(nearest, "int32"), -1),
-            tf.argmax(overlap, -1),
-        )
+        best, index, forced = _boxes.match(anchors, truth)
         positive = forced | (best >= _ANCHOR_OBJECT)
         negative = ~positive & (best < _ANCHOR_BACKGROUND)
         positive, negative = self._sample(

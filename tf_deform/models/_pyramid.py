@@ -78,6 +78,9 @@ def build_fpn(maps: Mapping[str, KerasTensor], channels: int, dtype: Any):
 
     Returns:
         Maps of the same names, and one more, of half the size of the last one.
+
+    Raises:
+        ValueError: Sizes are not halves.
     """
     options = {"data_format": "channels_last", "dtype": dtype}
     merged: Maps = {}
@@ -91,6 +94,11 @@ def build_fpn(maps: Mapping[str, KerasTensor], channels: int, dtype: Any):
             rows, columns = x.shape[1:3]
             up = keras.layers.UpSampling2D(2, **options)(above)
             extra = [[0, up.shape[1] - rows], [0, up.shape[2] - columns]]
+            if not 0 <= extra[0][1] <= 1:
+                raise ValueError(
+                    f"Expected the map {name} to have twice the cells of the "
+                    f"next one. Received: {rows} and {above.shape[1]}"
+                )
             if extra != [[0, 0], [0, 0]]:  # of maps of odd sizes
                 up = keras.layers.Cropping2D(extra, **options)(up)
             x = keras.layers.Add(dtype=dtype)([x, up])

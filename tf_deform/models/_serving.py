@@ -80,15 +80,29 @@ def predict_image(
         # All batches have one size, for which the model is traced.
         some += some[-1:] * (min(_BATCH, len(origins)) - len(some))
         parts = [image[y : y + side, x : x + side] for y, x in some]
-        images = [fit(tf.constant(x), side, model.image_size)[0] for x in parts]
+        images, inner = zip(
+            *(fit(tf.constant(x), side, model.image_size) for x in parts)
+        )
         outputs = model.detect(np.stack(images))
-        for index, origin in enumerate(origins[first : first + _BATCH]):
+        for index, (y, x) in enumerate(origins[first : first + _BATCH]):
             count = int(outputs["valid"][index])
             rows = {
-                k: v[index, :count] for k, v in outputs.items() if v.ndim > 1
+                name: value[index, :count]
+                for name, value in outputs.items()
+                if name != "valid"
             }
-            found.append((origin, parts[index].shape[:2], rows))
-    return _merge(found, (height, width), side, model)
+            shape = parts[index].shape[:2]
+            scale = np.divide(inner[index], shape)
+            found.append(_place(rows, (y, x), shape, scale, (height, width)))
+    rows = {
+        name: np.concatenate([part[name] for part in found])
+        for name in found[0]
+    }
+    rows["tile"] = np.repeat(
+        range(len(found)), [len(part["scores"]) for part in found]
+    )
+    kept = _merge(rows, model.max_overlap)
+    return {name: rows[name][kept] for name in ("boxes", "scores", "labels")}
 
 
 def _starts(extent: int, side: int, overlap: float) -> list[int]:
@@ -99,60 +113,62 @@ def _starts(extent: int, side: int, overlap: float) -> list[int]:
     return [rest * i // max(count, 1) for i in range(count + 1)]
 
 
-def _merge(
-    found: list[tuple[tuple[int, int], tuple[int, int], dict[str, np.ndarray]]],
+def _place(
+    rows: dict[str, np.ndarray],
+    origin: tuple[int, int],
+    shape: tuple[int, int],
+    scale: np.ndarray,
     size: tuple[int, int],
-    side: int,
-    model: Any,
 ) -> dict[str, np.ndarray]:
-    """Puts the boxes of tiles together, each object once.
+    """Moves the boxes of a tile to their place in the photograph.
 
-    A box that overlaps a better one of its class by more than the model's
-    `max_overlap` goes, as within one tile. A box that ends at the border of its
-    tile, while the photograph goes on, may be a part of an object; all others
-    are better, and it also goes if a box of another tile covers half of it.
+    Args:
+        rows: What the model finds.
+        origin, shape: y and x, height and width of the tile in the photograph.
+        scale: Pixels that the model sees for one of the photograph, down and
+            across.
+        size: Height and width of the photograph.
+
+    Returns:
+        The rows, and "cut": whether a box ends at the border of the tile, to a
+        pixel, where the photograph goes on.
     """
-    scale = model.image_size / side
-    height, width = size
-    boxes, scores, labels, tiles, cut = [], [], [], [], []
-    for tile, ((y, x), (rows, columns), outputs) in enumerate(found):
-        inner = outputs["boxes"] / scale
-        inner = np.minimum(inner, [columns, rows, columns, rows])
-        near = 1 / scale + 1e-3  # one pixel of what the model sees
-        limits = (x > 0, y > 0, x + columns < width, y + rows < height)
-        beside = (
-            inner[:, 0],
-            inner[:, 1],
-            columns - inner[:, 2],
-            rows - inner[:, 3],
-        )
-        ends = [limit & (gap < near) for limit, gap in zip(limits, beside)]
-        cut.append(np.any(ends, 0))
-        boxes.append(inner + np.array([x, y, x, y]))
-        scores.append(outputs["scores"])
-        labels.append(outputs["labels"])
-        tiles.append(np.full(len(inner), tile))
-    boxes, scores, labels, tiles, cut = map(
-        np.concatenate, (boxes, scores, labels, tiles, cut)
+    scale, origin, shape, size = (
+        np.array(pair)[[1, 0]] for pair in (scale, origin, shape, size)
     )
+    boxes = rows["boxes"] / np.tile(scale, 2)
+    boxes = np.minimum(boxes, np.tile(shape, 2))
+    near = 1 / scale + 1e-3
+    cut = (boxes[:, :2] < near) & (origin > 0)
+    cut |= (shape - boxes[:, 2:] < near) & (origin + shape < size)
+    boxes = (boxes + np.tile(origin, 2)).astype("float32")
+    return {**rows, "boxes": boxes, "cut": cut.any(-1)}
+
+
+def _merge(rows: dict[str, np.ndarray], max_overlap: float) -> np.ndarray:
+    """Returns which boxes of tiles stay, so that each object is there once.
+
+    A box that overlaps a better one of its class by more than `max_overlap`
+    goes, as within one tile. A box that its tile cuts may be a part of an
+    object: all others are better, and it also goes if a box of another tile
+    covers half of it.
+    """
+    boxes, scores, labels, tile, cut = (
+        rows[name] for name in ("boxes", "scores", "labels", "tile", "cut")
+    )
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(-1)
     kept = np.zeros(0, int)
     for index in np.lexsort((-scores, cut)):
         low = np.maximum(boxes[kept, :2], boxes[index, :2])
         high = np.minimum(boxes[kept, 2:], boxes[index, 2:])
         common = np.maximum(high - low, 0).prod(-1)
-        own = (boxes[index, 2:] - boxes[index, :2]).prod()
-        others = (boxes[kept, 2:] - boxes[kept, :2]).prod(-1)
-        goes = common > model.max_overlap * (own + others - common)
+        goes = common > max_overlap * (area[index] + area[kept] - common)
         if cut[index]:
-            goes |= (common > _COVERED * own) & (tiles[kept] != tiles[index])
+            covered = common > _COVERED * area[index]
+            goes |= covered & (tile[kept] != tile[index])
         if not np.any(goes & (labels[kept] == labels[index])):
             kept = np.append(kept, index)
-    kept = kept[np.argsort(-scores[kept], kind="stable")]
-    return {
-        "boxes": boxes[kept].astype("float32"),
-        "scores": scores[kept],
-        "labels": labels[kept],
-    }
+    return kept[np.argsort(-scores[kept], kind="stable")]
 
 
 def serving(model: Any) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:

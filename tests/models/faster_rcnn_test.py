@@ -1,0 +1,438 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests FasterRCNN, and what it has in common with RFCN."""
+
+import io
+
+import exports
+import keras
+import numpy as np
+import PIL.Image
+import pytest
+import tensorflow as tf
+from detectors import (
+    SIZE,
+    count_found,
+    liven,
+    make_backbone,
+    make_faster_rcnn,
+    make_rfcn,
+    make_scenes,
+    measure,
+    paint,
+    train,
+)
+from exported import FORMATS, compile_openvino, load, write
+
+import tf_deform
+from tf_deform import _loader
+from tf_deform.models import FasterRCNN, serving
+
+MAKERS = {"faster-rcnn": make_faster_rcnn, "rfcn": make_rfcn}
+with_xla = pytest.mark.skipif(
+    not _loader.supports_jit(), reason="built without the bridge to XLA"
+)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    keras.utils.set_random_seed(1)
+    return train(make_faster_rcnn(class_names=("red", "blue")), 180)
+
+
+def assert_same(received, expected, of_boxes=0.0, of_scores=0.0):
+    np.testing.assert_array_equal(received["valid"], expected["valid"])
+    np.testing.assert_array_equal(received["labels"], expected["labels"])
+    for name, error in (("boxes", of_boxes), ("scores", of_scores)):
+        np.testing.assert_allclose(received[name], expected[name], 0, error)
+
+
+def test_align_learns(trained):
+    found, wrong = measure(trained)
+    assert found > 0.9 and wrong < 0.15
+
+
+@pytest.mark.parametrize("pooling", ["deform", "moddeform"])
+def test_displaced_bins_learn(pooling):
+    model = train(make_faster_rcnn(pooling), 180)
+    found, wrong = measure(model)
+    assert found > 0.9 and wrong < 0.15
+    # Regions as small as here are pooled from the first map.
+    weights = model.poolings[0].trainable_weights
+    assert len(weights) == (4 if pooling == "moddeform" else 2)
+    assert all(np.abs(weight).max() > 1e-3 for weight in weights)
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_result(kind):
+    """Tests types, order and padding; uint8 and float images are alike."""
+    model = liven(MAKERS[kind](min_score=0.4, max_detections=60))
+    images = make_scenes(5)[0]
+    found = model.detect(images)
+    assert {k: (v.shape, v.dtype.name) for k, v in found.items()} == {
+        "boxes": ((5, 60, 4), "float32"),
+        "scores": ((5, 60), "float32"),
+        "labels": ((5, 60), "int32"),
+        "valid": ((5,), "int32"),
+    }
+    assert 0 < found["valid"].min() and found["valid"].max() < 60
+    for row, count in enumerate(found["valid"]):
+        boxes, scores, labels = (
+            found[name][row] for name in ("boxes", "scores", "labels")
+        )
+        assert np.all(boxes[:count] >= 0) and np.all(boxes <= SIZE)
+        assert np.all(boxes[:count, 2:] > boxes[:count, :2])
+        assert np.all(np.diff(scores) <= 0) and np.all(scores[:count] > 0.4)
+        assert set(labels[:count]) <= {0, 1}
+        assert np.all(boxes[count:] == -1) and np.all(labels[count:] == -1)
+        assert not np.any(scores[count:])
+    assert_same(model.detect(images.astype("uint8")), found)
+    assert_same(model(tf.constant(images, "uint8")), found, 1e-4, 1e-5)
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_losses_are_finite_whatever_the_objects(kind):
+    model = MAKERS[kind]()
+    images = make_scenes(2)[0]
+    boxes = np.float32([(5, 5, 30, 40), (10, 10, 40, 30)])
+    odd = {
+        "none": np.zeros((2, 0, 4)),
+        "padding": np.full((2, 2, 4), -1),
+        "inverted": np.repeat(boxes[:, None, [2, 3, 0, 1]], 2, 1),
+        "empty": np.repeat(boxes[:, None, [0, 1, 0, 1]], 2, 1),
+        "outside": np.repeat(boxes[:, None] + 100, 2, 1),
+        "whole": np.tile([0, 0, SIZE, SIZE], (2, 2, 1)),
+        "of-a-pixel": np.tile([9, 9, 10, 10], (2, 2, 1)),
+        "huge": np.tile([-1e9, -1e9, 1e9, 1e9], (2, 2, 1)),
+        "infinite": np.tile([-np.inf, 0, np.inf, 9], (2, 2, 1)),
+        "no-number": np.full((2, 2, 4), np.nan),
+    }
+    model.compile(keras.optimizers.SGD(1e-3))
+    for name, boxes in odd.items():
+        labels = np.full(boxes.shape[:2], -1 if name == "padding" else 1)
+        objects = {"boxes": boxes.astype("float32"), "labels": labels}
+        logs = model.train_on_batch(images, objects, return_dict=True)
+        assert all(np.isfinite(value) for value in logs.values()), name
+        has_objects = name in ("whole", "of-a-pixel", "huge", "infinite")
+        assert (logs["rpn_box"] > 0) == has_objects, name
+        model.reset_metrics()
+    blank = np.zeros((1, SIZE, SIZE, 3), "uint8")
+    assert np.all(np.isfinite(model.detect(blank)["boxes"]))
+    for weight in model.weights:
+        assert np.all(np.isfinite(weight)), weight.path
+
+
+def test_a_label_too_many():
+    model = make_faster_rcnn()
+    model.compile("sgd")
+    images, objects = make_scenes(1)
+    with pytest.raises(Exception, match="labels below num_classes=2"):
+        model.train_on_batch(
+            images, {**objects, "labels": 1 + objects["labels"]}
+        )
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_samples_depend_on_seed_and_step_alone(kind):
+    images, objects = make_scenes(4)
+
+    def losses(seed, steps):
+        keras.utils.set_random_seed(5)
+        model = MAKERS[kind](seed=seed)
+        model.compile(keras.optimizers.SGD(0.0))
+        return [
+            float(
+                model.train_on_batch(images, objects, return_dict=True)["loss"]
+            )
+            for _ in range(steps)
+        ]
+
+    first = losses(0, 3)
+    assert losses(0, 2) == first[:2]
+    model = MAKERS[kind]()
+    assert not any("seed" in weight.path for weight in model.variables)
+    if kind == "faster-rcnn":
+        assert len(set(first)) > 1
+        assert losses(1, 1) != first[:1]
+
+
+def test_validation_loss_is_the_training_loss():
+    model = make_faster_rcnn()
+    images, objects = make_scenes(4)
+    model.compile(keras.optimizers.SGD(0.0))
+    logs = [
+        function(images, objects, return_dict=True)
+        for function in (model.test_on_batch, model.train_on_batch)
+    ]
+    assert set(logs[0]) == {"loss", "rpn_class", "rpn_box", "class", "box"}
+    for name in ("rpn_class", "rpn_box"):
+        np.testing.assert_allclose(logs[0][name], logs[1][name], 0.2)
+    total = sum(value for name, value in logs[0].items() if name != "loss")
+    np.testing.assert_allclose(logs[0]["loss"], total, 1e-5)
+
+
+def test_regions_are_pooled_from_the_map_of_their_size():
+    model = make_faster_rcnn(image_size=512)
+    sides = [20, 111, 113, 223, 225, 500]
+    boxes = np.float32([[(0, 0, side, side) for side in sides]])
+    maps = [
+        tf.fill((1, 512 // stride, 512 // stride, 16), float(stride))
+        for stride in (4, 8, 16)
+    ]
+    bins = model._pool(maps, tf.constant(boxes)).numpy()
+    levels = [4, 4, 8, 8, 16, 16]
+    # A region's border reaches beyond the map by half a cell.
+    assert bins[:, 3, 3, 0].tolist() == levels
+    padding = model._pool(maps, tf.fill((1, 2, 4), -1.0))
+    assert padding.shape == (2, 7, 7, 16) and not np.any(padding)
+
+
+def test_anchors():
+    model = make_faster_rcnn(anchor_scales=(4, 6))
+    cells = sum((SIZE // stride) ** 2 for stride in (4, 8, 16, 32))
+    assert model.anchors().shape == (6 * cells, 4)
+    sides = np.sqrt(np.diff(model.anchors()[:, ::2]).prod(-1))
+    assert sides.min() > 0
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("kind", MAKERS)
+def test_boxes_are_float32_under_every_policy(kind, policy):
+    """Tests that float16, whose steps are half a pixel here, rounds no box."""
+    size = 1024
+    model = liven(MAKERS[kind](dtype=policy, image_size=size, min_score=0.01))
+    image = np.random.default_rng(0).uniform(0, 255, (1, size, size, 3))
+    found = model.detect(image)
+    boxes = found["boxes"][0, : found["valid"][0]]
+    assert len(boxes) > 3 and boxes.dtype == np.float32
+    assert not np.array_equal(boxes, boxes.astype("float16"))
+    outputs = model(tf.constant(image), training=True)
+    assert outputs["objectness"][0].dtype == policy[len("mixed_") :]
+    anchors = model.anchors()
+    assert anchors.dtype == np.float32 and anchors.max() > 1024
+
+
+RELOAD = """
+import sys
+import numpy as np
+import keras
+import tf_deform
+data = dict(np.load(sys.argv[2]))
+model = keras.saving.load_model(sys.argv[1])
+found = model.detect(data.pop("images"))
+for name, value in data.items():
+    np.testing.assert_array_equal(found[name], value)
+layers = len(tf_deform.deformable_layers(model))
+print(model.class_names, model.dtype_policy.name, layers)
+"""
+
+
+@pytest.mark.parametrize(
+    "kind, when", [("faster-rcnn", "before"), ("rfcn", "after")]
+)
+def test_files(kind, when, tmp_path, run_python):
+    """Tests detectors whose backbone is made deformable before or after."""
+    backbone = make_backbone(2, 4) if kind == "faster-rcnn" else None
+    backbone = backbone or make_backbone(3, 4)
+    changed = []
+
+    def change(model):
+        report = tf_deform.make_deformable(model, "c3-c4", verbose=False)
+        changed.extend(report.changed)
+
+    if when == "before":
+        change(backbone)
+    model = MAKERS[kind](
+        backbone=backbone, class_names=["red", "blue"], dtype="mixed_bfloat16"
+    )
+    images = make_scenes(2)[0]
+    liven(model)
+    if when == "after":
+        before = model.detect(images)
+        change(model)
+        assert_same(model.detect(images), before, 1e-3, 1e-4)
+        liven(model)
+    found = model.detect(images)
+    assert found["valid"].min() > 2
+    model.save(tmp_path / "model.keras")
+    np.savez(tmp_path / "data.npz", images=images, **found)
+    output = run_python(RELOAD, tmp_path / "model.keras", tmp_path / "data.npz")
+    last = output.strip().split("\n")[-1]
+    assert len(changed) == 4
+    assert last == "('red', 'blue') mixed_bfloat16 4"
+
+
+# The formats that take long to write have little to do with the kind.
+EXPORTS = [
+    pytest.param(kind, how, marks=mark)
+    for kind in MAKERS
+    for how in ("xla", *FORMATS)
+    for mark in [
+        pytest.mark.slow
+        if kind == "rfcn" and how in ("portable", "litert")
+        else ()
+    ]
+]
+
+
+@pytest.mark.parametrize("kind, how", EXPORTS)
+def test_exports_find_the_same(kind, how, tmp_path):
+    pooling = {"faster-rcnn": "moddeform", "rfcn": "deform"}[kind]
+    backbone = make_backbone(2, 3) if kind == "faster-rcnn" else None
+    model = MAKERS[kind](pooling, backbone, min_score=0.15)
+    tf_deform.make_deformable(model, "c3", verbose=False)
+    liven(model)
+    images = make_scenes(3)[0]
+    expected = model.detect(images)
+    assert expected["valid"].min() > 3
+    if how == "xla":
+        compiled = tf.function(model, jit_compile=True)
+        assert_same(compiled(tf.constant(images)), expected, 1e-3, 1e-4)
+        return
+    path = tmp_path / exports.FORMATS[how]
+    write(how, model, path, sample=images)
+    readers = [load(how, path)]
+    if how == "onnx":
+        readers.append(compile_openvino(path))
+    for read in readers:
+        for few in (images, images[:1]):
+            found = read({"image": few})
+            some = {name: value[: len(few)] for name, value in expected.items()}
+            assert_same(found, some, 1e-3, 1e-4)
+
+
+def make_photograph():
+    """Paints objects all over a photograph larger than the model's images."""
+    boxes = [
+        (x, y, x + 14 + (x + y) % 9, y + 12 + (3 * x + y) % 11)
+        for y in range(3, 120, 29)
+        for x in range(4, 160, 31)
+    ]
+    labels = [index % 2 for index in range(len(boxes))]
+    return paint(140, 190, boxes, labels), boxes, labels
+
+
+def test_tiles_find_each_object_once(trained):
+    image, boxes, labels = make_photograph()
+    found = trained.predict_image(image, tile=SIZE, overlap=0.5)
+    right, wrong = count_found(found, boxes, labels)
+    assert right >= 0.9 * len(boxes) and wrong <= 0.1 * len(boxes)
+    assert found["boxes"].dtype == np.float32
+    assert found["labels"].dtype == np.int32
+    assert np.all(np.diff(found["scores"]) <= 0)
+    # Each tile would find the objects of four others.
+    whole = trained.predict_image(image)
+    assert len(whole["scores"]) <= trained.max_detections < len(boxes)
+
+
+def test_a_tile_is_seen_in_its_own_size(trained):
+    """An image of a tile's size gives what it gives alone, scaled."""
+    image, boxes, labels = make_photograph()
+    part = image[:SIZE, :SIZE]
+    alone = trained.detect(part[None])
+    count = alone["valid"][0]
+    for tile in (None, SIZE):
+        found = trained.predict_image(part, tile)
+        np.testing.assert_array_equal(found["boxes"], alone["boxes"][0, :count])
+    twice = part.repeat(2, 0).repeat(2, 1)
+    found = trained.predict_image(twice, 2 * SIZE)
+    np.testing.assert_allclose(
+        found["boxes"][:2], 2 * alone["boxes"][0, :2], 0, 2
+    )
+    # A narrow photograph is not enlarged to a tile.
+    narrow = np.full((SIZE, SIZE, 3), 114, "uint8")
+    narrow[:40, :30] = part[:40, :30]
+    expected = trained.detect(narrow[None])
+    found = trained.predict_image(narrow[:40, :30], SIZE)
+    count = expected["valid"][0]
+    assert len(found["boxes"]) == count
+    assert np.all(found["boxes"] <= [30, 40, 30, 40])
+
+
+def test_bad_photographs(trained):
+    image = make_photograph()[0]
+    for bad in (image[..., 0], image / 255, image[:0]):
+        with pytest.raises(ValueError, match="Expected `image`"):
+            trained.predict_image(bad)
+    with pytest.raises(ValueError, match="tile=0"):
+        trained.predict_image(image, 0)
+    with pytest.raises(ValueError, match="overlap=1"):
+        trained.predict_image(image, 64, 1)
+
+
+def test_serving(trained, tmp_path):
+    image, _, _ = make_photograph()
+    images = [image, image[:40, :90], image[:, :, :1].repeat(3, 2)]
+    files = []
+    for kind, pixels in zip(("PNG", "PNG", "JPEG"), images, strict=True):
+        file = io.BytesIO()
+        PIL.Image.fromarray(pixels).save(file, kind)
+        files.append(file.getvalue())
+    archive = keras.export.ExportArchive()
+    archive.track(trained)
+    archive.add_endpoint("serve", serving(trained))
+    archive.write_out(tmp_path / "served", verbose=False)
+    loaded = tf.saved_model.load(tmp_path / "served")
+    serve = loaded.serve
+    found = {k: v.numpy() for k, v in serve(tf.constant(files)).items()}
+    assert found["valid"].max() > 2
+    for row, pixels in enumerate(images[:2]):
+        expected = trained.predict_image(pixels)
+        count = found["valid"][row]
+        assert count == len(expected["boxes"])
+        for name, other in (
+            ("boxes", "boxes"),
+            ("scores", "scores"),
+            ("labels", "class_ids"),
+        ):
+            np.testing.assert_allclose(
+                found[other][row, :count], expected[name], 1e-4, 1e-3
+            )
+        names = [(b"red", b"blue")[i] for i in expected["labels"]]
+        assert found["names"][row].tolist() == names + [b""] * (10 - count)
+        assert np.all(found["class_ids"][row, count:] == -1)
+    none = serve(tf.constant([], tf.string))
+    assert none["boxes"].shape == (0, 10, 4)
+    with pytest.raises(TypeError, match="to be a FasterRCNN or an RFCN"):
+        serving(trained.backbone)
+
+
+BAD = {
+    "expected-pooling": (ValueError, {"pooling": "max"}),
+    "class_names": (ValueError, {"class_names": ["one"]}),
+    "anchor_scales": (ValueError, {"anchor_scales": ()}),
+    "image_size": (ValueError, {"image_size": 0}),
+    "proposals": (TypeError, {"proposals": 1.5}),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments(name):
+    error, arguments = BAD[name]
+    with pytest.raises(error, match=name.split("-")[-1]):
+        make_faster_rcnn(**arguments)
+
+
+def test_backbones():
+    model = FasterRCNN(
+        "resnet50", 3, image_size=64, fpn_channels=8, head_units=8
+    )
+    assert model._scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+    # Sizes that are no multiples of a stride.
+    small = make_backbone(2, 5, 2)
+    model = FasterRCNN(
+        keras.Model(small.inputs, list(small.output.values())),
+        1,
+        image_size=100,
+        fpn_channels=8,
+        head_units=8,
+        proposals=9,
+    )
+    shapes = [len(anchors) for anchors in model._anchors]
+    assert shapes == [3 * n**2 for n in (25, 13, 7, 4, 2)]
+    assert model.detect(np.zeros((1, 100, 100, 3)))["boxes"].shape[1] == 100
+    maps = {name: small.output[name] for name in ("P2", "P4")}
+    with pytest.raises(ValueError, match="P2 to have twice the cells"):
+        make_faster_rcnn(backbone=keras.Model(small.inputs, maps))
+    maps = {"features": small.output["P3"]}
+    with pytest.raises(ValueError, match="features"):
+        make_faster_rcnn(backbone=keras.Model(small.inputs, maps))

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests RFCN; `faster_rcnn_test.py` tests what it shares with FasterRCNN."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from detectors import make_backbone, make_rfcn, measure, train
+
+from tf_deform.models import RFCN
+
+
+@pytest.mark.parametrize("pooling", ["deform", "plain"])
+def test_learns(pooling):
+    keras.utils.set_random_seed(1)
+    model = train(make_rfcn(pooling), 300)
+    found, wrong = measure(model)
+    assert found > 0.8 and wrong < 0.2
+    for layer in model.poolings:
+        assert (layer.offset_kernel is None) == (pooling == "plain")
+        if pooling == "deform":
+            assert np.abs(layer.offset_kernel).max() > 1e-4
+
+
+def test_coarsest_maps_are_those_of_stride_16():
+    backbone = make_backbone(3, 5, 4)
+    model = RFCN(backbone, 3, image_size=128, channels=8, bins=2)
+    scores, boxes, features = model.trunk.output["maps"]
+    assert scores.shape == (None, 8, 8, 16) and boxes.shape == (None, 8, 8, 16)
+    assert features.shape == (None, 8, 8, 8)
+    assert model.backbone.output["P5"].shape[1:] == (None, None, 20)
+    dilated = model.backbone.get_layer("conv5b").dilation_rate
+    assert tuple(dilated) == (2, 2)
+    # Anchors are judged on the map before.
+    assert model._anchor_maps[0].shape == (None, 8, 8, 16)
+    np.testing.assert_allclose(
+        np.sqrt(
+            np.diff(model.anchors()[::3].reshape(-1, 2, 2), axis=1).prod(-1)
+        ).min(),
+        64,
+        1e-5,
+    )
+
+
+def test_the_regions_with_the_largest_loss_count():
+    model = make_rfcn(hard_examples=2)
+    class_loss = tf.constant([[1.0, 5.0, 3.0, 9.0], [0.5, 0.25, 0.0, 0.0]])
+    box_loss = tf.constant([[0.0, 0.0, 4.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    real = tf.constant([[1.0, 1.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]])
+    found = model._reduce(real, class_loss, box_loss)
+    assert float(found["class"]) == pytest.approx((5 + 3 + 0.5) / 3)
+    assert float(found["box"]) == pytest.approx(4 / 3)
+
+
+def test_bad_pooling():
+    with pytest.raises(ValueError, match="pooling.*'align'"):
+        make_rfcn("align")
