@@ -38,6 +38,7 @@ import tensorflow as tf
 
 import tf_deform
 from tf_deform.demo import _digit_scenes as digit_scenes
+from tf_deform.models._segmenter import Enlarge
 
 ARMS = (
     "plain",
@@ -52,18 +53,6 @@ LEARNING_RATE = 0.016
 # Nine of ten pixels are background: at full weight it would outweigh the
 # digits.
 BACKGROUND_WEIGHT = 0.5
-
-
-@keras.saving.register_keras_serializable(package="tf_deform_examples")
-class Enlarge(keras.layers.UpSampling2D):
-    """Enlarges maps bilinearly, also if the graph does not know their size.
-
-    Keras 3.15's own layer tests whether the new size is positive, which is
-    unknown while a graph is made (keras-team/keras#22079).
-    """
-
-    def call(self, inputs: tf.Tensor) -> tf.Tensor:
-        return tf.image.resize(inputs, tf.shape(inputs)[1:3] * self.size)
 
 
 def build_model(

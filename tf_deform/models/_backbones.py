@@ -293,17 +293,16 @@ def _with_size(network: keras.Model, image_size: int | None) -> keras.Model:
 def _fit(map_: Any, name: str, size: tuple[int, int]) -> Any:
     """Pads a map whose borders are missing, evenly."""
     stride = 2 ** int(name[1:])
+    cells = map_.shape[1:3]
+    # A stage may have been dilated, and its map be finer than its name says.
+    while stride > 1 and any(
+        have > math.ceil(pixels / stride) for pixels, have in zip(size, cells)
+    ):
+        stride //= 2
     missing = [
-        math.ceil(pixels / stride) - cells
-        for pixels, cells in zip(size, map_.shape[1:3])
+        math.ceil(pixels / stride) - have for pixels, have in zip(size, cells)
     ]
-    if min(missing) < 0:
-        raise ValueError(
-            f"Expected the map of stride {stride} of an image of {size} pixels "
-            f"to have at most {stride}-th of them. Received: "
-            f"{tuple(map_.shape[1:3])} cells of {map_}"
-        )
-    if not any(missing):
+    if max(missing) <= 0:
         return map_
-    sides = [(cells // 2, cells - cells // 2) for cells in missing]
+    sides = [(count // 2, count - count // 2) for count in missing]
     return keras.layers.ZeroPadding2D(sides, name=f"{name}_border")(map_)

@@ -48,10 +48,20 @@ def fit(
     return tf.ensure_shape(pixels, (size, size, 3)), inner
 
 
-def predict_image(
-    model: Any, image: np.ndarray, tile: int | None, overlap: float
-) -> dict[str, np.ndarray]:
-    """Computes `Detector.predict_image`."""
+def cut(
+    image: np.ndarray, tile: int | None, overlap: float
+) -> tuple[np.ndarray, int, list[tuple[int, int]]]:
+    """Cuts a photograph into tiles.
+
+    Args:
+        image, tile, overlap: As in `Detector.predict_image`.
+
+    Returns:
+        The photograph; pixels of a tile; y and x of the tiles' corners.
+
+    Raises:
+        ValueError: An argument is something else.
+    """
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(
@@ -74,6 +84,15 @@ def predict_image(
         for y in _starts(height, side, overlap)
         for x in _starts(width, side, overlap)
     ]
+    return image, side, origins
+
+
+def predict_image(
+    model: Any, image: np.ndarray, tile: int | None, overlap: float
+) -> dict[str, np.ndarray]:
+    """Computes `Detector.predict_image`."""
+    image, side, origins = cut(image, tile, overlap)
+    height, width = image.shape[:2]
     found = []
     for first in range(0, len(origins), _BATCH):
         some = origins[first : first + _BATCH]
@@ -171,8 +190,14 @@ def _merge(rows: dict[str, np.ndarray], max_overlap: float) -> np.ndarray:
     return kept[np.argsort(-scores[kept], kind="stable")]
 
 
+def decode(data: tf.Tensor) -> tf.Tensor:
+    """Decodes a file to `(height, width, 3)` uint8."""
+    pixels = tf.io.decode_image(data, channels=3, expand_animations=False)
+    return tf.ensure_shape(pixels, (None, None, 3))
+
+
 def serving(model: Any) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
-    """Returns a function from files of images to what a detector finds.
+    """Returns a function from files of images to what a model finds in them.
 
         archive = keras.export.ExportArchive()
         archive.track(model)
@@ -180,7 +205,7 @@ def serving(model: Any) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
         archive.write_out("served")
 
     Args:
-        model: A detector.
+        model: A `FasterRCNN`, `RFCN` or `Segmenter`.
 
     Returns:
         A `tf.function` of `(batch,)` strings, each a JPEG or PNG file of any
@@ -196,12 +221,20 @@ def serving(model: Any) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
           if it has none, and "";
         - "valid": `(batch,)` int32, how many of the `n` are detections.
 
+        For a segmenter, padded to the height and width of the largest image,
+
+        - "ids": `(batch, height, width)` int32, the classes of the given
+          image's pixels, and -1 beyond them;
+        - "sizes": `(batch, 2)` int32, height and width of each image.
+
     Raises:
-        TypeError: `model` is no detector.
+        TypeError: `model` is none of these.
     """
+    if hasattr(model, "_server"):
+        return model._server()
     if not hasattr(model, "predict_image") or not hasattr(model, "anchors"):
         raise TypeError(
-            "Expected `model` to be a FasterRCNN or an RFCN. Received: "
+            "Expected `model` to be a FasterRCNN, RFCN or Segmenter. Received: "
             f"{model!r:.200}"
         )
     size = model.image_size
@@ -209,8 +242,7 @@ def serving(model: Any) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
     names = tf.constant([*names, ""])
 
     def read(data: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        pixels = tf.io.decode_image(data, channels=3, expand_animations=False)
-        pixels = tf.ensure_shape(pixels, (None, None, 3))
+        pixels = decode(data)
         full = tf.shape(pixels)[:2]
         return (*fit(pixels, tf.reduce_max(full), size), full)
 
