@@ -12,6 +12,7 @@ import numpy as np
 from tf_deform import data, visualization
 from tf_deform._files import writing
 from tf_deform._keras import keras
+from tf_deform.models import deformable_layers
 
 _LEAST_SCORE = 0.3
 
@@ -23,7 +24,7 @@ class Row(NamedTuple):
         place: Where it was taken.
         image: `(height, width, 3)` uint8.
         photograph: The photograph's annotations.
-        found: By arm, what `predict_image` returned.
+        found: By arm, "boxes" `(n, 4)` and "scores" `(n,)`.
     """
 
     place: str
@@ -87,7 +88,10 @@ def _show(ax: Any, image: np.ndarray, boxes: np.ndarray, color: str) -> None:
 def draw_sampling(
     path: pathlib.Path, model: keras.Model, rows: Sequence[Row], trees: int = 3
 ) -> None:
-    """Draws where the last deformable layers of a backbone look for trees.
+    """Draws where deformable layers of a backbone look for trees.
+
+    These are the last two of strides 8 and 16, whose cells are smaller than
+    trees.
 
     Args:
         path: PNG file to write.
@@ -95,6 +99,11 @@ def draw_sampling(
         rows: The photographs, a row each.
         trees: Number of trees of a photograph, from small to large.
     """
+    shown = [
+        layer
+        for layer in deformable_layers(model.backbone)
+        if layer.name.startswith(("conv3", "conv4"))
+    ]
     figure, axes = _figure(len(rows), trees)
     for row, line in zip(rows, axes):
         wanted = ~(row.photograph.crowd | row.photograph.difficult)
@@ -108,6 +117,8 @@ def draw_sampling(
                 model.backbone,
                 np.asarray(pixels),
                 ((y1 + y2) / 2, (x1 + x2) / 2),
+                layers=shown,
+                depth=2,
                 ax=ax,
             )
             _show(

@@ -116,9 +116,7 @@ def read_sets(folder: pathlib.Path) -> dict[str, Any]:
     }
 
 
-def build(
-    weights: str, stages: str | None, seed: int, image_size: int = _SIZE
-) -> keras.Model:
+def build(weights: str, stages: str | None, seed: int) -> keras.Model:
     """Returns an untrained detector on the pretrained backbone.
 
     The regions are pooled from maps of half the usual channels, and the
@@ -128,17 +126,17 @@ def build(
         weights: Path of open_nsfw.onnx.
         stages: Stages to make deformable, or None.
         seed: Seed of the weights that are not pretrained.
-        image_size: Height and width of the images.
     """
-    keras.utils.set_random_seed(seed)
-    backbone = thin_resnet50(weights, image_size)
+    backbone = thin_resnet50(weights, _SIZE)
     if stages is not None:
         models.make_deformable(backbone, stages, verbose=False)
     models.train_only(backbone, "c3-", freeze_batch_norm=True)
+    # Both arms get the same other weights: what was random before is replaced.
+    keras.utils.set_random_seed(seed)
     return models.FasterRCNN(
         backbone,
         1,
-        image_size=image_size,
+        image_size=_SIZE,
         class_names=(_photographs.CLASS,),
         fpn_channels=96,
         head_units=256,
@@ -183,9 +181,8 @@ class _Runs:
         return result
 
     def load(self, arm: str, seed: int) -> keras.Model:
-        return keras.saving.load_model(
-            self.folder(arm, seed) / "model.keras", compile=False
-        )
+        path = self.folder(arm, seed) / "model.keras"
+        return keras.saving.load_model(path, compile=False)
 
     def _run(
         self, folder: pathlib.Path, arm: str, seed: int, steps: int
@@ -193,7 +190,7 @@ class _Runs:
         model = build(self._weights, ARMS.get(arm), seed)
         _LOG.info("%s, seed %d: %d steps", arm, seed, steps)
         seconds = self._train(model, folder, f"{arm}, seed {seed}", seed, steps)
-        model = keras.saving.load_model(folder / "best.keras", compile=False)
+        model.load_weights(folder / "best.keras")
         measured: dict[str, Any] = {
             "parameters": sum(
                 int(np.prod(variable.shape))
@@ -413,16 +410,31 @@ def _draw(
     out: pathlib.Path, sets: dict[str, Any], runs: _Runs, seed: int
 ) -> None:
     """Draws what models of a seed find, and where the deformable one looks."""
-    loaded = {arm: runs.load(arm, seed) for arm in ARMS}
     rows = []
     for name in _photographs.TESTS:
         photographs = sets[name].photographs
-        photograph = photographs[len(photographs) // 2]
-        image = data.read_image(photograph.path)
+        index = len(photographs) // 2
         found = {
-            arm: model.predict_image(image) for arm, model in loaded.items()
+            arm: _read_found(
+                runs.folder(arm, seed) / f"results-{name}.json", index + 1
+            )
+            for arm in ARMS
         }
+        image = data.read_image(photographs[index].path)
         place = _photographs.TESTS[name]
-        rows.append(_pictures.Row(place, image, photograph, found))
+        rows.append(_pictures.Row(place, image, photographs[index], found))
     _pictures.draw_boxes(out / "boxes.png", rows)
-    _pictures.draw_sampling(out / "sampling.png", loaded["deformable"], rows)
+    model = runs.load("deformable", seed)
+    _pictures.draw_sampling(out / "sampling.png", model, rows)
+
+
+def _read_found(path: pathlib.Path, number: int) -> dict[str, np.ndarray]:
+    """Returns what a file of results has for an image."""
+    items = json.loads(path.read_text())
+    items = [item for item in items if item["image_id"] == number]
+    boxes = np.reshape([item["bbox"] for item in items], (-1, 4))
+    boxes[:, 2:] += boxes[:, :2]
+    return {
+        "boxes": boxes,
+        "scores": np.array([item["score"] for item in items]),
+    }
