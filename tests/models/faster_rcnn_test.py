@@ -406,7 +406,7 @@ def test_serving(trained, tmp_path):
     )
     none = serve(tf.constant([], tf.string))
     assert none["boxes"].shape == (0, 10, 4)
-    with pytest.raises(TypeError, match="to be a FasterRCNN or an RFCN"):
+    with pytest.raises(TypeError, match="to be a FasterRCNN, RFCN"):
         serving(trained.backbone)
 
 
