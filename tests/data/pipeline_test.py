@@ -534,7 +534,6 @@ def test_a_mask_may_be_more_than_a_path():
 
 
 def test_files_are_read_by_default(tmp_path):
-    pytest.importorskip("tf_deform.data._images")
     from PIL import Image
 
     rng = np.random.default_rng(7)
