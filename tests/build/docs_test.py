@@ -5,6 +5,7 @@ import functools
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -32,6 +33,8 @@ SKIPPED = {
     "pip install": "installs",
     ".venv/bin/python examples/detection/serve.py": "needs a trained detector; "
     "runs_test.py runs it",
+    "tf-deform train": "takes hours; tests/tasks trains small models",
+    "import keras\nimport tf_deform\n\nphotographs": "trains for hours, too",
     "tensorflowjs_converter": "needs an environment of its own",
     "from tensorflowjs": "needs an environment of its own",
 }
@@ -66,11 +69,57 @@ SYBIL = Sybil(
 )
 
 
+def make_detector() -> keras.Model:
+    """Makes a small detector, which finds something everywhere."""
+    image = keras.Input((64, 64, 3))
+    x = keras.layers.Rescaling(1 / 255)(image)
+    x = keras.layers.Conv2D(4, 3, strides=4, padding="same")(x)
+    last = keras.layers.Conv2D(4, 3, strides=2, padding="same")(x)
+    return tf_deform.models.FasterRCNN(
+        keras.Model(image, {"P2": x, "P3": last}),
+        2,
+        image_size=64,
+        class_names=("cat", "dog"),
+        fpn_channels=4,
+        head_units=4,
+        proposals=20,
+        max_detections=5,
+        min_score=0.0,
+    )
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory) -> pathlib.Path:
+    """Returns the file of a small detector that finds something everywhere."""
+    path = tmp_path_factory.mktemp("detector") / "best.keras"
+    make_detector().save(path)
+    return path
+
+
+def write_photographs(rng: np.random.Generator) -> None:
+    """Writes what docs/finetune.md has: labelled photographs, and others."""
+    size = "<size><width>90</width><height>70</height></size>"
+    box = "<xmin>5</xmin><ymin>9</ymin><xmax>60</xmax><ymax>50</ymax>"
+    for file in ("other/1.jpg", "other/2.jpg", "new/1.jpg", "photo.jpg"):
+        path = pathlib.Path(file)
+        path.parent.mkdir(exist_ok=True)
+        pixels = rng.integers(0, 256, (70, 90, 3)).astype(np.uint8)
+        keras.utils.save_img(path, pixels, scale=False)
+        if path.parent.name == "other":
+            path.with_suffix(".xml").write_text(
+                f"<annotation><filename>{path.name}</filename>{size}<object>"
+                f"<name>dog</name><bndbox>{box}</bndbox></object></annotation>"
+            )
+
+
 @pytest.fixture
-def workplace(tmp_path, monkeypatch) -> None:
-    """Makes a folder of images by class, with the command `tf-deform`."""
+def workplace(tmp_path, monkeypatch, detector) -> None:
+    """Makes folders of images, a detector, and the command `tf-deform`."""
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
+    write_photographs(rng)
+    (tmp_path / "run").mkdir()
+    shutil.copy(detector, tmp_path / "run")
     for file in (f"{x}/{i}.jpg" for x in ("cats", "dogs") for i in range(5)):
         path = tmp_path / "photos" / file
         path.parent.mkdir(parents=True, exist_ok=True)
