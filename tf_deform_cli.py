@@ -541,6 +541,8 @@ def _print_diagnosis() -> int:
             failed.append(step)
     for extra, finding in _extras():
         _print_line(extra, finding)
+    cache = _part("_cache")
+    _print_line("cache", f"{cache.cache_folder()} ({cache.VARIABLE})")
     verdict = "the native ops work"
     if "ops" in failed:
         verdict = "the native ops do not work"

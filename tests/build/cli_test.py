@@ -365,15 +365,17 @@ def test_without_libraries_there_is_no_path(command, copy):
 # The doctor.
 
 
-def test_a_sound_installation(metadata, copy):
+def test_a_sound_installation(metadata, copy, monkeypatch):
     """Tests that the extras are the ones of setup.py, `test` included.
 
     Beside the package itself may be the metadata of an earlier build.
     """
+    monkeypatch.setenv("TF_DEFORM_CACHE", "/some/cache")
     status, findings = diagnose(metadata, copy)
     assert status == 0, findings
     assert findings["tf-deform"] == tf_deform.__version__
     assert findings["verdict"] == "the native ops work"
+    assert findings["cache"] == "/some/cache (TF_DEFORM_CACHE)"
     assert not any("FAILED" in finding for finding in findings.values())
     versions = ", ".join(_build_info.LIBRARIES)
     assert findings["TensorFlow"].startswith(
