@@ -49,10 +49,10 @@ def test_random_masks(ignored, dense):
 def test_more_pixels_than_float32_counts():
     metric = MeanIoU(2)
     metric.update_state([0, 1, 1], [0, 1, 0])
-    metric.total_cm.assign(metric.total_cm * 2**40)
+    metric.counts.assign(metric.counts * 2**40)
     metric.update_state([0, 1], [0, 1])
     n = 2**40
-    np.testing.assert_array_equal(metric.total_cm, [[n + 1, 0], [n, n + 1]])
+    np.testing.assert_array_equal(metric.counts, [[n + 1, 0], [n, n + 1]])
     each = [(n + 1) / (2 * n + 1), (n + 1) / (2 * n + 1)]
     np.testing.assert_allclose(metric.per_class(), each, rtol=1e-15)
     metric.reset_state()
@@ -60,7 +60,7 @@ def test_more_pixels_than_float32_counts():
     for _ in range(3):  # 3 * 2^23 pixels, in which float32 would stand still
         metric.update_state(ones, ones)
     metric.update_state([1], [1])
-    assert int(metric.total_cm[1, 1]) == 3 * 2**23 + 1
+    assert int(metric.counts[1, 1]) == 3 * 2**23 + 1
 
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
@@ -89,3 +89,36 @@ def test_in_training(policy, tmp_path):
     copy = MeanIoU.from_config(MeanIoU(3, 7, False, "a").get_config())
     assert (copy.num_classes, copy.ignore_class, copy.name) == (3, 7, "a")
     assert not copy.sparse_y_pred
+
+
+def test_perfect_masks_and_none():
+    metric = MeanIoU(4)
+    assert float(metric.result()) == 0
+    metric.update_state([0, 2, 255], [0, 2, 1])
+    assert float(metric.result()) == 1
+    np.testing.assert_array_equal(metric.per_class(), [1, np.nan, 1, np.nan])
+
+
+@pytest.mark.parametrize("true, found", [(3, 0), (0, 3), (-1, 0), (0, 255)])
+def test_ids_that_are_no_class(true, found):
+    metric = MeanIoU(3)
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        metric.update_state([true], [found])
+
+
+def test_weights_are_refused():
+    with pytest.raises(ValueError, match="no weights of pixels"):
+        MeanIoU(3).update_state([1], [1], [0.5])
+
+
+def test_with_xla():
+    metric = MeanIoU(3)
+
+    @tf.function(jit_compile=True)
+    def count(true, found):
+        metric.update_state(true, found)
+
+    count(tf.constant([[0, 1], [2, 255]]), tf.constant([[0, 2], [2, 1]]))
+    np.testing.assert_array_equal(
+        metric.counts, [[1, 0, 0], [0, 0, 1], [0, 0, 1]]
+    )

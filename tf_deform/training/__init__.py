@@ -13,7 +13,7 @@ from tf_deform.training._monitor import SamplingMonitor
 from tf_deform.training._optimizer import deformable_optimizer
 
 if not KERAS_2:
-    from tf_deform.training._anchors import AnchorReport, anchor_report
+    from tf_deform.training._anchors import anchor_report
     from tf_deform.training._checkpoints import BestAndLast
     from tf_deform.training._coco import CocoCallback, CocoEvaluator
     from tf_deform.training._ema import EmaEvaluation
@@ -22,7 +22,6 @@ if not KERAS_2:
     from tf_deform.training._schedules import WarmUpSteps
 
 __all__ = [
-    "AnchorReport",
     "BestAndLast",
     "CocoCallback",
     "CocoEvaluator",

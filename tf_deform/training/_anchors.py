@@ -17,16 +17,7 @@ _MOST_PAIRS = 2**22  # of boxes and anchors that are compared at once
 
 @dataclasses.dataclass(frozen=True)
 class AnchorReport:
-    """What `anchor_report` counted; as text, it says so in words.
-
-    Attributes:
-        threshold: The overlap from which an anchor fits.
-        objects: The number of objects of each size: "small", "medium", "large".
-        without: The number of those that no anchor fits.
-        overlaps: `(n,)`, float64: the overlap of each object with the anchor
-            that fits it best.
-        boxes: `(n, 4)`, float64: the objects.
-    """
+    """What `anchor_report` counted; as text, it says so in words."""
 
     threshold: float
     objects: dict[str, int]
@@ -86,7 +77,10 @@ def anchor_report(
         threshold: The overlap from which an anchor fits, above 0 and at most 1.
 
     Returns:
-        An `AnchorReport`, whose `str` is to be printed.
+        An object whose `str` says it in words. Its attributes `objects` and
+        `without` are dictionaries of numbers, of all objects and of those that
+        no anchor fits, for "small", "medium" and "large"; `overlaps`, `(n,)`,
+        is the overlap of each object with the anchor that fits it best.
 
     Raises:
         ValueError: The arrays have other shapes or are not finite, there is no

@@ -33,6 +33,7 @@ class WarmUpSteps(keras.optimizers.schedules.LearningRateSchedule):
         factor: The factor of each drop.
         warm_up_steps: The number of steps of the warm-up; 0 is none.
         warm_up_factor: The share of the rate at step 0.
+        name: The name of the schedule.
 
     Raises:
         TypeError: An argument has another type.
