@@ -53,7 +53,8 @@ def test_align_learns(trained):
 
 @pytest.mark.parametrize("pooling", ["deform", "moddeform"])
 def test_displaced_bins_learn(pooling):
-    model = train(make_faster_rcnn(pooling), 180)
+    keras.utils.set_random_seed(1)
+    model = train(make_faster_rcnn(pooling, make_backbone(2, 3)), 240)
     found, wrong = measure(model)
     assert found > 0.9 and wrong < 0.15
     # Regions as small as here are pooled from the first map.
@@ -123,51 +124,49 @@ def test_losses_are_finite_whatever_the_objects(kind):
 
 def test_a_label_too_many():
     model = make_faster_rcnn()
-    model.compile("sgd")
-    images, objects = make_scenes(1)
+    objects = make_scenes(1)[1]
     with pytest.raises(Exception, match="labels below num_classes=2"):
-        model.train_on_batch(
-            images, {**objects, "labels": 1 + objects["labels"]}
-        )
+        model._read_objects({**objects, "labels": 1 + objects["labels"]})
 
 
-@pytest.mark.parametrize("kind", MAKERS)
-def test_samples_depend_on_seed_and_step_alone(kind):
+def compute_losses(model, images, objects, training=True):
+    model.reset_metrics()
+    outputs = model(images, training=True) if training else None
+    loss = model.compute_loss(images, objects, outputs, training=training)
+    parts = [float(model.trackers[name].result()) for name in model.trackers]
+    np.testing.assert_allclose(float(loss), sum(parts), 1e-5)
+    return parts
+
+
+def test_samples_depend_on_seed_and_step_alone():
+    """Tests what a run that goes on after a break relies on."""
     images, objects = make_scenes(4)
-
-    def losses(seed, steps):
-        keras.utils.set_random_seed(5)
-        model = MAKERS[kind](seed=seed)
+    first = make_faster_rcnn()
+    other = make_faster_rcnn(seed=1)
+    other.set_weights(first.get_weights())
+    losses = {}
+    for name, model in (("first", first), ("again", first), ("other", other)):
         model.compile(keras.optimizers.SGD(0.0))
-        return [
-            float(
-                model.train_on_batch(images, objects, return_dict=True)["loss"]
-            )
-            for _ in range(steps)
-        ]
-
-    first = losses(0, 3)
-    assert losses(0, 2) == first[:2]
-    model = MAKERS[kind]()
-    assert not any("seed" in weight.path for weight in model.variables)
-    if kind == "faster-rcnn":
-        assert len(set(first)) > 1
-        assert losses(1, 1) != first[:1]
+        for step in (0, 7):
+            model.optimizer.iterations.assign(step)
+            losses[name, step] = compute_losses(model, images, objects)
+            # As in training, whatever is detected.
+            alone = compute_losses(model, images, objects, training=False)
+            assert alone == losses[name, step]
+    assert losses["first", 0] == losses["again", 0]
+    assert losses["first", 7] == losses["again", 7]
+    assert losses["first", 0] != losses["first", 7]
+    assert losses["first", 0] != losses["other", 0]
+    # There is no state of random numbers to keep.
+    assert len(first.variables) == len(first.weights)
 
 
-def test_validation_loss_is_the_training_loss():
-    model = make_faster_rcnn()
-    images, objects = make_scenes(4)
-    model.compile(keras.optimizers.SGD(0.0))
-    logs = [
-        function(images, objects, return_dict=True)
-        for function in (model.test_on_batch, model.train_on_batch)
-    ]
-    assert set(logs[0]) == {"loss", "rpn_class", "rpn_box", "class", "box"}
-    for name in ("rpn_class", "rpn_box"):
-        np.testing.assert_allclose(logs[0][name], logs[1][name], 0.2)
-    total = sum(value for name, value in logs[0].items() if name != "loss")
-    np.testing.assert_allclose(logs[0]["loss"], total, 1e-5)
+def test_logs():
+    model = make_rfcn()
+    images, objects = make_scenes(2)
+    model.compile("sgd")
+    logs = model.test_on_batch(images, objects, return_dict=True)
+    assert set(logs) == {"loss", "rpn_class", "rpn_box", "class", "box"}
 
 
 def test_regions_are_pooled_from_the_map_of_their_size():
