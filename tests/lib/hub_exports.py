@@ -132,7 +132,7 @@ def line(name: str, found: dict[str, float]) -> str:
     """Returns a row of the table."""
     order = ("native", "portable", "onnx", "litert")
     cells = [f"{found[kind]:.0e}" if found[kind] else "0" for kind in order]
-    return f"| {name} | {' | '.join(cells)} |"
+    return f"| {name.removeprefix('KerasHub ')} | {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -16,7 +16,20 @@ from tf_deform import _loader
 
 # Of the largest output: a few roundings to 11 and 8 bits.
 ROUNDING = {"mixed_float16": 5e-3, "mixed_bfloat16": 4e-2}
-policies = pytest.mark.parametrize("policy", ROUNDING)
+
+
+def cover(name, values):
+    """Returns a mark: each value and each policy in a case that is not slow."""
+    return pytest.mark.parametrize(
+        f"{name},policy",
+        [
+            pytest.param(
+                value, policy, marks=[pytest.mark.slow] * ((i + j) % 2)
+            )
+            for i, value in enumerate(values)
+            for j, policy in enumerate(ROUNDING)
+        ],
+    )
 
 
 def make(policy, deformable=True):
@@ -42,9 +55,8 @@ def assert_near(received, expected, tolerance):
     assert np.abs(received - expected).max() <= tolerance * largest
 
 
-@policies
-@pytest.mark.parametrize("jit", [False, True])
-def test_outputs_and_a_step(policy, jit):
+@cover("jit", [False, True])
+def test_outputs_and_a_step(jit, policy):
     if jit and not _loader.supports_jit():
         pytest.skip("built without the bridge to XLA")
     plain, model = make(policy, False), make(policy)
@@ -74,8 +86,7 @@ def test_outputs_and_a_step(policy, jit):
         assert np.abs(layer.offset_kernel.numpy()).max() > 0
 
 
-@policies
-@pytest.mark.parametrize("kind", exported.FORMATS)
+@cover("kind", exported.FORMATS)
 def test_exports(kind, policy, tmp_path):
     """Tests files against the same model in float32."""
     model, whole = make(policy), make("float32")
