@@ -25,7 +25,7 @@ _LOG = logging.getLogger("tf_deform")
 ARMS = {"plain": None, "deformable": "c3-c5"}
 # The plain arm that is trained for as long as the deformable one takes.
 LONGER = "plain, as long"
-STEPS = 1200
+STEPS = 800
 # Training is validated and saved this often.
 _EPOCHS = 8
 _SIZE, _BATCH = 416, 2
