@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures the effect of LiteRT's quantization on the demo's models.
+"""Measures the effect of LiteRT's quantization on models of digits.
 
 Makes the table of docs/quantization.md.
 
-    make demo
+    python examples/segmentation.py --data runs/scenes
+    python examples/detection/train.py --data runs/scenes
     python benchmarks/quantized.py
 
 Each file is calibrated with scenes that the model learned from, and evaluated
@@ -162,14 +163,14 @@ def read(folder: pathlib.Path, part: str) -> tuple[np.ndarray, np.ndarray]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    demo = pathlib.Path("runs/demo")
+    runs = pathlib.Path("runs")
     parser.add_argument(
-        "--segmentation", type=pathlib.Path, default=demo / "segmentation"
+        "--segmentation", type=pathlib.Path, default=runs / "segmentation"
     )
     parser.add_argument(
-        "--detection", type=pathlib.Path, default=demo / "detection"
+        "--detection", type=pathlib.Path, default=runs / "detection"
     )
-    parser.add_argument("--data", type=pathlib.Path, default=demo / "scenes")
+    parser.add_argument("--data", type=pathlib.Path, default=runs / "scenes")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--calls", type=int, default=100)
     args = parser.parse_args()
