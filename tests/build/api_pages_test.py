@@ -17,6 +17,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 MODULES = {
     "tf_deform": tf_deform,
     "tf_deform.data": tf_deform.data,
+    "tf_deform.demo": tf_deform.demo,
     "tf_deform.export": tf_deform.export,
     "tf_deform.layers": tf_deform.layers,
     "tf_deform.models": tf_deform.models,

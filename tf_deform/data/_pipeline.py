@@ -175,6 +175,10 @@ def segmentation_batches(
     drawn without regard to objects.
 
     Args:
+        annotations: photographs with their masks.
+        size, batch_size, augment, seed, start: as there.
+        shuffle, tile, flips, colour, cache_bytes, read_image: as there.
+        scale: by how much, at least and at most, everything is enlarged.
         read_mask: function from `Photograph.mask` to `(height, width, 1)` ids
             from 0 to 255; by default `tf_deform.data.read_mask`.
 
@@ -221,6 +225,10 @@ def examples_per_epoch(
 
     It is the number of photographs or, with `tile`, of the tiles that cover
     them. See `detection_batches`.
+
+    Args:
+        annotations: the photographs.
+        tile: pixels of the photograph that an example shows.
     """
     return len(_parts(annotations.photographs, tile)[0])
 

@@ -8,24 +8,17 @@ brings the packages that the demos use.
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tf_deform._keras import KERAS_2, keras
 
-if TYPE_CHECKING:
+if not KERAS_2:  # whose users take the scenes of digits alone
     from tf_deform.demo._digits import digits
     from tf_deform.demo._thin_resnet import thin_resnet50
     from tf_deform.demo._trees import trees
 
-# Names and their modules, which are for Keras 3 and imported when used.
-_MODULES = {
-    "digits": "_digits",
-    "thin_resnet50": "_thin_resnet",
-    "trees": "_trees",
-}
 __all__ = ["digits", "run", "thin_resnet50", "trees"]
 _FULL_SEEDS = (0, 1, 2)
 
@@ -54,34 +47,29 @@ def run(
         raise ValueError(
             f"Expected `name` to be trees or digits. Received: {name!r}"
         )
+    if KERAS_2:
+        __getattr__(name)  # which says so
     out = os.path.join("runs", name) if out is None else out
     seeds: Sequence[int] = _FULL_SEEDS if full else (0,)
     if name == "trees":
-        return _get("trees")(out, seeds, weights=weights)
+        return trees(out, seeds, weights=weights)
     if weights is not None:
         raise ValueError(
             f"Expected `weights` for trees alone. Received: {weights!r} for "
             "digits"
         )
-    return _get("digits")(out, seeds, controls=full)
+    return digits(out, seeds, controls=full)
 
 
-def _get(name: str) -> Any:
-    if KERAS_2:
+def __getattr__(name: str) -> Any:
+    if name in ("digits", "thin_resnet50", "trees"):
         raise ImportError(
             f"Expected Keras 3 for tf_deform.demo.{name}. Received: "
             f"{keras.__name__} {keras.__version__}, which TensorFlow's "
             "`tf.keras` is"
         )
-    module = importlib.import_module(f"tf_deform.demo.{_MODULES[name]}")
-    return getattr(module, name)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return _get(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+if KERAS_2:
+    __all__ = ["run"]
