@@ -95,10 +95,12 @@ def test_each_object_gets_its_best_anchor():
     np.testing.assert_allclose(
         best[0], measure_overlaps(anchors, truth[0]).max(1), 1e-5
     )
-    # The best of an object, though it overlaps another one more.
-    truth = np.float32([[(0, 0, 20, 20), (0, 0, 12, 8), (-1, -1, -1, -1)]])
-    _, index, forced = _boxes.match(anchors[1:], tf.constant(truth))
-    assert forced.numpy().tolist() == [[True, False]] and index[0, 0] in (0, 1)
+    # The second anchor overlaps the first object more, but is the best one of
+    # the second object.
+    anchors = np.float32([(0, 0, 20, 20), (10, 0, 30, 20)])
+    truth = np.float32([[(0, 0, 20, 20), (24, 0, 30, 20)]])
+    _, index, forced = _boxes.match(anchors, tf.constant(truth))
+    assert index.numpy().tolist() == [[0, 1]] and np.all(forced)
 
 
 def test_choice_at_random():

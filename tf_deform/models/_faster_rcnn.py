@@ -61,7 +61,8 @@ class FasterRCNN(Detector):
         pooling: "align": ROIAlign. "deform": bins are displaced, by a branch
             for each map. "moddeform": bins are displaced and weighted. Branches
             start at zero; train them at a lower rate than the rest
-            (`tf_deform.training.deformable_optimizer`), as they otherwise move
+            (`tf_deform.training.deformable_optimizer(optimizer, 0.01)`), as
+            they otherwise move
             the bins about before these have learned anything.
         image_size: Height and width of the images in pixels.
         class_names: Names of the classes, which the model's file keeps.
