@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 SETTINGS, LOG = "settings.json", "log.txt"
+VERSIONS, FILES = "versions.json", "files.json"
 # What `_files.writing` leaves in a folder if it is killed.
 _PARTIAL = ".tf_deform-partial-"
 # Settings of a call, not of the run.
@@ -78,6 +79,10 @@ def _kept(out: pathlib.Path) -> dict[str, Any] | None:
         return None
     if out.is_dir():
         names = {path.name for path in out.iterdir()}
+        # What a run leaves that ended before it had read its files.
+        before = {SETTINGS, VERSIONS, LOG}
+        if all(x in before or x.startswith(_PARTIAL) for x in names):
+            return None
         if SETTINGS in names:
             path = out / SETTINGS
             try:
@@ -90,9 +95,6 @@ def _kept(out: pathlib.Path) -> dict[str, Any] | None:
                 f"Expected {path} to be the settings of a run. Received: "
                 "something else"
             )
-        # A run that was killed before it wrote its settings left these.
-        if all(name == LOG or name.startswith(_PARTIAL) for name in names):
-            return None
     raise FileExistsError(
         f"Expected {out} to be a new or empty folder, or one with a run. "
         f"Received: {'a folder' if out.is_dir() else 'a file'} with other "

@@ -354,6 +354,7 @@ TASKS: Mapping[str, Mapping[str, Setting]] = {
         "out": Setting(path_text, None),
         "tile": _TILE,
         "max_detections": _MAX_DETECTIONS._replace(default=None),
+        "classes": Setting(names, None),
         "skip_broken": _SKIP_BROKEN,
         **_READING_BOXES,
         **_READING_MASKS,

@@ -347,3 +347,29 @@ def test_no_photograph_left_is_an_error(tmp_path):
         path.write_bytes(b"")
     with pytest.raises(ValueError, match="at least one photograph"):
         data.read(source, skip_broken=True)
+
+
+def test_areas_are_those_of_outlines(tmp_path):
+    """Tests that COCO's measures of small objects stay what COCO's are."""
+    path = tmp_path / "a.png"
+    Image.new("RGB", (60, 50)).save(path)
+    box = {"image_id": 3, "category_id": 5, "bbox": [10, 5, 40, 20]}
+    outline = [[10, 5, 50, 5, 10, 25]]
+    others = [
+        {"area": 400, "segmentation": outline},
+        {"area": 400, "segmentation": []},  # counted by nobody knows whom
+        {"segmentation": outline, "bbox": [0, 0, 30, 20]},
+        {"area": 9e9, "segmentation": outline, "bbox": [30, 40, 40, 20]},
+    ]
+    file = tmp_path / "a.json"
+    content = {
+        "images": [{"id": 3, "file_name": "a.png", "width": 60, "height": 50}],
+        "categories": [{"id": 5, "name": "kite"}],
+        "annotations": [{"id": i, **box, **x} for i, x in enumerate(others)],
+    }
+    file.write_text(json.dumps(content))
+    (photo,) = data.read(f"coco:{file},{tmp_path}").photographs
+    expected = [400, 800, 600, 300]
+    assert photo.areas.tolist() == expected
+    found = data.read(f"coco:{file}").select(["other", "kite"]).to_coco()
+    assert [x["area"] for x in found["annotations"]] == expected

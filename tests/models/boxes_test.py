@@ -89,7 +89,7 @@ def test_each_object_gets_its_best_anchor():
             [(-1, -1, -1, -1)] * 3,
         ]
     )
-    best, index, forced = _boxes.match(anchors, tf.constant(truth))
+    best, index, forced = _boxes.match(anchors, tf.constant(truth), 0.0)
     assert forced.numpy().tolist() == [[False, True, False], [False] * 3]
     assert index[0, 1] == 0 and index[0, 0] == 0
     np.testing.assert_allclose(
@@ -99,7 +99,7 @@ def test_each_object_gets_its_best_anchor():
     # the second object.
     anchors = np.float32([(0, 0, 20, 20), (10, 0, 30, 20)])
     truth = np.float32([[(0, 0, 20, 20), (24, 0, 30, 20)]])
-    _, index, forced = _boxes.match(anchors, tf.constant(truth))
+    _, index, forced = _boxes.match(anchors, tf.constant(truth), 0.0)
     assert index.numpy().tolist() == [[0, 1]] and np.all(forced)
 
 

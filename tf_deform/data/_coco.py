@@ -131,7 +131,10 @@ def _told(annotation: Mapping[str, Any], key: Hashable) -> Told:
         extra.get("is_crowd"), "is_crowd"
     )
     rest = {name: v for name, v in annotation.items() if name != "id"}
-    return Told(key, edges, crowd, difficult, rest)
+    area = annotation.get("area")
+    outlined = bool(annotation.get("segmentation")) and area is not None
+    area = max(number(area, "area"), 0.0) if outlined else None
+    return Told(key, edges, crowd, difficult, rest, area)
 
 
 def _size(image: Mapping[str, Any]) -> tuple[float, float] | None:

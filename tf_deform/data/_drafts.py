@@ -79,6 +79,7 @@ class Told:
         crowd: Whether it is a group of objects.
         difficult: Whether it need not be found.
         all: All that the file says of it: an equal object repeats it.
+        area: Pixels of the object itself, if the file tells its outline.
     """
 
     key: Hashable
@@ -86,6 +87,18 @@ class Told:
     crowd: bool = False
     difficult: bool = False
     all: Any = None
+    area: float | None = None
+
+
+def _areas(draft: Draft) -> np.ndarray:
+    """Returns areas of objects: of their boxes, where no outline is told.
+
+    A box may have been cut at the edge of the image.
+    """
+    sides = (draft.boxes[:, 2:] - draft.boxes[:, :2]).astype(np.float64)
+    boxes = sides.prod(-1)
+    told = np.array([told.area or np.inf for told in draft.told])
+    return np.minimum(boxes, told) if len(boxes) else boxes
 
 
 @dataclasses.dataclass
@@ -337,6 +350,7 @@ def finish(
                 crowd=[t.crowd and crowds == "ignore" for t in one.told],
                 difficult=[told.difficult for told in one.told],
                 mask=one.mask,
+                areas=_areas(one),
             )
         )
     _say_counts(counts, order, crowds, notes)

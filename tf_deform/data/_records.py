@@ -54,6 +54,8 @@ class Photograph:
         crowd: `(n,)`, bool: groups of objects in one box.
         difficult: `(n,)`, bool: objects that need not be found.
         mask: The classes of its pixels, for `read_mask`, or None.
+        areas: `(n,)`, float64: pixels of the objects, by which COCO's measures
+            tell small from large; None are the areas of the boxes.
     """
 
     path: str
@@ -64,6 +66,7 @@ class Photograph:
     crowd: np.ndarray | None = None
     difficult: np.ndarray | None = None
     mask: Mask | str | None = None
+    areas: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         count = len(self.labels)
@@ -77,6 +80,11 @@ class Photograph:
             value = getattr(self, name)
             value = none if value is None else value
             object.__setattr__(self, name, _array(value, dtype, *shape))
+        areas = self.areas
+        if areas is None:
+            sides = (self.boxes[:, 2:] - self.boxes[:, :2]).astype(np.float64)
+            areas = sides.prod(-1)
+        object.__setattr__(self, "areas", _array(areas, np.float64, count))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -203,7 +211,8 @@ class Annotations:
 
         Images, annotations and categories are numbered from 1 in the order of
         the photographs, objects and classes, as evaluations take an annotation
-        0 for none. `area` is that of the box. Crowds and difficult objects have
+        0 for none. `area` is that of the object's outline where
+        the file tells one, else of the box. Crowds and difficult objects have
         `iscrowd` 1: an evaluation ignores no other.
         """
         images, annotations = [], []
@@ -217,10 +226,11 @@ class Annotations:
                 }
             )
             ignored = photograph.crowd | photograph.difficult
-            for box, label, crowd in zip(
+            for box, label, crowd, area in zip(
                 photograph.boxes.astype(np.float64).tolist(),
                 photograph.labels.tolist(),
                 ignored.tolist(),
+                photograph.areas.tolist(),
             ):
                 left, top, right, bottom = box
                 width, height = right - left, bottom - top
@@ -230,7 +240,7 @@ class Annotations:
                         "image_id": len(images),
                         "category_id": label + 1,
                         "bbox": [left, top, width, height],
-                        "area": width * height,
+                        "area": area,
                         "iscrowd": int(crowd),
                     }
                 )

@@ -183,6 +183,7 @@ def build_detector(arm: str, seed: int) -> keras.Model:
         bins=3,
         anchor_scales=(2.5, 4, 6.25),
         anchor_ratios=(1.25,),
+        candidates=128,
         proposals=32,
         hard_examples=16,
         max_detections=20,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -142,6 +143,9 @@ def build(weights: str, stages: str | None, seed: int) -> keras.Model:
         head_units=256,
         anchor_scales=(4,),
         anchor_ratios=(1,),
+        # Most trees are smaller than half of the smallest anchor.
+        min_anchor_overlap=0.0,
+        candidates=300,
         proposals=300,
         samples=128,
         max_detections=300,
@@ -163,6 +167,8 @@ class _Runs:
         self, folder: pathlib.Path, sets: dict[str, Any], weights: str
     ) -> None:
         self._folder, self._sets, self._weights = folder, sets, weights
+        content = pathlib.Path(weights).read_bytes()
+        self._sha256 = hashlib.sha256(content).hexdigest()
 
     def folder(self, arm: str, seed: int) -> pathlib.Path:
         name = f"{arm}-seed{seed}".replace(", ", "-").replace(" ", "-")
@@ -172,7 +178,12 @@ class _Runs:
         folder = self.folder(arm, seed)
         result = _compare.run_once(
             folder,
-            {"arm": arm, "seed": seed, "steps": steps},
+            {
+                "arm": arm,
+                "seed": seed,
+                "steps": steps,
+                "weights": self._sha256,
+            },
             lambda: self._run(folder, arm, seed, steps),
         )
         # Once there is a result, nothing needs the state of training.

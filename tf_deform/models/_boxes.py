@@ -123,7 +123,7 @@ def overlaps(boxes: tf.Tensor, others: tf.Tensor) -> tf.Tensor:
 
 
 def match(
-    anchors: tf.Tensor, truth: tf.Tensor
+    anchors: tf.Tensor, truth: tf.Tensor, least: float
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Finds for each anchor the object that it belongs to, if to any.
 
@@ -133,6 +133,7 @@ def match(
     Args:
         anchors: `(n, 4)` boxes.
         truth: `(batch, m, 4)` boxes of objects, m at least 1.
+        least: The least overlap of an anchor that is the best of its object.
 
     Returns:
         `(batch, n)` the largest overlap; `(batch, n)` int64, the object; and
@@ -142,7 +143,8 @@ def match(
     def match_image(truth: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         overlap = overlaps(anchors[None], truth[None])[0]
         nearest = tf.reduce_max(overlap, 0)
-        nearest = (overlap == nearest) & tf.less(0.0, overlap)
+        enough = tf.less(0.0, overlap) & (overlap >= least)
+        nearest = (overlap == nearest) & enough
         forced = tf.reduce_any(nearest, -1)
         index = tf.where(
             forced,

@@ -43,7 +43,8 @@ class Detector(keras.Model):
     Args:
         backbone, num_classes, image_size, class_names: As in `FasterRCNN`.
         anchor_scales, anchor_ratios: As in `FasterRCNN`.
-        proposals, max_detections: As in `FasterRCNN`.
+        min_anchor_overlap, candidates, proposals: As in `FasterRCNN`.
+        max_detections: As in `FasterRCNN`.
         min_score, max_overlap, seed: As in `FasterRCNN`.
         kwargs: `name` and `dtype`.
     """
@@ -57,6 +58,8 @@ class Detector(keras.Model):
         class_names: Sequence[str] | None,
         anchor_scales: Sequence[float],
         anchor_ratios: Sequence[float],
+        min_anchor_overlap: float,
+        candidates: int,
         proposals: int,
         proposal_overlap: float,
         max_detections: int,
@@ -73,6 +76,8 @@ class Detector(keras.Model):
         self.class_names = _check_names(class_names, self.num_classes)
         self.anchor_scales = _check_numbers(anchor_scales, "anchor_scales")
         self.anchor_ratios = _check_numbers(anchor_ratios, "anchor_ratios")
+        self.min_anchor_overlap = float(min_anchor_overlap)
+        self.candidates = positive(candidates, "candidates")
         self.proposals = positive(proposals, "proposals")
         self.proposal_overlap = float(proposal_overlap)
         self.max_detections = positive(max_detections, "max_detections")
@@ -130,6 +135,8 @@ class Detector(keras.Model):
             "class_names": self.class_names,
             "anchor_scales": self.anchor_scales,
             "anchor_ratios": self.anchor_ratios,
+            "min_anchor_overlap": self.min_anchor_overlap,
+            "candidates": self.candidates,
             "proposals": self.proposals,
             "max_detections": self.max_detections,
             "min_score": self.min_score,
@@ -205,8 +212,8 @@ class Detector(keras.Model):
     def _propose(self, outputs: Outputs) -> tf.Tensor:
         """Returns `(batch, proposals, 4)` boxes, the best first, then -1.
 
-        Each level gives its best; what overlaps a better one of the same level
-        goes; of the rest of all levels the best are taken.
+        Each level gives its best candidates; what overlaps a better one of the
+        same level goes; of the rest of all levels the best are taken.
         """
         boxes, scores = [], []
         for objectness, deltas, anchors in zip(
@@ -215,18 +222,18 @@ class Detector(keras.Model):
             objectness = tf.sigmoid(tf.cast(objectness, "float32"))
             objectness = tf.stop_gradient(objectness)
             deltas = tf.stop_gradient(tf.cast(deltas, "float32"))
-            count = min(self.proposals, len(anchors))
+            count = min(self.candidates, len(anchors))
             best, places = tf.math.top_k(objectness, count)
             anchors = tf.gather(tf.constant(anchors), places)
             deltas = tf.gather(deltas, places, batch_dims=1)
             found = _boxes.decode(anchors, deltas, _ANCHOR_DEVIATIONS)
-            rest = self.proposals - count
+            rest = self.candidates - count
             scores.append(tf.pad(best, ((0, 0), (0, rest))))
             found = _boxes.clip(found, self.image_size, self.image_size)
             boxes.append(tf.pad(found, ((0, 0), (0, rest), (0, 0))))
         levels, count = len(boxes), self.proposals
-        boxes = tf.reshape(tf.stack(boxes, 1), (-1, count, 4))
-        scores = tf.reshape(tf.stack(scores, 1), (-1, count))
+        boxes = tf.reshape(tf.stack(boxes, 1), (-1, self.candidates, 4))
+        scores = tf.reshape(tf.stack(scores, 1), (-1, self.candidates))
         places, real = _boxes.suppress(
             boxes, scores, count, self.proposal_overlap + _BESIDE
         )
@@ -327,7 +334,9 @@ class Detector(keras.Model):
         }
         for name, loss in losses.items():
             self.trackers[name].update_state(loss)
-        return tf.add_n(list(losses.values()))
+        # The rest are the penalties of regularizers.
+        others = [tf.cast(loss, "float32") for loss in self.losses]
+        return tf.add_n([*losses.values(), *others])
 
     def _read_objects(self, y: Any) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns boxes and labels of objects, all others -1, at least one."""
@@ -371,7 +380,9 @@ class Detector(keras.Model):
             tf.cast(tf.concat(outputs[name], 1), "float32")
             for name in ("objectness", "deltas")
         )
-        best, index, forced = _boxes.match(anchors, truth)
+        best, index, forced = _boxes.match(
+            anchors, truth, self.min_anchor_overlap
+        )
         positive = forced | (best >= _ANCHOR_OBJECT)
         negative = ~positive & (best < _ANCHOR_BACKGROUND)
         positive, negative = self._sample(

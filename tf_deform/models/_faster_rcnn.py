@@ -39,7 +39,8 @@ class FasterRCNN(Detector):
     XLA and is exported. Boxes are float32 x1, y1, x2, y2 in pixels whatever the
     dtype policy; x2 and y2 lie beyond the last pixel.
 
-    The defaults are MMDetection's `faster-rcnn_r50_fpn_1x_coco`. For small
+    The defaults are MMDetection's `faster-rcnn_r50_fpn_1x_coco`, but for
+    `candidates`. For small
     objects choose small `anchor_scales`; for a few classes and a CPU, fewer
     channels, units, proposals and samples.
 
@@ -70,8 +71,14 @@ class FasterRCNN(Detector):
         head_units: Units of the two hidden layers of the regions.
         anchor_scales: Roots of the anchors' areas, in strides of their map.
         anchor_ratios: Heights of the anchors over their widths.
-        proposals: Number of regions that each map, and all maps together,
-            propose for an image.
+        min_anchor_overlap: Least intersection over union from which on an
+            object that no anchor overlaps by .7 gets the anchors that overlap
+            it most; 0: every object gets some.
+        candidates: Number of the best anchors of each map, of which those go
+            that overlap a better one. MMDetection takes 2000 in training; their
+            overlaps with each other take memory by the square.
+        proposals: Number of regions that all maps together propose for an
+            image.
         samples: Number of regions of an image that training draws.
         max_detections: Number of detections of an image.
         min_score: Score that a detection must exceed.
@@ -98,6 +105,8 @@ class FasterRCNN(Detector):
         head_units: int = 1024,
         anchor_scales: Sequence[float] = (8,),
         anchor_ratios: Sequence[float] = (0.5, 1, 2),
+        min_anchor_overlap: float = 0.3,
+        candidates: int = 1000,
         proposals: int = 1000,
         samples: int = 512,
         max_detections: int = 100,
@@ -122,6 +131,8 @@ class FasterRCNN(Detector):
             class_names=class_names,
             anchor_scales=anchor_scales,
             anchor_ratios=anchor_ratios,
+            min_anchor_overlap=min_anchor_overlap,
+            candidates=candidates,
             proposals=proposals,
             proposal_overlap=0.7,
             max_detections=max_detections,

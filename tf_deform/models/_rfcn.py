@@ -41,7 +41,9 @@ class RFCN(Detector):
 
     Source: Dai et al. 2016, "R-FCN", arXiv:1605.06409; Dai et al. 2017,
     "Deformable Convolutional Networks", arXiv:1703.06211, sections 2.2 and 3.2;
-    the numbers are those of the code published with the latter, for COCO.
+    the numbers are those of the code published with the latter, for COCO, but
+    for `candidates`. Bins move alike for all classes, and anchors that reach
+    over the image's edge are learned from, too.
 
     Args:
         backbone: As in `FasterRCNN`. The coarsest map makes the maps of
@@ -56,6 +58,9 @@ class RFCN(Detector):
         bins: Bins of a region, down and across.
         anchor_scales: Roots of the anchors' areas, in strides of the map.
         anchor_ratios: Heights of the anchors over their widths.
+        min_anchor_overlap: As in `FasterRCNN`.
+        candidates: As in `FasterRCNN`. The published code takes 6000, whose
+            overlaps with each other would take a GiB.
         proposals: Number of regions of an image.
         hard_examples: Number of regions of an image that are learned from.
         max_detections, min_score, max_overlap: As in `FasterRCNN`.
@@ -79,6 +84,8 @@ class RFCN(Detector):
         bins: int = 7,
         anchor_scales: Sequence[float] = (4, 8, 16, 32),
         anchor_ratios: Sequence[float] = (0.5, 1, 2),
+        min_anchor_overlap: float = 0.0,
+        candidates: int = 2000,
         proposals: int = 300,
         hard_examples: int = 128,
         max_detections: int = 100,
@@ -103,6 +110,8 @@ class RFCN(Detector):
             class_names=class_names,
             anchor_scales=anchor_scales,
             anchor_ratios=anchor_ratios,
+            min_anchor_overlap=min_anchor_overlap,
+            candidates=candidates,
             proposals=proposals,
             proposal_overlap=0.7,
             max_detections=max_detections,

@@ -89,7 +89,8 @@ def train_detector(
     With the recipe "1x" of Detectron and mmdetection in the length of this run:
     momentum .9, a rate of .02 for steps of 16 images and less in proportion,
     which rises at first and is divided by 10 after 8 and after 11 twelfths, a
-    tenth of the rate for offsets, weight decay 1e-4, gradients of a norm of 10
+    tenth of the rate for offsets, weight decay 1e-4 (1e-3 as Keras
+    counts it, beside the momentum), gradients of a norm of 10
     at most. Unless `weights` is "none", the stem, stage c2 and all batch
     normalization stay as they are.
 
@@ -236,6 +237,7 @@ def evaluate(
     out: str | _Path | None = None,
     tile: int | None = None,
     max_detections: int | None = None,
+    classes: Sequence[str] | None = None,
     skip_broken: bool = False,
     base: int = 0,
     first_id: int | None = None,
@@ -254,6 +256,7 @@ def evaluate(
             truth.json, with which other programs compute the same numbers.
         tile: As in `train_detector`.
         max_detections: The most boxes of an image. None: the model's.
+        classes: Names of the classes of `data`, where its files tell ids alone.
         skip_broken, base, first_id, crowds: As in `train_detector`.
         colours: As in `train_segmenter`.
 

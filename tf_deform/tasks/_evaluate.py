@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tf_deform import _files, data, export, models, training
+from tf_deform import _files, _run_folder, data, export, models, training
 from tf_deform._keras import keras
 from tf_deform._settings import export_format
+from tf_deform.data._folders import IMAGES
 from tf_deform.tasks import _models, _pictures, _run, _setup
 
 LOGGER = logging.getLogger("tf_deform")
-_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def evaluate(settings: Mapping[str, Any]) -> dict[str, float]:
@@ -33,8 +33,14 @@ def evaluate(settings: Mapping[str, Any]) -> dict[str, float]:
             f"Expected `data` to be {wanted} photographs for {kind}. Received: "
             f"{settings['data']}"
         )
+    folder = settings["out"] and pathlib.Path(settings["out"])
+    if folder and (folder / _run_folder.SETTINGS).exists():
+        raise FileExistsError(
+            f"Expected `out` to be another folder than that of a run, whose "
+            f"metrics would be replaced. Received: {folder}"
+        )
     classes = _models.class_names(model)
-    truth = _setup.read(settings, settings["data"], classes=classes)
+    truth = _setup.read(settings, settings["data"], classes)
     judge = _models.Judge(
         truth,
         detector,
@@ -44,8 +50,7 @@ def evaluate(settings: Mapping[str, Any]) -> dict[str, float]:
     found = list(_models.predict(model, truth.photographs, settings["tile"]))
     measures = judge.judge(found)
     LOGGER.info("%s", _run.table(measures.items()))
-    if settings["out"] is not None:
-        folder = pathlib.Path(settings["out"])
+    if folder:
         folder.mkdir(parents=True, exist_ok=True)
         if detector:
             results = judge.evaluator.results(found)
@@ -62,15 +67,25 @@ def show(settings: Mapping[str, Any]) -> list[pathlib.Path]:
     paths = list(_images([images] if isinstance(images, str) else images))
     if not paths:
         raise ValueError(
-            f"Expected photographs ({', '.join(_SUFFIXES)}) in {images}. "
+            f"Expected photographs ({', '.join(sorted(IMAGES))}) in {images}. "
             "Received: none"
         )
+    folder = pathlib.Path(settings["out"])
+    names = _names(paths)
+    sources = {path.resolve() for path in paths}
+    for name in names:
+        for picture in (f"{name}.png", f"{name}-sampling.png"):
+            if (folder / picture).resolve() in sources:
+                raise FileExistsError(
+                    "Expected `out` to be another folder than that of the "
+                    f"photographs. Received: {folder}, whose {picture} would "
+                    "be replaced"
+                )
     model = _models.load(settings["model"])
     classes = _models.class_names(model)
-    folder = pathlib.Path(settings["out"])
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, path in zip(_names(paths), paths):
+    for name, path in zip(names, paths):
         image = data.read_image(path)
         found = model.predict_image(image, tile=settings["tile"])
         if _models.is_detector(model):
@@ -112,7 +127,7 @@ def _images(sources: Sequence[str]) -> Iterator[pathlib.Path]:
     for source in map(pathlib.Path, sources):
         if source.is_dir():
             for path in sorted(source.iterdir()):
-                if path.suffix.lower() in _SUFFIXES:
+                if path.suffix.lower() in IMAGES:
                     yield path
         else:
             yield source

@@ -24,7 +24,6 @@ from tf_deform import _build_info, _run_folder, _settings, training
 from tf_deform._keras import keras
 
 LOGGER = logging.getLogger("tf_deform")
-_VERSIONS, _FILES = "versions.json", "files.json"
 _PACKAGES = ("numpy", "pillow", "faster-coco-eval", "matplotlib")
 _SHOW_BAR = [False]
 
@@ -72,10 +71,12 @@ class Run:
             if name not in _run_folder.OF_CALL
         }
         path = self.folder / _run_folder.SETTINGS
-        if not path.exists():
+        # Without the list of files, the call that wrote it found none to use.
+        new = not (self.folder / _run_folder.FILES).exists()
+        if new:
             training.write_metrics(path, {"task": self.task, **kept})
-        now, path = versions(), self.folder / _VERSIONS
-        before = read_json(path)
+        now, path = versions(), self.folder / _run_folder.VERSIONS
+        before = None if new else read_json(path)
         if before is None:
             training.write_metrics(path, now)
         elif before != now:
@@ -96,7 +97,7 @@ class Run:
             ValueError: The run began with other files.
         """
         now = {name: describe_files(part) for name, part in parts.items()}
-        path = self.folder / _FILES
+        path = self.folder / _run_folder.FILES
         before = read_json(path)
         if before is None:
             training.write_metrics(path, now)
@@ -206,6 +207,13 @@ def opened(task: str, given: Mapping[str, Any]) -> Iterator[Run]:
                 f"pixels. Received: {str(error.message).splitlines()[0]:.300}. "
                 "Choose a smaller `batch_size` or `size`, or `mixed_precision`"
             ) from error
+        except tf.errors.InvalidArgumentError as error:
+            # An error of Python within tf.data, as of a file that is broken.
+            traceback.print_exc(file=handler.stream)
+            lines = str(error.message).splitlines()
+            told = [line for line in lines if "Expected " in line]
+            text = told[0][told[0].index("Expected ") :] if told else lines[0]
+            raise ValueError(text) from error
         except Exception as error:
             handler.stream.write(f"{type(error).__name__}: {error}\n")
             traceback.print_exc(file=handler.stream)

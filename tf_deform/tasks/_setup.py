@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -59,11 +59,25 @@ _OPTIONS = {
 }
 
 
-def read(settings: Mapping[str, Any], source: str, **others: Any) -> Any:
-    """Reads annotated photographs, and logs what the reader noticed."""
+def read(
+    settings: Mapping[str, Any],
+    source: str,
+    known: Sequence[str] | None = None,
+) -> Any:
+    """Reads annotated photographs, and logs what the reader noticed.
+
+    Args:
+        settings: Settings of the task, of which those of reading are used.
+        source: The photographs.
+        known: Classes that those of the photographs are joined with by name.
+            Where the files tell ids alone, the names must be given: training
+            and validation may number their classes differently.
+    """
     names = ("skip_broken", *_OPTIONS[source.partition(":")[0]])
     options = {name: settings[name] for name in names}
-    found = data.read(source, **options, **others)
+    found = data.read(source, classes=settings["classes"], **options)
+    if known is not None:
+        found = found.select(known)
     LOGGER.info("%s: %d photographs", source, len(found.photographs))
     for note in found.notes:
         LOGGER.info("  %s", note)
@@ -78,7 +92,7 @@ def read(settings: Mapping[str, Any], source: str, **others: Any) -> Any:
 def read_parts(run: Run) -> tuple[Any, Any]:
     """Returns the photographs to learn from, and those for validation."""
     settings = run.settings
-    train = read(settings, settings["data"], classes=settings["classes"])
+    train = read(settings, settings["data"])
     if isinstance(settings["val"], float):
         if len(train.photographs) < 2:
             raise ValueError(
@@ -92,7 +106,7 @@ def read_parts(run: Run) -> tuple[Any, Any]:
             len(val.photographs),
         )
     else:
-        val = read(settings, settings["val"], classes=train.classes)
+        val = read(settings, settings["val"], train.classes)
     LOGGER.info("Classes: %s", ", ".join(train.classes))
     run.keep_files(training=train, validation=val)
     return train, val

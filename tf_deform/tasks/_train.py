@@ -108,9 +108,19 @@ def _report_objects(train: Any, val: Any, model: Any, settings: dict) -> None:
             f"Expected objects to learn from in {settings['data']}. Received: "
             f"{len(boxes)} photographs without any"
         )
-    LOGGER.info(
-        "To learn from: %s", training.anchor_report(boxes, model.anchors())
-    )
+    # Without a bound, any anchor that touches an object is one for it.
+    least = max(model.min_anchor_overlap, 0.01)
+    report = training.anchor_report(boxes, model.anchors(), least)
+    LOGGER.info("To learn from: %s", report)
+    owners = np.repeat(np.arange(len(boxes)), [len(rows) for rows in boxes])
+    missed = np.unique(owners[report.overlaps < least])
+    if len(missed):
+        names = [train.photographs[i].path for i in missed[:5]]
+        LOGGER.info(
+            "Objects without an anchor are in %d photographs, such as %s",
+            len(missed),
+            ", ".join(map(str, names)),
+        )
     if not any(len(photograph.boxes) for photograph in val.photographs):
         LOGGER.warning(
             "There is no object in the photographs for validation: no epoch is "

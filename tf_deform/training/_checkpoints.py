@@ -201,14 +201,12 @@ class BestAndLast(keras.callbacks.Callback):
         )
 
     def _is_best(self, record: dict[str, Any]) -> bool:
-        """Compares, NaN being worse than any number."""
+        """Compares, NaN being worse than any number; of equals, the last."""
         value = record.get(self._monitor)
         if value is None or self.best is None:
             return value is not None
         best = self.best[self._monitor]
-        if math.isnan(best):
-            return not math.isnan(value)
-        return self._sign * value > self._sign * best
+        return math.isnan(best) or self._sign * value >= self._sign * best
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         if self._monitor is not None and self.history and self.best is None:

@@ -24,7 +24,7 @@ class WarmUpSteps(keras.optimizers.schedules.LearningRateSchedule):
     tenth of the rate after 8 and 11 epochs:
 
         rate = tf_deform.training.WarmUpSteps(0.02, (8 * steps, 11 * steps))
-        optimizer = keras.optimizers.SGD(rate, momentum=0.9, weight_decay=1e-4)
+        optimizer = keras.optimizers.SGD(rate, momentum=0.9, weight_decay=1e-3)
 
     Args:
         learning_rate: The rate after the warm-up.
