@@ -242,6 +242,7 @@ def kept(files) -> pathlib.Path:
     }
     (files / "run").mkdir()
     (files / "run/settings.json").write_text(json.dumps(settings))
+    (files / "run/files.json").write_text("{}")
     (files / "run/log.txt").write_text("")
     return files / "run"
 
@@ -307,7 +308,10 @@ def test_broken_settings(text, call, kept):
     assert "to be the settings of a run" in result.stderr
 
 
-def test_what_a_kill_before_the_settings_leaves(call, kept):
+def test_what_a_run_leaves_that_had_no_photographs_yet(call, kept):
+    """Tests a kill before the settings, and an end by broken photographs."""
+    (kept / "files.json").unlink()
+    assert call(*DETECT, *GOOD, "--skip-broken").status == 0
     (kept / "settings.json").unlink()
     (kept / ".tf_deform-partial-0a1b2c3d").mkdir()
     assert call(*DETECT, *GOOD).status == 0

@@ -71,7 +71,11 @@ def test_photographs_of_another_kind(detector, segmenter, sources):
 
 
 def test_evaluating_a_segmenter(segmenter, sources):
-    measures = tasks.evaluate(segmenter[0] / "best.keras", sources["masks"])
+    model, masks = segmenter[0] / "best.keras", sources["masks"]
+    # Names of training and validation may stand for other ids.
+    with pytest.raises(ValueError, match="Expected no classes but none, blue"):
+        tasks.evaluate(model, masks)
+    measures = tasks.evaluate(model, masks, classes=("none", "blue", "red"))
     assert measures.keys() == segmenter[1]["validation"].keys()
 
 
