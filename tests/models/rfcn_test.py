@@ -13,7 +13,7 @@ from tf_deform.models import RFCN
 @pytest.mark.parametrize("pooling", ["deform", "plain"])
 def test_learns(pooling):
     keras.utils.set_random_seed(1)
-    model = train(make_rfcn(pooling), 300)
+    model = train(make_rfcn(pooling), 400)
     found, wrong = measure(model)
     assert found > 0.8 and wrong < 0.2
     for layer in model.poolings:

@@ -61,10 +61,9 @@ class FasterRCNN(Detector):
         num_classes: Number of classes, without background.
         pooling: "align": ROIAlign. "deform": bins are displaced, by a branch
             for each map. "moddeform": bins are displaced and weighted. Branches
-            start at zero; train them at a lower rate than the rest
-            (`tf_deform.training.deformable_optimizer(optimizer, 0.01)`), as
-            they otherwise move
-            the bins about before these have learned anything.
+            start at zero; train them at a hundredth of the rate, as published
+            (`tf_deform.training.deformable_optimizer(optimizer, 0.01)`), or
+            they may move the bins about before anything is learned.
         image_size: Height and width of the images in pixels.
         class_names: Names of the classes, which the model's file keeps.
         fpn_channels: Channels of the pyramid's maps.
