@@ -28,8 +28,6 @@ from tf_deform.tasks import _run, _setup, _train
 
 HOME = pathlib.Path(tf_deform.__file__).parent.parent
 COMMAND = f"""
-import os
-os.environ["TF_NUM_INTRAOP_THREADS"] = "1"
 import tf_deform_cli
 before = tf_deform_cli._run_task
 def run(*arguments):
@@ -186,7 +184,7 @@ def test_the_folder_of_a_segmenter(segmenter):
 def test_the_same_bits_after_a_kill(detector, photographs, backbone, tmp_path):
     """Tests a run that is killed by SIGKILL and resumed without its settings.
 
-    The first run ran in this process, on another number of threads.
+    The first run ran in this process.
     """
     out, found = detector
     arguments = [

@@ -114,7 +114,10 @@ def predict_image(
             }
             shape = parts[index].shape[:2]
             scale = np.divide(inner[index], shape)
-            found.append(_place(rows, (y, x), shape, scale, (height, width)))
+            rows = _place(rows, (y, x), shape, scale, (height, width))
+            # Boxes of the filling have no pixel of the photograph.
+            real = (rows["boxes"][:, :2] < rows["boxes"][:, 2:]).all(-1)
+            found.append({name: value[real] for name, value in rows.items()})
     rows = {
         name: np.concatenate([part[name] for part in found])
         for name in found[0]
@@ -262,15 +265,23 @@ def serving(model: Any) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
             tf.tile(tf.cast(x[:, ::-1], "float32"), (1, 2))[:, None]
             for x in (inner, full)
         )
-        labels = found["labels"]
         boxes = tf.minimum(found["boxes"] * (limits / inner), limits)
-        ids = tf.where(labels < 0, model.num_classes, labels)
+        # Boxes of the filling have no pixel of the image: the others go first.
+        real = tf.reduce_all(boxes[..., :2] < boxes[..., 2:], -1)
+        real &= found["labels"] >= 0
+        order = tf.argsort(tf.cast(~real, "int32"), -1, stable=True)
+        real, boxes, scores, labels = (
+            tf.gather(x, order, batch_dims=1)
+            for x in (real, boxes, found["scores"], found["labels"])
+        )
+        labels = tf.where(real, labels, -1)
+        ids = tf.where(real, labels, model.num_classes)
         return {
-            "boxes": tf.where(labels[..., None] < 0, -1.0, boxes),
-            "scores": found["scores"],
+            "boxes": tf.where(real[..., None], boxes, -1.0),
+            "scores": tf.where(real, scores, 0.0),
             "class_ids": labels,
             "names": tf.gather(names, ids),
-            "valid": found["valid"],
+            "valid": tf.reduce_sum(tf.cast(real, "int32"), -1),
         }
 
     return tf.function(
