@@ -101,6 +101,7 @@ def test_result(kind):
 @pytest.mark.parametrize("kind", MAKERS)
 def test_losses_are_finite_whatever_the_objects(kind):
     model = MAKERS[kind]()
+    model.min_anchor_overlap = 0.0  # Every object gets some anchor.
     images = make_scenes(2)[0]
     boxes = np.float32([(5, 5, 30, 40), (10, 10, 40, 30)])
     odd = {
@@ -346,8 +347,10 @@ def test_a_tile_is_seen_in_its_own_size(trained):
         np.testing.assert_array_equal(found["boxes"], alone["boxes"][0, :count])
     twice = part.repeat(2, 0).repeat(2, 1)
     found = trained.predict_image(twice, 2 * SIZE)
+    # The two best scores are so close that their order may change.
+    best, expected = found["boxes"][:2], 2 * alone["boxes"][0, :2]
     np.testing.assert_allclose(
-        found["boxes"][:2], 2 * alone["boxes"][0, :2], 0, 2
+        best[best[:, 1].argsort()], expected[expected[:, 1].argsort()], 0, 2
     )
     # A narrow photograph is not enlarged to a tile.
     narrow = np.full((SIZE, SIZE, 3), 114, "uint8")

@@ -177,8 +177,9 @@ def segmentation_batches(
     Args:
         annotations: photographs with their masks.
         size, batch_size, augment, seed, start: as there.
-        shuffle, tile, flips, colour, cache_bytes, read_image: as there.
+        shuffle, tile: as there.
         scale: by how much, at least and at most, everything is enlarged.
+        flips, colour, cache_bytes, read_image: as there.
         read_mask: function from `Photograph.mask` to `(height, width, 1)` ids
             from 0 to 255; by default `tf_deform.data.read_mask`.
 

@@ -167,8 +167,6 @@ class _Runs:
         self, folder: pathlib.Path, sets: dict[str, Any], weights: str
     ) -> None:
         self._folder, self._sets, self._weights = folder, sets, weights
-        content = pathlib.Path(weights).read_bytes()
-        self._sha256 = hashlib.sha256(content).hexdigest()
 
     def folder(self, arm: str, seed: int) -> pathlib.Path:
         name = f"{arm}-seed{seed}".replace(", ", "-").replace(" ", "-")
@@ -176,13 +174,14 @@ class _Runs:
 
     def run(self, arm: str, seed: int, steps: int) -> dict[str, Any]:
         folder = self.folder(arm, seed)
+        weights = pathlib.Path(self._weights).read_bytes()
         result = _compare.run_once(
             folder,
             {
                 "arm": arm,
                 "seed": seed,
                 "steps": steps,
-                "weights": self._sha256,
+                "weights": hashlib.sha256(weights).hexdigest(),
             },
             lambda: self._run(folder, arm, seed, steps),
         )
