@@ -172,10 +172,10 @@ POOLING = {
     ),
     "roi": lambda: DeformableROIPooling(3, 0.25, 3, trans_std=0.3, units=(7,)),
     "align": lambda: DeformableROIAlign((3, 2), 0.25, gamma=0.3, units=(7,)),
+    "samples": lambda: DeformableROIAlign(2, 0.25, sampling_ratio=3),
     "modulated": lambda: DeformableROIAlign(
         (2, 3), 0.25, gamma=0.3, units=(7, 5), modulation="sigmoid"
     ),
-    "samples": lambda: DeformableROIAlign(2, 0.25, sampling_ratio=3),
 }
 
 
