@@ -278,6 +278,7 @@ def check_box(image, box, value):
     near = np.abs(image - value) < value / 2
     assert near[y, x]
     (x1, x2), (y1, y2) = run_around(near[y], x), run_around(near[:, x], y)
+    # An edge within a pixel is counted to one side or the other.
     np.testing.assert_allclose(box, [x1, y1, x2, y2], atol=1.01)
 
 
@@ -333,7 +334,7 @@ def test_masks_stay_on_what_is_drawn(tile):
         assert inside.mean() > 0.5
         values = np.where(ids == VOID, GRAY, ids)[:, 2:-2, 2:-2]
         np.testing.assert_allclose(
-            images[:, 2:-2, 2:-2, 0][inside], values[inside], atol=0.01
+            images[:, 2:-2, 2:-2, 0][inside], values[inside], atol=1e-3
         )
 
 

@@ -123,6 +123,7 @@ def test_pixels_keep_their_precision_in_16_bits():
     again.set_weights(model.get_weights())
     expected = np.array(again(images(32))["P5"])
     received = np.array(model(images(32))["P5"]).astype("float32")
+    # Thirteen convolutions in a row, each rounded to the 8 bits of bfloat16.
     np.testing.assert_allclose(received, expected, atol=0.05 * expected.max())
 
 
