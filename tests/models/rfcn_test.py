@@ -52,6 +52,27 @@ def test_the_regions_with_the_largest_loss_count():
     assert float(found["box"]) == pytest.approx(4 / 3)
 
 
+def test_the_layer_that_judges_anchors_has_the_channels_asked_for(tmp_path):
+    path = tmp_path / "model.keras"
+    for given, channels in (({"rpn_channels": 7}, 7), ({}, 512)):
+        make_rfcn(**given).save(path)
+        model = keras.saving.load_model(path)
+        assert model.rpn_channels == channels
+        weights = model.trunk.get_layer("rpn_hidden").kernel
+        assert weights.shape == (3, 3, 24, channels)
+
+
+def test_files_from_before_there_was_a_choice_have_512():
+    config = make_rfcn(rpn_channels=7).get_config()
+    del config["rpn_channels"]
+    assert RFCN.from_config(config).rpn_channels == 512
+
+
+def test_bad_rpn_channels():
+    with pytest.raises(ValueError, match="`rpn_channels`.*Received: 0"):
+        make_rfcn(rpn_channels=0)
+
+
 def test_bad_pooling():
     with pytest.raises(ValueError, match="pooling.*'align'"):
         make_rfcn("align")

@@ -180,6 +180,7 @@ def build_detector(arm: str, seed: int) -> keras.Model:
         _SIZE,
         [str(digit) for digit in range(10)],
         channels=48,
+        rpn_channels=48,
         bins=3,
         anchor_scales=(2.5, 4, 6.25),
         anchor_ratios=(1.25,),

@@ -17,7 +17,6 @@ from tf_deform.ops._arguments import positive
 
 POOLINGS = ("deform", "plain")
 _STRIDE = 16  # pixels of the image for one of the maps, at most
-_RPN_CHANNELS = 512
 # Up to these errors the losses of boxes are square, for anchors and regions.
 # Source: Girshick 2015, "Fast R-CNN", arXiv:1504.08083, Eq. 3; 1/9 in Ren et
 # al.'s code.
@@ -55,6 +54,7 @@ class RFCN(Detector):
         image_size: Height and width of the images in pixels.
         class_names: Names of the classes, which the model's file keeps.
         channels: Channels of the layer that all maps are made from.
+        rpn_channels: Channels of the layer from which anchors are judged.
         bins: Bins of a region, down and across.
         anchor_scales: Roots of the anchors' areas, in strides of the map.
         anchor_ratios: Heights of the anchors over their widths.
@@ -81,6 +81,7 @@ class RFCN(Detector):
         class_names: Sequence[str] | None = None,
         *,
         channels: int = 1024,
+        rpn_channels: int = 512,
         bins: int = 7,
         anchor_scales: Sequence[float] = (4, 8, 16, 32),
         anchor_ratios: Sequence[float] = (0.5, 1, 2),
@@ -101,6 +102,7 @@ class RFCN(Detector):
             )
         self.pooling = pooling
         self.channels = positive(channels, "channels")
+        self.rpn_channels = positive(rpn_channels, "rpn_channels")
         self.bins = positive(bins, "bins")
         self.hard_examples = positive(hard_examples, "hard_examples")
         super().__init__(
@@ -126,6 +128,7 @@ class RFCN(Detector):
             **super().get_config(),
             "pooling": self.pooling,
             "channels": self.channels,
+            "rpn_channels": self.rpn_channels,
             "bins": self.bins,
             "hard_examples": self.hard_examples,
         }
@@ -147,7 +150,7 @@ class RFCN(Detector):
         same += [x for x in finer if x.shape[1:3] == coarsest.shape[1:3]]
         judged = same[-1] if same else coarsest
         objectness, deltas = _pyramid.build_rpn(
-            {"P": judged}, self.shapes_of_a_cell, _RPN_CHANNELS, dtype
+            {"P": judged}, self.shapes_of_a_cell, self.rpn_channels, dtype
         )
         self._anchor_maps = [judged]
         x = self._convolution(self.channels, "features", activation="relu")
