@@ -228,7 +228,6 @@ setup(
             "scikit-learn>=1.5,<2",
             "scikit-image>=0.25,<0.27",
             "scipy>=1.13,<2",
-            "h5py>=3.11,<4",
             "tf-deform[train]",
             "tf-deform[plots]",
             "tf-deform[onnx]",

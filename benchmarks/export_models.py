@@ -3,7 +3,6 @@
 
 import os
 import pathlib
-import sys
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -71,35 +70,37 @@ def displace_all(model: Any, images: np.ndarray) -> None:
 
 
 def make_segmenter() -> tuple[Any, Any, Cases]:
-    import segmentation
+    from tf_deform.demo import _digit_models
 
-    images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 1), "uint8")
-    model = segmentation.build_model("dcn-v2")
-    displace_all(model, images)
+    model = _digit_models.build_segmenter("dcn-v2", 0)
+    images = make_scenes()
+    displace_all(model.backbone, images)
     return model, model, [{"image": images}]
 
 
 def make_detector() -> tuple[Any, Any, Cases]:
-    """Returns the network, and the function that returns detections."""
+    """Returns a functional model around the detector, and the detector."""
     import keras
-    from detection import detector
 
-    images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 1), "uint8")
-    model = detector.Detector("both")
-    displace_all(model, images)
-    head = model.get_layer("head")
-    displace(head.score_pooling)
-    displace(head.box_pooling)
+    from tf_deform.demo import _digit_models
+
+    model = _digit_models.build_detector("both", 0)
+    images = make_scenes()
+    displace_all(model.backbone, images)
+    for pooling in model.poolings:
+        displace(pooling)
     # Spreads the scores far enough apart that rounding does not reorder them.
-    for name in ("objectness", "score_maps"):
-        kernel = model.get_layer(name).kernel
-        kernel.assign(kernel * 10)
-    # Keras exports no dictionary with a tuple in it, so the tuples are left
-    # out.
-    outputs = {name: model.output[name] for name in ("proposals", "logits")}
-    network = keras.Model(model.inputs, outputs)
-    network.detect = model.detect
-    return network, model.detect, [{"images": images}]
+    for name in ("rpn_objectness", "score_maps"):
+        kernel = model.trunk.get_layer(name).kernel
+        kernel.assign(kernel * 100)
+    inputs = keras.Input(images.shape[1:], name="image")
+    network = keras.Model(inputs, model(inputs))
+    return network, model, [{"image": images}]
+
+
+def make_scenes() -> np.ndarray:
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256, (2, 64, 64, 3)).astype("float32")
 
 
 def make_resnet() -> tuple[Any, Any, Cases]:
@@ -197,7 +198,6 @@ def make(name: str, folder: pathlib.Path) -> tuple[Any, Any, Cases]:
     import tensorflow as tf
 
     keras.utils.set_random_seed(0)
-    sys.path.insert(1, str(ROOT / "examples"))
     model, source, cases = globals()[f"make_{name}"]()
     weights = folder / "weights.npz"
     if weights.exists():

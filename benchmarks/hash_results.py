@@ -21,7 +21,7 @@ lines. The names begin with
                         into build/emulated of the checkout)
     portable, xla       functions and gradients in stock TensorFlow, under XLA
     layers              layers with their own branches, and their gradients
-    demo                the losses of the examples' first ten training steps
+    demo                the losses of the demo's first ten training steps
 
 NaNs count as equal whatever their sign and payload: a compiler that exchanges
 the operands of a sum changes sign and payload. `--only cpu/avx2/1/roi_align`
@@ -30,7 +30,7 @@ processor time.
 """
 
 import argparse
-import csv
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -408,31 +408,34 @@ def run_layer(index: int, policy: str, how: str) -> Iterator[tuple[str, Any]]:
 
 
 # -----------------------------------------------------------------------------
-# The examples' first steps.
+# The demo's first steps.
 
-DEMOS = {
-    "segmentation": ("segmentation.py", ("dcn-v1", "dcn-v2")),
-    "detection": ("detection/train.py", ("both",)),
-}
+DEMOS = (("segment", "dcn-v1"), ("segment", "dcn-v2"), ("detect", "both"))
 
 
-def run_demo(name: str) -> Iterator[tuple[str, Any]]:
-    """Yields the losses of ten training steps on 64 scenes, by model."""
-    script, arms = DEMOS[name]
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(
-            [sys.executable, ROOT / "examples" / script, "--out", folder]
-            + "--train 64 --val 4 --test 8 --steps 10 --epoch-steps 1".split()
-            + ["--arms", *arms, "--formats"],
-            env=environment(TF_DETERMINISTIC_OPS=1, TF_NUM_INTRAOP_THREADS=2),
-            stdout=subprocess.DEVNULL,
-            check=True,
-        )
-        for arm in arms:
-            log = pathlib.Path(folder, "runs", f"{arm}-seed0", "log.csv")
-            with log.open() as file:
-                losses = [row["loss"] for row in csv.DictReader(file)]
-            yield arm, " ".join(losses)
+def run_demo(task: str, arm: str) -> Iterator[tuple[str, Any]]:
+    """Yields the losses of ten training steps on 64 scenes of digits."""
+    from tf_deform import data
+    from tf_deform.demo import _digit_models, _digit_scenes, _digits
+
+    build, read = {
+        "segment": (_digit_models.build_segmenter, data.segmentation_batches),
+        "detect": (_digit_models.build_detector, data.detection_batches),
+    }[task]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.redirect_stdout(sys.stderr),
+    ):
+        scenes = pathlib.Path(folder, "scenes")
+        _digit_scenes.write(scenes, train=64, val=0, test=0)
+        train = _digit_scenes.read(scenes / "train", task)
+        model = build(arm, 0)
+        model.compile(optimizer=_digits.make_optimizer(10))
+        losses = [
+            model.train_on_batch(*batch)
+            for batch in read(train, 64, 32, augment=False).take(10)
+        ]
+    yield "losses", np.array(losses)
 
 
 # -----------------------------------------------------------------------------
@@ -534,7 +537,7 @@ def groups() -> Iterator[tuple[str, dict[str, Any], list[tuple]]]:
             if how == "native" or policy == "float32"
         ],
     )
-    yield "demo", {}, [(name, "run_demo", name) for name in DEMOS]
+    yield "demo", two, [("-".join(x), "run_demo", *x) for x in DEMOS]
 
 
 def work(chosen: list[tuple]) -> None:

@@ -3,9 +3,8 @@
 
 Makes the table of docs/quantization.md.
 
-    python examples/segmentation.py --data runs/scenes
-    python examples/detection/train.py --data runs/scenes
-    python benchmarks/quantized.py
+    tf-deform demo digits --out runs/digits
+    python benchmarks/quantized.py --digits runs/digits
 
 Each file is calibrated with scenes that the model learned from, and evaluated
 on the test scenes. Times are of single images, and all files take turns.
@@ -15,26 +14,19 @@ import argparse
 import functools
 import os
 import pathlib
-import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
 import report  # noqa: E402
-import tensorflow as tf  # noqa: E402
 import timing  # noqa: E402
 from ai_edge_litert.interpreter import Interpreter  # noqa: E402
 
-HERE = pathlib.Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "examples"))
-
-import segmentation  # noqa: E402
-from detection import train as detection  # noqa: E402
-
-from tf_deform import export  # noqa: E402
+from tf_deform import data, export, training  # noqa: E402
+from tf_deform.demo import _digit_scenes  # noqa: E402
 
 KINDS = (None, "float16", "dynamic", "int8")
 CALIBRATION_IMAGES = 64
@@ -62,31 +54,24 @@ def run_all(run: Run, images: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def find_mean_iou(outputs: dict[str, np.ndarray], masks: np.ndarray) -> float:
-    metric = keras.metrics.MeanIoU(
-        segmentation.digit_scenes.NUM_CLASSES, sparse_y_pred=False
-    )
+    metric = training.MeanIoU(_digit_scenes.NUM_CLASSES, sparse_y_pred=False)
     metric.update_state(masks, outputs["output_0"])
     return float(metric.result())
 
 
-class Outputs:
-    """Holds detections that were made before, for `detection.evaluate`."""
-
-    def __init__(self, outputs: dict[str, np.ndarray]):
-        self._outputs = outputs
-        self._start = 0
-
-    def detect(self, images: tf.Tensor) -> dict[str, tf.Tensor]:
-        start, self._start = self._start, self._start + len(images)
-        return {
-            name: tf.constant(value[start : self._start])
-            for name, value in self._outputs.items()
-        }
+def find_average_precision(
+    outputs: dict[str, np.ndarray], truth: data.Annotations
+) -> float:
+    names = ("boxes", "scores", "labels")
+    rows = zip(*(outputs[name] for name in names), strict=True)
+    found = (dict(zip(names, row, strict=True)) for row in rows)
+    judge = training.CocoEvaluator(truth.to_coco())
+    return judge.evaluate(enumerate(found, start=1))["AP"]
 
 
 def measure(
     name: str,
-    model: Callable[..., object],
+    model: keras.Model,
     output: str,
     judge: Callable[[dict[str, np.ndarray]], float],
     calibration: np.ndarray,
@@ -98,7 +83,7 @@ def measure(
 
     Args:
         name: name of the rows.
-        model: a Keras model, or a `tf.function`.
+        model: a segmenter or a detector.
         output: the output whose differences are shown.
         judge: computes mIoU or AP from all outputs.
         calibration: images like the images that the model learned from.
@@ -108,9 +93,8 @@ def measure(
     """
 
     def keras_run(batch: np.ndarray) -> dict[str, np.ndarray]:
-        found = model(tf.constant(batch))
-        found = found if isinstance(found, dict) else {"output_0": found}
-        return {key: np.asarray(value) for key, value in found.items()}
+        found = model.predict_on_batch(batch)
+        return found if isinstance(found, dict) else {"output_0": found}
 
     expected = run_all(keras_run, images)
     sizes, runs = [], []
@@ -155,58 +139,48 @@ def measure(
     return rows
 
 
-def read(folder: pathlib.Path, part: str) -> tuple[np.ndarray, np.ndarray]:
-    scenes = segmentation.read_scenes(folder / part)
-    images, masks = scenes.batch(len(scenes)).get_single_element()
-    return images.numpy(), masks.numpy()
+def read_images(photographs: Sequence[data.Photograph]) -> np.ndarray:
+    images = np.stack([data.read_image(photo.path) for photo in photographs])
+    return images.astype("float32")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    runs = pathlib.Path("runs")
     parser.add_argument(
-        "--segmentation", type=pathlib.Path, default=runs / "segmentation"
+        "--digits",
+        type=pathlib.Path,
+        default=pathlib.Path("runs/digits"),
+        help="what `tf-deform demo digits` wrote (%(default)s)",
     )
-    parser.add_argument(
-        "--detection", type=pathlib.Path, default=runs / "detection"
-    )
-    parser.add_argument("--data", type=pathlib.Path, default=runs / "scenes")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--calls", type=int, default=100)
     args = parser.parse_args()
 
-    calibration = read(args.data, "train")[0][:CALIBRATION_IMAGES]
-    images, masks = read(args.data, "test")
-    scenes, coco = detection.read_scenes(args.data / "test")
-    segmenter = keras.saving.load_model(
-        args.segmentation / "runs/dcn-v2-seed0/model.keras", compile=False
+    scenes, runs = args.digits / "scenes", args.digits / "runs"
+    learned = _digit_scenes.read(scenes / "train", "detect").photographs
+    calibration = read_images(learned[:CALIBRATION_IMAGES])
+    truth = _digit_scenes.read(scenes / "test", "detect")
+    images = read_images(truth.photographs)
+    segmented = _digit_scenes.read(scenes / "test", "segment")
+    masks = np.stack([data.read_mask(p.mask) for p in segmented.photographs])
+    segmenter, detector = (
+        keras.saving.load_model(runs / name / "model.keras", compile=False)
+        for name in ("segment-dcn-v2-seed0", "detect-both-seed0")
     )
-    detector = keras.saving.load_model(
-        args.detection / "runs/both-seed0/model.keras", compile=False
-    )
-
-    def average_precision(outputs: dict[str, np.ndarray]) -> float:
-        return detection.evaluate(Outputs(outputs), scenes, coco)["ap"]
-
+    common = calibration, images, args.threads, args.calls
     rows = measure(
         "segmenter",
         segmenter,
         "output_0",
-        lambda outputs: find_mean_iou(outputs, masks),
-        calibration,
-        images,
-        args.threads,
-        args.calls,
+        functools.partial(find_mean_iou, masks=masks),
+        *common,
     )
     rows += measure(
         "detector",
-        detector.detect,
+        detector,
         "scores",
-        average_precision,
-        calibration,
-        images,
-        args.threads,
-        args.calls,
+        functools.partial(find_average_precision, truth=truth),
+        *common,
     )
     header = (
         "model, file",

@@ -11,8 +11,6 @@ divided by the same ratio of the plain twin. Models take turns.
 
 import argparse
 import os
-import pathlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -26,8 +24,6 @@ from contenders import configure_tensorflow  # noqa: E402
 from report import markdown  # noqa: E402
 
 import tf_deform  # noqa: E402
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "examples"))
 
 GOAL = 1.05
 
@@ -47,9 +43,9 @@ def make(name: str, deformable: bool) -> keras.Model:
             if deformable
             else keras.layers.Conv2D
         )
-    import segmentation  # it needs the examples' packages
+    from tf_deform.demo import _digit_models
 
-    return segmentation.build_model("dcn-v2" if deformable else "plain")
+    return _digit_models.build_segmenter("dcn-v2" if deformable else "plain", 0)
 
 
 def make_step(model: keras.Model, batch: Any) -> Callable[[], Any]:

@@ -7,9 +7,10 @@ import json
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import tf_deform
-from tf_deform import demo
+from tf_deform import demo, visualization
 from tf_deform.demo import _digit_scenes, _digits
 
 
@@ -64,11 +65,50 @@ def test_arms_of_a_seed_begin_alike():
     assert np.abs(other - plain).max() > 1e-2
 
 
-def test_every_deformable_arm_is_compared_with_every_plain_one(tmp_path):
+def test_detectors_of_a_seed_begin_alike():
+    images = np.random.default_rng(0).uniform(0, 255, (2, 64, 64, 3))
+    boxes = np.float32([[(3, 5, 20, 31)], [(30, 2, 61, 25)]])
+    found = []
+    for arm, seed in (("plain", 3), ("both", 3), ("plain", 4)):
+        model = _digits.build_detector(arm, seed)
+        outputs = model.trunk(images)
+        parts = model._judge(outputs["maps"], tf.constant(boxes), False)
+        parts += outputs["objectness"][0], outputs["deltas"][0]
+        found.append(np.concatenate([np.ravel(part) for part in parts]))
+    plain, deformable, other = found
+    np.testing.assert_allclose(deformable, plain, rtol=0, atol=1e-5)
+    assert np.abs(other - plain).max() > 1e-2
+
+
+def test_dilation_that_follows_sizes(tmp_path, monkeypatch):
+    _digit_scenes.write(tmp_path / "scenes", train=0, val=4, test=0)
+    model = _digits.build_segmenter("dcn-v2", 0)
+
+    def measure(network, layer, images, boxes):
+        assert network is model.backbone and images.shape == (4, 64, 64, 3)
+        assert set(boxes[:, 0]) == {0, 1, 2, 3}
+        areas = (boxes[:, 3] - boxes[:, 1]) * (boxes[:, 4] - boxes[:, 2])
+        if layer.name == "conv5":
+            return np.ones_like(areas)
+        areas[0] = np.nan
+        return -areas
+
+    monkeypatch.setattr(visualization, "effective_dilation", measure)
+    found = _digits.follow_sizes(model, tmp_path / "scenes/val")
+    assert found == {"conv4": pytest.approx(-1), "conv5": None}
+
+
+def test_every_deformable_arm_is_compared_with_those_before_it(tmp_path):
     task = _digits._Task(
-        "segment", tmp_path, None, "mIoU", ["plain", "plain-b", "c"]
+        "segment", tmp_path, None, ("mIoU",), ["plain", "plain-b", "c", "d"]
     )
-    assert task.pairs() == [("c", "plain"), ("c", "plain-b")]
+    assert set(task.pairs()) == {
+        ("c", "plain"),
+        ("c", "plain-b"),
+        ("d", "plain"),
+        ("d", "plain-b"),
+        ("d", "c"),
+    }
 
 
 def test_both_tasks_are_trained(tmp_path, monkeypatch):
@@ -88,6 +128,10 @@ def test_both_tasks_are_trained(tmp_path, monkeypatch):
     (pair,) = metrics["segment"]["differences"]
     scores = [result["mIoU"] for result in metrics["segment"]["results"]]
     assert pair["per_seed"] == [scores[1] - scores[0]]
+    assert set(metrics["segment"]["follows_sizes"]) == {"conv4", "conv5"}
+    for name in ("predictions", "sampling", "detections", "parts"):
+        picture = keras.utils.load_img(tmp_path / f"{name}.png")
+        assert len(np.unique(picture)) > 9, name
     (detector,) = metrics["detect"]["results"]
     assert 0 <= detector["AP"] <= 1
     folders = sorted(path.name for path in (tmp_path / "runs").iterdir())

@@ -22,7 +22,14 @@ from tf_deform.layers import (
 )
 
 CLOSE = ANOTHER_ORDER.of_largest
-FORMATS = ("native", "portable", "onnx", "litert")
+# Maps each format to its file or folder.
+FILES = {
+    "native": "saved_model",
+    "portable": "saved_model_portable",
+    "onnx": "model.onnx",
+    "litert": "model.tflite",
+}
+FORMATS = tuple(FILES)
 
 
 def write(kind, model, path, **arguments):

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests arithmetic with boxes, in TensorFlow and where models are exported."""
 
-import exports
 import numpy as np
 import pytest
 import tensorflow as tf
 from detectors import measure_overlaps
-from exported import compile_openvino, run, write
+from exported import FILES, compile_openvino, run, write
 
 from tf_deform import _loader
 from tf_deform.models import _boxes
@@ -273,7 +272,7 @@ def test_suppression_one_by_one(how, tmp_path):
     ]
     graph = tf.function(function, specs, jit_compile=how == "xla")
     if how in STOCK:
-        path = tmp_path / exports.FORMATS[how]
+        path = tmp_path / FILES[how]
         write(how, graph, path, sample=inputs)
         results = [run(how, path, inputs)]
         if how != "litert":

@@ -3,7 +3,6 @@
 
 import io
 
-import exports
 import keras
 import numpy as np
 import PIL.Image
@@ -22,7 +21,7 @@ from detectors import (
     paint,
     train,
 )
-from exported import FORMATS, compile_openvino, load, write
+from exported import FILES, FORMATS, compile_openvino, load, write
 
 import tf_deform
 from tf_deform import _loader
@@ -300,7 +299,7 @@ def test_exports_find_the_same(kind, how, tmp_path):
         compiled = tf.function(model, jit_compile=True)
         assert_same(compiled(tf.constant(images)), expected, 1e-3, 1e-4)
         return
-    path = tmp_path / exports.FORMATS[how]
+    path = tmp_path / FILES[how]
     write(how, model, path, sample=images)
     readers = [load(how, path)]
     if how == "onnx":

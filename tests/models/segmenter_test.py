@@ -93,15 +93,23 @@ def inside(ids: np.ndarray, cells: int) -> np.ndarray:
 # Logits.
 
 
-@pytest.mark.parametrize("stride", [8, 16, 32])
+@pytest.mark.parametrize("stride", [4, 8, 16, 32])
 def test_logits_by_the_parts(stride):
     """Computes the head with NumPy, and the enlargement cell by cell."""
-    model = make(output_stride=stride)
+    names = ["P2", "P3", "P4", "P5"]
+    if stride == 4:  # A backbone that ends there.
+        network = make_network()
+        x = {"P2": network.get_layer("c2_a").output}
+        fine = keras.Model(network.input, x)
+        model = Segmenter(fine, 4, stride, image_size=SIZE, filters=9)
+        names = names[:1]
+    else:
+        model = make(output_stride=stride)
     maps = model.backbone(images())
-    assert list(maps) == ["P2", "P3", "P4", "P5"]
+    assert list(maps) == names
     cells = -(-SIZE // stride)
-    assert maps["P5"].shape == (2, cells, cells, 8)
-    x = np.array(maps["P5"], "float64")
+    x = np.array(maps[names[-1]], "float64")
+    assert x.shape == (2, cells, cells, 5 if stride == 4 else 8)
     for name in ("hidden", "score"):
         kernel, bias = model.get_layer(name).get_weights()
         x = x @ np.float64(kernel[0, 0]) + bias
@@ -443,7 +451,8 @@ def test_exports(kind, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
-        ({"output_stride": 4}, ValueError, "8, 16 or 32. Received: 4"),
+        ({"output_stride": 2}, ValueError, "4, 8, 16 or 32. Received: 2"),
+        ({"output_stride": 4}, ValueError, "16 or 8. Received: 4"),
         ({"output_stride": "16"}, TypeError, "`output_stride`"),
         ({"num_classes": 0}, ValueError, "`num_classes`"),
         ({"ignore_class": 2.5}, TypeError, "`ignore_class`"),

@@ -13,13 +13,26 @@ from collections.abc import Sequence
 from typing import Any
 
 from tf_deform._keras import KERAS_2, keras
+from tf_deform.demo._digit_scenes import write as digit_scenes
 
 if not KERAS_2:  # whose users take the scenes of digits alone
+    from tf_deform.demo._digit_models import (
+        digit_backbone,
+        digit_detector_sizes,
+    )
     from tf_deform.demo._digits import digits
     from tf_deform.demo._thin_resnet import thin_resnet50
     from tf_deform.demo._trees import trees
 
-__all__ = ["digits", "run", "thin_resnet50", "trees"]
+__all__ = [
+    "digit_backbone",
+    "digit_detector_sizes",
+    "digit_scenes",
+    "digits",
+    "run",
+    "thin_resnet50",
+    "trees",
+]
 _FULL_SEEDS = (0, 1, 2)
 
 
@@ -62,7 +75,7 @@ def run(
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("digits", "thin_resnet50", "trees"):
+    if name in _KERAS_3:
         raise ImportError(
             f"Expected Keras 3 for tf_deform.demo.{name}. Received: "
             f"{keras.__name__} {keras.__version__}, which TensorFlow's "
@@ -71,5 +84,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+# What Keras 2 does not have.
+_KERAS_3 = frozenset(__all__) - set(globals())
 if KERAS_2:
-    __all__ = ["run"]
+    __all__ = ["digit_scenes", "run"]

@@ -27,6 +27,7 @@ import json
 import pathlib
 import types
 import xml.etree.ElementTree as ET
+from typing import Any
 
 import numpy as np
 
@@ -321,23 +322,32 @@ def write(
     val: int = DEFAULT_COUNTS["val"],
     test: int = DEFAULT_COUNTS["test"],
 ) -> pathlib.Path:
-    """Writes the scenes, or finds that they are already there.
+    """Writes scenes of handwritten digits on pictures, with masks and boxes.
+
+        part = tf_deform.demo.digit_scenes("scenes") / "train"
+        tf_deform.data.read(f"coco:{part}/instances.json,{part}/images")
+        tf_deform.data.read(f"masks:{part}/images,{part}/masks")
+
+    Images are 64 x 64 pixels; class 0 of a mask is the background, d + 1 is the
+    digit d. Each part has digits and pictures of its own. The same arguments
+    give the same scenes; if they are in the folder already, nothing is done.
 
     The folder appears under its name only when it is complete, so that no call
     takes the leftovers of an interrupted call for a set of scenes.
 
     Args:
-        out: folder to write; its parents are made.
-        seed: seed of the whole set.
-        train: number of training scenes.
-        val: number of validation scenes.
-        test: number of test scenes.
+        out: Folder to write; its parents are made.
+        seed: Seed of the whole set.
+        train: Number of training scenes.
+        val: Number of validation scenes.
+        test: Number of test scenes.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: if `out` holds something else, or a number is negative.
+        ModuleNotFoundError: scikit-learn, scikit-image or Pillow is missing.
+        ValueError: `out` holds something else, or a number is negative.
     """
     out = pathlib.Path(out)
     counts = {"train": train, "val": val, "test": test}
@@ -364,6 +374,23 @@ def write(
             _write_part(partial / part, part, count, seed)
         (partial / record.name).write_text(json.dumps(asked))
     return out
+
+
+def read(folder: str | pathlib.Path, what: str) -> Any:
+    """Reads a part of the scenes.
+
+    Args:
+        folder: The part, such as scenes/train.
+        what: "segment" for masks, "detect" for boxes.
+
+    Returns:
+        The part's `tf_deform.data.Annotations`.
+    """
+    from tf_deform import data
+
+    if what == "segment":
+        return data.read(f"masks:{folder}/images,{folder}/masks")
+    return data.read(f"coco:{folder}/instances.json,{folder}/images")
 
 
 def main() -> None:

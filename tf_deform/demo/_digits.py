@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import functools
+import itertools
 import logging
 import os
 import pathlib
@@ -14,35 +14,31 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tf_deform import data, layers, models, training
+from tf_deform import data, training, visualization
 from tf_deform._files import writing
 from tf_deform._keras import keras
-from tf_deform.demo import _compare, _digit_scenes
+from tf_deform.demo import _compare, _digit_pictures, _digit_scenes
+from tf_deform.demo._digit_models import (
+    DETECTORS,
+    SEGMENTERS,
+    build_detector,
+    build_segmenter,
+)
+from tf_deform.demo._digit_scenes import IMAGE_SIZE
+from tf_deform.models import deformable_layers
 
 _LOG = logging.getLogger("tf_deform")
 
-SEGMENTERS = {
-    "plain": {},
-    "plain-wide": {"filters": (28, 56)},
-    "plain-deep": {"depth": 4},
-    "plain-dilated": {"dilation_rate": 2},
-    "dcn-v1": {"deformable": True},
-    "dcn-v2": {"deformable": True, "modulation": "2sigmoid"},
-}
-DETECTORS = {
-    "plain": {},
-    "dcn": {"deformable": True},
-    "dpool": {"pooling": "deform"},
-    "both": {"deformable": True, "pooling": "deform"},
-}
 # What is trained without the controls.
 _FEW = {"segment": ("plain", "dcn-v2"), "detect": ("plain", "both")}
+# What the arms are compared by, and what else is measured.
+_IOU, _AP = ("mIoU",), ("AP", "AP50", "AP75")
 STEPS = 800
 _EPOCHS, _BATCH = 8, 32
 _RATE, _WARM_UP, _OFFSET_MULTIPLIER = 0.016, 50, 0.2
-_SIZE = _digit_scenes.IMAGE_SIZE
 # Nine of ten pixels are background: at full weight it would outweigh digits.
 _BACKGROUND_WEIGHT = 0.5
+_MEASURED = 300  # scenes whose digits' sizes are compared with the dilation
 
 
 def digits(
@@ -60,9 +56,17 @@ def digits(
 
     In the folder it leaves
 
-        metrics.json    every number that is logged
-        scenes/         the scenes, with masks and boxes
-        runs/           a folder for each task, arm and seed, with the model
+        metrics.json      every number that is logged
+        predictions.png   the classes that segmenters see, beside the truth
+        sampling.png      where their last two convolutions look
+        detections.png    what detectors find, beside the truth
+        parts.png         how the pooling moves the bins of regions
+        scenes/           the scenes, with masks and boxes
+        runs/             a folder for each task, arm and seed, with the model
+
+    The pictures are of the plain and of the most deformable model, with the
+    first seed. How the dilation of the latter's convolutions follows the sizes
+    of digits is in the metrics, as Spearman's correlation.
 
     A call that was interrupted goes on when it is repeated.
 
@@ -89,8 +93,8 @@ def digits(
     scenes = _digit_scenes.write(out / "scenes")
     metrics: dict[str, Any] = {"cpus": len(os.sched_getaffinity(0))}
     tasks = (
-        _Task("segment", scenes, build_segmenter, "mIoU", list(SEGMENTERS)),
-        _Task("detect", scenes, build_detector, "AP", list(DETECTORS)),
+        _Task("segment", scenes, build_segmenter, _IOU, list(SEGMENTERS)),
+        _Task("detect", scenes, build_detector, _AP, list(DETECTORS)),
     )
     for task in tasks:
         arms = task.arms if controls else _FEW[task.name]
@@ -103,95 +107,23 @@ def digits(
             results, lambda r, m=task.metric: r[m], task.pairs()
         )
         metrics[task.name] = {"results": results, "differences": compared}
-        columns = {task.metric: lambda r, m=task.metric: r[m]}
+        columns = {name: lambda r, m=name: r[m] for name in task.measures}
         lines = [_compare.table(results, columns), ""]
         lines += [_compare.sentence(pair, task.metric) for pair in compared]
         _LOG.info("\n%s", "\n".join(lines))
+        seed = min(seeds)
+        shown = {
+            arm: task.load(out / "runs", arm, seed)
+            for arm in dict.fromkeys((arms[0], arms[-1]))
+        }
+        _digit_pictures.draw(out, task.name, shown, scenes / "test")
+        if task.name == "segment":
+            followed = follow_sizes(shown[arms[-1]], scenes / "test")
+            metrics[task.name]["follows_sizes"] = followed
+            _LOG.info("Dilation follows the sizes of digits: %s", followed)
     training.write_metrics(out / "metrics.json", metrics)
     _LOG.info("Written to %s", out)
     return metrics
-
-
-def build_trunk(
-    filters: tuple[int, int] = (24, 48),
-    depth: int = 3,
-    dilation_rate: int = 1,
-    deformable: bool = False,
-    modulation: str | None = None,
-) -> keras.Model:
-    """Returns two convolutions of stride 2 and `depth` more behind them.
-
-    Args:
-        filters: Of the first one and of all others.
-        depth: Number of convolutions at a quarter of the size.
-        dilation_rate: Of the last two.
-        deformable: Whether the last two are deformable.
-        modulation: Theirs.
-
-    Returns:
-        A model from RGB images of 0 to 255 to the map "P2".
-    """
-    if deformable:
-        last = functools.partial(layers.DeformableConv2D, modulation=modulation)
-    else:
-        last = functools.partial(
-            keras.layers.Conv2D, dilation_rate=dilation_rate
-        )
-    image = keras.Input((_SIZE, _SIZE, 3), name="image")
-    x = keras.layers.Rescaling(1 / 255, dtype="float32")(image)
-    for index in range(2 + depth):
-        layer = last if index >= depth else keras.layers.Conv2D
-        x = layer(
-            filters[min(index, 1)],
-            3,
-            strides=2 if index < 2 else 1,
-            padding="same",
-            use_bias=False,
-            name=f"conv{index + 1}",
-        )(x)
-        x = keras.layers.ReLU()(keras.layers.BatchNormalization()(x))
-    return keras.Model(image, {"P2": x}, name="trunk")
-
-
-def build_segmenter(arm: str, seed: int) -> keras.Model:
-    """Returns an untrained segmenter, from images to logits of 11 classes."""
-    keras.utils.set_random_seed(seed)
-    trunk = build_trunk(**SEGMENTERS[arm])
-    x = keras.layers.Conv2D(_digit_scenes.NUM_CLASSES, 1, name="score")(
-        trunk.output["P2"]
-    )
-    x = keras.layers.UpSampling2D(4, interpolation="bilinear")(x)
-    return keras.Model(trunk.input, x, name=arm.replace("-", "_"))
-
-
-def build_detector(arm: str, seed: int) -> keras.Model:
-    """Returns an untrained R-FCN of one map.
-
-    The digits' boxes are 8 to 30 pixels wide (5 % to 95 %) and mostly higher
-    than wide.
-    """
-    keras.utils.set_random_seed(seed)
-    options = dict(DETECTORS[arm])
-    pooling = options.pop("pooling", "plain")
-    return models.RFCN(
-        build_trunk(**options),
-        10,
-        pooling,
-        _SIZE,
-        [str(digit) for digit in range(10)],
-        channels=48,
-        rpn_channels=48,
-        bins=3,
-        anchor_scales=(2.5, 4, 6.25),
-        anchor_ratios=(1.25,),
-        candidates=128,
-        proposals=32,
-        hard_examples=16,
-        max_detections=20,
-        min_score=0.01,
-        max_overlap=0.5,
-        seed=seed,
-    )
 
 
 class _Task:
@@ -201,7 +133,7 @@ class _Task:
         name: "segment" or "detect".
         scenes: Folder of the scenes.
         build: Makes the untrained model of an arm and a seed.
-        metric: What the arms are compared by.
+        measures: What is measured; the arms are compared by the first.
         arms: All arms, the plain ones first.
     """
 
@@ -210,21 +142,25 @@ class _Task:
         name: str,
         scenes: pathlib.Path,
         build: Callable[[str, int], keras.Model],
-        metric: str,
+        measures: tuple[str, ...],
         arms: list[str],
     ) -> None:
-        self.name, self.metric, self.arms = name, metric, arms
+        self.name, self.measures, self.arms = name, measures, arms
+        self.metric = measures[0]
         self._scenes, self._build = scenes, build
 
     def pairs(self) -> list[tuple[str, str]]:
-        """Returns pairs of every deformable arm with every plain one."""
-        plain = [arm for arm in self.arms if arm.startswith("plain")]
-        return [(a, b) for a in self.arms if a not in plain for b in plain]
+        """Returns pairs of every deformable arm with all arms before it."""
+        return [
+            (arm, base)
+            for base, arm in itertools.combinations(self.arms, 2)
+            if not arm.startswith("plain")
+        ]
 
     def run(
         self, parent: pathlib.Path, arm: str, seed: int, steps: int
     ) -> dict[str, Any]:
-        folder = parent / f"{self.name}-{arm}-seed{seed}"
+        folder = self._folder(parent, arm, seed)
         settings = {"arm": arm, "seed": seed, "steps": steps}
         result = _compare.run_once(
             folder, settings, lambda: self._run(folder, **settings)
@@ -232,14 +168,20 @@ class _Task:
         (folder / "last.keras").unlink(missing_ok=True)
         return result
 
+    def load(self, parent: pathlib.Path, arm: str, seed: int) -> keras.Model:
+        path = self._folder(parent, arm, seed) / "model.keras"
+        return keras.saving.load_model(path, compile=False)
+
+    def _folder(
+        self, parent: pathlib.Path, arm: str, seed: int
+    ) -> pathlib.Path:
+        return parent / f"{self.name}-{arm}-seed{seed}"
+
     def _run(
         self, folder: pathlib.Path, arm: str, seed: int, steps: int
     ) -> dict[str, Any]:
         model = self._build(arm, seed)
-        loss = None
-        if self.name == "segment":
-            loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        model.compile(make_optimizer(steps), loss, jit_compile=False)
+        model.compile(optimizer=make_optimizer(steps), jit_compile=False)
         checkpoints = training.BestAndLast(folder, None)
         start = checkpoints.restore(model)
         _LOG.info(
@@ -273,32 +215,22 @@ class _Task:
             **self._measure(model),
         }
 
-    def read(self, part: str) -> Any:
-        """Reads a part of the scenes as `Annotations`."""
-        folder = self._scenes / part
-        if self.name == "segment":
-            source = f"masks:{folder}/images,{folder}/masks"
-        else:
-            source = f"coco:{folder}/instances.json,{folder}/images"
-        return data.read(source)
-
     def _batches(self, seed: int, start: int) -> tf.data.Dataset:
+        train = _digit_scenes.read(self._scenes / "train", self.name)
         options = {"augment": False, "seed": seed, "start": start}
         if self.name == "detect":
-            return data.detection_batches(
-                self.read("train"), _SIZE, _BATCH, **options
-            )
+            return data.detection_batches(train, IMAGE_SIZE, _BATCH, **options)
         batches = data.segmentation_batches(
-            self.read("train"), _SIZE, _BATCH, **options
+            train, IMAGE_SIZE, _BATCH, **options
         )
         return batches.map(weigh, num_parallel_calls=tf.data.AUTOTUNE)
 
     def _measure(self, model: keras.Model) -> dict[str, float]:
-        held_out = self.read("test")
+        held_out = _digit_scenes.read(self._scenes / "test", self.name)
         if self.name == "detect":
             judge = training.CocoEvaluator(held_out.to_coco())
             measured = judge.evaluate(self._find(model, held_out))
-            return {name: measured[name] for name in ("AP", "AP50", "AP75")}
+            return {name: measured[name] for name in self.measures}
         metric = training.MeanIoU(_digit_scenes.NUM_CLASSES)
         for photographs in _chunks(held_out.photographs):
             images = np.stack([data.read_image(p.path) for p in photographs])
@@ -360,6 +292,40 @@ def weigh(images: tf.Tensor, masks: tf.Tensor) -> tuple[tf.Tensor, ...]:
     """Appends the weight of each pixel, shaped like `masks`."""
     background = tf.equal(masks[..., 0], 0)
     return images, masks, tf.where(background, _BACKGROUND_WEIGHT, 1.0)
+
+
+def follow_sizes(
+    model: keras.Model, part: pathlib.Path
+) -> dict[str, float | None]:
+    """Returns how closely a segmenter's dilation follows the sizes of digits.
+
+    It is Spearman's correlation of the effective dilation in a digit's box with
+    the square root of the box's area, by deformable layer; None if all have the
+    same dilation.
+
+    Args:
+        model: The segmenter.
+        part: A part of the scenes, of which the first ones are taken.
+    """
+    import scipy.stats
+
+    photographs = _digit_scenes.read(part, "detect").photographs[:_MEASURED]
+    images = np.stack([data.read_image(p.path) for p in photographs])
+    found = np.concatenate([p.boxes for p in photographs])
+    sizes = np.sqrt((found[:, 2:] - found[:, :2]).prod(1))
+    rows = np.repeat(range(len(images)), [len(p.boxes) for p in photographs])
+    boxes = np.concatenate([rows[:, None], found], 1)
+    followed = {}
+    for layer in deformable_layers(model.backbone):
+        dilation = visualization.effective_dilation(
+            model.backbone, layer, images.astype("float32"), boxes
+        )
+        known = np.isfinite(dilation)
+        followed[layer.name] = None
+        if len(set(dilation[known])) > 1:
+            found = scipy.stats.spearmanr(dilation[known], sizes[known])
+            followed[layer.name] = float(found.statistic)
+    return followed
 
 
 def _chunks(items: Sequence[Any], size: int = 100) -> Iterator[Sequence[Any]]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws what detectors of trees find, and where they look."""
+"""Makes pictures, and draws what detectors of trees find."""
 
 from __future__ import annotations
 
@@ -33,12 +33,14 @@ class Row(NamedTuple):
     found: Mapping[str, Mapping[str, np.ndarray]]
 
 
-def _figure(rows: int, columns: int) -> tuple[Any, np.ndarray]:
-    """Makes a figure that needs no screen, and its axes."""
+def make_figure(
+    rows: int, columns: int, inches: float = 4.0
+) -> tuple[Any, np.ndarray]:
+    """Makes a figure that needs no screen, and its axes, squares in rows."""
     import matplotlib.figure
 
     figure = matplotlib.figure.Figure(
-        figsize=(4 * columns, 4 * rows), layout="constrained"
+        figsize=(inches * columns, inches * rows), layout="constrained"
     )
     axes = figure.subplots(rows, columns, squeeze=False)
     for each in axes.flat:
@@ -46,9 +48,23 @@ def _figure(rows: int, columns: int) -> tuple[Any, np.ndarray]:
     return figure, axes
 
 
-def _save(figure: Any, path: pathlib.Path) -> None:
+def save(figure: Any, path: pathlib.Path) -> None:
+    """Writes a figure as a PNG file."""
     with writing(path) as partial:
         figure.savefig(partial, format="png", dpi=100)
+
+
+def draw_box(ax: Any, box: np.ndarray, **style: Any) -> None:
+    """Draws the edges of a box, x1, y1, x2, y2 in pixels."""
+    import matplotlib.patches
+
+    # A box's edges lie between pixels; Matplotlib counts from their centres.
+    x1, y1, x2, y2 = box - 0.5
+    ax.add_patch(
+        matplotlib.patches.Rectangle(
+            (x1, y1), x2 - x1, y2 - y1, fill=False, **style
+        )
+    )
 
 
 def draw_boxes(path: pathlib.Path, rows: Sequence[Row]) -> None:
@@ -59,7 +75,7 @@ def draw_boxes(path: pathlib.Path, rows: Sequence[Row]) -> None:
         rows: The photographs. Boxes of a score below .3 are left out.
     """
     arms = list(rows[0].found)
-    figure, axes = _figure(len(rows), 1 + len(arms))
+    figure, axes = make_figure(len(rows), 1 + len(arms))
     for row, line in zip(rows, axes):
         wanted = ~(row.photograph.crowd | row.photograph.difficult)
         boxes = row.photograph.boxes[wanted]
@@ -69,20 +85,13 @@ def draw_boxes(path: pathlib.Path, rows: Sequence[Row]) -> None:
             likely = found["scores"] >= _LEAST_SCORE
             _show(ax, row.image, found["boxes"][likely], "yellow")
             ax.set_title(f"{arm}: {likely.sum()} found")
-    _save(figure, path)
+    save(figure, path)
 
 
 def _show(ax: Any, image: np.ndarray, boxes: np.ndarray, color: str) -> None:
-    import matplotlib.patches
-
     ax.imshow(image)
-    # A box's edges lie between pixels; Matplotlib counts from their centres.
-    for x1, y1, x2, y2 in boxes - 0.5:
-        ax.add_patch(
-            matplotlib.patches.Rectangle(
-                (x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color
-            )
-        )
+    for box in boxes:
+        draw_box(ax, box, edgecolor=color)
 
 
 def draw_sampling(
@@ -104,7 +113,7 @@ def draw_sampling(
         for layer in deformable_layers(model.backbone)
         if layer.name.startswith(("conv3", "conv4"))
     ]
-    figure, axes = _figure(len(rows), trees)
+    figure, axes = make_figure(len(rows), trees)
     for row, line in zip(rows, axes):
         wanted = ~(row.photograph.crowd | row.photograph.difficult)
         boxes = row.photograph.boxes[wanted]
@@ -128,4 +137,4 @@ def draw_sampling(
                 "white",
             )
         line[0].set_title(row.place)
-    _save(figure, path)
+    save(figure, path)

@@ -69,7 +69,7 @@ class Segmenter(keras.Model):
             `tf_deform.models.backbone` takes. A backbone that is coarser than
             `output_stride` is copied, and must not be deformable yet.
         num_classes: Number of classes, the background included.
-        output_stride: 8, 16 or 32.
+        output_stride: 8, 16 or 32; or 4, if the backbone's is.
         ignore_class: The id of pixels that do not count, or None.
         image_size: Height and width of the images in pixels.
         class_names: The names of the classes, or None. They are kept in files.
@@ -104,9 +104,9 @@ class Segmenter(keras.Model):
         image_size = positive(image_size, "image_size")
         filters = positive(filters, "filters")
         output_stride = positive(output_stride, "output_stride")
-        if output_stride not in (8, 16, 32):
+        if output_stride not in (4, 8, 16, 32):
             raise ValueError(
-                "Expected `output_stride` to be 8, 16 or 32. Received: "
+                "Expected `output_stride` to be 4, 8, 16 or 32. Received: "
                 f"{output_stride}"
             )
         if ignore_class is not None:
