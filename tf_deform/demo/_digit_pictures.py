@@ -196,10 +196,11 @@ def draw_parts(
             trans_inputs=features,
             ax=ax,
         )
-        _pictures.draw_box(ax, region, edgecolor="white", linestyle=":")
-        # All windows are squares, so that all pictures have the same size.
-        x, y = (region[:2] + region[2:]) / 2 - 0.5
-        reach = 0.8 * (region[2:] - region[:2]).max()
+        # All windows are squares inside the image.
+        size = images.shape[1]
+        reach = min(0.8 * (region[2:] - region[:2]).max(), size / 2)
+        middle = (region[:2] + region[2:]) / 2
+        x, y = np.clip(middle, reach, size - reach) - 0.5
         ax.set_xlim(x - reach, x + reach)
         ax.set_ylim(y + reach, y - reach)
     _pictures.save(figure, path)
