@@ -214,7 +214,7 @@ def serving(model: Any) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
         - "boxes": `(batch, n, 4)` float32, x1, y1, x2, y2 in pixels of the
           given image, and -1 beyond the last one;
         - "scores": `(batch, n)` float32, the best first, and 0;
-        - "class_ids": `(batch, n)` int32, from 0, and -1;
+        - "labels": `(batch, n)` int32, from 0, and -1;
         - "names": `(batch, n)` strings, the model's `class_names`, or the ids
           if it has none, and "";
         - "valid": `(batch,)` int32, how many of the `n` are detections.
@@ -279,7 +279,7 @@ def serving(model: Any) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
         return {
             "boxes": tf.where(real[..., None], boxes, -1.0),
             "scores": tf.where(real, scores, 0.0),
-            "class_ids": labels,
+            "labels": labels,
             "names": tf.gather(names, ids),
             "valid": tf.reduce_sum(tf.cast(real, "int32"), -1),
         }
