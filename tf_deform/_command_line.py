@@ -161,9 +161,21 @@ _HELP = {
         "a SavedModel of TensorFlow's own operations, which needs no tf-deform "
         "where it runs",
     ),
+    "sample": (
+        "PHOTO",
+        "photographs on which the file is compared with the model (default: "
+        "made-up pixels)",
+    ),
+    "tolerance": (
+        "SHARE",
+        "largest difference of the file's outputs, relative to the largest "
+        "number of each (default: .001)",
+    ),
     "name": (None, "trees or digits"),
     "full": (None, "three seeds, and all controls"),
 }
+# Options of one or more values.
+_SEVERAL = ("sample",)
 # Options that may come without a value, which then is this one.
 _BARE = {"mixed_precision": "bfloat16"}
 
@@ -216,6 +228,8 @@ def _add_settings(
             more = {"action": "store_true"}
         else:
             more = {"type": kind, "metavar": metavar}
+        if name in _SEVERAL:
+            more |= {"nargs": "+"}
         if name in _BARE:
             more |= {"nargs": "?", "const": _BARE[name]}
         if not any(setting.default is value for value in (None, False, ...)):

@@ -170,6 +170,14 @@ WRONG = {
         [*DETECT, *GOOD, "--first-id=1"],
         "Expected --first-id for yolo photographs alone. Received: voc:",
     ),
+    "sample": (
+        ["export", "m.keras", "m.onnx", "--sample", "m.keras", "no.jpg"],
+        "Expected a file that exists. Received: 'no.jpg'",
+    ),
+    "tolerance": (
+        ["export", "m.keras", "m.onnx", "--tolerance", "1.5"],
+        "Expected a number above 0 and at most 1. Received: '1.5'",
+    ),
     "demo": (["demo", "birds"], "Expected trees or digits"),
 }
 

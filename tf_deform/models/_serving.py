@@ -284,6 +284,7 @@ def serving(model: Any) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
             "valid": tf.reduce_sum(tf.cast(real, "int32"), -1),
         }
 
+    serve.min_score = model.min_score  # Exports know it of a model itself.
     return tf.function(
         serve,
         input_signature=[tf.TensorSpec((None,), "string", name="image_bytes")],

@@ -309,6 +309,8 @@ def export_model(
     path: str | _Path,
     *,
     portable: bool = False,
+    sample: str | _Path | Sequence[str | _Path] | None = None,
+    tolerance: float | None = None,
 ) -> pathlib.Path:
     """Writes a model for other programs, and compares it with the model.
 
@@ -328,6 +330,12 @@ def export_model(
         model: A file of `train_detector` or `train_segmenter`.
         path: What to write. An earlier export is replaced.
         portable: Whether a SavedModel has TensorFlow's own operations alone.
+        sample: Photographs on which the file is compared with the model. None:
+            made-up pixels.
+        tolerance: The largest difference allowed, relative to the largest
+            number of an output; of segmenters, the share of pixels with another
+            class. Detections are compared with their counterparts: those whose
+            scores nearly tie may come in another order. None: 1e-3.
 
     Returns:
         The path.
