@@ -11,9 +11,9 @@ import numpy as np
 
 from tf_deform import data, models, training
 from tf_deform._keras import keras
+from tf_deform._squares import VOID
 
 LOGGER = logging.getLogger("tf_deform")
-_VOID = 255
 
 
 def is_detector(model: keras.Model) -> bool:
@@ -102,12 +102,12 @@ class Judge:
         if self.evaluator is not None:
             return self.evaluator.evaluate(found)
         classes = self._annotations.classes
-        metric = training.MeanIoU(len(classes), ignore_class=_VOID)
+        metric = training.MeanIoU(len(classes), ignore_class=VOID)
         correct = total = 0
         for number, ids in found:
             truth = self._truth(number)
             metric.update_state(truth, ids)
-            seen = truth != _VOID
+            seen = truth != VOID
             correct += int(np.sum((truth == ids) & seen))
             total += int(np.sum(seen))
         return {

@@ -13,11 +13,11 @@ import numpy as np
 
 from tf_deform import _files
 from tf_deform._keras import keras
+from tf_deform._squares import VOID
 from tf_deform.layers import DeformableConv2D
 from tf_deform.models import deformable_layers
 
 LOGGER = logging.getLogger("tf_deform")
-_VOID = 255
 # Larger pictures say no more on a screen.
 MAX_SIDE = 1600
 
@@ -98,8 +98,8 @@ def mask_picture(
         share: Weight of the colours.
     """
     colors = np.array([_color(i) for i in range(256)], "float32")
-    colors[_VOID] = 128
-    mixed = (1 - share) * image + share * colors[np.clip(ids, 0, _VOID)]
+    colors[VOID] = 128
+    mixed = (1 - share) * image + share * colors[np.clip(ids, 0, VOID)]
     return shrink(np.round(mixed).astype("uint8"))[0]
 
 
