@@ -42,13 +42,10 @@ def evaluate(settings: Mapping[str, Any]) -> dict[str, float]:
     classes = _models.class_names(model)
     truth = _setup.read(settings, settings["data"], classes)
     judge = _models.Judge(
-        truth,
-        detector,
-        settings["tile"],
-        getattr(model, "max_detections", None),
+        truth, detector, getattr(model, "max_detections", None)
     )
     found = list(_models.predict(model, truth.photographs, settings["tile"]))
-    measures = judge.judge(found)
+    measures = judge.evaluate(found)
     LOGGER.info("%s", _run.table(measures.items()))
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
