@@ -43,7 +43,7 @@ _HELP = {
     "data": (
         "SOURCE",
         "photographs with annotations: voc:ROOT, voc:ROOT:PART, "
-        "coco:FILE,IMAGES, yolo:ROOT or yolo:ROOT:PART",
+        "coco:FILE, coco:FILE,IMAGES, yolo:ROOT or yolo:ROOT:PART",
     ),
     "train_segmenter.data": (
         "SOURCE",
@@ -56,7 +56,7 @@ _HELP = {
     "out": ("FOLDER", "folder of the run"),
     "evaluate.out": (
         "FOLDER",
-        "folder for metrics.json and results.json (default: none)",
+        "new folder for metrics.json and results.json (default: none)",
     ),
     "show.out": ("FOLDER", "folder for one picture each"),
     "demo.out": ("FOLDER", "folder for results (default: runs/NAME)"),

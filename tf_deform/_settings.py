@@ -137,7 +137,7 @@ def existing(value: Any) -> str | list[str]:
 
 FORMS = {
     "voc": "voc:ROOT or voc:ROOT:PART",
-    "coco": "coco:FILE,IMAGES",
+    "coco": "coco:FILE or coco:FILE,IMAGES",
     "masks": "masks:IMAGES,LABELS",
     "yolo": "yolo:ROOT or yolo:ROOT:PART",
 }

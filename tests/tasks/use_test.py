@@ -4,6 +4,7 @@
 import ast
 import json
 import shutil
+import sys
 
 import keras
 import numpy as np
@@ -71,6 +72,19 @@ def test_photographs_of_another_kind(detector, segmenter, sources):
         tasks.evaluate(segmenter[0] / "best.keras", sources["voc"])
 
 
+@pytest.mark.parametrize("name", ["settings.json", "truth.json"])
+def test_results_are_not_replaced(name, sources, tmp_path):
+    """Tests that this is answered before the model is read."""
+    (tmp_path / "model.keras").write_text("no model")
+    (tmp_path / "judged").mkdir()
+    (tmp_path / "judged" / name).write_text("{}")
+    with pytest.raises(FileExistsError, match=f"judged, which has {name}"):
+        tasks.evaluate(
+            tmp_path / "model.keras", sources["voc"], out=tmp_path / "judged"
+        )
+    assert (tmp_path / "judged" / name).read_text() == "{}"
+
+
 def test_evaluating_a_segmenter(segmenter, sources):
     model, masks = segmenter[0] / "best.keras", sources["masks"]
     # Names of training and validation may stand for other ids.
@@ -133,6 +147,22 @@ def test_pictures_of_a_segmenter(segmenter, photographs, tmp_path):
     assert len(written) == 7
     with Image.open(written[1]) as picture:
         assert picture.size == (64, 80)
+
+
+def test_pictures_of_sampling_need_matplotlib(
+    photographs, tmp_path, monkeypatch
+):
+    """Tests that this is told once, before the model is read."""
+    (tmp_path / "model.keras").write_text("no model")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"tf-deform\[plots\]"):
+        tasks.show(
+            tmp_path / "model.keras",
+            photographs / "images",
+            tmp_path / "pictures",
+            sampling=True,
+        )
+    assert not (tmp_path / "pictures").exists()
 
 
 def test_no_photographs(detector, tmp_path):

@@ -10,7 +10,8 @@ Photographs with annotations are named by text:
 
 - `voc:ROOT` or `voc:ROOT:PART`: Pascal VOC's xml, beside the images, or in the
   folders Annotations, JPEGImages and ImageSets;
-- `coco:FILE,IMAGES`: COCO's json, and the folder of the images;
+- `coco:FILE` or `coco:FILE,IMAGES`: COCO's json, and the folder of the images,
+  if they do not lie beside it;
 - `yolo:ROOT` or `yolo:ROOT:PART`: text files with a line for each object;
 - `masks:IMAGES,LABELS`: folders of images and of masks, for segmenters.
 
@@ -253,7 +254,8 @@ def evaluate(
         data: The photographs, whose classes are joined with the model's by
             name.
         out: A folder for metrics.json and, of a detector, for results.json and
-            truth.json, with which other programs compute the same numbers.
+            truth.json, with which other programs compute the same numbers. It
+            has none of these yet.
         tile: As in `train_detector`.
         max_detections: The most boxes of an image. None: the model's.
         classes: Names of the classes of `data`, where its files tell ids alone.

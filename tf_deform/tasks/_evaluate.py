@@ -19,10 +19,14 @@ from tf_deform.data._folders import IMAGES
 from tf_deform.tasks import _models, _pictures, _run, _setup
 
 LOGGER = logging.getLogger("tf_deform")
+_METRICS, _FOUND, _TRUTH = "metrics.json", "results.json", "truth.json"
 
 
 def evaluate(settings: Mapping[str, Any]) -> dict[str, float]:
     """Judges a model; see `tf_deform.tasks.evaluate`."""
+    folder = settings["out"] and pathlib.Path(settings["out"])
+    if folder:
+        _check_free(folder)
     model = _models.load(settings["model"], settings["max_detections"])
     detector = _models.is_detector(model)
     form = settings["data"].partition(":")[0]
@@ -32,12 +36,6 @@ def evaluate(settings: Mapping[str, Any]) -> dict[str, float]:
         raise ValueError(
             f"Expected `data` to be {wanted} photographs for {kind}. Received: "
             f"{settings['data']}"
-        )
-    folder = settings["out"] and pathlib.Path(settings["out"])
-    if folder and (folder / _run_folder.SETTINGS).exists():
-        raise FileExistsError(
-            f"Expected `out` to be another folder than that of a run, whose "
-            f"metrics would be replaced. Received: {folder}"
         )
     classes = _models.class_names(model)
     truth = _setup.read(settings, settings["data"], classes)
@@ -51,11 +49,21 @@ def evaluate(settings: Mapping[str, Any]) -> dict[str, float]:
         folder.mkdir(parents=True, exist_ok=True)
         if detector:
             results = judge.evaluator.results(found)
-            training.write_metrics(folder / "results.json", results)
-            training.write_metrics(folder / "truth.json", judge.evaluator.coco)
-        training.write_metrics(folder / "metrics.json", measures)
+            training.write_metrics(folder / _FOUND, results)
+            training.write_metrics(folder / _TRUTH, judge.evaluator.coco)
+        training.write_metrics(folder / _METRICS, measures)
         LOGGER.info("Written to %s", folder)
     return measures
+
+
+def _check_free(folder: pathlib.Path) -> None:
+    """Checks that no metrics would be replaced: those of a run, or others."""
+    for name in (_run_folder.SETTINGS, _METRICS, _FOUND, _TRUTH):
+        if (folder / name).exists():
+            raise FileExistsError(
+                "Expected `out` to be a folder without results of other "
+                f"models. Received: {folder}, which has {name}"
+            )
 
 
 def show(settings: Mapping[str, Any]) -> list[pathlib.Path]:
@@ -78,7 +86,11 @@ def show(settings: Mapping[str, Any]) -> list[pathlib.Path]:
                     f"photographs. Received: {folder}, whose {picture} would "
                     "be replaced"
                 )
+    if settings["sampling"]:
+        _pictures.require_matplotlib()
     model = _models.load(settings["model"])
+    if settings["sampling"] and not _pictures.has_offsets(model):
+        LOGGER.warning("No pictures of sampling: no layer is deformable")
     classes = _models.class_names(model)
     folder.mkdir(parents=True, exist_ok=True)
     written = []

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import colorsys
+import importlib
 import logging
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -126,6 +127,17 @@ def has_offsets(model: keras.Model) -> bool:
     )
 
 
+def require_matplotlib() -> None:
+    """Raises an ImportError that names the extra, if there is none."""
+    try:
+        importlib.import_module("matplotlib.figure")
+    except ImportError as error:
+        raise ImportError(
+            "Expected Matplotlib for pictures of sampling points. Received: "
+            f"{error}. Run `pip install 'tf-deform[plots]'`"
+        ) from error
+
+
 def write_sampling(
     path: pathlib.Path,
     model: keras.Model,
@@ -147,12 +159,12 @@ def write_sampling(
     if not has_offsets(model):
         return False
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        LOGGER.info(
-            "No picture of sampling points: `pip install 'tf-deform[plots]'`"
-        )
+        require_matplotlib()
+    except ImportError as error:
+        LOGGER.info("No picture of sampling points. %s", error)
         return False
+    from matplotlib.figure import Figure
+
     from tf_deform.visualization import plot_sampling
 
     # Figures of their own need no screen, whatever backend is set.
