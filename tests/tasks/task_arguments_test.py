@@ -190,7 +190,7 @@ def test_wrong_arguments(case, call):
     result = call(*arguments)
     assert result.status == 2, result.stderr
     said, more = result.stderr.splitlines()
-    assert said.startswith("tf-deform ")
+    assert said.startswith(("tf-deform: ", "tf-deform "))
     assert words in said
     assert re.fullmatch(r"See `tf-deform [a-z ]*--help`", more)
     assert (result.stdout, result.found) == ("", None)
