@@ -170,6 +170,23 @@ def test_samples_depend_on_seed_and_step_alone():
     assert len(first.variables) == len(first.weights)
 
 
+def test_losses_are_added_in_a_fixed_order():
+    """Tests for sums that begin with the input that no tracker waits for."""
+    model = make_faster_rcnn()
+    model.trainable_weights[0].regularizer = keras.regularizers.L2(1e-3)
+    images, objects = make_scenes(1)
+
+    @tf.function
+    def add():
+        outputs = model(images, training=True)
+        return model.compute_loss(images, objects, outputs)
+
+    graph = add.get_concrete_function().graph
+    assert len(model.losses) == 1
+    sums = [op for op in graph.get_operations() if op.type == "AddN"]
+    assert all(op.outputs[0].shape.rank for op in sums)
+
+
 def test_logs():
     model = make_rfcn()
     images, objects = make_scenes(2)
