@@ -170,6 +170,20 @@ def test_samples_depend_on_seed_and_step_alone():
     assert len(first.variables) == len(first.weights)
 
 
+@pytest.mark.parametrize("kind", MAKERS)
+def test_scores_start_at_one_in_a_hundred(kind):
+    model = MAKERS[kind]()
+    images, _ = make_scenes(2)
+    outputs = model(images, training=True)
+    objectness = tf.sigmoid(tf.concat(outputs["objectness"], 1))
+    boxes = tf.tile(model.anchors()[None, :20], (2, 1, 1))
+    logits, _ = model._judge(outputs["maps"], boxes, False)
+    odds = tf.exp(logits[..., :-1] - logits[..., -1:])
+    # The kernels' first values are small.
+    for shares in (objectness, odds):
+        np.testing.assert_allclose(np.mean(shares), 0.01, rtol=0.05)
+
+
 def test_losses_are_added_in_a_fixed_order():
     """Tests for sums that begin with the input that no tracker waits for."""
     model = make_faster_rcnn()

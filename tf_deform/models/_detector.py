@@ -336,8 +336,8 @@ class Detector(keras.Model):
             self.trackers[name].update_state(loss)
         # The rest are the penalties of regularizers.
         others = [tf.cast(loss, "float32") for loss in self.losses]
-        # Chains of sums and `add_n` begin with whichever buffer is free, so that
-        # the last bit depends on the order in which threads come by.
+        # Chains of sums and `add_n` begin with whichever buffer is free: their
+        # last bit depends on threads.
         return tf.reduce_sum(tf.stack([*losses.values(), *others]))
 
     def _read_objects(self, y: Any) -> tuple[tf.Tensor, tf.Tensor]:
