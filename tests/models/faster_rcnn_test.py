@@ -176,7 +176,7 @@ def test_scores_start_at_one_in_a_hundred(kind):
     images, _ = make_scenes(2)
     outputs = model(images, training=True)
     objectness = tf.sigmoid(tf.concat(outputs["objectness"], 1))
-    boxes = tf.tile(model.anchors()[None, :20], (2, 1, 1))
+    boxes = tf.constant([[[8.0, 8, 40, 56], [20, 10, 50, 40]]] * 2)
     logits, _ = model._judge(outputs["maps"], boxes, False)
     odds = tf.exp(logits[..., :-1] - logits[..., -1:])
     # The kernels' first values are small.
@@ -378,11 +378,10 @@ def test_a_tile_is_seen_in_its_own_size(trained):
         np.testing.assert_array_equal(found["boxes"], alone["boxes"][0, :count])
     twice = part.repeat(2, 0).repeat(2, 1)
     found = trained.predict_image(twice, 2 * SIZE)
-    # The two best scores are so close that their order may change.
-    best, expected = found["boxes"][:2], 2 * alone["boxes"][0, :2]
-    np.testing.assert_allclose(
-        best[best[:, 1].argsort()], expected[expected[:, 1].argsort()], 0, 2
-    )
+    # Resizing blurs: the same objects, but not the same numbers.
+    likely = alone["boxes"][0][alone["scores"][0] > 0.5]
+    overlaps = measure_overlaps(2 * likely, found["boxes"])
+    assert len(likely) == 4 and np.all(overlaps.max(1) > 0.75)
     # A narrow photograph is not enlarged to a tile.
     narrow = np.full((SIZE, SIZE, 3), 114, "uint8")
     narrow[:40, :30] = part[:40, :30]
