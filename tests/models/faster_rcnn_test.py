@@ -387,8 +387,10 @@ def test_a_tile_is_seen_in_its_own_size(trained):
     narrow[:40, :30] = part[:40, :30]
     expected = trained.detect(narrow[None])
     found = trained.predict_image(narrow[:40, :30], SIZE)
+    # Boxes of the filling are left out.
     count = expected["valid"][0]
-    assert len(found["boxes"]) == count
+    inside = (expected["boxes"][0, :count, :2] < [30, 40]).all(-1).sum()
+    assert len(found["boxes"]) == inside > 0
     assert np.all(found["boxes"] <= [30, 40, 30, 40])
 
 
