@@ -450,17 +450,13 @@ def test_serving(trained, tmp_path):
         expected = trained.predict_image(pixels)
         count = found["valid"][row]
         assert count == len(expected["boxes"])
-        for name, other in (
-            ("boxes", "boxes"),
-            ("scores", "scores"),
-            ("labels", "class_ids"),
-        ):
+        for name, value in expected.items():
             np.testing.assert_allclose(
-                found[other][row, :count], expected[name], 1e-4, 1e-3
+                found[name][row, :count], value, 1e-4, 1e-3
             )
         names = [(b"red", b"blue")[i] for i in expected["labels"]]
         assert found["names"][row].tolist() == names + [b""] * (10 - count)
-        assert np.all(found["class_ids"][row, count:] == -1)
+        assert np.all(found["labels"][row, count:] == -1)
     # A camera that is held upright stores a turned image and says so.
     file, exif = io.BytesIO(), PIL.Image.Exif()
     exif[0x112] = 6

@@ -397,7 +397,8 @@ def _add_tiles(
             values = drawn[:, :, _METRICS.index(pair["metric"])]
             delta = values[:, arms == pair["arm"]].mean(1)
             delta = delta - values[:, arms == pair["base"]].mean(1)
-            pair["interval_over_tiles"] = _compare.percentiles(delta)
+            if np.isfinite(delta).any():  # AP needs objects in the tiles.
+                pair["interval_over_tiles"] = _compare.percentiles(delta)
 
 
 def _report(metrics: dict[str, Any]) -> str:

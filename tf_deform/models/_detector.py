@@ -198,7 +198,9 @@ class Detector(keras.Model):
 
         Returns:
             "boxes" `(n, 4)` float32 in pixels of the photograph, "scores"
-            `(n,)` float32 and "labels" `(n,)` int32, the best first.
+            `(n,)` float32 and "labels" `(n,)` int32, the best first. Each tile
+            has up to `max_detections` of them, so that a photograph in tiles
+            may have more: large ones hold more objects.
 
         Raises:
             ValueError: `image`, `tile` or `overlap` is something else.
