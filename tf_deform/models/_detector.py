@@ -338,7 +338,9 @@ class Detector(keras.Model):
             self.trackers[name].update_state(loss)
         # The rest are the penalties of regularizers.
         others = [tf.cast(loss, "float32") for loss in self.losses]
-        return tf.add_n([*losses.values(), *others])
+        # Chains of sums and `add_n` begin with whichever buffer is free: their
+        # last bit depends on threads.
+        return tf.reduce_sum(tf.stack([*losses.values(), *others]))
 
     def _read_objects(self, y: Any) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns boxes and labels of objects, all others -1, at least one."""
