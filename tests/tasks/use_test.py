@@ -237,7 +237,10 @@ def test_saved_model(portable, detector, photographs, tmp_path):
 def test_untrained_detectors(suffix, photographs, tmp_path):
     """Tests that scores which all nearly tie are no reason to refuse."""
     keras.utils.set_random_seed(1)
-    model = make_faster_rcnn(class_names=("blue", "red"))
+    model = make_faster_rcnn(class_names=("blue", "red"), min_score=1e-3)
+    for number in (1, 3):
+        found = model.predict_image(image_of(photographs, number))
+        assert len(found["scores"]) > 5 and np.ptp(found["scores"]) < 2e-3
     model.save(tmp_path / "model.keras")
     arguments = ["export", str(tmp_path / "model.keras")]
     path = tmp_path / f"model.{suffix}"
