@@ -139,6 +139,7 @@ def _run_task(task: str, found: Mapping[str, Any], quiet: bool) -> int:
     handler = logging.StreamHandler()
     handler.setLevel(logging.WARNING if quiet else logging.INFO)
     logger.addHandler(handler)
+    level = logger.level
     logger.setLevel(logging.INFO)
     # Libraries that convert models let the root logger print everything, too.
     logger.propagate = False
@@ -156,6 +157,7 @@ def _run_task(task: str, found: Mapping[str, Any], quiet: bool) -> int:
         logger.error("%s", error)
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(level)
         logger.propagate = True
     return 1
 
