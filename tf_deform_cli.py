@@ -32,7 +32,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 _DISTRIBUTION = "tf-deform"
 _REBUILD = (
@@ -66,6 +66,15 @@ _DOCTOR_HELP = (
 )
 
 
+class _Parser(argparse.ArgumentParser):
+    """Tells what is wrong in one line, and where to read more in another."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process with status 2; commands get it, too."""
+        text = f"{self.prog}: error: {message}\nSee `{self.prog} --help`\n"
+        self.exit(2, text)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command.
 
@@ -81,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: After `--help` and `--version` (0), or after wrong arguments
             (2).
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="tf-deform",
         description="Deformable convolution and ROI pooling for TensorFlow "
         "and Keras.",
@@ -130,6 +139,7 @@ def _run_task(task: str, found: Mapping[str, Any], quiet: bool) -> int:
     handler = logging.StreamHandler()
     handler.setLevel(logging.WARNING if quiet else logging.INFO)
     logger.addHandler(handler)
+    level = logger.level
     logger.setLevel(logging.INFO)
     # Libraries that convert models let the root logger print everything, too.
     logger.propagate = False
@@ -147,6 +157,7 @@ def _run_task(task: str, found: Mapping[str, Any], quiet: bool) -> int:
         logger.error("%s", error)
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(level)
         logger.propagate = True
     return 1
 

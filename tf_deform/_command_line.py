@@ -43,7 +43,7 @@ _HELP = {
     "data": (
         "SOURCE",
         "photographs with annotations: voc:ROOT, voc:ROOT:PART, "
-        "coco:FILE,IMAGES, yolo:ROOT or yolo:ROOT:PART",
+        "coco:FILE, coco:FILE,IMAGES, yolo:ROOT or yolo:ROOT:PART",
     ),
     "train_segmenter.data": (
         "SOURCE",
@@ -56,7 +56,7 @@ _HELP = {
     "out": ("FOLDER", "folder of the run"),
     "evaluate.out": (
         "FOLDER",
-        "folder for metrics.json and results.json (default: none)",
+        "new folder for metrics.json and results.json (default: none)",
     ),
     "show.out": ("FOLDER", "folder for one picture each"),
     "demo.out": ("FOLDER", "folder for results (default: runs/NAME)"),
@@ -161,9 +161,21 @@ _HELP = {
         "a SavedModel of TensorFlow's own operations, which needs no tf-deform "
         "where it runs",
     ),
+    "sample": (
+        "PHOTO",
+        "photographs on which the file is compared with the model (default: "
+        "made-up pixels)",
+    ),
+    "tolerance": (
+        "SHARE",
+        "largest difference of the file's outputs, relative to the largest "
+        "number of each (default: .001)",
+    ),
     "name": (None, "trees or digits"),
     "full": (None, "three seeds, and all controls"),
 }
+# Options of one or more values.
+_SEVERAL = ("sample",)
 # Options that may come without a value, which then is this one.
 _BARE = {"mixed_precision": "bfloat16"}
 
@@ -216,6 +228,8 @@ def _add_settings(
             more = {"action": "store_true"}
         else:
             more = {"type": kind, "metavar": metavar}
+        if name in _SEVERAL:
+            more |= {"nargs": "+"}
         if name in _BARE:
             more |= {"nargs": "?", "const": _BARE[name]}
         if not any(setting.default is value for value in (None, False, ...)):

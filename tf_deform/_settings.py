@@ -118,6 +118,13 @@ def existing_file(value: Any) -> str:
     return path
 
 
+def existing_files(value: Any) -> str | list[str]:
+    """Checks a file that must be there, or several."""
+    if isinstance(value, (list, tuple)) and value:
+        return [existing_file(one) for one in value]
+    return existing_file(value)
+
+
 def existing(value: Any) -> str | list[str]:
     """Checks a file or folder that must be there, or several."""
     if isinstance(value, (list, tuple)) and value:
@@ -130,7 +137,7 @@ def existing(value: Any) -> str | list[str]:
 
 FORMS = {
     "voc": "voc:ROOT or voc:ROOT:PART",
-    "coco": "coco:FILE,IMAGES",
+    "coco": "coco:FILE or coco:FILE,IMAGES",
     "masks": "masks:IMAGES,LABELS",
     "yolo": "yolo:ROOT or yolo:ROOT:PART",
 }
@@ -371,6 +378,8 @@ TASKS: Mapping[str, Mapping[str, Setting]] = {
         "model": _MODEL,
         "path": Setting(export_path, REQUIRED),
         "portable": Setting(boolean, False),
+        "sample": Setting(existing_files, None),
+        "tolerance": Setting(number(0.0, 1.0), None),
     },
     "demo": {
         "name": Setting(one_of("trees", "digits"), REQUIRED),

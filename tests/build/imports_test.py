@@ -29,6 +29,7 @@ FLOORS = (
         "_image_files",
         "_run_folder",
         "_settings",
+        "_squares",
         "_tf2onnx",
         "_weight_files",
     },
@@ -54,6 +55,7 @@ NO_KERAS = {
     "_loader",
     "_implementation",
     "_portable",
+    "_squares",
     "ops",
 }
 # Every other import of the package belongs to an extra, and stands in the

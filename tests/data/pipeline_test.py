@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from tf_deform import data
 from tf_deform._keras import keras
-from tf_deform.data._transforms import GRAY, VOID
+from tf_deform._squares import GRAY, VOID
 
 SIZES = [(53, 41), (37, 53), (53, 53), (44, 53), (53, 29)]  # height, width
 LONG = 53

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tf_deform import _squares
+from tf_deform._squares import GRAY, VOID
 from tf_deform.data import _transforms, letterbox
-from tf_deform.data._transforms import GRAY, VOID, Example
+from tf_deform.data._transforms import Example
 
 # Boxes in whole pixels that do not overlap; the second touches the corner.
 BOXES = np.array(
@@ -242,12 +244,12 @@ def test_fit_is_exact_in_integers():
     for size in (1, 640, 1333):
         exact = (2 * extent * size + side) // (2 * side)
         np.testing.assert_array_equal(
-            _transforms.fit(extent, side, size), np.maximum(exact, 1)
+            _squares.fit(extent, side, size), np.maximum(exact, 1)
         )
-    assert _transforms.fit(2472, 2472, 640) == 640
-    assert _transforms.fit(3, 2472, 640) == 1  # 0.78 pixels
-    assert _transforms.fit(1, 2472, 640) == 1  # 0.26 pixels
-    assert _transforms.fit(1, 4, 2) == 1  # a half
+    assert _squares.fit(2472, 2472, 640) == 640
+    assert _squares.fit(3, 2472, 640) == 1  # 0.78 pixels
+    assert _squares.fit(1, 2472, 640) == 1  # 0.26 pixels
+    assert _squares.fit(1, 4, 2) == 1  # a half
 
 
 def recolour(image, numbers, strength):

@@ -44,6 +44,32 @@ def test_differences_pair_seeds():
     assert "interval_over_seeds" not in single[0]
 
 
+def test_photographs_without_objects():
+    """Tests AP that is no number: NaN here, and None from a file."""
+    nan = float("nan")
+    results = [
+        result("plain", 0, nan, parameters=1, ms_per_step=10.0),
+        result("plain", 1, 0.25, parameters=1, ms_per_step=10.0),
+        result("new", 0, None, parameters=2, ms_per_step=7.4),
+        result("new", 1, 0.5, parameters=2, ms_per_step=7.4),
+    ]
+    pairs = [("new", "plain")]
+    (pair,) = _compare.differences(results, read, pairs)
+    assert pair["per_seed"] == [0.25]
+    assert (pair["seeds"], pair["not_measured"]) == ([1], [0])
+    assert "interval_over_seeds" not in pair
+    text = "new against plain: +25.0 points of AP"
+    text += " (it is no number for the seeds 0)"
+    assert _compare.sentence(pair, "AP") == text
+    (pair,) = _compare.differences(results[::2], read, pairs)
+    assert (pair["mean"], pair["seeds"]) == (None, [])
+    text = "new against plain: AP is no number, as where there is no object"
+    assert _compare.sentence(pair, "AP") == text
+    lines = _compare.table(results[::2], {"AP": read}).splitlines()
+    assert lines[2:] == ["| plain | 1 | none | 10 |", "| new | 2 | none | 7 |"]
+    assert _compare.percentiles(np.array([nan, 2.0, 2.0])) == [2.0, 2.0]
+
+
 def test_table_and_sentence():
     results = [
         result("plain", 0, 0.5, parameters=1234, ms_per_step=10.0),

@@ -281,7 +281,9 @@ def test_no_network_names_file_folder_and_sum(tmp_path, monkeypatch):
     text = str(caught.value)
     name = "vgg16_weights_tf_dim_ordering_tf_kernels_notop.h5"
     assert str(tmp_path / "models" / name) in text
-    assert "no network" in text and "--weights FILE" in text
+    assert "no network" in text
+    for way in ("--weights FILE", "--backbone FILE", "--weights none"):
+        assert way in text
     assert re.search(r"sum is [0-9a-f]{32,}\)", text)
 
 

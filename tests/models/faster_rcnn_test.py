@@ -169,6 +169,37 @@ def test_samples_depend_on_seed_and_step_alone():
     assert len(first.variables) == len(first.weights)
 
 
+@pytest.mark.parametrize("kind", MAKERS)
+def test_scores_start_at_one_in_a_hundred(kind):
+    model = MAKERS[kind]()
+    images, _ = make_scenes(2)
+    outputs = model(images, training=True)
+    objectness = tf.sigmoid(tf.concat(outputs["objectness"], 1))
+    boxes = tf.constant([[[8.0, 8, 40, 56], [20, 10, 50, 40]]] * 2)
+    logits, _ = model._judge(outputs["maps"], boxes, False)
+    odds = tf.exp(logits[..., :-1] - logits[..., -1:])
+    # The kernels' first values are small.
+    for shares in (objectness, odds):
+        np.testing.assert_allclose(np.mean(shares), 0.01, rtol=0.05)
+
+
+def test_losses_are_added_in_a_fixed_order():
+    """Tests for sums that begin with the input that no tracker waits for."""
+    model = make_faster_rcnn()
+    model.trainable_weights[0].regularizer = keras.regularizers.L2(1e-3)
+    images, objects = make_scenes(1)
+
+    @tf.function
+    def add():
+        outputs = model(images, training=True)
+        return model.compute_loss(images, objects, outputs)
+
+    graph = add.get_concrete_function().graph
+    assert len(model.losses) == 1
+    sums = [op for op in graph.get_operations() if op.type == "AddN"]
+    assert all(op.outputs[0].shape.rank for op in sums)
+
+
 def test_logs():
     model = make_rfcn()
     images, objects = make_scenes(2)
@@ -346,19 +377,21 @@ def test_a_tile_is_seen_in_its_own_size(trained):
         np.testing.assert_array_equal(found["boxes"], alone["boxes"][0, :count])
     twice = part.repeat(2, 0).repeat(2, 1)
     found = trained.predict_image(twice, 2 * SIZE)
-    # The two best scores are so close that their order may change.
-    best, expected = found["boxes"][:2], 2 * alone["boxes"][0, :2]
-    np.testing.assert_allclose(
-        best[best[:, 1].argsort()], expected[expected[:, 1].argsort()], 0, 2
-    )
+    # Resizing blurs: the same objects, but not the same numbers.
+    likely = alone["boxes"][0][alone["scores"][0] > 0.5]
+    overlaps = measure_overlaps(2 * likely, found["boxes"])
+    assert len(likely) == 4 and np.all(overlaps.max(1) > 0.75)
     # A narrow photograph is not enlarged to a tile.
     narrow = np.full((SIZE, SIZE, 3), 114, "uint8")
     narrow[:40, :30] = part[:40, :30]
     expected = trained.detect(narrow[None])
     found = trained.predict_image(narrow[:40, :30], SIZE)
-    count = expected["valid"][0]
-    assert len(found["boxes"]) == count
-    assert np.all(found["boxes"] <= [30, 40, 30, 40])
+    # Boxes are cut at its edge, where some then cover each other.
+    limits = np.float32([30, 40, 30, 40])
+    cut = np.minimum(expected["boxes"][0, : expected["valid"][0]], limits)
+    np.testing.assert_array_equal(found["boxes"][0], cut[0])
+    for box in found["boxes"]:
+        assert np.any((box == cut).all(-1))
 
 
 def test_which_boxes_of_tiles_stay():
@@ -416,17 +449,13 @@ def test_serving(trained, tmp_path):
         expected = trained.predict_image(pixels)
         count = found["valid"][row]
         assert count == len(expected["boxes"])
-        for name, other in (
-            ("boxes", "boxes"),
-            ("scores", "scores"),
-            ("labels", "class_ids"),
-        ):
+        for name, value in expected.items():
             np.testing.assert_allclose(
-                found[other][row, :count], expected[name], 1e-4, 1e-3
+                found[name][row, :count], value, 1e-4, 1e-3
             )
         names = [(b"red", b"blue")[i] for i in expected["labels"]]
         assert found["names"][row].tolist() == names + [b""] * (10 - count)
-        assert np.all(found["class_ids"][row, count:] == -1)
+        assert np.all(found["labels"][row, count:] == -1)
     # A camera that is held upright stores a turned image and says so.
     file, exif = io.BytesIO(), PIL.Image.Exif()
     exif[0x112] = 6

@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from typing import NamedTuple
@@ -70,7 +71,8 @@ WRONG = {
     ),
     "form": (
         [*DETECT, "--out", "run", "--data", "csv:photos"],
-        "Expected voc:ROOT or voc:ROOT:PART or coco:FILE,IMAGES or "
+        "Expected voc:ROOT or voc:ROOT:PART or coco:FILE or "
+        "coco:FILE,IMAGES or "
         "yolo:ROOT or yolo:ROOT:PART. Received: 'csv:photos'",
     ),
     "no form": ([*DETECT, "--out", "run", "--data", "photos"], "'photos'"),
@@ -170,6 +172,14 @@ WRONG = {
         [*DETECT, *GOOD, "--first-id=1"],
         "Expected --first-id for yolo photographs alone. Received: voc:",
     ),
+    "sample": (
+        ["export", "m.keras", "m.onnx", "--sample", "m.keras", "no.jpg"],
+        "Expected a file that exists. Received: 'no.jpg'",
+    ),
+    "tolerance": (
+        ["export", "m.keras", "m.onnx", "--tolerance", "1.5"],
+        "Expected a number above 0 and at most 1. Received: '1.5'",
+    ),
     "demo": (["demo", "birds"], "Expected trees or digits"),
 }
 
@@ -179,7 +189,10 @@ def test_wrong_arguments(case, call):
     arguments, words = WRONG[case]
     result = call(*arguments)
     assert result.status == 2, result.stderr
-    assert words in result.stderr.splitlines()[-1]
+    said, more = result.stderr.splitlines()
+    assert said.startswith(("tf-deform: ", "tf-deform "))
+    assert words in said
+    assert re.fullmatch(r"See `tf-deform [a-z ]*--help`", more)
     assert (result.stdout, result.found) == ("", None)
 
 

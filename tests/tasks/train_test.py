@@ -254,7 +254,7 @@ def test_an_interruption_leaves_a_run_to_resume(train, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             train(batch_size=3)
     text = (tmp_path / "run/log.txt").read_text()
-    assert "Interrupted; `resume` goes on" in text
+    assert "Interrupted; --resume (`resume=True`) goes on" in text
     with pytest.raises(FileExistsError, match="or `resume`"):
         train(batch_size=3)
     with pytest.raises(ValueError, match="Expected `batch_size` to be 3"):
@@ -377,3 +377,18 @@ def test_letterboxed_boxes_are_reported(detector):
     text = (out / "log.txt").read_text()
     assert "8 objects: " in text
     assert data.examples_per_epoch  # the package is the one that is tested
+
+
+@pytest.mark.parametrize("wanted", [None, "bfloat16"])
+def test_a_backbone_keeps_its_precision(wanted, backbone, caplog):
+    """Tests that the log tells when this contradicts the option."""
+    settings = {
+        "backbone": str(backbone),
+        "weights": None,
+        "size": 64,
+        "mixed_precision": wanted,
+    }
+    with caplog.at_level("INFO", "tf_deform"):
+        _setup.make_backbone(settings)
+    told = "computes in float32, as it was saved" in caplog.text
+    assert told == (wanted is not None)

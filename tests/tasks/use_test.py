@@ -4,11 +4,13 @@
 import ast
 import json
 import shutil
+import sys
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from detectors import make_faster_rcnn
 from PIL import Image
 
 import tf_deform_cli
@@ -68,6 +70,19 @@ def test_photographs_of_another_kind(detector, segmenter, sources):
         tasks.evaluate(detector[0] / "best.keras", sources["masks"])
     with pytest.raises(ValueError, match="masks photographs for a segmenter"):
         tasks.evaluate(segmenter[0] / "best.keras", sources["voc"])
+
+
+@pytest.mark.parametrize("name", ["settings.json", "truth.json"])
+def test_results_are_not_replaced(name, sources, tmp_path):
+    """Tests that this is answered before the model is read."""
+    (tmp_path / "model.keras").write_text("no model")
+    (tmp_path / "judged").mkdir()
+    (tmp_path / "judged" / name).write_text("{}")
+    with pytest.raises(FileExistsError, match=f"judged, which has {name}"):
+        tasks.evaluate(
+            tmp_path / "model.keras", sources["voc"], out=tmp_path / "judged"
+        )
+    assert (tmp_path / "judged" / name).read_text() == "{}"
 
 
 def test_evaluating_a_segmenter(segmenter, sources):
@@ -134,6 +149,22 @@ def test_pictures_of_a_segmenter(segmenter, photographs, tmp_path):
         assert picture.size == (64, 80)
 
 
+def test_pictures_of_sampling_need_matplotlib(
+    photographs, tmp_path, monkeypatch
+):
+    """Tests that this is told once, before the model is read."""
+    (tmp_path / "model.keras").write_text("no model")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"tf-deform\[plots\]"):
+        tasks.show(
+            tmp_path / "model.keras",
+            photographs / "images",
+            tmp_path / "pictures",
+            sampling=True,
+        )
+    assert not (tmp_path / "pictures").exists()
+
+
 def test_no_photographs(detector, tmp_path):
     with pytest.raises(ValueError, match="Expected photographs"):
         tasks.show(detector[0] / "best.keras", tmp_path, tmp_path)
@@ -179,7 +210,8 @@ def test_onnx(detector, photographs, tmp_path):
 def test_saved_model(portable, detector, photographs, tmp_path):
     path = tmp_path / "model"
     best = detector[0] / "best.keras"
-    tasks.export_model(best, path, portable=portable)
+    samples = [photographs / f"images/{number}.png" for number in (0, 1)]
+    tasks.export_model(best, path, portable=portable, sample=samples)
     about = json.loads((path / "model.json").read_text())
     assert about["kind"] == "detector"
     loaded = tf.saved_model.load(path)
@@ -197,6 +229,36 @@ def test_saved_model(portable, detector, photographs, tmp_path):
     expected = model.predict_image(image_of(photographs, 6))["boxes"][0]
     np.testing.assert_allclose(best_box, expected, atol=1)
     assert {b"blue", b"red"} & set(np.ravel(found["names"]))
+
+
+@pytest.mark.parametrize(
+    "suffix", ["onnx", pytest.param("tflite", marks=pytest.mark.slow)]
+)
+def test_untrained_detectors(suffix, photographs, tmp_path):
+    """Tests that scores which all nearly tie are no reason to refuse."""
+    keras.utils.set_random_seed(1)
+    model = make_faster_rcnn(class_names=("blue", "red"), min_score=1e-3)
+    for number in (1, 3):
+        found = model.predict_image(image_of(photographs, number))
+        assert len(found["scores"]) > 5 and np.ptp(found["scores"]) < 2e-3
+    model.save(tmp_path / "model.keras")
+    arguments = ["export", str(tmp_path / "model.keras")]
+    path = tmp_path / f"model.{suffix}"
+    arguments += [str(path), "--quiet", "--tolerance", "1e-3", "--sample"]
+    arguments += [str(photographs / f"images/{i}.png") for i in (1, 3)]
+    assert tf_deform_cli.main(arguments) == 0
+    assert path.stat().st_size > 10000
+
+
+def test_a_photograph_to_compare_on_that_is_none(detector, tmp_path):
+    (tmp_path / "a.jpg").write_text("text")
+    with pytest.raises(ValueError, match="a.jpg"):
+        tasks.export_model(
+            detector[0] / "best.keras",
+            tmp_path / "model.onnx",
+            sample=tmp_path / "a.jpg",
+        )
+    assert not (tmp_path / "model.onnx").exists()
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from surgery_models import (
 
 import tf_deform
 from tf_deform._keras import KERAS_2, keras
-from tf_deform.training import SamplingMonitor
+from tf_deform.training import SamplingMonitor, _monitor
 
 layers = keras.layers
 KEYS = ("offset_mean", "offset_p99", "outside", "modulator")
@@ -472,7 +472,8 @@ def test_logs_of_no_numbers():
     assert logs["outside"] == pytest.approx(1 / 9)
 
 
-def test_it_warns_of_offsets_that_never_move(warned):
+def test_it_warns_of_offsets_that_never_move(warned, monkeypatch):
+    monkeypatch.setattr(_monitor, "_STEPS", 0)
     x = data(4)[0]
     model = small()
     assert warned(epochs, SamplingMonitor(x), model, 2) == []
@@ -487,7 +488,29 @@ def test_it_warns_of_offsets_that_never_move(warned):
     assert f"{NAME} (frozen). After 1 epochs" in text
 
 
-def test_a_rate_of_zero_for_offsets_is_noticed(warned):
+@pytest.mark.parametrize("begin", [0, 90])
+def test_it_waits_for_steps(begin, warned):
+    """Tests that steps of an earlier training do not count."""
+    monitor, model = SamplingMonitor(data(4)[0]), small()
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    model.optimizer.iterations.assign(begin)
+    for steps, number in ((99, 0), (100, 1)):
+
+        def train(steps=steps):
+            monitor.set_model(model)
+            monitor.on_train_begin()
+            model.optimizer.iterations.assign_add(steps)
+            for epoch in range(5):
+                monitor.on_epoch_end(epoch, {})
+            monitor.on_train_end()
+
+        texts = warned(train)
+        assert len(texts) == number
+    assert "After 3 epochs of 100 steps" in texts[0]
+
+
+def test_a_rate_of_zero_for_offsets_is_noticed(warned, monkeypatch):
+    monkeypatch.setattr(_monitor, "_STEPS", 3)
     model = small()
     optimizer = tf_deform.training.deformable_optimizer(
         keras.optimizers.Adam(0.01), 0

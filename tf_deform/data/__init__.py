@@ -6,6 +6,7 @@
 `tf-deform[train]` brings.
 """
 
+from tf_deform._squares import tiles
 from tf_deform.data._images import read_image, read_mask
 from tf_deform.data._pipeline import (
     detection_batches,
@@ -14,7 +15,6 @@ from tf_deform.data._pipeline import (
 )
 from tf_deform.data._read import read
 from tf_deform.data._records import Annotations, Mask, Photograph
-from tf_deform.data._tiles import tiles
 from tf_deform.data._transforms import letterbox
 
 __all__ = [

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from tf_deform._squares import VOID
 from tf_deform.data._folders import check_file, shown
-from tf_deform.data._records import VOID, Mask
+from tf_deform.data._records import Mask
 
 # Other formats are not tried: some run other programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from tf_deform._squares import VOID
 from tf_deform.data._coco import read_json
 from tf_deform.data._drafts import (
     ANIMATED,
@@ -35,7 +36,7 @@ from tf_deform.data._folders import (
     whole,
 )
 from tf_deform.data._images import header, mask_header, packed, read_mask
-from tf_deform.data._records import VOID, Annotations, Mask
+from tf_deform.data._records import Annotations, Mask
 
 # What Cityscapes appends to the names of images and of masks of ids.
 _CITYSCAPES = ("_leftImg8bit", "_gtFine_labelIds")

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tensorflow as tf
 
+from tf_deform import _squares
 from tf_deform.data import _tiles, _transforms
 from tf_deform.data._transforms import Example
 
@@ -357,7 +358,7 @@ def _parts(
     for index, photo in enumerate(photographs):
         found = [(0, 0)]
         if tile is not None:
-            found = _tiles.tiles(photo.height, photo.width, tile, 0.0)
+            found = _squares.tiles(photo.height, photo.width, tile, 0.0)
         indices += [index] * len(found)
         origins += found
     return np.array(indices, "int64"), np.array(origins, "int32")
@@ -465,7 +466,7 @@ def _view(
     if settings.augment:
         origin = _draw_origin(example.boxes, extent, shape, place, chosen)
     example = _transforms.crop(example, origin, shape, settings.min_visible)
-    example = _transforms.resize(example, _transforms.fit(shape, side, size))
+    example = _transforms.resize(example, _squares.fit(shape, side, size))
     if settings.augment:
         if settings.colour:
             example = _transforms.recolour(

@@ -15,7 +15,7 @@ from tf_deform.data._voc import read_voc
 from tf_deform.data._yolo import read_yolo
 
 _FORMS = (
-    "voc:ROOT[:PART], coco:FILE,IMAGES, masks:IMAGES,LABELS, yolo:ROOT[:PART]"
+    "voc:ROOT[:PART], coco:FILE[,IMAGES], masks:IMAGES,LABELS, yolo:ROOT[:PART]"
 )
 
 
@@ -49,7 +49,8 @@ def read(
 
     - `voc:ROOT[:PART]`: Pascal VOC's xml files, beside the images or in
       folders of their own; a part is `ImageSets/Main/PART.txt` or a folder.
-    - `coco:FILE,IMAGES`: COCO's json; boxes come from `bbox`.
+    - `coco:FILE[,IMAGES]`: COCO's json; boxes come from `bbox`. Images are
+      looked for beside the file if no folder is named.
     - `yolo:ROOT[:PART]`: text files beside the images or in `labels`, with a
       data.yaml, classes.txt or obj.names; lines of points give the box around
       them. A part is one of data.yaml or a folder.

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-# The id of pixels that belong to no class.
-VOID = 255
+from tf_deform._squares import VOID
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,49 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Covers large photographs with tiles, and counts the objects of a tile."""
+"""Counts the objects of a tile."""
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
-
-
-def tiles(
-    height: int, width: int, size: int, overlap: float = 0.25
-) -> list[tuple[int, int]]:
-    """Returns where tiles begin that together cover a photograph.
-
-    Tiles are spread evenly, so neighbours overlap by the share that is asked
-    for or by more. Along an axis on which the photograph is no larger than a
-    tile there is one tile, which ends where the photograph ends.
-
-    Args:
-        height, width: size of the photograph in pixels.
-        size: height and width of a tile in pixels.
-        overlap: smallest share of a tile that its neighbour shows too, at least
-            0 and below 1. An object is whole in one of the tiles if it is no
-            larger than `size * overlap`.
-
-    Returns:
-        Pairs `(y, x)` of the tiles' top left corners in pixels, row by row.
-
-    Raises:
-        ValueError: A size is below 1, or the overlap out of range.
-    """
-    if min(height, width, size) < 1 or not 0 <= overlap < 1:
-        raise ValueError(
-            "Expected sizes of at least 1 and 0 <= overlap < 1. Received: "
-            f"height={height}, width={width}, size={size}, overlap={overlap}"
-        )
-
-    def starts(extent: int) -> list[int]:
-        rest = max(extent - size, 0)
-        step = max(math.floor(size * (1 - overlap)), 1)
-        count = -(-rest // step) + 1
-        # All steps are `step` or less, because `rest <= (count - 1) * step`.
-        return [rest * i // max(count - 1, 1) for i in range(count)]
-
-    return [(y, x) for y in starts(height) for x in starts(width)]
 
 
 def most_objects(boxes: np.ndarray, size: int, share: float) -> int:

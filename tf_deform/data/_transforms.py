@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-VOID = 255  # The id of mask pixels that belong to no class.
-GRAY = 114  # The value of image pixels where a photograph does not reach.
+from tf_deform import _squares
+
 PADDING = -1  # The label of rows that hold no object, and all of their box.
 
 
@@ -27,23 +27,6 @@ class Example(NamedTuple):
     boxes: tf.Tensor  # (n, 4) float32
     labels: tf.Tensor  # (n,) int32
     mask: tf.Tensor | None = None  # (height, width, 1) int32
-
-
-def fit(extent: tf.Tensor | int, side: tf.Tensor | int, size: int) -> tf.Tensor:
-    """Returns `extent * size / side` in whole pixels, from 1 to `size`.
-
-    Args:
-        extent: int32, heights or widths of at most `side` pixels.
-        side: pixels that become `size` pixels.
-        size: pixels.
-
-    Returns:
-        int32 in the shape of `extent`. Halves are rounded up, in integers, so
-        that training and prediction agree on every machine.
-    """
-    extent, side = (tf.cast(value, "int64") for value in (extent, side))
-    pixels = (2 * extent * size + side) // (2 * side)
-    return tf.cast(tf.clip_by_value(pixels, 1, size), "int32")
 
 
 def letterbox(
@@ -68,11 +51,8 @@ def letterbox(
     """
     image = tf.convert_to_tensor(image)
     full = tf.shape(image)[:2]
-    inner = fit(full, tf.reduce_max(full), size)
-    example = resize(
-        Example(image, tf.ones((1, 4)), tf.zeros((1,), "int32")), inner
-    )
-    return pad(example, size).image, example.boxes[0]
+    square, inner = _squares.place(image, tf.reduce_max(full), size)
+    return square, _four(inner) / _four(full)
 
 
 def crop(
@@ -124,13 +104,8 @@ def resize(example: Example, shape: tf.Tensor) -> Example:
     """
     old = tf.shape(example.image)[:2]
     same = tf.reduce_all(old == shape)
-    image = _apply(
-        ~same,
-        lambda image: tf.image.resize(image, shape, antialias=True),
-        tf.cast(example.image, "float32"),
-    )
     return Example(
-        image,
+        _squares.resize(example.image, shape),
         example.boxes * (_four(shape) / _four(old)),
         example.labels,
         _apply(
@@ -203,17 +178,11 @@ def pad(example: Example, size: int) -> Example:
 
     The image is filled with gray (114), the mask with the void id (255).
     """
-    missing = size - tf.shape(example.image)[:2]
-    margins = [[0, missing[0]], [0, missing[1]], [0, 0]]
-
-    def fill(pixels: tf.Tensor, value: int) -> tf.Tensor:
-        filled = tf.pad(pixels, margins, constant_values=value)
-        return tf.ensure_shape(filled, (size, size, pixels.shape[-1]))
-
-    return example._replace(
-        image=fill(example.image, GRAY),
-        mask=None if example.mask is None else fill(example.mask, VOID),
-    )
+    mask = example.mask
+    if mask is not None:
+        mask = _squares.pad(mask, size, _squares.VOID)
+    image = _squares.pad(example.image, size, _squares.GRAY)
+    return example._replace(image=image, mask=mask)
 
 
 def pad_objects(example: Example, count: int) -> tuple[tf.Tensor, tf.Tensor]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -67,7 +68,7 @@ def run_once(
 
 def differences(
     results: Results,
-    read: Callable[[Mapping[str, Any]], float],
+    read: Callable[[Mapping[str, Any]], float | None],
     pairs: Iterable[tuple[str, str]],
 ) -> list[dict[str, Any]]:
     """Compares arms seed by seed.
@@ -80,27 +81,38 @@ def differences(
     Returns:
         For each pair the differences per seed, their mean and, for two or more
         seeds, the two ends of their 95 % confidence interval (Student's t).
+        Seeds for which a measure is no number (None in a file), as AP is where
+        there is no object, stand in "not_measured" instead; without others the
+        mean is None.
     """
     scores = {}
     for result in results:
-        scores.setdefault(result["arm"], {})[result["seed"]] = read(result)
+        score = _number(read(result))
+        scores.setdefault(result["arm"], {})[result["seed"]] = score
     compared = []
     for arm, base in pairs:
         seeds = sorted(scores.get(arm, {}).keys() & scores.get(base, {}).keys())
         if not seeds:
             continue
-        delta = np.array([scores[arm][s] - scores[base][s] for s in seeds])
+        every = {s: scores[arm][s] - scores[base][s] for s in seeds}
+        delta = np.array([x for x in every.values() if math.isfinite(x)])
         pair = {
             "arm": arm,
             "base": base,
-            "seeds": seeds,
+            "seeds": [s for s in seeds if math.isfinite(every[s])],
             "per_seed": delta.tolist(),
-            "mean": float(delta.mean()),
+            "mean": float(delta.mean()) if len(delta) else None,
         }
+        if len(delta) < len(seeds):
+            pair["not_measured"] = sorted({*seeds} - {*pair["seeds"]})
         if len(delta) > 1:
             pair["interval_over_seeds"] = t_interval(delta)
         compared.append(pair)
     return compared
+
+
+def _number(score: float | None) -> float:
+    return math.nan if score is None else float(score)
 
 
 def t_interval(values: np.ndarray) -> list[float]:
@@ -168,8 +180,8 @@ def _renumbered(groups: dict[int, list], drawn: Sequence[int]) -> list[dict]:
 
 
 def percentiles(values: np.ndarray) -> list[float]:
-    """Returns the ends of the middle 95 % of values."""
-    return np.percentile(values, (2.5, 97.5)).tolist()
+    """Returns the ends of the middle 95 % of the values that are numbers."""
+    return np.nanpercentile(values, (2.5, 97.5)).tolist()
 
 
 def table(
@@ -190,9 +202,10 @@ def table(
         group = list(group)
         cells = [arm, f"{group[0]['parameters']:,}"]
         for read in columns.values():
-            scores = [read(result) for result in group]
-            cells.append(f"{np.mean(scores):.3f}")
-            if len(scores) > 1:
+            scores = [_number(read(result)) for result in group]
+            mean = np.mean(scores)
+            cells.append(f"{mean:.3f}" if math.isfinite(mean) else "none")
+            if len(scores) > 1 and math.isfinite(mean):
                 cells[-1] += f" ± {np.std(scores, ddof=1):.3f}"
         step = np.median([result["ms_per_step"] for result in group])
         lines.append(f"| {' | '.join(cells)} | {step:.0f} |")
@@ -201,10 +214,13 @@ def table(
 
 def sentence(pair: Mapping[str, Any], metric: str) -> str:
     """Returns a line about one of the `differences`."""
-    line = (
-        f"{pair['arm']} against {pair['base']}: "
-        f"{100 * pair['mean']:+.1f} points of {metric}"
-    )
+    line = f"{pair['arm']} against {pair['base']}: "
+    if pair["mean"] is None:
+        return f"{line}{metric} is no number, as where there is no object"
+    line += f"{100 * pair['mean']:+.1f} points of {metric}"
+    if "not_measured" in pair:
+        seeds = ", ".join(map(str, pair["not_measured"]))
+        line += f" (it is no number for the seeds {seeds})"
     for what in ("seeds", "tiles"):
         if f"interval_over_{what}" in pair:
             low, high = (100 * x for x in pair[f"interval_over_{what}"])

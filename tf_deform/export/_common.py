@@ -18,6 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_deform import _files
+from tf_deform.export import _detections
 from tf_deform.export._source import Source, find_source
 
 # Maps names to inputs or outputs.
@@ -69,8 +70,9 @@ def run_model(
 ) -> list[Sample]:
     """Runs the model on the user's inputs, or on random ones.
 
-    Random inputs have two sizes where a dimension is unknown. `declared` says
-    that the user gave the signature; errors then name it.
+    Random inputs have two sizes where a dimension is unknown. An iterator gives
+    several inputs, each of which is tried. `declared` says that the user gave
+    the signature; errors then name it.
 
     Raises:
         ValueError: The inputs do not fit, or the model does not take them.
@@ -83,6 +85,8 @@ def run_model(
             [_make_random(spec, variant, rng) for spec in specs]
             for variant in range(1 if fixed else 2)
         ]
+    elif isinstance(sample, Iterator):
+        tried = [_read_sample(specs, one) for one in sample]
     else:
         tried = [_read_sample(specs, sample)]
     samples = []
@@ -176,14 +180,18 @@ def compare(
     run: Callable[[Arrays], Mapping[str, Any]],
     path: pathlib.Path,
     tolerance: float,
+    least: float | None = None,
 ) -> dict[str, float]:
     """Compares the exported model with the model.
+
+    Detections are compared with their counterparts, see `_detections.align`.
 
     Args:
         samples: Inputs, and the model's outputs for them.
         run: Runs the exported model.
         path: Final path of the export, for errors.
         tolerance: Largest difference allowed.
+        least: The least score of a detector.
 
     Returns:
         `Report.differences`.
@@ -212,18 +220,33 @@ def compare(
                     f"{received[name].shape}, for inputs of the shapes "
                     f"{_shapes(given)}. Nothing was written"
                 )
+        # With a tolerance of 1 any detection may be missing: rows are compared.
+        if tolerance < 1 and _detections.are_detections(expected):
+            try:
+                received = _detections.align(
+                    expected, received, tolerance, least
+                )
+            except _detections.Unlike as unlike:
+                raise _explain_difference(path, tolerance, unlike) from None
+        for name, array in expected.items():
             found = measure_difference(array, received[name])
             differences[name] = max(found, differences.get(name, 0.0))
             if found > worst:
                 worst, text = found, describe_difference(array, received[name])
                 text += f" in {name!r}"
     if not worst <= tolerance:
-        raise RuntimeError(
-            f"Expected {path} to give what the model gives, to {tolerance:g} "
-            f"of the largest number. Received: {text}. Nothing was written. If "
-            "made-up inputs are the reason, pass `sample`, or `tolerance`"
-        )
+        raise _explain_difference(path, tolerance, text)
     return differences
+
+
+def _explain_difference(
+    path: pathlib.Path, tolerance: float, found: Any
+) -> RuntimeError:
+    return RuntimeError(
+        f"Expected {path} to give what the model gives, to {tolerance:g} of "
+        f"the largest number. Received: {found}. Nothing was written. If "
+        "made-up inputs are the reason, pass `sample`, or `tolerance`"
+    )
 
 
 def export(
@@ -281,7 +304,9 @@ def export(
                     f"Expected {path} to be loaded by its runtime. Received: "
                     f"{error}. Nothing was written"
                 ) from error
-            differences = compare(samples, run, path, tolerance)
+            differences = compare(
+                samples, run, path, tolerance, source.least_score()
+            )
         size = _measure_size(partial)
     shapes = [_shapes(given) for given, _ in samples]
     report = Report(path, size, differences, shapes)

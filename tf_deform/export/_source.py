@@ -80,6 +80,11 @@ class Source:
             return 3e-2  # A few roundings of bfloat16 add up, 2^-8 each.
         return 1e-3  # Float32 sums in another order, through many layers.
 
+    def least_score(self) -> float | None:
+        """Returns a detector's `min_score`; a function may have it, too."""
+        owner = self.run if self.model is None else self.model
+        return getattr(owner, "min_score", None)
+
     @contextlib.contextmanager
     def in_float32(self) -> Iterator[None]:
         """Makes layers of any real type compute in float32 inside of it.

@@ -69,13 +69,15 @@ def litert(
             least 32 images.
         input_signature: Shape, type and name of the model's inputs. None: the
             model's own inputs; a subclassed model does not declare them.
-        sample: Values for the inputs, an array, list or dictionary, with which
-            the file is compared with the model. None: the first batch of
-            `calibration`, or else random values, from 0 to 1 or, for uint8, to
-            255; of two sizes where sizes are unknown.
+        sample: Values for the inputs, an array, list or dictionary, or an
+            iterator of several such, with which the file is compared with the
+            model. None: the first batch of `calibration`, or else random
+            values, from 0 to 1 or, for uint8, to 255; of two sizes where sizes
+            are unknown.
         tolerance: Largest difference allowed, relative to the largest number
             of an output. None: 1e-3; .25 for "float16", .5 for "dynamic" and
-            "int8", as single pixels may lie where samples jump.
+            "int8", as single pixels may lie where samples jump. Detections are
+            compared with their counterparts, whatever their order.
         verbose: Whether to print each step, and the report.
 
     Returns:

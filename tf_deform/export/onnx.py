@@ -55,11 +55,13 @@ def onnx(
         input_signature: Shape, type and name of the model's inputs, such as
             uint8 images for a model of float images. None: the model's own
             inputs; a subclassed model does not declare them.
-        sample: Values for the inputs, an array, list or dictionary, with which
-            the file is compared with the model. None: random values, from 0 to
-            1 or, for uint8, to 255; of two sizes where sizes are unknown.
+        sample: Values for the inputs, an array, list or dictionary, or an
+            iterator of several such, with which the file is compared with
+            the model. None: random values, from 0 to 1 or, for uint8, to 255;
+            of two sizes where sizes are unknown.
         tolerance: Largest difference allowed, relative to the largest number
-            of an output. None: 1e-3, or .03 for a model in 16 bits.
+            of an output. None: 1e-3, or .03 for a model in 16 bits. Detections
+            are compared with their counterparts, whatever their order.
         verbose: Whether to print each step, and the report.
 
     Returns:

@@ -59,11 +59,13 @@ def saved_model(
             3)`): the image is resized to the model's size if it has one
             (bilinear, antialiased), else all images of a batch must have one
             size; its numbers range from 0 to 255. False: no such endpoint.
-        sample: Values for the inputs, an array, list or dictionary, with which
-            the SavedModel is compared with the model. None: random values, from
-            0 to 1 or, for uint8, to 255; of two sizes where sizes are unknown.
+        sample: Values for the inputs, an array, list or dictionary, or an
+            iterator of several such, with which the SavedModel is compared with
+            the model. None: random values, from 0 to 1 or, for uint8, to 255;
+            of two sizes where sizes are unknown.
         tolerance: Largest difference allowed, relative to the largest number
-            of an output. None: 1e-3, or .03 for a model in 16 bits.
+            of an output. None: 1e-3, or .03 for a model in 16 bits. Detections
+            are compared with their counterparts, whatever their order.
         verbose: Whether to print each step, and the report.
 
     Returns:

@@ -141,7 +141,9 @@ def _application(
                 f"{os.path.join(folder, file)}, or to download them from "
                 f"{url}. Received: {error}. Put that file there (its MD5 or "
                 f"SHA-256 sum is {sum_}), or give a file of weights: "
-                "`weights=FILE`, on the command line `--weights FILE`"
+                "`weights=FILE`, on the command line `--weights FILE`. Or take "
+                "a network of your own (`--backbone FILE`), or begin with "
+                "random weights (`weights=None`, `--weights none`)"
             ) from error
 
 

@@ -198,7 +198,9 @@ class Detector(keras.Model):
 
         Returns:
             "boxes" `(n, 4)` float32 in pixels of the photograph, "scores"
-            `(n,)` float32 and "labels" `(n,)` int32, the best first.
+            `(n,)` float32 and "labels" `(n,)` int32, the best first. Each tile
+            has up to `max_detections` of them, so that a photograph in tiles
+            may have more: large ones hold more objects.
 
         Raises:
             ValueError: `image`, `tile` or `overlap` is something else.
@@ -336,7 +338,9 @@ class Detector(keras.Model):
             self.trackers[name].update_state(loss)
         # The rest are the penalties of regularizers.
         others = [tf.cast(loss, "float32") for loss in self.losses]
-        return tf.add_n([*losses.values(), *others])
+        # Chains of sums and `add_n` begin with whichever buffer is free: their
+        # last bit depends on threads.
+        return tf.reduce_sum(tf.stack([*losses.values(), *others]))
 
     def _read_objects(self, y: Any) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns boxes and labels of objects, all others -1, at least one."""

@@ -44,9 +44,8 @@ class FasterRCNN(Detector):
     objects choose small `anchor_scales`; for a few classes and a CPU, fewer
     channels, units, proposals and samples.
 
-    The class scores are a softmax with a background class, over samples of
-    which up to a quarter are objects; so they start equal, and not at a low
-    prior, which is for scores of all anchors.
+    The class scores are a softmax with a background class. The biases of
+    classes, and those of anchors' scores, start at -4.6: one in a hundred.
 
     Source: Ren et al. 2015, "Faster R-CNN", arXiv:1506.01497; Lin et al. 2016,
     "Feature Pyramid Networks for Object Detection", arXiv:1612.03144;
@@ -202,13 +201,19 @@ class FasterRCNN(Detector):
                 name=f"head_hidden_{index}",
             )(x)
         outputs = []
-        for name, units, deviation in (
-            ("head_classes", self.num_classes + 1, 0.01),
-            ("head_boxes", 4 * self.num_classes, 0.001),
+        prior = _pyramid.prior_of_classes(self.num_classes)
+        for name, units, deviation, bias in (
+            ("head_classes", self.num_classes + 1, 0.01, prior),
+            ("head_boxes", 4 * self.num_classes, 0.001, "zeros"),
         ):
-            start = keras.initializers.RandomNormal(stddev=deviation)
             layer = keras.layers.Dense(
-                units, kernel_initializer=start, dtype=dtype, name=name
+                units,
+                kernel_initializer=keras.initializers.RandomNormal(
+                    stddev=deviation
+                ),
+                bias_initializer=bias,
+                dtype=dtype,
+                name=name,
             )
             outputs.append(layer(x))
         return keras.Model(bins, outputs, name="head")

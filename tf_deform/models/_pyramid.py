@@ -5,13 +5,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import numpy as np
+import tensorflow as tf
 
 from tf_deform._keras import KerasTensor, keras
 from tf_deform.models import _backbones
 
 _NAME = re.compile("P[2-9]")  # of a map of stride 4 or more
+
+# The bias that scores of objects start with: one in a hundred.
+# Source: Lin et al. 2017, "Focal Loss", arXiv:1708.02002, section 3.3.
+_PRIOR = -4.6
 
 Maps = dict[str, KerasTensor]
 
@@ -114,15 +121,30 @@ def build_fpn(maps: Mapping[str, KerasTensor], channels: int, dtype: Any):
     return outputs
 
 
+def prior_of_classes(classes: int, cells: int = 1) -> Callable[..., tf.Tensor]:
+    """Returns an initializer of the bias of scores that a softmax reads.
+
+    Regions without an object are the most by far: each class starts with odds
+    of one in a hundred against the background, which comes last.
+
+    Args:
+        classes: Number of classes, without background.
+        cells: Number of biases of each class, and of the background.
+    """
+
+    def initialize(shape: Any, dtype: Any = None, **_: Any) -> tf.Tensor:
+        values = np.repeat([_PRIOR] * classes + [0.0], cells)
+        return tf.ensure_shape(tf.constant(values, dtype or "float32"), shape)
+
+    return initialize
+
+
 def build_rpn(
     maps: Mapping[str, KerasTensor], anchors: int, channels: int, dtype: Any
 ) -> tuple[list[KerasTensor], list[KerasTensor]]:
     """Judges the anchors of all maps by the same weights.
 
     Source: Ren et al. 2015, "Faster R-CNN", arXiv:1506.01497, section 3.1.
-
-    The scores start at 0, not at a low prior: the loss draws as many anchors
-    with an object as without, as long as there are enough.
 
     Args:
         maps: Maps of the same channels.
@@ -148,7 +170,8 @@ def build_rpn(
         )
 
     hidden = make(channels, 3, "rpn_hidden", activation="relu")
-    score = make(anchors, 1, "rpn_objectness")
+    prior = keras.initializers.Constant(_PRIOR)
+    score = make(anchors, 1, "rpn_objectness", bias_initializer=prior)
     move = make(4 * anchors, 1, "rpn_deltas")
     objectness, deltas = [], []
     for maps_of_level in maps.values():

@@ -157,7 +157,9 @@ class RFCN(Detector):
         features = x(coarsest)
         cells = self.bins**2
         score_maps = self._convolution(
-            cells * (self.num_classes + 1), "score_maps"
+            cells * (self.num_classes + 1),
+            "score_maps",
+            bias_initializer=_pyramid.prior_of_classes(self.num_classes, cells),
         )(features)
         box_maps = self._convolution(4 * cells, "box_maps")(features)
         scale = 1 / _pyramid.stride_of(coarsest, self.image_size)

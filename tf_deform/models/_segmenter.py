@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tf_deform import _image_files, _keras
+from tf_deform import _image_files, _keras, _squares
 from tf_deform._keras import keras
 from tf_deform.models import _backbones, _pyramid, _serving
 from tf_deform.models._detector import _check_names
@@ -220,7 +220,7 @@ class Segmenter(keras.Model):
         rows, columns = (sorted(set(axis)) for axis in zip(*origins))
         for y, x in origins:
             part = image[y : y + side, x : x + side]
-            square, inner = _serving.fit(part, side, self.image_size)
+            square, inner = _squares.place(part, side, self.image_size)
             logits = self.predict_on_batch(square[None])[0]
             found = _choose(logits, inner, tf.constant(part.shape[:2])).numpy()
             top, bottom = _own(rows, y, side, height)
@@ -236,7 +236,7 @@ class Segmenter(keras.Model):
         def read(data: tf.Tensor) -> tuple[tf.RaggedTensor, tf.Tensor]:
             pixels = _image_files.decode(data, channels=3)
             size = tf.shape(pixels)[:2]
-            square, inner = _serving.fit(
+            square, inner = _squares.place(
                 pixels, tf.reduce_max(size), self.image_size
             )
             logits = self(square[None], training=False)[0]

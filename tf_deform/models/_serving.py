@@ -3,51 +3,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from tf_deform import _image_files
+from tf_deform import _image_files, _squares
 
 _BATCH = 4  # tiles that go through the model together
-_GRAY = 114  # the value of pixels where a photograph does not reach
 # A box that its tile cuts is dropped if a box of another tile covers this share
 # of it.
 _COVERED = 0.5
-
-
-def fit(
-    pixels: tf.Tensor, side: tf.Tensor | int, size: int
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Scales an image, and puts it at the top left of a gray square.
-
-    It does the same as `tf_deform.data.letterbox`, by which a model is trained.
-
-    Args:
-        pixels: `(height, width, 3)` uint8 or float32, 0 to 255.
-        side: Pixels that become `size` pixels, no fewer than the image has.
-        size: Height and width of the square.
-
-    Returns:
-        `(size, size, 3)` float32; and int32 `(2,)`, height and width of the
-        image in the square.
-    """
-    full = tf.shape(pixels, out_type="int64")[:2]
-    side = tf.cast(side, "int64")
-    inner = (2 * full * size + side) // (2 * side)  # Rounds to whole pixels.
-    inner = tf.cast(tf.clip_by_value(inner, 1, size), "int32")
-    pixels = tf.cast(pixels, "float32")
-    pixels = tf.cond(
-        tf.reduce_all(inner == tf.cast(full, "int32")),
-        lambda: pixels,
-        lambda: tf.image.resize(pixels, inner, antialias=True),
-    )
-    rest = [[0, size - inner[0]], [0, size - inner[1]], [0, 0]]
-    pixels = tf.pad(pixels, rest, constant_values=_GRAY)
-    return tf.ensure_shape(pixels, (size, size, 3)), inner
 
 
 def cut(
@@ -80,13 +47,9 @@ def cut(
             f"Received: tile={tile}, overlap={overlap}"
         )
     height, width = image.shape[:2]
-    side = max(height, width) if tile is None else tile
-    origins = [
-        (y, x)
-        for y in _starts(height, side, overlap)
-        for x in _starts(width, side, overlap)
-    ]
-    return image, side, origins
+    if tile is None:
+        return image, max(height, width), [(0, 0)]
+    return image, tile, _squares.tiles(height, width, tile, overlap)
 
 
 def predict_image(
@@ -102,7 +65,7 @@ def predict_image(
         some += some[-1:] * (min(_BATCH, len(origins)) - len(some))
         parts = [image[y : y + side, x : x + side] for y, x in some]
         images, inner = zip(
-            *(fit(tf.constant(x), side, model.image_size) for x in parts)
+            *(_squares.place(x, side, model.image_size) for x in parts)
         )
         outputs = model.detect(np.stack(images))
         for index, (y, x) in enumerate(origins[first : first + _BATCH]):
@@ -127,14 +90,6 @@ def predict_image(
     )
     kept = _merge(rows, model.max_overlap)
     return {name: rows[name][kept] for name in ("boxes", "scores", "labels")}
-
-
-def _starts(extent: int, side: int, overlap: float) -> list[int]:
-    """Returns where tiles begin along an axis, spread evenly."""
-    rest = max(extent - side, 0)
-    step = max(math.floor(side * (1 - overlap)), 1)
-    count = -(-rest // step)
-    return [rest * i // max(count, 1) for i in range(count + 1)]
 
 
 def _place(
@@ -214,7 +169,7 @@ def serving(model: Any) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
         - "boxes": `(batch, n, 4)` float32, x1, y1, x2, y2 in pixels of the
           given image, and -1 beyond the last one;
         - "scores": `(batch, n)` float32, the best first, and 0;
-        - "class_ids": `(batch, n)` int32, from 0, and -1;
+        - "labels": `(batch, n)` int32, from 0, and -1;
         - "names": `(batch, n)` strings, the model's `class_names`, or the ids
           if it has none, and "";
         - "valid": `(batch,)` int32, how many of the `n` are detections.
@@ -242,7 +197,7 @@ def serving(model: Any) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
     def read(data: tf.Tensor) -> tuple[tf.Tensor, ...]:
         pixels = _image_files.decode(data, channels=3)
         full = tf.shape(pixels)[:2]
-        return (*fit(pixels, tf.reduce_max(full), size), full)
+        return (*_squares.place(pixels, tf.reduce_max(full), size), full)
 
     def serve(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
         images, inner, full = tf.map_fn(
@@ -279,11 +234,12 @@ def serving(model: Any) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
         return {
             "boxes": tf.where(real[..., None], boxes, -1.0),
             "scores": tf.where(real, scores, 0.0),
-            "class_ids": labels,
+            "labels": labels,
             "names": tf.gather(names, ids),
             "valid": tf.reduce_sum(tf.cast(real, "int32"), -1),
         }
 
+    serve.min_score = model.min_score  # Exports know it of a model itself.
     return tf.function(
         serve,
         input_signature=[tf.TensorSpec((None,), "string", name="image_bytes")],

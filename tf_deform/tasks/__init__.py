@@ -10,7 +10,8 @@ Photographs with annotations are named by text:
 
 - `voc:ROOT` or `voc:ROOT:PART`: Pascal VOC's xml, beside the images, or in the
   folders Annotations, JPEGImages and ImageSets;
-- `coco:FILE,IMAGES`: COCO's json, and the folder of the images;
+- `coco:FILE` or `coco:FILE,IMAGES`: COCO's json, and the folder of the images,
+  if they do not lie beside it;
 - `yolo:ROOT` or `yolo:ROOT:PART`: text files with a line for each object;
 - `masks:IMAGES,LABELS`: folders of images and of masks, for segmenters.
 
@@ -253,7 +254,8 @@ def evaluate(
         data: The photographs, whose classes are joined with the model's by
             name.
         out: A folder for metrics.json and, of a detector, for results.json and
-            truth.json, with which other programs compute the same numbers.
+            truth.json, with which other programs compute the same numbers. It
+            has none of these yet.
         tile: As in `train_detector`.
         max_detections: The most boxes of an image. None: the model's.
         classes: Names of the classes of `data`, where its files tell ids alone.
@@ -309,6 +311,8 @@ def export_model(
     path: str | _Path,
     *,
     portable: bool = False,
+    sample: str | _Path | Sequence[str | _Path] | None = None,
+    tolerance: float | None = None,
 ) -> pathlib.Path:
     """Writes a model for other programs, and compares it with the model.
 
@@ -328,6 +332,12 @@ def export_model(
         model: A file of `train_detector` or `train_segmenter`.
         path: What to write. An earlier export is replaced.
         portable: Whether a SavedModel has TensorFlow's own operations alone.
+        sample: Photographs on which the file is compared with the model. None:
+            made-up pixels.
+        tolerance: The largest difference allowed, relative to the largest
+            number of an output; of segmenters, the share of pixels with another
+            class. Detections are compared with their counterparts: those whose
+            scores nearly tie may come in another order. None: 1e-3.
 
     Returns:
         The path.

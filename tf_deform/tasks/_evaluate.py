@@ -19,10 +19,14 @@ from tf_deform.data._folders import IMAGES
 from tf_deform.tasks import _models, _pictures, _run, _setup
 
 LOGGER = logging.getLogger("tf_deform")
+_METRICS, _FOUND, _TRUTH = "metrics.json", "results.json", "truth.json"
 
 
 def evaluate(settings: Mapping[str, Any]) -> dict[str, float]:
     """Judges a model; see `tf_deform.tasks.evaluate`."""
+    folder = settings["out"] and pathlib.Path(settings["out"])
+    if folder:
+        _check_free(folder)
     model = _models.load(settings["model"], settings["max_detections"])
     detector = _models.is_detector(model)
     form = settings["data"].partition(":")[0]
@@ -33,32 +37,33 @@ def evaluate(settings: Mapping[str, Any]) -> dict[str, float]:
             f"Expected `data` to be {wanted} photographs for {kind}. Received: "
             f"{settings['data']}"
         )
-    folder = settings["out"] and pathlib.Path(settings["out"])
-    if folder and (folder / _run_folder.SETTINGS).exists():
-        raise FileExistsError(
-            f"Expected `out` to be another folder than that of a run, whose "
-            f"metrics would be replaced. Received: {folder}"
-        )
     classes = _models.class_names(model)
     truth = _setup.read(settings, settings["data"], classes)
     judge = _models.Judge(
-        truth,
-        detector,
-        settings["tile"],
-        getattr(model, "max_detections", None),
+        truth, detector, getattr(model, "max_detections", None)
     )
     found = list(_models.predict(model, truth.photographs, settings["tile"]))
-    measures = judge.judge(found)
+    measures = judge.evaluate(found)
     LOGGER.info("%s", _run.table(measures.items()))
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
         if detector:
             results = judge.evaluator.results(found)
-            training.write_metrics(folder / "results.json", results)
-            training.write_metrics(folder / "truth.json", judge.evaluator.coco)
-        training.write_metrics(folder / "metrics.json", measures)
+            training.write_metrics(folder / _FOUND, results)
+            training.write_metrics(folder / _TRUTH, judge.evaluator.coco)
+        training.write_metrics(folder / _METRICS, measures)
         LOGGER.info("Written to %s", folder)
     return measures
+
+
+def _check_free(folder: pathlib.Path) -> None:
+    """Checks that no metrics would be replaced: those of a run, or others."""
+    for name in (_run_folder.SETTINGS, _METRICS, _FOUND, _TRUTH):
+        if (folder / name).exists():
+            raise FileExistsError(
+                "Expected `out` to be a folder without results of other "
+                f"models. Received: {folder}, which has {name}"
+            )
 
 
 def show(settings: Mapping[str, Any]) -> list[pathlib.Path]:
@@ -81,7 +86,11 @@ def show(settings: Mapping[str, Any]) -> list[pathlib.Path]:
                     f"photographs. Received: {folder}, whose {picture} would "
                     "be replaced"
                 )
+    if settings["sampling"]:
+        _pictures.require_matplotlib()
     model = _models.load(settings["model"])
+    if settings["sampling"] and not _pictures.has_offsets(model):
+        LOGGER.warning("No pictures of sampling: no layer is deformable")
     classes = _models.class_names(model)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -153,11 +162,17 @@ def export_model(settings: Mapping[str, Any]) -> pathlib.Path:
     model = _models.load(settings["model"])
     path = pathlib.Path(settings["path"])
     kind = export_format(str(path))
+    options = {"tolerance": settings["tolerance"], "verbose": False}
+    sample = settings["sample"]
+    photographs = [
+        data.read_image(one)
+        for one in ([sample] if isinstance(sample, str) else sample or [])
+    ]
     if kind == "saved_model":
-        _export_folder(model, path, settings["portable"])
+        _export_folder(model, path, settings["portable"], photographs, options)
         about = path / "model.json"
     else:
-        _export_pixels(model, path, kind)
+        _export_pixels(model, path, kind, photographs, options)
         about = path.with_name(path.name + ".json")
     training.write_metrics(about, describe(model))
     LOGGER.info("Written: %s, and what it takes and gives: %s", path, about)
@@ -182,25 +197,36 @@ def pixels_function(model: keras.Model) -> Any:
     """Returns the function that ONNX and LiteRT files hold."""
     size = model.image_size
 
-    @tf.function(
-        input_signature=[tf.TensorSpec((1, size, size, 3), "uint8", "images")]
-    )
     def run(images: tf.Tensor) -> Any:
         found = model(images, training=False)
         if _models.is_detector(model):
             return found
         return {"ids": tf.cast(tf.argmax(found, -1), "int32")}
 
-    return run
+    if _models.is_detector(model):
+        run.min_score = model.min_score  # Exports know it of a model itself.
+    return tf.function(
+        run,
+        input_signature=[tf.TensorSpec((1, size, size, 3), "uint8", "images")],
+    )
 
 
-def _export_pixels(model: keras.Model, path: pathlib.Path, kind: str) -> None:
-    function = pixels_function(model)
+def _export_pixels(
+    model: keras.Model,
+    path: pathlib.Path,
+    kind: str,
+    photographs: Sequence[np.ndarray],
+    options: Mapping[str, Any],
+) -> None:
+    function, sample = pixels_function(model), None
+    if photographs:
+        squares = (data.letterbox(x, model.image_size)[0] for x in photographs)
+        sample = (np.uint8(np.round(square))[None] for square in squares)
     if kind == "onnx":
-        export.onnx(function, path, verbose=False)
+        export.onnx(function, path, sample=sample, **options)
         _add_metadata(path, describe(model))
     else:
-        export.litert(function, path, verbose=False)
+        export.litert(function, path, sample=sample, **options)
 
 
 def _add_metadata(path: pathlib.Path, about: Mapping[str, Any]) -> None:
@@ -221,17 +247,22 @@ def _add_metadata(path: pathlib.Path, about: Mapping[str, Any]) -> None:
 
 
 def _export_folder(
-    model: keras.Model, path: pathlib.Path, portable: bool
+    model: keras.Model,
+    path: pathlib.Path,
+    portable: bool,
+    photographs: Sequence[np.ndarray],
+    options: Mapping[str, Any],
 ) -> None:
-    size = model.image_size
-    rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (size, size, 3)).astype("uint8")
-    sample = np.array([tf.io.encode_png(pixels).numpy()])
+    if not photographs:
+        shape = (model.image_size, model.image_size, 3)
+        photographs = [
+            np.random.default_rng(0).integers(0, 256, shape, "uint8")
+        ]
     export.saved_model(
         models.serving(model),
         path,
         "portable" if portable else "native",
         image_bytes=False,
-        sample=sample,
-        verbose=False,
+        sample=np.array([tf.io.encode_png(x).numpy() for x in photographs]),
+        **options,
     )

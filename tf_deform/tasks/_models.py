@@ -11,9 +11,9 @@ import numpy as np
 
 from tf_deform import data, models, training
 from tf_deform._keras import keras
+from tf_deform._squares import VOID
 
 LOGGER = logging.getLogger("tf_deform")
-_VOID = 255
 
 
 def is_detector(model: keras.Model) -> bool:
@@ -69,7 +69,6 @@ class Judge:
     Args:
         annotations: The photographs; classes are the model's.
         detector: Whether the model is a detector.
-        tile: Size of tiles, or None.
         max_detections: Of a detector: the most boxes of an image.
     """
 
@@ -77,11 +76,9 @@ class Judge:
         self,
         annotations: Any,
         detector: bool,
-        tile: int | None,
         max_detections: int | None = None,
     ) -> None:
         self._annotations = annotations
-        self._tile = tile
         self.monitor = "AP" if detector else "mIoU"
         self.evaluator = None
         if detector:
@@ -89,25 +86,17 @@ class Judge:
                 annotations.to_coco(), max_detections=max_detections
             )
 
-    def __call__(self, model: keras.Model) -> dict[str, float]:
-        """Returns the measures of a model, by name."""
-        return self.judge(predict(model, self._photographs, self._tile))
-
-    @property
-    def _photographs(self) -> Any:
-        return self._annotations.photographs
-
-    def judge(self, found: Iterable[tuple[int, Any]]) -> dict[str, float]:
+    def evaluate(self, found: Iterable[tuple[int, Any]]) -> dict[str, float]:
         """Returns the measures of predictions, by name."""
         if self.evaluator is not None:
             return self.evaluator.evaluate(found)
         classes = self._annotations.classes
-        metric = training.MeanIoU(len(classes), ignore_class=_VOID)
+        metric = training.MeanIoU(len(classes), ignore_class=VOID)
         correct = total = 0
         for number, ids in found:
             truth = self._truth(number)
             metric.update_state(truth, ids)
-            seen = truth != _VOID
+            seen = truth != VOID
             correct += int(np.sum((truth == ids) & seen))
             total += int(np.sum(seen))
         return {
@@ -120,5 +109,5 @@ class Judge:
         }
 
     def _truth(self, number: int) -> np.ndarray:
-        photograph = self._photographs[number - 1]
+        photograph = self._annotations.photographs[number - 1]
         return data.read_mask(photograph.mask)[..., 0]

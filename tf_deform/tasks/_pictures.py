@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import colorsys
+import importlib
 import logging
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -13,11 +14,11 @@ import numpy as np
 
 from tf_deform import _files
 from tf_deform._keras import keras
+from tf_deform._squares import VOID
 from tf_deform.layers import DeformableConv2D
 from tf_deform.models import deformable_layers
 
 LOGGER = logging.getLogger("tf_deform")
-_VOID = 255
 # Larger pictures say no more on a screen.
 MAX_SIDE = 1600
 
@@ -98,8 +99,8 @@ def mask_picture(
         share: Weight of the colours.
     """
     colors = np.array([_color(i) for i in range(256)], "float32")
-    colors[_VOID] = 128
-    mixed = (1 - share) * image + share * colors[np.clip(ids, 0, _VOID)]
+    colors[VOID] = 128
+    mixed = (1 - share) * image + share * colors[np.clip(ids, 0, VOID)]
     return shrink(np.round(mixed).astype("uint8"))[0]
 
 
@@ -126,6 +127,17 @@ def has_offsets(model: keras.Model) -> bool:
     )
 
 
+def require_matplotlib() -> None:
+    """Raises an ImportError that names the extra, if there is none."""
+    try:
+        importlib.import_module("matplotlib.figure")
+    except ImportError as error:
+        raise ImportError(
+            "Expected Matplotlib for pictures of sampling points. Received: "
+            f"{error}. Run `pip install 'tf-deform[plots]'`"
+        ) from error
+
+
 def write_sampling(
     path: pathlib.Path,
     model: keras.Model,
@@ -147,12 +159,12 @@ def write_sampling(
     if not has_offsets(model):
         return False
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        LOGGER.info(
-            "No picture of sampling points: `pip install 'tf-deform[plots]'`"
-        )
+        require_matplotlib()
+    except ImportError as error:
+        LOGGER.info("No picture of sampling points. %s", error)
         return False
+    from matplotlib.figure import Figure
+
     from tf_deform.visualization import plot_sampling
 
     # Figures of their own need no screen, whatever backend is set.

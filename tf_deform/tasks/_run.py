@@ -194,8 +194,8 @@ def opened(task: str, given: Mapping[str, Any]) -> Iterator[Run]:
             yield run
         except KeyboardInterrupt:
             LOGGER.warning(
-                "Interrupted; `resume` goes on from the last epoch that is in "
-                "%s",
+                "Interrupted; --resume (`resume=True`) goes on from the last "
+                "epoch that is in %s",
                 run.folder,
             )
             raise

@@ -134,10 +134,33 @@ def make_backbone(settings: Mapping[str, Any]) -> keras.Model:
     """Makes the backbone with its weights."""
     network, weights = settings["backbone"], settings["weights"]
     if network.endswith((".keras", ".h5")):
-        network = keras.saving.load_model(network, compile=False)
+        path, network = network, keras.saving.load_model(network, compile=False)
+        _tell_precision(path, network, settings["mixed_precision"])
     elif weights is None:
         weights = "imagenet"
     return models.backbone(network, weights, settings["size"])
+
+
+def _tell_precision(
+    path: str, network: keras.Model, wanted: str | None
+) -> None:
+    """Warns of layers that keep the precision with which they were saved."""
+    kept = {
+        layer.compute_dtype
+        for layer in flatten_layers(network)
+        if layer.weights and not isinstance(layer, keras.Model)
+    } - {wanted}
+    if wanted and kept:
+        LOGGER.warning(
+            "The backbone computes in %s, as it was saved; the rest of the "
+            "model in %s. For a backbone in %s, make and save %s after "
+            "keras.mixed_precision.set_dtype_policy('mixed_%s')",
+            " and ".join(sorted(kept)),
+            wanted,
+            wanted,
+            path,
+            wanted,
+        )
 
 
 def prepare(model: keras.Model, settings: Mapping[str, Any]) -> None:

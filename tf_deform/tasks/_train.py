@@ -56,9 +56,7 @@ def train_detector(run: _run.Run) -> dict[str, Any]:
             flips=settings["flips"],
         )
 
-    judge = _models.Judge(
-        val, True, settings["tile"], settings["max_detections"]
-    )
+    judge = _models.Judge(val, True, settings["max_detections"])
     return _Training(run, model, train, val, batches, judge).run()
 
 
@@ -86,7 +84,7 @@ def train_segmenter(run: _run.Run) -> dict[str, Any]:
             flips=settings["flips"],
         )
 
-    judge = _models.Judge(val, False, settings["tile"])
+    judge = _models.Judge(val, False)
     return _Training(run, model, train, val, batches, judge).run()
 
 
@@ -191,7 +189,8 @@ class _Training:
             _Guard(start, self._steps),
             *([ema] if ema else []),
             *self._monitors(),
-            _Validation(self._judge, ema),
+            # It asks the judge of a segmenter just as an evaluator of boxes.
+            training.CocoCallback(self._judge, self._predict, ema=ema),
             _EpochLog(self._epochs),
             checkpoints,
             training.TensorBoardLogs(self._run.folder / "tensorboard"),
@@ -204,6 +203,14 @@ class _Training:
             shuffle=False,  # The batches are shuffled already.
             callbacks=callbacks,
             verbose=1 if bar else 0,
+        )
+
+    def _predict(self, model: Any = None) -> Iterator[tuple[int, Any]]:
+        """Yields what a model, by default that in training, finds."""
+        return _models.predict(
+            model or self._model,
+            self._val.photographs,
+            self._run.settings["tile"],
         )
 
     def _monitors(self) -> list[Any]:
@@ -227,9 +234,8 @@ class _Training:
         """Judges and draws what the best model finds."""
         folder = self._run.folder
         model = _models.load(str(folder / "best.keras"))
-        photographs, tile = self._val.photographs, self._run.settings["tile"]
-        found = list(_models.predict(model, photographs, tile))
-        measures = self._judge.judge(found)
+        found = list(self._predict(model))
+        measures = self._judge.evaluate(found)
         evaluator = self._judge.evaluator
         if evaluator is not None:
             # With these files, other programs compute the same numbers.
@@ -299,24 +305,6 @@ class _Guard(keras.callbacks.Callback):
             )
         if self._step >= self._steps:
             self.model.stop_training = True
-
-
-class _Validation(keras.callbacks.Callback):
-    """Puts measures of the model into the logs of an epoch."""
-
-    def __init__(self, judge: _models.Judge, ema: Any) -> None:
-        super().__init__()
-        self._judge, self._ema = judge, ema
-
-    def on_epoch_end(
-        self, epoch: int, logs: dict[str, Any] | None = None
-    ) -> None:
-        if self._ema is None:
-            measures = self._judge(self.model)
-        else:
-            with self._ema.averages():
-                measures = self._judge(self.model)
-        logs.update({f"val_{name}": x for name, x in measures.items()})
 
 
 class _EpochLog(keras.callbacks.Callback):

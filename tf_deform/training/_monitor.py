@@ -27,8 +27,9 @@ _MOST_LOST = 0.5
 # Pixels. A sample that is displaced by so little reads, beside its own pixel, a
 # thousandth of the next one: the layer is a plain convolution.
 _STILL = 1e-3
-# Epochs after which offsets should have moved.
-_PATIENCE = 3
+# Epochs and steps after which offsets should have moved. Their branch begins
+# with zeros, and a rate that warms up moves little in the first steps.
+_PATIENCE, _STEPS = 3, 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +86,8 @@ class SamplingMonitor(keras.callbacks.Callback):
       displacements, more than half are outside. These read 0 and have no
       gradient, so training does not bring them back.
     - Offsets never move: after three epochs, or at the end, the 99th percentile
-      is below 0.001 pixels.
+      is below 0.001 pixels. Unless the layer is frozen, this is told after 100
+      steps at the earliest.
     - Offsets or factors are no numbers: NaN or infinite.
     - A layer is not measured, because it is given its offsets or not called.
 
@@ -139,13 +141,14 @@ class SamplingMonitor(keras.callbacks.Callback):
 
     def _start(self) -> None:
         self._writer = None
-        self._epochs = 0
+        self._epochs, self._first_step = 0, 0
         self.history: dict[str, list[float]] = {}
         self._last: list[tuple[str, Any, _Sampling]] = []
         self._said: set[tuple[str, str]] = set()
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         self._start()
+        self._first_step = self._step()
         # Keras 2 builds some models in their first step. All others are tried
         # here, so that no error comes after an epoch's work.
         if self.model.built:
@@ -180,11 +183,11 @@ class SamplingMonitor(keras.callbacks.Callback):
                     tf.summary.write(key, value, metadata=scalar_metadata())
             self._writer.flush()
         self._warn_of_values()
-        if self._epochs == _PATIENCE:
+        if self._epochs >= _PATIENCE:
             self._warn_of_stillness()
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        if 0 < self._epochs < _PATIENCE:
+        if self._epochs:
             self._warn_of_stillness()
         if self._writer is not None:
             self._writer.close()
@@ -241,22 +244,30 @@ class SamplingMonitor(keras.callbacks.Callback):
             "gradients.",
         )
 
+    def _step(self) -> int:
+        """Returns how many steps the model's optimizer has made."""
+        optimizer = getattr(self.model, "optimizer", None)
+        return int(optimizer.iterations) if optimizer is not None else 0
+
     def _warn_of_stillness(self) -> None:
         still = {}
+        steps = self._step() - self._first_step
         for name, layer, found in self._last:
             if found.offset_p99 < _STILL:
                 frozen = not any(
                     _keras.is_trainable(layer, weight)
                     for weight in layer._branch().values()
                 )
-                still[name] = "frozen" if frozen else "trainable"
+                if frozen or steps >= _STEPS:
+                    still[name] = "frozen" if frozen else "trainable"
         self._warn(
             "offsets that never move",
             still,
-            f"After {self._epochs} epochs, 99 % of them are below {_STILL} "
-            "pixels: the layer still is a plain convolution. Its branch is "
-            "frozen, the rate of offsets is too low, or no gradient arrives "
-            "(unused outputs, or a loss that is not scaled in float16).",
+            f"After {self._epochs} epochs of {steps} steps together, 99 % of "
+            f"them are below {_STILL} pixels: the layer still is a plain "
+            "convolution. Its branch is frozen, the rate of offsets is too "
+            "low, or no gradient arrives (unused outputs, or a loss that is "
+            "not scaled in float16).",
         )
 
     def _warn(self, what: str, names: dict[str, str], why: str) -> None:
