@@ -90,9 +90,10 @@ def make_detector() -> tuple[Any, Any, Cases]:
     for pooling in model.poolings:
         displace(pooling)
     # Spreads the scores far enough apart that rounding does not reorder them.
-    for name in ("rpn_objectness", "score_maps"):
-        kernel = model.trunk.get_layer(name).kernel
-        kernel.assign(kernel * 100)
+    for name in ("rpn_objectness", "features", "score_maps"):
+        layer = model.trunk.get_layer(name)
+        layer.kernel.assign(layer.kernel * 100)
+        layer.bias.assign(0 * layer.bias)  # The prior of classes is low.
     inputs = keras.Input(images.shape[1:], name="image")
     network = keras.Model(inputs, model(inputs))
     return network, model, [{"image": images}]
