@@ -92,10 +92,7 @@ def main() -> None:
     export.saved_model(
         models.serving(model), args.out / "served", sample=[[file]]
     )
-    # After few steps, scores are so close that boxes change places.
-    export.onnx(
-        model, args.out / "model.onnx", sample=images, tolerance=float("inf")
-    )
+    export.onnx(model, args.out / "model.onnx", sample=images)
 
 
 if __name__ == "__main__":
