@@ -8,11 +8,13 @@ import json
 import logging
 import math
 import pathlib
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from tf_deform._keras import keras
 from tf_deform.training import write_metrics
 
 _LOG = logging.getLogger("tf_deform")
@@ -64,6 +66,20 @@ def run_once(
     else:
         _LOG.info("%s: done before", folder.name)
     return json.loads(path.read_text())
+
+
+class Timer(keras.callbacks.Callback):
+    """Adds the seconds that an epoch's training took to its logs."""
+
+    def on_epoch_begin(
+        self, epoch: int, logs: dict[str, Any] | None = None
+    ) -> None:
+        self._begin = time.perf_counter()
+
+    def on_epoch_end(
+        self, epoch: int, logs: dict[str, Any] | None = None
+    ) -> None:
+        logs["seconds"] = time.perf_counter() - self._begin
 
 
 def differences(

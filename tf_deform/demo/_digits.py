@@ -7,7 +7,6 @@ import itertools
 import logging
 import os
 import pathlib
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -193,25 +192,32 @@ class _Task:
             steps,
         )
         if start < steps:
-            timer = Timer(steps // _EPOCHS)
+            line = keras.callbacks.LambdaCallback(
+                on_epoch_end=lambda epoch, logs: _LOG.info(
+                    "  epoch %d, %.0f s: loss %.3f",
+                    epoch + 1,
+                    logs["seconds"],
+                    logs["loss"],
+                )
+            )
             model.fit(
                 self._batches(seed, start),
                 initial_epoch=checkpoints.epoch,
                 epochs=_EPOCHS,
                 steps_per_epoch=steps // _EPOCHS,
                 shuffle=False,  # The batches are shuffled already.
-                callbacks=[timer, checkpoints],
+                callbacks=[_compare.Timer(), line, checkpoints],
                 verbose=0,
             )
         with writing(folder / "model.keras") as partial:
             model.save(partial)
-        times = [record["ms_per_step"] for record in checkpoints.history]
+        seconds = [record["seconds"] for record in checkpoints.history]
         return {
             "parameters": sum(
                 int(np.prod(variable.shape))
                 for variable in model.trainable_variables
             ),
-            "ms_per_step": float(np.median(times)),
+            "ms_per_step": 1000 * float(np.median(seconds)) * _EPOCHS / steps,
             **self._measure(model),
         }
 
@@ -250,32 +256,6 @@ class _Task:
                 number += 1
                 names = ("boxes", "scores", "labels")
                 yield number, {name: found[name][row] for name in names}
-
-
-class Timer(keras.callbacks.Callback):
-    """Adds the time of a training step to the logs of each epoch.
-
-    Args:
-        steps: Number of steps of an epoch.
-    """
-
-    def __init__(self, steps: int) -> None:
-        super().__init__()
-        self._steps = steps
-
-    def on_epoch_begin(
-        self, epoch: int, logs: dict[str, Any] | None = None
-    ) -> None:
-        self._begin = time.perf_counter()
-
-    def on_epoch_end(
-        self, epoch: int, logs: dict[str, Any] | None = None
-    ) -> None:
-        seconds = time.perf_counter() - self._begin
-        logs["ms_per_step"] = 1000 * seconds / self._steps
-        _LOG.info(
-            "  epoch %d, %.0f s: loss %.3f", epoch + 1, seconds, logs["loss"]
-        )
 
 
 def make_optimizer(steps: int) -> keras.optimizers.Optimizer:

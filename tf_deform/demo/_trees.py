@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import pathlib
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -265,24 +264,10 @@ class _Runs:
                 epochs=_EPOCHS,
                 steps_per_epoch=steps // _EPOCHS,
                 shuffle=False,  # The crops are drawn at random already.
-                callbacks=[_Timer(), judge, _Line(title), checkpoints],
+                callbacks=[_compare.Timer(), judge, _Line(title), checkpoints],
                 verbose=0,
             )
         return [record["seconds"] for record in checkpoints.history]
-
-
-class _Timer(keras.callbacks.Callback):
-    """Adds the seconds that an epoch's training took to its logs."""
-
-    def on_epoch_begin(
-        self, epoch: int, logs: dict[str, Any] | None = None
-    ) -> None:
-        self._begin = time.perf_counter()
-
-    def on_epoch_end(
-        self, epoch: int, logs: dict[str, Any] | None = None
-    ) -> None:
-        logs["seconds"] = time.perf_counter() - self._begin
 
 
 class _Line(keras.callbacks.Callback):
