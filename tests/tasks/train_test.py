@@ -19,6 +19,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from detectors import make_faster_rcnn
 from PIL import Image
 from small_runs import SETTINGS, SMALL
 
@@ -352,6 +353,20 @@ def test_the_logger_is_as_it_was(detector):
     assert logger.level == logging.NOTSET
     assert not logger.handlers
     assert keras.mixed_precision.dtype_policy().name == "float32"
+
+
+def test_more_objects_than_detections(photographs, caplog):
+    val = data.read(f"voc:{photographs}/voc")
+    settings = {**SETTINGS, "tile": None, "max_detections": 1}
+    model = make_faster_rcnn()
+    with caplog.at_level(logging.WARNING, "tf_deform"):
+        _train._report_objects(val, val, model, settings)
+        assert "has 2 objects, of which 1 can be found" in caplog.text
+        caplog.clear()
+        _train._report_objects(
+            val, val, model, settings | {"max_detections": 2}
+        )
+    assert not caplog.text
 
 
 def test_no_objects(photographs, backbone, tmp_path):

@@ -214,6 +214,7 @@ def test_saved_model(portable, detector, photographs, tmp_path):
     tasks.export_model(best, path, portable=portable, sample=samples)
     about = json.loads((path / "model.json").read_text())
     assert about["kind"] == "detector"
+    assert "files" in about["input"] and "scale" not in about["boxes"]
     loaded = tf.saved_model.load(path)
     model = keras.saving.load_model(best, compile=False)
     content = (photographs / "images/6.png").read_bytes()

@@ -174,17 +174,33 @@ def export_model(settings: Mapping[str, Any]) -> pathlib.Path:
     else:
         _export_pixels(model, path, kind, photographs, options)
         about = path.with_name(path.name + ".json")
-    training.write_metrics(about, describe(model))
+    files = kind == "saved_model"
+    training.write_metrics(about, describe(model, files))
     LOGGER.info("Written: %s, and what it takes and gives: %s", path, about)
     return path
 
 
-def describe(model: keras.Model) -> dict[str, Any]:
-    """Returns what a program needs to know that runs an exported model."""
-    return {
+def describe(model: keras.Model, files: bool = False) -> dict[str, Any]:
+    """Returns what a program needs to know that runs an exported model.
+
+    Args:
+        model: The model.
+        files: Whether it takes the bytes of files and answers in the pixels of
+            photographs, or else takes the pixels of squares.
+    """
+    told = {
         "kind": "detector" if _models.is_detector(model) else "segmenter",
         "classes": list(_models.class_names(model)),
         "size": model.image_size,
+    }
+    if files:
+        return {
+            **told,
+            "input": "(batch,) strings: the bytes of JPEG or PNG files",
+            "boxes": "x1, y1, x2, y2 in pixels of the photograph",
+        }
+    return {
+        **told,
         "input": "RGB of 0 to 255, (1, size, size, 3). Of a photograph, scaled "
         "so that its longer side is size (bilinear, averaging where it "
         "shrinks), placed at the top left; the rest is 114",

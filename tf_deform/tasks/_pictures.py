@@ -169,7 +169,13 @@ def write_sampling(
 
     # Figures of their own need no screen, whatever backend is set.
     figure = Figure(figsize=(8, 8), layout="tight")
-    plot_sampling(model.backbone, image, point, ax=figure.add_subplot())
+    axes = plot_sampling(model.backbone, image, point, ax=figure.add_subplot())
+    axes.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0),
+        ncols=3,
+        title="Where the last deformable layers look for the cell at the cross",
+    )
     with _files.writing(path) as partial:
         figure.savefig(partial, format="png", dpi=100)
     return True

@@ -119,10 +119,18 @@ def _report_objects(train: Any, val: Any, model: Any, settings: dict) -> None:
             len(missed),
             ", ".join(map(str, names)),
         )
-    if not any(len(photograph.boxes) for photograph in val.photographs):
+    most = max(len(photograph.boxes) for photograph in val.photographs)
+    if not most:
         LOGGER.warning(
             "There is no object in the photographs for validation: no epoch is "
             "better than another one"
+        )
+    if most > settings["max_detections"]:
+        LOGGER.warning(
+            "A photograph for validation has %d objects, of which %d can be "
+            "found: max_detections (--max-detections) sets another limit",
+            most,
+            settings["max_detections"],
         )
 
 

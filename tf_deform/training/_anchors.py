@@ -51,8 +51,7 @@ class AnchorReport:
             f"no anchor: none overlaps them by {self.threshold} or more, so "
             "they are not learned as objects. They are "
             f"{width.min():.3g} to {width.max():.3g} pixels wide and "
-            f"{height.min():.3g} to {height.max():.3g} high, such as the "
-            f"objects {', '.join(map(str, missed[:5]))}, counted from 0. "
+            f"{height.min():.3g} to {height.max():.3g} high. "
             "Larger images, tiles or other anchors help."
         )
         return " ".join(lines)
