@@ -10,7 +10,9 @@ from detectors import make_backbone, make_rfcn, measure, train
 from tf_deform.models import RFCN
 
 
-@pytest.mark.parametrize("pooling", ["deform", "plain"])
+@pytest.mark.parametrize(
+    "pooling", ["deform", pytest.param("plain", marks=pytest.mark.slow)]
+)
 def test_learns(pooling):
     keras.utils.set_random_seed(1)
     model = train(make_rfcn(pooling), 400)
