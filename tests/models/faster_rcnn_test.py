@@ -171,6 +171,7 @@ def test_samples_depend_on_seed_and_step_alone():
 
 @pytest.mark.parametrize("kind", MAKERS)
 def test_scores_start_at_one_in_a_hundred(kind):
+    keras.utils.set_random_seed(0)
     model = MAKERS[kind]()
     images, _ = make_scenes(2)
     outputs = model(images, training=True)
@@ -178,9 +179,10 @@ def test_scores_start_at_one_in_a_hundred(kind):
     boxes = tf.constant([[[8.0, 8, 40, 56], [20, 10, 50, 40]]] * 2)
     logits, _ = model._judge(outputs["maps"], boxes, False)
     odds = tf.exp(logits[..., :-1] - logits[..., -1:])
-    # The kernels' first values are small.
-    for shares in (objectness, odds):
-        np.testing.assert_allclose(np.mean(shares), 0.01, rtol=0.05)
+    # The kernels' first values move single scores by up to 7 % (six seeds), and
+    # these means by up to 1.3 %.
+    for shares, start in ((objectness, 0.00995), (odds, 0.01005)):
+        np.testing.assert_allclose(np.mean(shares), start, rtol=0.02)
 
 
 def test_losses_are_added_in_a_fixed_order():
@@ -392,6 +394,9 @@ def test_a_tile_is_seen_in_its_own_size(trained):
     np.testing.assert_array_equal(found["boxes"][0], cut[0])
     for box in found["boxes"]:
         assert np.any((box == cut).all(-1))
+    real = cut[(cut[:, :2] < cut[:, 2:]).all(-1)]
+    overlaps = measure_overlaps(real, found["boxes"]).max(1)
+    assert np.all(overlaps > trained.max_overlap)
 
 
 def test_which_boxes_of_tiles_stay():
