@@ -24,75 +24,56 @@ import pathlib
 import keras
 
 import tf_deform
-from tf_deform import data, demo, export, models, training
+from tf_deform import data, demo, models, tasks, training
 
 SIZE, BATCH, EPOCH = 64, 32, 100  # An epoch is 100 steps.
-
-
-def detect(model: keras.Model, annotations: data.Annotations):
-    """Yields the id of each image, and what is found in it."""
-    for number, photograph in enumerate(annotations.photographs, start=1):
-        image = data.read_image(photograph.path)
-        yield number, model.predict_image(image)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a detector of digits.")
     parser.add_argument("--plain", action="store_true", help="no deformation")
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--out", type=pathlib.Path, default="runs/detection")
     args = parser.parse_args()
 
     scenes = demo.digit_scenes(args.out / "scenes")
-    train, val, test = (
-        data.read(f"coco:{scenes}/{part}/instances.json,{scenes}/{part}/images")
+    sources = [
+        f"coco:{scenes}/{part}/instances.json,{scenes}/{part}/images"
         for part in ("train", "val", "test")
-    )
+    ]
+    train, val = map(data.read, sources[:2])
 
-    keras.utils.set_random_seed(args.seed)
+    keras.utils.set_random_seed(0)
+    pooling = "plain" if args.plain else "deform"
+    sizes = demo.digit_detector_sizes()
     model = models.RFCN(
-        demo.digit_backbone(),
-        len(train.classes),
-        "plain" if args.plain else "deform",
-        SIZE,
-        train.classes,
-        seed=args.seed,
-        **demo.digit_detector_sizes(),
+        demo.digit_backbone(), 10, pooling, SIZE, train.classes, **sizes
     )
     if not args.plain:  # The model computes the same as before at first.
         tf_deform.make_deformable(model, layers="conv[45]$")
-    optimizer = training.deformable_optimizer(keras.optimizers.Adam(2e-3))
-    model.compile(optimizer)
+    adam = keras.optimizers.Adam(2e-3)
+    model.compile(training.deformable_optimizer(adam))
 
-    evaluator = training.CocoEvaluator(val.to_coco())
+    coco = training.CocoCallback(
+        training.CocoEvaluator(val.to_coco()),
+        lambda: models.predictions(model, val.photographs),
+    )
     checkpoints = training.BestAndLast(args.out, "val_AP")
     start = checkpoints.restore(model)
     model.fit(
-        data.detection_batches(
-            train, SIZE, BATCH, augment=False, seed=args.seed, start=start
-        ),
+        data.detection_batches(train, SIZE, BATCH, augment=False, start=start),
         initial_epoch=checkpoints.epoch,
-        epochs=-(-args.steps // EPOCH),
-        steps_per_epoch=min(args.steps, EPOCH),
+        epochs=args.epochs,
+        steps_per_epoch=EPOCH,
         shuffle=False,  # The batches are shuffled already.
-        callbacks=[
-            training.CocoCallback(evaluator, lambda: detect(model, val)),
-            checkpoints,
-        ],
+        callbacks=[coco, checkpoints],
     )
 
-    model = keras.saving.load_model(args.out / "best.keras")
-    result = training.CocoEvaluator(test.to_coco()).evaluate(
-        detect(model, test)
-    )
-    print(f"On unseen scenes: AP {result['AP']:.3f}, AP50 {result['AP50']:.3f}")
-    file = pathlib.Path(test.photographs[0].path).read_bytes()
-    images = data.read_image(test.photographs[0].path)[None]
-    export.saved_model(
-        models.serving(model), args.out / "served", sample=[[file]]
-    )
-    export.onnx(model, args.out / "model.onnx", sample=images)
+    best = args.out / "best.keras"
+    found = tasks.evaluate(best, sources[2])
+    print(f"On unseen scenes: AP {found['AP']:.3f}, AP50 {found['AP50']:.3f}")
+    tasks.export_model(best, args.out / "served")
+    tasks.export_model(best, args.out / "model.onnx")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests the examples on few scenes and steps: files, printing, resuming."""
+"""Tests the examples on few scenes: files, printing, resuming."""
 
 import functools
 import json
@@ -15,7 +15,7 @@ import segmentation
 import tensorflow as tf
 
 import tf_deform
-from tf_deform import demo, export, training
+from tf_deform import demo, tasks, training
 
 EXAMPLES = {"segmentation": segmentation, "detection": detection}
 
@@ -52,7 +52,7 @@ def read_history(path):
 )
 def test_what_it_writes(name, measure, call, tmp_path):
     out = tmp_path / "run"
-    printed = call(name, "--steps", 2)
+    printed = call(name, "--epochs", 1)
     assert re.search(measure, printed)
     model = keras.saving.load_model(out / "best.keras")
     assert len(tf_deform.deformable_layers(model.backbone)) == 2
@@ -76,21 +76,20 @@ def test_what_it_writes(name, measure, call, tmp_path):
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_a_repeated_call_goes_on(name, call, tmp_path, monkeypatch):
     exported = []
-    for writer in ("saved_model", "onnx"):
-        monkeypatch.setattr(
-            export, writer, lambda model, path, **_: exported.append(path.name)
-        )
-    call(name, "--plain", "--steps", 2)
+    monkeypatch.setattr(
+        tasks, "export_model", lambda model, path: exported.append(path.name)
+    )
+    call(name, "--plain", "--epochs", 1)
     last = tmp_path / "run/last.keras"
     first = read_history(last)
     model = keras.saving.load_model(tmp_path / "run/best.keras")
     assert not tf_deform.deformable_layers(model)
     assert getattr(model, "pooling", "plain") == "plain"
-    call(name, "--plain", "--steps", 4)
+    call(name, "--plain", "--epochs", 2)
     history = read_history(last)
     assert [record["step"] for record in history] == [2, 4]
     assert history[:1] == first
     assert exported == 2 * ["served", "model.onnx"]
     if name == "segmentation":  # Nothing is left to train.
         monkeypatch.setattr(training.BestAndLast, "on_epoch_end", None)
-        call(name, "--plain", "--steps", 4)
+        call(name, "--plain", "--epochs", 2)

@@ -15,7 +15,7 @@ from pycocotools.cocoeval import COCOeval
 from small_resnet import BLOCKS, Writer
 
 import tf_deform
-from tf_deform import data, demo
+from tf_deform import data, demo, models
 from tf_deform.demo import _compare, _fetch, _photographs, _trees
 
 # Numbers of images of the sets; width and height of all.
@@ -55,7 +55,7 @@ def small(monkeypatch):
     monkeypatch.setattr(_photographs, "write", write_sets)
     monkeypatch.setattr(_trees, "_SIZE", 64)
     monkeypatch.setattr(_trees, "_EPOCHS", 2)
-    monkeypatch.setattr(_trees, "find", find)
+    monkeypatch.setattr(models, "predictions", predictions)
     monkeypatch.setattr(
         _compare, "bootstrap", functools.partial(_compare.bootstrap, draws=20)
     )
@@ -66,11 +66,11 @@ def small(monkeypatch):
     )
 
 
-def find(model, annotations):
+def predictions(model, photographs):
     """Adds to what the model finds the trees, moved, some twice."""
     rng = np.random.default_rng(1)
-    for number, found in _find(model, annotations):
-        boxes = annotations.photographs[number - 1].boxes
+    for number, found in _predictions(model, photographs):
+        boxes = photographs[number - 1].boxes
         boxes = np.concatenate([boxes, boxes[:1]])
         boxes = np.concatenate([boxes + rng.normal(0, 1, boxes.shape)])
         yield (
@@ -83,7 +83,7 @@ def find(model, annotations):
         )
 
 
-_find = _trees.find
+_predictions = models.predictions
 
 
 def judge_by_hand(folder, name):

@@ -24,8 +24,8 @@ from detectors import (
 from exported import FILES, FORMATS, compile_openvino, load, write
 
 import tf_deform
-from tf_deform import _loader
-from tf_deform.models import FasterRCNN, _serving, serving
+from tf_deform import _loader, data
+from tf_deform.models import FasterRCNN, _serving, predictions, serving
 
 MAKERS = {"faster-rcnn": make_faster_rcnn, "rfcn": make_rfcn}
 with_xla = pytest.mark.skipif(
@@ -368,6 +368,26 @@ def test_tiles_find_each_object_once(trained):
     assert len(whole["scores"]) <= trained.max_detections < len(boxes)
 
 
+def test_predictions_of_photographs(trained, tmp_path):
+    image, boxes, _ = make_photograph()
+    parts = [image[:SIZE, :SIZE], image]
+    for name, part in zip("ab", parts):
+        PIL.Image.fromarray(part).save(tmp_path / f"{name}.png")
+        voc = "<annotation><object><name>x</name><bndbox><xmin>1</xmin>"
+        voc += "<ymin>2</ymin><xmax>9</xmax><ymax>9</ymax></bndbox></object>"
+        (tmp_path / f"{name}.xml").write_text(f"{voc}</annotation>")
+    photographs = data.read(f"voc:{tmp_path}").photographs
+    for tile in (None, SIZE):
+        found = predictions(trained, photographs, tile)
+        for count, (number, objects) in enumerate(found, start=1):
+            assert number == count
+            expected = trained.predict_image(parts[number - 1], tile)
+            assert len(expected["scores"]) > 0
+            for name, value in expected.items():
+                np.testing.assert_array_equal(objects[name], value)
+        assert count == 2
+
+
 def test_a_tile_is_seen_in_its_own_size(trained):
     """An image of a tile's size gives what it gives alone, scaled."""
     image, boxes, labels = make_photograph()
@@ -379,10 +399,16 @@ def test_a_tile_is_seen_in_its_own_size(trained):
         np.testing.assert_array_equal(found["boxes"], alone["boxes"][0, :count])
     twice = part.repeat(2, 0).repeat(2, 1)
     found = trained.predict_image(twice, 2 * SIZE)
+    shrunk = tf.image.resize(twice, (SIZE, SIZE), antialias=True)
+    shrunk = trained.detect(shrunk[None].numpy())
+    count = shrunk["valid"][0]
+    for name, scale in (("boxes", 2), ("scores", 1), ("labels", 1)):
+        expected = scale * shrunk[name][0, :count]
+        np.testing.assert_allclose(found[name], expected, rtol=1e-5)
     # Resizing blurs: the same objects, but not the same numbers.
     likely = alone["boxes"][0][alone["scores"][0] > 0.5]
     overlaps = measure_overlaps(2 * likely, found["boxes"])
-    assert len(likely) == 4 and np.all(overlaps.max(1) > 0.75)
+    assert len(likely) == 4 and np.all(overlaps.max(1) > 0.5)
     # A narrow photograph is not enlarged to a tile.
     narrow = np.full((SIZE, SIZE, 3), 114, "uint8")
     narrow[:40, :30] = part[:40, :30]

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -212,7 +212,9 @@ class _Runs:
         }
         for name in _photographs.TESTS:
             judge = make_judge(self._sets[name])
-            results = judge.results(find(model, self._sets[name]))
+            results = judge.results(
+                models.predictions(model, self._sets[name].photographs)
+            )
             training.write_metrics(folder / f"results-{name}.json", results)
             training.write_metrics(folder / f"truth-{name}.json", judge.coco)
             measured[name] = judge.measure(results)
@@ -247,7 +249,8 @@ class _Runs:
         if start < steps:
             val = self._sets["val"]
             judge = training.CocoCallback(
-                make_judge(val), lambda: find(model, val)
+                make_judge(val),
+                lambda: models.predictions(model, val.photographs),
             )
             batches = data.detection_batches(
                 self._sets["train"],
@@ -293,13 +296,6 @@ class _Line(keras.callbacks.Callback):
 def make_judge(annotations: Any) -> Any:
     """Returns the evaluator of a set."""
     return training.CocoEvaluator(annotations.to_coco(), _MAX_DETECTIONS)
-
-
-def find(model: keras.Model, annotations: Any) -> Iterator[tuple[int, Any]]:
-    """Yields what a model finds in each photograph of a set, with its id."""
-    for number, photograph in enumerate(annotations.photographs, start=1):
-        image = data.read_image(photograph.path)
-        yield number, model.predict_image(image)
 
 
 def _steps_as_long(results: Sequence[dict], steps: int) -> int:

@@ -23,11 +23,25 @@ if not _keras.KERAS_2:
     from tf_deform.models._faster_rcnn import FasterRCNN
     from tf_deform.models._rfcn import RFCN
     from tf_deform.models._segmenter import Segmenter
-    from tf_deform.models._serving import serving
+    from tf_deform.models._serving import predictions, serving
 
-    __all__ += ["FasterRCNN", "RFCN", "Segmenter", "backbone", "serving"]
+    __all__ += [
+        "FasterRCNN",
+        "RFCN",
+        "Segmenter",
+        "backbone",
+        "predictions",
+        "serving",
+    ]
 
-_OF_KERAS_3 = {"FasterRCNN", "RFCN", "Segmenter", "backbone", "serving"}
+_OF_KERAS_3 = {
+    "FasterRCNN",
+    "RFCN",
+    "Segmenter",
+    "backbone",
+    "predictions",
+    "serving",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from tf_deform import _image_files, _squares
+from tf_deform import _image_files, _squares, data
 
 _BATCH = 4  # tiles that go through the model together
 # A box that its tile cuts is dropped if a box of another tile covers this share
@@ -50,6 +50,32 @@ def cut(
     if tile is None:
         return image, max(height, width), [(0, 0)]
     return image, tile, _squares.tiles(height, width, tile, overlap)
+
+
+def predictions(
+    model: Any, photographs: Iterable[Any], tile: int | None = None
+) -> Iterator[tuple[int, Any]]:
+    """Yields what a model finds in photographs, one after the other.
+
+        evaluator = tf_deform.training.CocoEvaluator(val.to_coco())
+        found = tf_deform.models.predictions(model, val.photographs)
+        metrics = evaluator.evaluate(found)
+
+    Args:
+        model: A `FasterRCNN`, `RFCN` or `Segmenter`.
+        photographs: The `photographs` of `tf_deform.data.Annotations`.
+        tile: As in the model's `predict_image`.
+
+    Yields:
+        The number of the photograph, counted from 1, which is its id in
+        `Annotations.to_coco`, and what `predict_image` returns.
+
+    Raises:
+        OSError, ValueError: A file cannot be read.
+    """
+    for number, photograph in enumerate(photographs, start=1):
+        image = data.read_image(photograph.path)
+        yield number, model.predict_image(image, tile=tile)
 
 
 def predict_image(
