@@ -19,7 +19,7 @@ help:
 	@echo "make demo-full  the same with three seeds; and segmenters and detectors"
 	@echo "                of digits, with controls (hours)"
 	@echo "make quick      run the most telling tests (two minutes)"
-	@echo "make test       run the tests (eleven minutes on two processors)"
+	@echo "make test       run the tests (twenty minutes on two processors)"
 	@echo "make test-full  run all tests with whole grids (hours)"
 	@echo "make wheel      build the wheels of a release, for every supported"
 	@echo "                TensorFlow, into dist (fetches 1.6 GB of headers)"
