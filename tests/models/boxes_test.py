@@ -8,7 +8,7 @@ from detectors import measure_overlaps
 from exported import FILES, compile_openvino, run, write
 
 from tf_deform import _loader
-from tf_deform.models import _boxes
+from tf_deform.models import _boxes, _pyramid
 
 STOCK = ("portable", "onnx", "litert")
 with_xla = pytest.mark.skipif(
@@ -22,6 +22,19 @@ def random_boxes(rng, *shape, size=64):
     sides = rng.uniform(2, size / 2, (*shape, 2))
     corners = (middles - sides / 2, middles + sides / 2)
     return np.concatenate(corners, -1).clip(0, size).astype("float32")
+
+
+def test_strides_of_maps_of_all_sizes():
+    """A map of half the cells, rounded up, has twice the stride."""
+    for size in range(9, 700):
+        cells = size
+        for level in range(1, 8):
+            cells = -(-cells // 2)
+            if cells > 1:  # A single cell may have any large stride.
+                found = _pyramid.stride_of(tf.zeros((1, cells, cells, 1)), size)
+                assert found == 2**level, (size, level)
+    # A map without borders.
+    assert _pyramid.stride_of(tf.zeros((1, 6, 6, 1)), 224) == 32
 
 
 def test_anchors_are_those_of_other_detectors():

@@ -383,9 +383,19 @@ def test_predictions_of_photographs(trained, tmp_path):
             assert number == count
             expected = trained.predict_image(parts[number - 1], tile)
             assert len(expected["scores"]) > 0
-            for name, value in expected.items():
-                np.testing.assert_array_equal(objects[name], value)
+            assert_same_objects(objects, expected)
         assert count == 2
+    # A model keeps the tiles that it learned from.
+    config = {**trained.get_config(), "tile": SIZE}
+    model = FasterRCNN.from_config(config)
+    model.set_weights(trained.get_weights())
+    assert_same_objects(model.predict_image(image), expected)
+
+
+def assert_same_objects(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value)
 
 
 def test_a_tile_is_seen_in_its_own_size(trained):

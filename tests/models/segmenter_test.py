@@ -290,12 +290,12 @@ def test_a_fresh_process(tmp_path, run_python):
 def test_config_holds_every_argument():
     keras.mixed_precision.set_global_policy("mixed_bfloat16")
     arguments = {"output_stride": 8, "ignore_class": 3, "filters": 7}
-    model = make(class_names=[*"abcd"], name="own", **arguments)
+    model = make(class_names=[*"abcd"], name="own", tile=20, **arguments)
     keras.mixed_precision.set_global_policy("float32")
     again = Segmenter.from_config(model.get_config())
     again.set_weights(model.get_weights())
     np.testing.assert_array_equal(again(images()), model(images()))
-    for name in ("output_stride", "ignore_class", "class_names", "filters"):
+    for name in (*arguments, "class_names", "tile"):
         assert getattr(again, name) == getattr(model, name)
     assert again.name == "own"
     assert again.get_layer("hidden").compute_dtype == "bfloat16"
@@ -381,6 +381,9 @@ def test_tiles(tile, overlap, size):
             }
             assert found[row, column] in answers
     assert len(np.unique(found)) > 1
+    model.tile = tile  # as of a model that learned from tiles
+    again = model.predict_image(picture, overlap=overlap)
+    np.testing.assert_array_equal(again, found)
 
 
 def png(picture: np.ndarray, kind: str = "PNG") -> bytes:

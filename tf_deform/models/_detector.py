@@ -45,7 +45,7 @@ class Detector(keras.Model):
         anchor_scales, anchor_ratios: As in `FasterRCNN`.
         min_anchor_overlap, candidates, proposals: As in `FasterRCNN`.
         max_detections: As in `FasterRCNN`.
-        min_score, max_overlap, seed: As in `FasterRCNN`.
+        min_score, max_overlap, seed, tile: As in `FasterRCNN`.
         kwargs: `name` and `dtype`.
     """
 
@@ -66,6 +66,7 @@ class Detector(keras.Model):
         min_score: float,
         max_overlap: float,
         seed: int,
+        tile: int | None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -84,6 +85,7 @@ class Detector(keras.Model):
         self.min_score = float(min_score)
         self.max_overlap = float(max_overlap)
         self.seed = int(seed)
+        self.tile = None if tile is None else positive(tile, "tile")
         self.backbone = self._prepare(
             _pyramid.as_pyramid(backbone, self.image_size)
         )
@@ -142,6 +144,7 @@ class Detector(keras.Model):
             "min_score": self.min_score,
             "max_overlap": self.max_overlap,
             "seed": self.seed,
+            "tile": self.tile,
             "name": self.name,
             "dtype": keras.saving.serialize_keras_object(self.dtype_policy),
         }
@@ -191,8 +194,8 @@ class Detector(keras.Model):
         Args:
             image: `(height, width, 3)` uint8 RGB.
             tile: Pixels of the square tiles that the photograph is cut into,
-                each of which is seen by the model in its own size; None for the
-                whole photograph at once.
+                each of which is seen by the model in its own size. None: as the
+                model's `tile` says.
             overlap: Share of a tile that the next one sees again, at least
                 below 1: objects up to this size are whole in some tile.
 
@@ -207,6 +210,7 @@ class Detector(keras.Model):
         """
         from tf_deform.models import _serving
 
+        tile = self.tile if tile is None else tile
         return _serving.predict_image(self, image, tile, overlap)
 
     # Detections.

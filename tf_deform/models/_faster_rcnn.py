@@ -83,6 +83,9 @@ class FasterRCNN(Detector):
         max_overlap: Intersection over union with a better detection of its
             class from which on a detection goes.
         seed: Draws samples in training, together with the step.
+        tile: Pixels of the squares that `predict_image` cuts photographs into,
+            if it is not told otherwise; those that the model learned from. None
+            for whole photographs.
         kwargs: `name` and `dtype`, the policy of all layers but the backbone's.
 
     Raises:
@@ -111,6 +114,7 @@ class FasterRCNN(Detector):
         min_score: float = 0.05,
         max_overlap: float = 0.5,
         seed: int = 0,
+        tile: int | None = None,
         **kwargs: Any,
     ) -> None:
         if pooling not in POOLINGS:
@@ -137,6 +141,7 @@ class FasterRCNN(Detector):
             min_score=min_score,
             max_overlap=max_overlap,
             seed=seed,
+            tile=tile,
             **kwargs,
         )
 

@@ -56,8 +56,17 @@ def level_of(name: str) -> int:
 
 
 def stride_of(maps: KerasTensor, image_size: int) -> int:
-    """Returns the stride of a map of an image, as a power of two."""
-    return 2 ** round(math.log2(image_size / maps.shape[1]))
+    """Returns the stride of a map of an image, a power of two.
+
+    Args:
+        maps: A map that covers the image, or lacks a part of its border.
+        image_size: Height and width of the image in pixels.
+    """
+    nearest = 2 ** round(math.log2(image_size / maps.shape[1]))
+    # A small map may have much more than its share of the image.
+    if math.ceil(image_size / (2 * nearest)) == maps.shape[1]:
+        return 2 * nearest
+    return nearest
 
 
 def convolution(filters: int, size: int, **arguments: Any) -> Any:

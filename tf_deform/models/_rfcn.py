@@ -64,7 +64,7 @@ class RFCN(Detector):
         proposals: Number of regions of an image.
         hard_examples: Number of regions of an image that are learned from.
         max_detections, min_score, max_overlap: As in `FasterRCNN`.
-        seed, kwargs: As in `FasterRCNN`.
+        seed, tile, kwargs: As in `FasterRCNN`.
 
     Raises:
         TypeError: `backbone` is neither a model nor a name.
@@ -93,6 +93,7 @@ class RFCN(Detector):
         min_score: float = 0.05,
         max_overlap: float = 0.3,
         seed: int = 0,
+        tile: int | None = None,
         **kwargs: Any,
     ) -> None:
         if pooling not in POOLINGS:
@@ -120,6 +121,7 @@ class RFCN(Detector):
             min_score=min_score,
             max_overlap=max_overlap,
             seed=seed,
+            tile=tile,
             **kwargs,
         )
 

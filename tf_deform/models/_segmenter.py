@@ -74,6 +74,9 @@ class Segmenter(keras.Model):
         image_size: Height and width of the images in pixels.
         class_names: The names of the classes, or None. They are kept in files.
         filters: Channels of the hidden layer.
+        tile: Pixels of the squares that `predict_image` cuts photographs into,
+            if it is not told otherwise; those that the model learned from. None
+            for whole photographs.
         kwargs: `name` and `dtype`, the policy of all layers but the backbone's.
 
     Call arguments:
@@ -98,6 +101,7 @@ class Segmenter(keras.Model):
         image_size: int = 512,
         class_names: Sequence[str] | None = None,
         filters: int = 1024,
+        tile: int | None = None,
         **kwargs: Any,
     ) -> None:
         num_classes = positive(num_classes, "num_classes")
@@ -146,6 +150,7 @@ class Segmenter(keras.Model):
         self.image_size = image_size
         self.class_names = class_names
         self.filters = filters
+        self.tile = None if tile is None else positive(tile, "tile")
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -156,6 +161,7 @@ class Segmenter(keras.Model):
             "image_size": self.image_size,
             "class_names": self.class_names,
             "filters": self.filters,
+            "tile": self.tile,
             "name": self.name,
             "dtype": keras.saving.serialize_keras_object(
                 self.get_layer("hidden").dtype_policy
@@ -202,8 +208,8 @@ class Segmenter(keras.Model):
         Args:
             image: `(height, width, 3)` uint8 RGB.
             tile: Pixels of the square tiles that the photograph is cut into,
-                each of which is seen by the model in its own size; None for the
-                whole photograph at once.
+                each of which is seen by the model in its own size. None: as the
+                model's `tile` says.
             overlap: Share of a tile that the next one sees again, at least 0
                 and below 1. A pixel's class comes from the tile whose centre is
                 nearest.
@@ -214,6 +220,7 @@ class Segmenter(keras.Model):
         Raises:
             ValueError: `image`, `tile` or `overlap` is something else.
         """
+        tile = self.tile if tile is None else tile
         image, side, origins = _serving.cut(image, tile, overlap)
         height, width = image.shape[:2]
         ids = np.zeros((height, width), "int32")
