@@ -16,6 +16,7 @@ from PIL import Image
 import tf_deform_cli
 from tf_deform import data, tasks
 from tf_deform.models import serving
+from tf_deform.tasks import _pictures
 
 
 @pytest.fixture
@@ -155,6 +156,38 @@ def test_pictures_of_sampling_need_matplotlib(
     """Tests that this is told once, before the model is read."""
     (tmp_path / "model.keras").write_text("no model")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+def drawn(boxes, size=200):
+    """Returns where a picture of boxes differs from the image."""
+    image = np.zeros((size, size, 3), "uint8")
+    found = {
+        "boxes": np.float32(boxes),
+        "labels": np.zeros(len(boxes), int),
+        "scores": np.linspace(1, 0.5, len(boxes)),
+    }
+    picture = _pictures.boxes_picture(image, found, ("platypus",), 0.3)
+    return (picture != image).any(-1)
+
+
+def test_many_small_boxes_stay_visible():
+    """Tests that text stays where there is room, or where boxes are few."""
+    small = [[x, y, x + 9, y + 9] for x in (30, 60, 90) for y in (40, 60, 80)]
+    around = np.zeros((200, 200), bool)
+    for x1, y1, x2, y2 in small:
+        around[y1:y2, x1:x2] = True
+    assert drawn(small)[~around].any()
+    large = [10, 110, 190, 190]
+    seen = drawn([*small, *[large] * 11])
+    around[110:190, 10:190] = True
+    assert not seen[~around].any()
+    # Inside of the small boxes no text is drawn, of the large one it is.
+    assert not seen[41:48, 31:38].any()
+    assert seen[113:120, 13:100].any()
+    # A line takes an eighth of a box at most.
+    thick = drawn([[0, 0, 1599, 1599]], 1600)[800]
+    thin = drawn([[100, 100, 116, 116]] * 20, 1600)[108]
+    assert (thick[:8].sum(), thin[100:116].sum()) == (4, 2 + 2)
+
+
     with pytest.raises(ImportError, match=r"tf-deform\[plots\]"):
         tasks.show(
             tmp_path / "model.keras",

@@ -21,6 +21,8 @@ from tf_deform.models import deformable_layers
 LOGGER = logging.getLogger("tf_deform")
 # Larger pictures say no more on a screen.
 MAX_SIDE = 1600
+# Boxes of a picture from which on text is written only where it fits.
+_MANY = 20
 
 
 def _color(index: int) -> tuple[int, int, int]:
@@ -50,6 +52,8 @@ def boxes_picture(
 ) -> np.ndarray:
     """Returns a copy of an image with boxes, classes and scores.
 
+    With 20 boxes or more, those that are narrower than their text have none.
+
     Args:
         image: `(h, w, 3)` uint8.
         found: "boxes" `(n, 4)` in pixels of the image, "labels" `(n,)` and, of
@@ -65,18 +69,24 @@ def boxes_picture(
     width = max(1, round(max(image.shape) / 400))
     font = ImageFont.load_default(size=max(10, 6 * width))
     scores = found.get("scores")
+    chosen = np.arange(len(found["boxes"]))
+    if scores is not None:
+        chosen = np.flatnonzero(np.asarray(scores) >= least)
     # The best ones come last, above the others.
-    for i in reversed(range(len(found["boxes"]))):
-        if scores is not None and scores[i] < least:
-            continue
+    for i in reversed(chosen):
         box = [float(x) * scale for x in found["boxes"][i]]
+        sides = box[2] - box[0], box[3] - box[1]
         # Edges are half-open: the last pixel is one before the end.
         box[2:] = max(box[0], box[2] - 1), max(box[1], box[3] - 1)
         label = int(found["labels"][i])
-        draw.rectangle(box, outline=_color(label), width=width)
+        # A line that is thick for its box would hide the object.
+        line = max(1, min(width, int(min(sides) / 8)))
+        draw.rectangle(box, outline=_color(label), width=line)
         text = classes[label] if label < len(classes) else str(label)
         if scores is not None:
             text += f" {scores[i]:.2f}"
+        if len(chosen) >= _MANY and draw.textlength(text, font) > sides[0]:
+            continue
         draw.text(
             box[:2],
             text,
