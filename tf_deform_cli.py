@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import difflib
 import importlib.metadata
 import importlib.util
 import json
@@ -115,7 +116,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="tell whether the ops work, and why not",
         description=_DOCTOR_HELP,
     )
-    parsed = parser.parse_args(arguments)
+    parsed, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        asked = parsed.parser if "parser" in parsed else parser
+        asked.error(_tell_unknown(unknown, asked))
     if "task" in parsed:
         found = line.find_settings(parsed, settings, _part("_run_folder"))
         return _run_task(parsed.task, found, parsed.quiet)
@@ -126,6 +130,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Prints to standard error: a script reads a path from standard output.
     parser.print_help(sys.stderr)
     return 2
+
+
+def _tell_unknown(
+    unknown: Sequence[str], parser: argparse.ArgumentParser
+) -> str:
+    """Says what a parser does not know, and what is spelled like it."""
+    options = [
+        name for action in parser._actions for name in action.option_strings
+    ]
+    similar = [
+        name
+        for text in unknown
+        if text.startswith("--")
+        for name in difflib.get_close_matches(text.split("=")[0], options, 1)
+    ]
+    meant = f". Did you mean {', '.join(similar)}?" if similar else ""
+    return f"unrecognized arguments: {' '.join(unknown)}{meant}"
 
 
 def _run_task(task: str, found: Mapping[str, Any], quiet: bool) -> int:

@@ -197,7 +197,11 @@ def add_commands(commands: Any, settings: ModuleType) -> None:
         group = words[:-1]
         if group not in groups:
             above = commands.add_parser(group[0], help=_TRAIN_HELP)
-            groups[group] = above.add_subparsers(metavar="WHAT", required=True)
+            # Messages call the missing word so.
+            names = [other[-1] for other in COMMANDS if other[:-1] == group]
+            groups[group] = above.add_subparsers(
+                metavar="|".join(names), required=True
+            )
         parser = groups[group].add_parser(
             words[-1],
             help=text,

@@ -212,7 +212,10 @@ def source_or_share(*forms: str) -> Callable[[Any], str | float]:
         except (TypeError, ValueError):
             return source(*forms)(value)
         if isinstance(value, bool) or not 0 < share < 1:
-            raise Wrong("a share above 0 and below 1, or photographs")
+            raise Wrong(
+                "a share above 0 and below 1, such as 0.2, or photographs, "
+                f"{FORMS[forms[0]]}"
+            )
         return share
 
     return check
@@ -231,8 +234,10 @@ def backbone(value: Any) -> str:
     text = str(value)
     if text.endswith((".keras", ".h5")) or os.sep in text:
         return existing_file(text)
-    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", text):
-        raise Wrong("a name of keras.applications, or a .keras file")
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", text):
+        raise Wrong(
+            "a name of keras.applications, such as resnet50, or a .keras file"
+        )
     return text
 
 

@@ -61,8 +61,11 @@ def call(files, monkeypatch, capsys):
 
 GOOD = ["--data", "voc:photos", "--out", "run"]
 WRONG = {
-    "no command": (["train"], "WHAT"),
-    "no such command": (["train", "classify"], "invalid choice: 'classify'"),
+    "no command": (["train"], "are required: detect|segment"),
+    "no such command": (
+        ["train", "classify"],
+        "argument detect|segment: invalid choice: 'classify'",
+    ),
     "no out": ([*DETECT, "--data", "voc:photos"], "required: --out"),
     "no data": ([*DETECT, "--out", "run"], "Expected --data. Received: none"),
     "resume without data": (
@@ -100,7 +103,10 @@ WRONG = {
         [*DETECT, "--out", "run", "--data", "coco:photos,photos"],
         "whose FILE is a file",
     ),
-    "share": ([*DETECT, *GOOD, "--val", "1"], "a share above 0 and below 1"),
+    "share": (
+        [*DETECT, *GOOD, "--val", "20"],
+        "a share above 0 and below 1, such as 0.2, or photographs, voc:ROOT",
+    ),
     "share not a number": ([*DETECT, *GOOD, "--val", "nan"], "a share above"),
     "validation": ([*DETECT, *GOOD, "--val", "voc:no"], "/no is none"),
     "size": ([*DETECT, *GOOD, "--size", "650"], "a multiple of 32, 64 to 8192"),
