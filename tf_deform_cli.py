@@ -170,10 +170,13 @@ def _run_task(task: str, found: Mapping[str, Any], quiet: bool) -> int:
         with tasks.progress(not quiet):
             result = getattr(tasks, task)(**found)
         if task == "evaluate":
-            print(json.dumps(result, indent=2))
+            from tf_deform.training._metrics import plain
+
+            print(json.dumps(plain(result), indent=2))
         return 0
-    except KeyboardInterrupt:
-        logger.error("Interrupted")
+    except KeyboardInterrupt as interrupt:
+        # A run says how to go on.
+        logger.error("%s", str(interrupt) or "Interrupted")
     except _TOLD as error:
         logger.error("%s", error)
     finally:

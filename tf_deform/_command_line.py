@@ -67,7 +67,8 @@ _HELP = {
     ),
     "resume": (
         None,
-        "go on with the run in the folder; it has its settings, data included",
+        "go on with the run in the folder; it has its settings, data included. "
+        "A larger --steps, or --epochs where the run has it, makes it longer",
     ),
     "train_detector.model": ("faster-rcnn|rfcn", "the detector"),
     "model": (None, "a model, such as run/best.keras"),
@@ -77,6 +78,11 @@ _HELP = {
         "deformable",
     ),
     "output_stride": ("8|16|32", "pixels of the image for one of the last map"),
+    "anchor_scales": (
+        "SCALES",
+        "sizes of the anchors, roots of their areas in strides of their map: "
+        "smaller ones for smaller objects (default: 8, of rfcn 4,8,16,32)",
+    ),
     "max_detections": ("N", "most boxes of an image, predicted and judged"),
     "backbone": (
         "NAME|FILE",
@@ -108,6 +114,11 @@ _HELP = {
     "batch_size": ("N", "images in a step"),
     "epochs": ("N", "passes over the photographs"),
     "steps": ("N", "steps, in place of --epochs"),
+    "val_every": (
+        "STEPS",
+        "steps from one validation, after which the run is saved, to the next "
+        "(default: those of a pass over the photographs)",
+    ),
     "flips": (
         "horizontal|all|none",
         "how images are mirrored in training; all is for views from above",

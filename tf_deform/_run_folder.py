@@ -13,10 +13,13 @@ from typing import Any
 
 SETTINGS, LOG = "settings.json", "log.txt"
 VERSIONS, FILES = "versions.json", "files.json"
+LAST = "last.keras"
 # What `_files.writing` leaves in a folder if it is killed.
 _PARTIAL = ".tf_deform-partial-"
 # Settings of a call, not of the run.
 OF_CALL = ("out", "resume")
+# Of these, the one that a run counts by may grow when it is resumed.
+LENGTHS = ("epochs", "steps")
 
 
 def open_run(
@@ -27,6 +30,8 @@ def open_run(
 ) -> dict[str, Any]:
     """Returns the settings of a run: given, of the run to resume, defaults.
 
+    A run to resume may become longer; its other settings stay.
+
     Args:
         task: "train_detector" or "train_segmenter".
         settings: The task's entry of `_settings.TASKS`.
@@ -36,36 +41,50 @@ def open_run(
     Raises:
         ValueError: The folder has a run with other settings; or a required
             setting is missing.
-        FileExistsError: The folder has something else, or a run that is not to
-            be resumed.
+        FileExistsError: The folder has something else, or a run that has saved
+            its state and is not to be resumed.
     """
     out = pathlib.Path(given["out"])
     kept = _kept(out)
     found = {name: setting.default for name, setting in settings.items()}
+    resume = given.get("resume")
+    if kept is not None and not resume:
+        if (out / LAST).exists():
+            raise FileExistsError(
+                f"Expected {spell('out')} to be a new or empty folder, or "
+                f"{spell('resume')}. Received: {out}, which has a run"
+            )
+        kept = None  # It ended before it had saved anything.
     if kept is None:
         found.update(given)
         missing = [spell(name) for name, value in found.items() if value is ...]
         if missing:
-            raise ValueError(f"Expected {', '.join(missing)}. Received: none")
+            why = f", as there is no run in {out} to resume" if resume else ""
+            raise ValueError(
+                f"Expected {', '.join(missing)}{why}. Received: none"
+            )
         return found
-    if not given.get("resume"):
-        raise FileExistsError(
-            f"Expected {spell('out')} to be a new or empty folder, or "
-            f"{spell('resume')}. Received: {out}, which has a run"
-        )
     if kept.get("task") != task:
         raise ValueError(
             f"Expected {out} to have a run of {task}. Received: one of "
             f"{kept.get('task')}"
         )
     found.update({name: kept[name] for name in settings if name in kept})
+    length = "epochs" if found["steps"] is None else "steps"
     for name, value in given.items():
-        if name not in OF_CALL and value != found[name]:
-            raise ValueError(
-                f"Expected {spell(name)} to be {found[name]!r}, as in the run "
-                f"in {out}. Received: {value!r}. Leave it out, or choose "
-                f"another {spell('out')}"
-            )
+        before = found[name]
+        if name in OF_CALL or value == before:
+            continue
+        if name == length and value is not None and value > before:
+            found[name] = value
+            continue
+        more = " or more" if name == length else ""
+        wanted = "left out" if before is None else repr(before)
+        raise ValueError(
+            f"Expected {spell(name)} to be {wanted}{more}, as in the run in "
+            f"{out}. Received: {value!r}. Leave it out, or choose another "
+            f"{spell('out')}"
+        )
     return {**found, **{name: given[name] for name in OF_CALL}}
 
 

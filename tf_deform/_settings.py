@@ -263,6 +263,24 @@ def names(value: Any) -> list[str]:
     return found
 
 
+def scales(value: Any) -> list[float]:
+    """Checks a list of sizes of anchors."""
+    if isinstance(value, str):
+        value = value.split(",")
+    elif not isinstance(value, Iterable):
+        value = [value]
+    try:
+        found = [number(0.0, 1000.0)(one) for one in value]
+    except Wrong:
+        found = []
+    if not found or len(set(found)) < len(found):
+        raise Wrong(
+            "numbers above 0 and at most 1000 that all differ, with commas "
+            "between them"
+        )
+    return found
+
+
 def export_path(value: Any) -> str:
     """Checks the path of an export, whose suffix says the format."""
     path = path_text(value)
@@ -327,6 +345,7 @@ def _training(
         "batch_size": Setting(whole(1, 4096), 2),
         "epochs": Setting(whole(1), 12),
         "steps": Setting(whole(1), None),
+        "val_every": Setting(whole(1), None),
         "flips": Setting(one_of("horizontal", "all", "none"), "horizontal"),
         "lr": Setting(number(0.0, 100.0), None),
         "ema": Setting(number(0.0, 0.99999), None),
@@ -346,6 +365,7 @@ TASKS: Mapping[str, Mapping[str, Setting]] = {
             640,
             model=Setting(one_of("faster-rcnn", "rfcn"), "faster-rcnn"),
             pooling=Setting(one_of("align", "deform", "moddeform"), "align"),
+            anchor_scales=Setting(scales, None),
             max_detections=_MAX_DETECTIONS,
         ),
         **_READING_BOXES,

@@ -70,7 +70,12 @@ WRONG = {
     "no data": ([*DETECT, "--out", "run"], "Expected --data. Received: none"),
     "resume without data": (
         [*DETECT, "--out", "empty", "--resume"],
-        "Expected --data. Received: none",
+        "Expected --data, as there is no run in ",
+    ),
+    "a misspelled option": (
+        [*DETECT, *GOOD, "--batchsize", "4", "--vall=0.5"],
+        "unrecognized arguments: --batchsize 4 --vall=0.5. Did you mean "
+        "--batch-size, --val?",
     ),
     "form": (
         [*DETECT, "--out", "run", "--data", "csv:photos"],
@@ -117,6 +122,14 @@ WRONG = {
     "rate infinite": ([*DETECT, *GOOD, "--lr", "inf"], "a number above 0"),
     "rate not a number": ([*DETECT, *GOOD, "--lr=nan"], "Received: 'nan'"),
     "steps": ([*DETECT, *GOOD, "--steps", "-3"], "--steps"),
+    "validations": ([*SEGMENT, "--val-every", "0"], "of at least 1. Received"),
+    "scales": ([*DETECT, *GOOD, "--anchor-scales", "4,-2"], "above 0 and at"),
+    "scales twice": ([*DETECT, *GOOD, "--anchor-scales", "4,4"], "all differ"),
+    "scales of a segmenter": (
+        [*SEGMENT, "--data", "masks:photos,labels", "--out", "r"]
+        + ["--anchor-scales", "4"],
+        "unrecognized arguments: --anchor-scales 4",
+    ),
     "seed": ([*DETECT, *GOOD, "--seed", "1e3"], "a whole number 0 to"),
     "stages": ([*DETECT, *GOOD, "--deform", "c5-c3"], "such as c3-c5"),
     "stages by name": ([*DETECT, *GOOD, "--deform", "all"], "such as c3-c5"),
@@ -239,12 +252,15 @@ def test_tensorflow_is_not_loaded_before_the_task(files):
 
 
 def test_what_the_task_gets(call, files):
-    found = call(*DETECT, *GOOD, "--mixed-precision", "--lr", ".1").found
+    options = ["--lr", ".1", "--val-every", "50", "--anchor-scales", "2,4.5"]
+    found = call(*DETECT, *GOOD, "--mixed-precision", *options).found
     assert found == _settings.defaults("train_detector") | {
         "data": f"voc:{files}/photos",
         "out": f"{files}/run",
         "mixed_precision": "bfloat16",
         "lr": 0.1,
+        "val_every": 50,
+        "anchor_scales": [2.0, 4.5],
     }
     found = call("show", "m.keras", "one.png", "photos", "--out", "p").found
     assert found["images"] == [f"{files}/one.png", f"{files}/photos"]
@@ -263,6 +279,7 @@ def kept(files) -> pathlib.Path:
     (files / "run/settings.json").write_text(json.dumps(settings))
     (files / "run/files.json").write_text("{}")
     (files / "run/log.txt").write_text("")
+    (files / "run/last.keras").write_text("")
     return files / "run"
 
 
@@ -298,6 +315,16 @@ def kept(files) -> pathlib.Path:
             "Expected --classes to be ['cat', 'dog']",
         ),
         (
+            [*DETECT, "--out=run", "--resume", "--steps=90"],
+            2,
+            "Expected --steps to be left out, as in the run in ",
+        ),
+        (
+            [*DETECT, "--out=run", "--resume", "--epochs=11"],
+            2,
+            "Expected --epochs to be 12 or more, as in the run in ",
+        ),
+        (
             [*SEGMENT, "--out", "run", "--resume"],
             2,
             "to have a run of train_segmenter. Received: one of train_detector",
@@ -310,6 +337,36 @@ def test_the_settings_of_a_run_to_resume(arguments, status, words, call, kept):
     assert words in result.stderr
     if status == 0:
         assert (result.found["size"], result.found["resume"]) == (96, True)
+
+
+def test_a_run_to_resume_may_grow(call, kept):
+    found = call(*DETECT, "--out=run", "--resume", "--epochs=13").found
+    assert (found["epochs"], found["steps"]) == (13, None)
+    settings = json.loads((kept / "settings.json").read_text())
+    settings["steps"] = 200
+    (kept / "settings.json").write_text(json.dumps(settings))
+    found = call(*DETECT, "--out=run", "--resume", "--steps=201").found
+    assert found["steps"] == 201
+    # Epochs do not count in this run.
+    assert call(*DETECT, "--out=run", "--resume", "--epochs=13").status == 2
+
+
+def test_a_run_that_saved_nothing_may_begin_anew(call, kept):
+    """Tests what is left where the weights could not be fetched."""
+    (kept / "last.keras").unlink()
+    assert call(*DETECT, *GOOD, "--weights", "none").status == 0
+    assert call(*DETECT, "--out=run", "--resume").found["size"] == 96
+
+
+def test_a_run_from_before_there_was_a_setting(call, kept):
+    settings = json.loads((kept / "settings.json").read_text())
+    for name in ("val_every", "anchor_scales"):
+        del settings[name]
+    (kept / "settings.json").write_text(json.dumps(settings))
+    found = call(*DETECT, "--out=run", "--resume").found
+    assert (found["val_every"], found["anchor_scales"]) == (None, None)
+    result = call(*DETECT, "--out=run", "--resume", "--anchor-scales=4")
+    assert "Expected --anchor-scales to be left out" in result.stderr
 
 
 def test_a_run_whose_photographs_are_gone(call, kept, files):
@@ -329,6 +386,7 @@ def test_broken_settings(text, call, kept):
 
 def test_what_a_run_leaves_that_had_no_photographs_yet(call, kept):
     """Tests a kill before the settings, and an end by broken photographs."""
+    (kept / "last.keras").unlink()
     (kept / "files.json").unlink()
     assert call(*DETECT, *GOOD, "--skip-broken").status == 0
     (kept / "settings.json").unlink()
@@ -368,6 +426,11 @@ def test_functions_take_the_settings(task):
         ("classes", ["a", 3], "Expected `classes` to be names"),
         ("classes", 3, "Expected `classes` to be names"),
         ("out", 7, "Expected `out` to be a path"),
+        ("backbone", "res net", "such as resnet50, or a .keras file"),
+        ("val_every", 2.5, "Expected `val_every` to be a whole number"),
+        ("anchor_scales", [4, "x"], "Expected `anchor_scales` to be numbers"),
+        ("anchor_scales", [], "Expected `anchor_scales` to be numbers"),
+        ("anchor_scales", True, "Expected `anchor_scales` to be numbers"),
     ],
 )
 def test_wrong_values_of_python(name, value, words):

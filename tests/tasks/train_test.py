@@ -24,8 +24,9 @@ from PIL import Image
 from small_runs import SETTINGS, SMALL
 
 import tf_deform
+import tf_deform_cli
 from tf_deform import data, tasks
-from tf_deform.tasks import _run, _setup, _train
+from tf_deform.tasks import _models, _run, _setup, _train
 
 HOME = pathlib.Path(tf_deform.__file__).parent.parent
 COMMAND = f"""
@@ -157,7 +158,13 @@ def test_the_log(detector):
         "7 photographs",
         "Classes: blue, red",
         "objects: ",
-        "Epoch 1 of 2",
+        "Step 4 of 5, epoch 1 of 1.25, ",
+        "Step 5 of 5, epoch 1.25 of 1.25, ",
+        " s a step, ",
+        # There is no object of this size.
+        "val_APl none",
+        "  APl             none",
+        "Validation of best.keras, the model after step ",
         "val_AP",
         "learning rate 0.02 after 0 steps",
         "Deformable layers of the backbone",
@@ -165,7 +172,8 @@ def test_the_log(detector):
     ):
         assert words in text, text
     # Names of classes would fill the lines.
-    assert "AP/blue" not in text.split("Validation with")[0]
+    assert "AP/blue" not in text.split("Validation of best")[0]
+    assert "nan" not in text
 
 
 def test_the_folder_of_a_segmenter(segmenter):
@@ -182,16 +190,19 @@ def test_the_folder_of_a_segmenter(segmenter):
     assert len(list((out / "pictures").glob("validation-*.png"))) == 2
 
 
-def test_the_same_bits_after_a_kill(detector, photographs, backbone, tmp_path):
+@pytest.mark.parametrize("val_every, kept", [(None, 4), (3, 3)])
+def test_the_same_bits_after_a_kill(
+    val_every, kept, detector, photographs, backbone, tmp_path
+):
     """Tests a run that is killed by SIGKILL and resumed without its settings.
 
-    The first run ran in this process.
+    The first run ran in this process, and was validated after each pass.
     """
     out, found = detector
     arguments = [
         *("train", "detect", "--data", f"voc:{photographs}/voc", "--val"),
         f"coco:{photographs}/coco.json,{photographs}/images",
-        *options(backbone),
+        *options(backbone, val_every=val_every),
         *("--out", tmp_path / "run"),
     ]
     process = start(*arguments)
@@ -207,9 +218,16 @@ def test_the_same_bits_after_a_kill(detector, photographs, backbone, tmp_path):
     printed, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert printed == ""
-    assert "Going on after step 4 of 5" in errors
-    for name in ("best.keras", "last.keras"):
-        assert_same_weights(out / name, tmp_path / "run" / name)
+    assert f"Going on after step {kept} of 5" in errors
+    assert_same_weights(out / "last.keras", tmp_path / "run/last.keras")
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert [(logs["step"], logs["epoch"]) for logs in metrics["history"]] == [
+        (kept, kept / 4),
+        (5, 1.25),
+    ]
+    if val_every:
+        return
+    assert_same_weights(out / "best.keras", tmp_path / "run/best.keras")
     for name in ("metrics.json", "results.json", "files.json"):
         assert (out / name).read_text() == (tmp_path / "run" / name).read_text()
     assert read_state(out) == read_state(tmp_path / "run")
@@ -237,6 +255,76 @@ def train(photographs, backbone, tmp_path):
     )
 
 
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_an_interruption_is_told_once(
+    photographs, backbone, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(_setup, "read_parts", interrupt)
+    out = tmp_path / "run"
+    arguments = ["train", "detect", "--data", f"voc:{photographs}/voc"]
+    arguments += ["--out", str(out), "--backbone", str(backbone)]
+    assert tf_deform_cli.main(arguments) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("Interrupted. With --resume")
+    assert said.endswith("begins anew, as nothing was saved yet")
+    assert (out / "log.txt").read_text().count("Interrupted") == 1
+    # Without the folder of a run.
+    monkeypatch.setattr(_models, "load", interrupt)
+    arguments = ["eval", str(backbone), "--data", f"voc:{photographs}/voc"]
+    assert tf_deform_cli.main(arguments) == 1
+    assert capsys.readouterr().err == "Interrupted\n"
+
+
+def test_seconds_of_a_step(monkeypatch, caplog):
+    """Tests a clock: the first step compiles, and validation is no step."""
+    now = [0.0]
+    monkeypatch.setattr(_train.time, "perf_counter", lambda: now[0])
+    log = _train._StepLog(start=6, steps=11, pass_steps=4)
+    for seconds in ([9, 0.5, 1.0], [2, 4]):
+        log.on_epoch_begin(0)
+        for step, passed in enumerate(seconds):
+            now[0] += passed
+            log.on_train_batch_end(step)
+        now[0] += 30
+        with caplog.at_level(logging.INFO, "tf_deform"):
+            log.on_epoch_end(0, {"loss": 1.23456, "val_APs": float("nan")})
+    one, other = caplog.messages
+    assert one == (
+        "Step 9 of 11, epoch 2.25 of 2.75, 0.75 s a step, 40 s with "
+        "validation: loss 1.235, val_APs none"
+    )
+    assert other.startswith("Step 11 of 11, epoch 2.75 of 2.75, 3 s a step, 36")
+
+
+def test_seconds_where_the_first_step_is_alone(monkeypatch, caplog):
+    now = [0.0]
+    monkeypatch.setattr(_train.time, "perf_counter", lambda: now[0])
+    log = _train._StepLog(start=0, steps=2, pass_steps=4)
+    for passed in (9, 2):
+        log.on_epoch_begin(0)
+        now[0] += passed
+        log.on_train_batch_end(0)
+        now[0] += 30
+        with caplog.at_level(logging.INFO, "tf_deform"):
+            log.on_epoch_end(0, {})
+    assert " 9 s a step, 39 s with" in caplog.messages[0]
+    assert " 2 s a step, 32 s with" in caplog.messages[1]
+
+
+def test_the_bar_counts_no_epochs(capsys):
+    """Tests Keras' bar, whose epochs need not be passes."""
+    bar = _train._Bar()
+    bar.set_params({"verbose": 1, "epochs": 3, "steps": 2})
+    bar.on_train_begin()
+    bar.on_epoch_begin(0)
+    bar.on_train_batch_end(0, {"loss": 1.0})
+    printed = capsys.readouterr().out
+    assert "1/2" in printed and "Epoch" not in printed
+
+
 def fail_at(monkeypatch, step: int, error: BaseException):
     """Lets training fail after a step."""
     right = _train._Guard.on_train_batch_end
@@ -255,15 +343,28 @@ def test_an_interruption_leaves_a_run_to_resume(train, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             train(batch_size=3)
     text = (tmp_path / "run/log.txt").read_text()
-    assert "Interrupted; --resume (`resume=True`) goes on" in text
+    assert text.count("Interrupted") == 1
+    assert "run goes on from its last validation" in text
     with pytest.raises(FileExistsError, match="or `resume`"):
         train(batch_size=3)
     with pytest.raises(ValueError, match="Expected `batch_size` to be 3"):
         train(batch_size=2, resume=True)
     found = train(batch_size=3, resume=True)
-    assert [logs["step"] for logs in found["epochs"]] == [2, 4]
+    assert [logs["step"] for logs in found["history"]] == [2, 4]
     # A run that is done is judged once more, not trained.
     np.testing.assert_equal(train(batch_size=3, resume=True), found)
+    text = (tmp_path / "run/log.txt").read_text()
+    assert "All 4 steps are done: the run is judged once more" in text
+    # Unless it is to go on for longer.
+    for steps in (5, 6):
+        longer = train(batch_size=3, resume=True, steps=steps)
+    assert [logs["step"] for logs in longer["history"]] == [2, 4, 5, 6]
+    np.testing.assert_equal(longer["history"][:2], found["history"])
+    text = (tmp_path / "run/log.txt").read_text()
+    assert "The run goes on to 5 steps, in place of 4: " in text
+    assert "The run goes on to 6 steps, in place of 5: " in text
+    settings = json.loads((tmp_path / "run/settings.json").read_text())
+    assert settings["steps"] == 6
 
 
 def test_too_little_memory(train, tmp_path, monkeypatch):
@@ -313,10 +414,17 @@ def test_other_files_in_a_run_to_resume(
     def call(**more):
         monkeypatch.setattr(_setup, "make_backbone", stop)
         with contextlib.suppress(Stopped):
-            tasks.train_segmenter(source, tmp_path / "run", **arguments, **more)
+            tasks.train_segmenter(source, tmp_path / "run", **arguments | more)
 
     call()
     call(resume=True)
+    with pytest.raises(ValueError, match="Expected `seed` to be 3"):
+        call(resume=True, seed=4)
+    # Nothing is saved yet, so a new run may begin, with other settings.
+    call(seed=4)
+    settings = json.loads((tmp_path / "run/settings.json").read_text())
+    assert settings["seed"] == 4
+    arguments["seed"] = 4
     first = tmp_path / "images/0.png"
     if change == "mask":
         Image.new("L", (96, 64)).save(tmp_path / "masks/0.png")
@@ -331,6 +439,45 @@ def test_other_files_in_a_run_to_resume(
         words = "a further one, |none at "
     with pytest.raises(ValueError, match=words):
         call(resume=True)
+
+
+@pytest.mark.parametrize("tile", [96, 97])
+def test_tiles_that_are_larger_than_photographs(
+    tile, photographs, backbone, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(_setup, "make_backbone", stop)
+    with pytest.raises(Stopped):
+        tasks.train_segmenter(
+            f"masks:{photographs}/images,{photographs}/masks",
+            tmp_path / "run",
+            val=f"masks:{photographs}/images,{photographs}/masks",
+            backbone=backbone,
+            tile=tile,
+            **SETTINGS,
+        )
+    assert "for validation are few" not in caplog.text
+    told = "97 pixels: the longest side is 96, and" in caplog.text
+    assert told == (tile == 97)
+
+
+def test_few_photographs_for_validation(
+    photographs, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(_setup, "make_backbone", stop)
+    with pytest.raises(Stopped):
+        tasks.train_detector(
+            f"voc:{photographs}/voc", tmp_path / "run", val=0.5
+        )
+    assert "4 photographs for validation are few" in caplog.text
+
+
+def test_a_missing_extra_is_told_before_weights_are_fetched(
+    photographs, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    monkeypatch.setattr(_setup, "make_backbone", stop)
+    with pytest.raises(ImportError, match=r"tf-deform\[train\]"):
+        tasks.train_detector(f"voc:{photographs}/voc", tmp_path / "run")
 
 
 class Stopped(Exception):
@@ -367,6 +514,74 @@ def test_more_objects_than_detections(photographs, caplog):
             val, val, model, settings | {"max_detections": 2}
         )
     assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    "box, tile, told",
+    [
+        # Anchors are of 16 to 64 pixels here.
+        ((10, 10, 15, 15), None, "smaller --anchor-scales (now 4), a larger "),
+        ((10, 10, 15, 15), 64, "a larger --size or a smaller --tile"),
+        ((0, 0, 63, 2), None, ""),  # No anchor is as long and thin.
+        ((10, 10, 30, 30), None, None),
+    ],
+)
+def test_what_gives_objects_an_anchor(box, tile, told, caplog):
+    photograph = data.Photograph(
+        "a.png",
+        height=64,
+        width=64,
+        boxes=np.float32([box]),
+        labels=np.int32([0]),
+    )
+    part = data.Annotations((photograph,), ("a", "b"))
+    settings = {**SETTINGS, "data": "x", "tile": tile, "max_detections": 9}
+    with caplog.at_level(logging.INFO, "tf_deform"):
+        _train._report_objects(part, part, make_faster_rcnn(), settings)
+    if told is None:
+        assert "without an anchor" not in caplog.text
+    elif told:
+        assert told in caplog.text
+    else:
+        assert caplog.messages[-1].endswith("such as a.png")
+
+
+def test_large_objects_without_an_anchor():
+    boxes = np.float32([[0, 0, 60, 60]])
+    model = make_faster_rcnn(anchor_scales=(0.5, 1.5))
+    said = _train._advise(boxes, model, {"tile": None})
+    assert said == ". For large ones, add larger --anchor-scales (now 0.5, 1.5)"
+
+
+@pytest.mark.parametrize(
+    "model, scales, expected",
+    [
+        ("faster-rcnn", None, (8,)),
+        ("faster-rcnn", [2, 4], (2, 4)),
+        ("rfcn", None, (4, 8, 16, 32)),
+        ("rfcn", [3], (3,)),
+    ],
+)
+def test_scales_of_anchors(
+    model, scales, expected, photographs, backbone, tmp_path, monkeypatch
+):
+    made = []
+
+    def keep(model, settings):
+        made.append(model)
+        raise Stopped
+
+    monkeypatch.setattr(_setup, "prepare", keep)
+    with pytest.raises(Stopped):
+        tasks.train_detector(
+            f"voc:{photographs}/voc",
+            tmp_path / "run",
+            backbone=backbone,
+            model=model,
+            anchor_scales=scales,
+            **SETTINGS,
+        )
+    assert made[0].anchor_scales == expected
 
 
 def test_no_objects(photographs, backbone, tmp_path):

@@ -16,7 +16,7 @@ from PIL import Image
 import tf_deform_cli
 from tf_deform import data, tasks
 from tf_deform.models import serving
-from tf_deform.tasks import _pictures
+from tf_deform.tasks import _evaluate, _pictures
 
 
 @pytest.fixture
@@ -39,6 +39,12 @@ def test_evaluating_gives_what_training_gave(detector, sources, tmp_path):
     np.testing.assert_equal(measures, found["validation"])
     results = (tmp_path / "voc/results.json").read_text()
     assert json.loads(results) == json.loads((out / "results.json").read_text())
+    names = [f"pictures/validation-{number}.png" for number in range(1, 8)]
+    written = (tmp_path / "voc/pictures").iterdir()
+    assert {f"pictures/{path.name}" for path in written} == set(names)
+    for name in names:
+        picture = (tmp_path / "voc" / name).read_bytes()
+        assert picture == (out / name).read_bytes()
 
 
 def test_the_command_prints_json(detector, sources, capsys):
@@ -46,10 +52,13 @@ def test_the_command_prints_json(detector, sources, capsys):
     arguments = ["eval", str(out / "best.keras"), "--data", sources["voc"]]
     assert tf_deform_cli.main([*arguments, "--max-detections", "2"]) == 0
     printed, said = capsys.readouterr()
-    measures = json.loads(printed)
+    measures = json.loads(printed, parse_constant=pytest.fail)
     assert measures.keys() == found["validation"].keys()
     assert measures["max_detections"] == 2
     assert "max_detections  2" in said
+    # There is no object of this size.
+    assert measures["APl"] is None
+    assert "APl             none" in said
 
 
 def test_classes_that_the_model_does_not_know(
@@ -73,7 +82,7 @@ def test_photographs_of_another_kind(detector, segmenter, sources):
         tasks.evaluate(segmenter[0] / "best.keras", sources["voc"])
 
 
-@pytest.mark.parametrize("name", ["settings.json", "truth.json"])
+@pytest.mark.parametrize("name", ["settings.json", "truth.json", "pictures"])
 def test_results_are_not_replaced(name, sources, tmp_path):
     """Tests that this is answered before the model is read."""
     (tmp_path / "model.keras").write_text("no model")
@@ -86,13 +95,18 @@ def test_results_are_not_replaced(name, sources, tmp_path):
     assert (tmp_path / "judged" / name).read_text() == "{}"
 
 
-def test_evaluating_a_segmenter(segmenter, sources):
+def test_evaluating_a_segmenter(segmenter, sources, tmp_path, monkeypatch):
     model, masks = segmenter[0] / "best.keras", sources["masks"]
     # Names of training and validation may stand for other ids.
     with pytest.raises(ValueError, match="Expected no classes but none, blue"):
         tasks.evaluate(model, masks)
-    measures = tasks.evaluate(model, masks, classes=("none", "blue", "red"))
+    monkeypatch.setattr(_evaluate, "_MOST_PICTURES", 3)
+    names = ("none", "blue", "red")
+    measures = tasks.evaluate(model, masks, classes=names, out=tmp_path / "a/b")
     assert measures.keys() == segmenter[1]["validation"].keys()
+    assert len(list((tmp_path / "a/b/pictures").iterdir())) == 3
+    with Image.open(tmp_path / "a/b/pictures/validation-2.png") as picture:
+        assert picture.size == (64 + 8 + 64, 80)
 
 
 @pytest.mark.parametrize("kind", ["text", "another model", "weights"])
@@ -142,20 +156,6 @@ def test_pictures_without_boxes(detector, photographs, tmp_path):
     np.testing.assert_array_equal(drawn, data.read_image(photograph))
 
 
-def test_pictures_of_a_segmenter(segmenter, photographs, tmp_path):
-    folder = photographs / "images"
-    written = tasks.show(segmenter[0] / "best.keras", folder, tmp_path)
-    assert len(written) == 7
-    with Image.open(written[1]) as picture:
-        assert picture.size == (64, 80)
-
-
-def test_pictures_of_sampling_need_matplotlib(
-    photographs, tmp_path, monkeypatch
-):
-    """Tests that this is told once, before the model is read."""
-    (tmp_path / "model.keras").write_text("no model")
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
 def drawn(boxes, size=200):
     """Returns where a picture of boxes differs from the image."""
     image = np.zeros((size, size, 3), "uint8")
@@ -188,6 +188,20 @@ def test_many_small_boxes_stay_visible():
     assert (thick[:8].sum(), thin[100:116].sum()) == (4, 2 + 2)
 
 
+def test_pictures_of_a_segmenter(segmenter, photographs, tmp_path):
+    folder = photographs / "images"
+    written = tasks.show(segmenter[0] / "best.keras", folder, tmp_path)
+    assert len(written) == 7
+    with Image.open(written[1]) as picture:
+        assert picture.size == (64, 80)
+
+
+def test_pictures_of_sampling_need_matplotlib(
+    photographs, tmp_path, monkeypatch
+):
+    """Tests that this is told once, before the model is read."""
+    (tmp_path / "model.keras").write_text("no model")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"tf-deform\[plots\]"):
         tasks.show(
             tmp_path / "model.keras",

@@ -61,6 +61,7 @@ def train_detector(
     resume: bool = False,
     model: str = "faster-rcnn",
     pooling: str = "align",
+    anchor_scales: Sequence[float] | None = None,
     max_detections: int = 100,
     backbone: str | _Path = "resnet50",
     weights: str | _Path | None = None,
@@ -70,6 +71,7 @@ def train_detector(
     batch_size: int = 2,
     epochs: int = 12,
     steps: int | None = None,
+    val_every: int | None = None,
     flips: str = "horizontal",
     lr: float | None = None,
     ema: float | None = None,
@@ -100,10 +102,11 @@ def train_detector(
 
     The folder then has
 
-    - best.keras: the model of the epoch with the best AP on the photographs for
-      validation; last.keras: the state to go on from;
-    - metrics.json: AP of each epoch and class; results.json and truth.json:
-      what best.keras found, and what is there, for COCO's own evaluation;
+    - best.keras: the model of the validation with the best AP; last.keras: the
+      state to go on from;
+    - metrics.json: AP of each validation and class; results.json and
+      truth.json: what best.keras found, and what is there, for COCO's own
+      evaluation;
     - pictures: truth beside detections, and where the model looks;
     - settings.json, versions.json, files.json (the files of both parts, with
       their SHA-256), log.txt, and tensorboard.
@@ -114,12 +117,18 @@ def train_detector(
         val: The photographs for validation, or the share of `data` that is kept
             for it. Its classes are joined with those of `data` by name.
         resume: Whether to go on with the run in the folder, from its last
-            epoch, with the same settings and the same files. With
+            validation, with the same settings and the same files. With
             `deterministic`, the result is that of a run without a stop, to the
-            bit.
+            bit. Only `steps`, or `epochs` without them, may be larger, also
+            where the run is done: the learning rate is then that of the longer
+            run, and may rise again.
         model: "faster-rcnn" or "rfcn".
         pooling: How "faster-rcnn" pools regions: "align", "deform" or
             "moddeform".
+        anchor_scales: Roots of the anchors' areas, in strides of their map:
+            smaller ones for smaller objects. None: those of the model, 8 for
+            each map of "faster-rcnn", and 4, 8, 16 and 32 for the one map of
+            "rfcn".
         max_detections: The most boxes of an image that are predicted and
             judged.
         backbone: A name of `keras.applications` in small letters, or a .keras
@@ -135,6 +144,9 @@ def train_detector(
         batch_size: The number of images in a step.
         epochs: The number of passes over the photographs.
         steps: The number of steps, in place of `epochs`.
+        val_every: The number of steps from one validation to the next. After
+            each, the state is saved. None: the steps of a pass over the
+            photographs.
         flips: How images are mirrored in training: "horizontal", "all" (for
             views from above) or "none".
         lr: The highest learning rate.
@@ -184,6 +196,7 @@ def train_segmenter(
     batch_size: int = 2,
     epochs: int = 12,
     steps: int | None = None,
+    val_every: int | None = None,
     flips: str = "horizontal",
     lr: float | None = None,
     ema: float | None = None,
@@ -208,7 +221,7 @@ def train_segmenter(
         output_stride: Pixels of the image for one of the backbone's last map:
             8, 16 or 32.
         backbone, weights, deform, size, tile: As in `train_detector`.
-        batch_size, epochs, steps, flips: As in `train_detector`.
+        batch_size, epochs, steps, val_every, flips: As in `train_detector`.
         lr: The highest learning rate. None: .01 for steps of 16 images, and
             less in proportion.
         ema, seed, deterministic, mixed_precision, jit: As in `train_detector`.
@@ -253,9 +266,10 @@ def evaluate(
         model: A file of `train_detector` or `train_segmenter`.
         data: The photographs, whose classes are joined with the model's by
             name.
-        out: A folder for metrics.json and, of a detector, for results.json and
-            truth.json, with which other programs compute the same numbers. It
-            has none of these yet.
+        out: A folder for metrics.json, for pictures (truth beside what the
+            model finds, for the first eight photographs) and, of a detector,
+            for results.json and truth.json, with which other programs compute
+            the same numbers. It has none of these yet.
         tile: As in `train_detector`.
         max_detections: The most boxes of an image. None: the model's.
         classes: Names of the classes of `data`, where its files tell ids alone.
@@ -263,9 +277,12 @@ def evaluate(
         colours: As in `train_segmenter`.
 
     Returns:
-        For a detector what `tf_deform.training.CocoEvaluator.evaluate` returns;
-        for a segmenter "mIoU", the mean over classes of intersection over
-        union, "accuracy", the share of right pixels, and "IoU/<class>".
+        What metrics.json holds, and the command prints to standard output as
+        JSON. For a detector what `tf_deform.training.CocoEvaluator.evaluate`
+        returns; for a segmenter "mIoU", the mean over classes of intersection
+        over union, "accuracy", the share of right pixels, and "IoU/<class>". A
+        number of which there is no object is NaN here, null in JSON and "none"
+        in the log.
 
     Raises:
         ValueError: An argument is not what is expected, or data are broken.

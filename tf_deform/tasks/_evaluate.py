@@ -20,6 +20,10 @@ from tf_deform.tasks import _models, _pictures, _run, _setup
 
 LOGGER = logging.getLogger("tf_deform")
 _METRICS, _FOUND, _TRUTH = "metrics.json", "results.json", "truth.json"
+_PICTURES = "pictures"
+_MOST_PICTURES = 8
+# The least score of a box that is drawn beside the truth.
+_SCORE = 0.3
 
 
 def evaluate(settings: Mapping[str, Any]) -> dict[str, float]:
@@ -44,7 +48,7 @@ def evaluate(settings: Mapping[str, Any]) -> dict[str, float]:
     )
     found = list(_models.predict(model, truth.photographs, settings["tile"]))
     measures = judge.evaluate(found)
-    LOGGER.info("%s", _run.table(measures.items()))
+    LOGGER.info("%s", _run.table(measures))
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
         if detector:
@@ -52,13 +56,14 @@ def evaluate(settings: Mapping[str, Any]) -> dict[str, float]:
             training.write_metrics(folder / _FOUND, results)
             training.write_metrics(folder / _TRUTH, judge.evaluator.coco)
         training.write_metrics(folder / _METRICS, measures)
+        draw_comparisons(folder / _PICTURES, model, truth.photographs, found)
         LOGGER.info("Written to %s", folder)
     return measures
 
 
 def _check_free(folder: pathlib.Path) -> None:
-    """Checks that no metrics would be replaced: those of a run, or others."""
-    for name in (_run_folder.SETTINGS, _METRICS, _FOUND, _TRUTH):
+    """Checks that no results would be replaced: those of a run, or others."""
+    for name in (_run_folder.SETTINGS, _METRICS, _FOUND, _TRUTH, _PICTURES):
         if (folder / name).exists():
             raise FileExistsError(
                 "Expected `out` to be a folder without results of other "
@@ -115,6 +120,41 @@ def show(settings: Mapping[str, Any]) -> list[pathlib.Path]:
                 written.append(path)
     LOGGER.info("%d pictures written to %s", len(written), folder)
     return written
+
+
+def draw_comparisons(
+    folder: pathlib.Path,
+    model: keras.Model,
+    photographs: Sequence[Any],
+    found: Sequence[tuple[int, Any]],
+) -> None:
+    """Draws truth beside predictions, for the first photographs.
+
+    Args:
+        folder: The folder for the pictures, made where missing.
+        model: The model, which names the classes.
+        photographs: The annotated photographs.
+        found: Numbers of photographs, from 1, and what the model finds there.
+    """
+    folder.mkdir(exist_ok=True)
+    classes = _models.class_names(model)
+    for number, objects in found[:_MOST_PICTURES]:
+        photograph = photographs[number - 1]
+        image = data.read_image(photograph.path)
+        if _models.is_detector(model):
+            pictures = [
+                _pictures.boxes_picture(image, boxes, classes, _SCORE)
+                for boxes in (_pictures.truth_of(photograph), objects)
+            ]
+        else:
+            truth = data.read_mask(photograph.mask)[..., 0]
+            pictures = [
+                _pictures.mask_picture(image, ids) for ids in (truth, objects)
+            ]
+        _pictures.write_picture(
+            folder / f"validation-{number}.png",
+            _pictures.side_by_side(*pictures),
+        )
 
 
 def draw_sampling(

@@ -10,11 +10,12 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import math
 import pathlib
 import platform
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -72,9 +73,22 @@ class Run:
         }
         path = self.folder / _run_folder.SETTINGS
         # Without the list of files, the call that wrote it found none to use.
-        new = not (self.folder / _run_folder.FILES).exists()
+        files = self.folder / _run_folder.FILES
+        new = not (files.exists() and self.settings["resume"])
         if new:
+            files.unlink(missing_ok=True)
+        before = kept if new else read_json(path)
+        grown = [n for n in _run_folder.LENGTHS if before.get(n) != kept[n]]
+        if new or grown:
             training.write_metrics(path, {"task": self.task, **kept})
+        for name in grown:
+            LOGGER.info(
+                "The run goes on to %d %s, in place of %d: from here on its "
+                "learning rate is that of the longer run, and may rise again",
+                kept[name],
+                name,
+                before[name],
+            )
         now, path = versions(), self.folder / _run_folder.VERSIONS
         before = None if new else read_json(path)
         if before is None:
@@ -193,12 +207,15 @@ def opened(task: str, given: Mapping[str, Any]) -> Iterator[Run]:
             run.begin()
             yield run
         except KeyboardInterrupt:
-            LOGGER.warning(
-                "Interrupted; --resume (`resume=True`) goes on from the last "
-                "epoch that is in %s",
-                run.folder,
+            begins = "goes on from its last validation"
+            if not (run.folder / _run_folder.LAST).exists():
+                begins = "begins anew, as nothing was saved yet"
+            text = (
+                "Interrupted. With --resume (`resume=True`), the run in "
+                f"{run.folder} {begins}"
             )
-            raise
+            handler.stream.write(f"{text}\n")
+            raise KeyboardInterrupt(text) from None
         except tf.errors.ResourceExhaustedError as error:
             traceback.print_exc(file=handler.stream)
             raise MemoryError(
@@ -251,8 +268,15 @@ def logging_to(path: pathlib.Path) -> Iterator[logging.FileHandler]:
         handler.close()
 
 
-def table(rows: Iterable[tuple[str, Any]]) -> str:
-    """Returns lines of names and values, aligned."""
-    rows = [(name, str(value)) for name, value in rows]
-    width = max((len(name) for name, _ in rows), default=0)
-    return "\n".join(f"  {name:{width}}  {value}" for name, value in rows)
+def number_text(value: float) -> str:
+    """Returns a number for the log: "none" for NaN, which is of no object."""
+    return "none" if math.isnan(value) else f"{float(value):.4g}"
+
+
+def table(measures: Mapping[str, float]) -> str:
+    """Returns lines of names and numbers, aligned."""
+    width = max(map(len, measures), default=0)
+    return "\n".join(
+        f"  {name:{width}}  {number_text(value)}"
+        for name, value in measures.items()
+    )

@@ -29,6 +29,8 @@ _OFFSET_MULTIPLIER = 0.1
 _POOLING_OFFSET_MULTIPLIER = 0.01
 _WARM_UP = 500
 _REFERENCE_BATCH = 16
+# Photographs for validation below which the log says that they are few.
+_FEW = 5
 
 
 @contextlib.contextmanager
@@ -122,6 +124,21 @@ def read_parts(run: Run) -> tuple[Any, Any]:
                 len(both),
                 both[0],
             )
+    if len(val.photographs) < _FEW:
+        LOGGER.warning(
+            "%d photographs for validation are few: the measures depend much "
+            "on which they are (`val`, --val)",
+            len(val.photographs),
+        )
+    longest = max(max(one.width, one.height) for one in train.photographs)
+    if settings["tile"] and settings["tile"] > longest:
+        LOGGER.warning(
+            "No photograph to learn from is as large as `tile` (--tile), %d "
+            "pixels: the longest side is %d, and the model sees all of them "
+            "smaller than without it",
+            settings["tile"],
+            longest,
+        )
     LOGGER.info("Classes: %s", ", ".join(train.classes))
     run.keep_files(training=train, validation=val)
     return train, val

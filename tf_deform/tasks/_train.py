@@ -20,15 +20,19 @@ from tf_deform.tasks import _evaluate, _models, _pictures, _run, _setup
 
 LOGGER = logging.getLogger("tf_deform")
 _DETECTOR_RATE, _SEGMENTER_RATE = 0.02, 0.01
-_PICTURES = 8
-# Photographs on which the reach of offsets is measured after each epoch.
+# Photographs on which the reach of offsets is measured at each validation.
 _MEASURED = 2
+# Sides of an object, the longer one by the other: no anchor of any size fits
+# longer ones, as the anchors' own are as 2 to 1 at most.
+_LONGEST = 8
 
 
 def train_detector(run: _run.Run) -> dict[str, Any]:
     """Trains a detector; see `tf_deform.tasks.train_detector`."""
     settings = run.settings
     train, val = _setup.read_parts(run)
+    # It needs an extra, and tells so before weights are fetched.
+    judge = _models.Judge(val, True, settings["max_detections"])
     backbone = _setup.make_backbone(settings)
     options = {
         "image_size": settings["size"],
@@ -36,6 +40,8 @@ def train_detector(run: _run.Run) -> dict[str, Any]:
         "max_detections": settings["max_detections"],
         "seed": settings["seed"],
     }
+    if settings["anchor_scales"] is not None:
+        options["anchor_scales"] = settings["anchor_scales"]
     if settings["model"] == "rfcn":
         model = models.RFCN(backbone, len(train.classes), **options)
     else:
@@ -56,7 +62,6 @@ def train_detector(run: _run.Run) -> dict[str, Any]:
             flips=settings["flips"],
         )
 
-    judge = _models.Judge(val, True, settings["max_detections"])
     return _Training(run, model, train, val, batches, judge).run()
 
 
@@ -115,15 +120,16 @@ def _report_objects(train: Any, val: Any, model: Any, settings: dict) -> None:
     if len(missed):
         names = [train.photographs[i].path for i in missed[:5]]
         LOGGER.info(
-            "Objects without an anchor are in %d photographs, such as %s",
+            "Objects without an anchor are in %d photographs, such as %s%s",
             len(missed),
             ", ".join(map(str, names)),
+            _advise(report.boxes[report.overlaps < least], model, settings),
         )
     most = max(len(photograph.boxes) for photograph in val.photographs)
     if not most:
         LOGGER.warning(
-            "There is no object in the photographs for validation: no epoch is "
-            "better than another one"
+            "There is no object in the photographs for validation: no model is "
+            "better than another one, and best.keras is the last one"
         )
     if most > settings["max_detections"]:
         LOGGER.warning(
@@ -132,6 +138,24 @@ def _report_objects(train: Any, val: Any, model: Any, settings: dict) -> None:
             most,
             settings["max_detections"],
         )
+
+
+def _advise(boxes: np.ndarray, model: Any, settings: dict) -> str:
+    """Says what would give objects, as the model sees them, an anchor."""
+    width, height = (boxes[:, 2:] - boxes[:, :2]).T
+    areas = np.prod(model.anchors()[:, 2:] - model.anchors()[:, :2], axis=1)
+    fits = np.maximum(width, height) <= _LONGEST * np.minimum(width, height)
+    now = ", ".join(f"{scale:g}" for scale in model.anchor_scales)
+    advice = ""
+    if np.any(fits & (width * height < areas.min())):
+        tile = "a smaller --tile" if settings["tile"] else "--tile"
+        advice += (
+            f". For small ones, choose smaller --anchor-scales (now {now}), a "
+            f"larger --size or {tile}"
+        )
+    if np.any(fits & (width * height > areas.max())):
+        advice += f". For large ones, add larger --anchor-scales (now {now})"
+    return advice
 
 
 class _Training:
@@ -159,11 +183,12 @@ class _Training:
         self._batches, self._judge = batches, judge
         settings = run.settings
         examples = data.examples_per_epoch(train, settings["tile"])
-        self._epoch_steps = math.ceil(examples / settings["batch_size"])
+        self._pass_steps = math.ceil(examples / settings["batch_size"])
         self._steps = settings["steps"] or (
-            settings["epochs"] * self._epoch_steps
+            settings["epochs"] * self._pass_steps
         )
-        self._epochs = math.ceil(self._steps / self._epoch_steps)
+        # Keras validates and saves after what it calls an epoch.
+        self._epoch_steps = settings["val_every"] or self._pass_steps
 
     def run(self) -> dict[str, Any]:
         """Trains up to the last step, and returns what `metrics.json` says."""
@@ -183,9 +208,16 @@ class _Training:
         monitor = f"val_{self._judge.monitor}"
         checkpoints = training.BestAndLast(folder, monitor, ema=ema)
         start = checkpoints.restore(self._model)
-        if start:
-            LOGGER.info("Going on after step %d of %d", start, self._steps)
-        if start < self._steps:
+        if start >= self._steps:
+            LOGGER.info(
+                "All %d steps are done: the run is judged once more. It goes "
+                "on for longer with more `steps` or `epochs` than it had "
+                "(--steps, --epochs)",
+                start,
+            )
+        else:
+            if start:
+                LOGGER.info("Going on after step %d of %d", start, self._steps)
             self._fit(start, checkpoints, ema)
         return self._finish(checkpoints)
 
@@ -193,20 +225,22 @@ class _Training:
         bar = _run.shows_bar()
         callbacks = [
             # It comes first, to show the losses alone.
-            *([keras.callbacks.ProgbarLogger()] if bar else []),
+            *([_Bar()] if bar else []),
             _Guard(start, self._steps),
             *([ema] if ema else []),
             *self._monitors(),
             # It asks the judge of a segmenter just as an evaluator of boxes.
             training.CocoCallback(self._judge, self._predict, ema=ema),
-            _EpochLog(self._epochs),
+            _StepLog(start, self._steps, self._pass_steps),
             checkpoints,
             training.TensorBoardLogs(self._run.folder / "tensorboard"),
         ]
         self._model.fit(
             self._batches(start),
             initial_epoch=checkpoints.epoch,
-            epochs=self._epochs,
+            # A run that was to end here may have ended within an epoch.
+            epochs=checkpoints.epoch
+            + math.ceil((self._steps - start) / self._epoch_steps),
             steps_per_epoch=self._epoch_steps,
             shuffle=False,  # The batches are shuffled already.
             callbacks=callbacks,
@@ -253,44 +287,38 @@ class _Training:
         self._draw(model, found)
         metrics = {
             "validation": measures,
-            "best": checkpoints.best,
-            "epochs": checkpoints.history,
+            "best": self._told(checkpoints.best),
+            "history": [self._told(logs) for logs in checkpoints.history],
         }
         training.write_metrics(folder / "metrics.json", metrics)
         LOGGER.info(
-            "Validation with the best epoch's model:\n%s",
-            _run.table(measures.items()),
+            "Validation of best.keras, the model after step %d:\n%s",
+            checkpoints.best["step"],
+            _run.table(measures),
         )
         LOGGER.info("Done: %s", folder / "best.keras")
         return metrics
 
+    def _told(self, logs: dict[str, Any]) -> dict[str, Any]:
+        """Returns logs whose "epoch" is the number of passes so far."""
+        return logs | {"epoch": round(logs["step"] / self._pass_steps, 4)}
+
     def _draw(self, model: keras.Model, found: list[tuple[int, Any]]) -> None:
         """Draws truth beside predictions, and where the model looks."""
         folder = self._run.folder / "pictures"
-        folder.mkdir(exist_ok=True)
-        classes = _models.class_names(model)
-        for number, objects in found[:_PICTURES]:
-            photograph = self._val.photographs[number - 1]
-            image = data.read_image(photograph.path)
-            if _models.is_detector(model):
-                pictures = [
-                    _pictures.boxes_picture(image, boxes, classes, 0.3)
-                    for boxes in (_pictures.truth_of(photograph), objects)
-                ]
-            else:
-                truth = data.read_mask(photograph.mask)[..., 0]
-                pictures = [
-                    _pictures.mask_picture(image, ids)
-                    for ids in (truth, objects)
-                ]
-            _pictures.write_picture(
-                folder / f"validation-{number}.png",
-                _pictures.side_by_side(*pictures),
-            )
-            if number == 1:
-                _evaluate.draw_sampling(
-                    folder / "sampling.png", model, image, objects
-                )
+        photographs = self._val.photographs
+        _evaluate.draw_comparisons(folder, model, photographs, found)
+        image = data.read_image(photographs[0].path)
+        _evaluate.draw_sampling(
+            folder / "sampling.png", model, image, found[0][1]
+        )
+
+
+class _Bar(keras.callbacks.ProgbarLogger):
+    """Shows progress; what Keras calls epochs need not be passes."""
+
+    def set_params(self, params: dict[str, Any]) -> None:
+        super().set_params({**params, "epochs": 1})
 
 
 class _Guard(keras.callbacks.Callback):
@@ -309,36 +337,58 @@ class _Guard(keras.callbacks.Callback):
             raise FloatingPointError(
                 f"Expected a finite loss. Received: {loss} at step "
                 f"{self._step}. Choose a smaller `lr`, or look for broken "
-                "annotations; the files of earlier epochs stay"
+                "annotations; the files of the last validation stay"
             )
         if self._step >= self._steps:
             self.model.stop_training = True
 
 
-class _EpochLog(keras.callbacks.Callback):
-    """Writes a line to the log after each epoch."""
+class _StepLog(keras.callbacks.Callback):
+    """Writes a line to the log after each validation.
 
-    def __init__(self, epochs: int) -> None:
+    Args:
+        start: The number of steps that are done.
+        steps: The number of steps of the run.
+        pass_steps: The number of steps of a pass over the photographs.
+    """
+
+    def __init__(self, start: int, steps: int, pass_steps: int) -> None:
         super().__init__()
-        self._epochs = epochs
+        self._start, self._step = start, start
+        self._steps, self._pass_steps = steps, pass_steps
 
     def on_epoch_begin(
         self, epoch: int, logs: dict[str, Any] | None = None
     ) -> None:
-        self._begin = time.perf_counter()
+        self._begin = self._timed_from = time.perf_counter()
+        self._timed = 0
+
+    def on_train_batch_end(
+        self, batch: int, logs: dict[str, Any] | None = None
+    ) -> None:
+        if self._timed == 1 and self._step == self._start + 1:
+            # TensorFlow has compiled in the first step, which does not count.
+            self._timed_from, self._timed = self._timed_to, 0
+        self._step += 1
+        self._timed += 1
+        self._timed_to = time.perf_counter()
 
     def on_epoch_end(
         self, epoch: int, logs: dict[str, Any] | None = None
     ) -> None:
         numbers = ", ".join(
-            f"{name} {float(value):.4g}"
+            f"{name} {_run.number_text(value)}"
             for name, value in (logs or {}).items()
             if "/" not in name and name != "val_max_detections"
         )
         LOGGER.info(
-            "Epoch %d of %d, %.0f s: %s",
-            epoch + 1,
-            self._epochs,
+            "Step %d of %d, epoch %.3g of %.3g, %.3g s a step, %.0f s with "
+            "validation: %s",
+            self._step,
+            self._steps,
+            self._step / self._pass_steps,
+            self._steps / self._pass_steps,
+            (self._timed_to - self._timed_from) / self._timed,
             time.perf_counter() - self._begin,
             numbers,
         )

@@ -51,8 +51,7 @@ class AnchorReport:
             f"no anchor: none overlaps them by {self.threshold} or more, so "
             "they are not learned as objects. They are "
             f"{width.min():.3g} to {width.max():.3g} pixels wide and "
-            f"{height.min():.3g} to {height.max():.3g} high. "
-            "Larger images, tiles or other anchors help."
+            f"{height.min():.3g} to {height.max():.3g} high."
         )
         return " ".join(lines)
 
@@ -64,7 +63,8 @@ def anchor_report(
 
     An object whose overlap (intersection over union) with every anchor is
     below the threshold of matching is background to a detector that is trained
-    with it. Faster R-CNN gives an object its best anchor from 0.3 on.
+    with it. Faster R-CNN gives an object its best anchor from 0.3 on. Larger
+    images, tiles or other anchors help.
 
         print(anchor_report(boxes, model.anchors()))
 

@@ -172,7 +172,7 @@ class BestAndLast(keras.callbacks.Callback):
     def on_epoch_end(
         self, epoch: int, logs: dict[str, Any] | None = None
     ) -> None:
-        _check_finite(self.model, epoch + 1)
+        _check_finite(self.model, self.step + self._batches)
         self._folder.mkdir(parents=True, exist_ok=True)
         self.epoch = epoch + 1
         self.step += self._batches
@@ -219,7 +219,7 @@ class BestAndLast(keras.callbacks.Callback):
             )
 
 
-def _check_finite(model: Any, epoch: int) -> None:
+def _check_finite(model: Any, step: int) -> None:
     bad = [
         weight.path
         for weight in model.weights
@@ -228,7 +228,7 @@ def _check_finite(model: Any, epoch: int) -> None:
     ]
     if bad:
         raise FloatingPointError(
-            f"Expected finite weights after epoch {epoch}. Received: NaN or "
+            f"Expected finite weights after step {step}. Received: NaN or "
             f"infinity in {len(bad)}, such as {bad[0]}. Lower the learning "
             "rate, clip gradients, or look for NaN in the data. The files of "
             "earlier epochs stay"

@@ -31,18 +31,19 @@ def write_metrics(path: str | os.PathLike, metrics: Any) -> None:
         OSError: The file cannot be written.
         TypeError: JSON cannot hold a value.
     """
-    text = json.dumps(_plain(metrics), indent=2, ensure_ascii=False)
+    text = json.dumps(plain(metrics), indent=2, ensure_ascii=False)
     with writing(to_path(path)) as partial:
         partial.write_text(text + "\n", encoding="utf-8")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Returns a value as JSON can hold it."""
     if isinstance(value, (np.ndarray, np.generic)):
         value = value.tolist()
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
