@@ -19,7 +19,6 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from detectors import make_faster_rcnn
 from PIL import Image
 from small_runs import SETTINGS, SMALL
 
@@ -441,45 +440,6 @@ def test_other_files_in_a_run_to_resume(
         call(resume=True)
 
 
-@pytest.mark.parametrize("tile", [96, 97])
-def test_tiles_that_are_larger_than_photographs(
-    tile, photographs, backbone, tmp_path, monkeypatch, caplog
-):
-    monkeypatch.setattr(_setup, "make_backbone", stop)
-    with pytest.raises(Stopped):
-        tasks.train_segmenter(
-            f"masks:{photographs}/images,{photographs}/masks",
-            tmp_path / "run",
-            val=f"masks:{photographs}/images,{photographs}/masks",
-            backbone=backbone,
-            tile=tile,
-            **SETTINGS,
-        )
-    assert "for validation are few" not in caplog.text
-    told = "97 pixels: the longest side is 96, and" in caplog.text
-    assert told == (tile == 97)
-
-
-def test_few_photographs_for_validation(
-    photographs, tmp_path, monkeypatch, caplog
-):
-    monkeypatch.setattr(_setup, "make_backbone", stop)
-    with pytest.raises(Stopped):
-        tasks.train_detector(
-            f"voc:{photographs}/voc", tmp_path / "run", val=0.5
-        )
-    assert "4 photographs for validation are few" in caplog.text
-
-
-def test_a_missing_extra_is_told_before_weights_are_fetched(
-    photographs, tmp_path, monkeypatch
-):
-    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
-    monkeypatch.setattr(_setup, "make_backbone", stop)
-    with pytest.raises(ImportError, match=r"tf-deform\[train\]"):
-        tasks.train_detector(f"voc:{photographs}/voc", tmp_path / "run")
-
-
 class Stopped(Exception):
     pass
 
@@ -500,105 +460,6 @@ def test_the_logger_is_as_it_was(detector):
     assert logger.level == logging.NOTSET
     assert not logger.handlers
     assert keras.mixed_precision.dtype_policy().name == "float32"
-
-
-def test_more_objects_than_detections(photographs, caplog):
-    val = data.read(f"voc:{photographs}/voc")
-    settings = {**SETTINGS, "tile": None, "max_detections": 1}
-    model = make_faster_rcnn()
-    with caplog.at_level(logging.WARNING, "tf_deform"):
-        _train._report_objects(val, val, model, settings)
-        assert "has 2 objects, of which 1 can be found" in caplog.text
-        caplog.clear()
-        _train._report_objects(
-            val, val, model, settings | {"max_detections": 2}
-        )
-    assert not caplog.text
-
-
-@pytest.mark.parametrize(
-    "box, tile, told",
-    [
-        # Anchors are of 16 to 64 pixels here.
-        ((10, 10, 15, 15), None, "smaller --anchor-scales (now 4), a larger "),
-        ((10, 10, 15, 15), 64, "a larger --size or a smaller --tile"),
-        ((0, 0, 63, 2), None, ""),  # No anchor is as long and thin.
-        ((10, 10, 30, 30), None, None),
-    ],
-)
-def test_what_gives_objects_an_anchor(box, tile, told, caplog):
-    photograph = data.Photograph(
-        "a.png",
-        height=64,
-        width=64,
-        boxes=np.float32([box]),
-        labels=np.int32([0]),
-    )
-    part = data.Annotations((photograph,), ("a", "b"))
-    settings = {**SETTINGS, "data": "x", "tile": tile, "max_detections": 9}
-    with caplog.at_level(logging.INFO, "tf_deform"):
-        _train._report_objects(part, part, make_faster_rcnn(), settings)
-    if told is None:
-        assert "without an anchor" not in caplog.text
-    elif told:
-        assert told in caplog.text
-    else:
-        assert caplog.messages[-1].endswith("such as a.png")
-
-
-def test_large_objects_without_an_anchor():
-    boxes = np.float32([[0, 0, 60, 60]])
-    model = make_faster_rcnn(anchor_scales=(0.5, 1.5))
-    said = _train._advise(boxes, model, {"tile": None})
-    assert said == ". For large ones, add larger --anchor-scales (now 0.5, 1.5)"
-
-
-@pytest.mark.parametrize(
-    "model, scales, expected",
-    [
-        ("faster-rcnn", None, (8,)),
-        ("faster-rcnn", [2, 4], (2, 4)),
-        ("rfcn", None, (4, 8, 16, 32)),
-        ("rfcn", [3], (3,)),
-    ],
-)
-def test_scales_of_anchors(
-    model, scales, expected, photographs, backbone, tmp_path, monkeypatch
-):
-    made = []
-
-    def keep(model, settings):
-        made.append(model)
-        raise Stopped
-
-    monkeypatch.setattr(_setup, "prepare", keep)
-    with pytest.raises(Stopped):
-        tasks.train_detector(
-            f"voc:{photographs}/voc",
-            tmp_path / "run",
-            backbone=backbone,
-            model=model,
-            anchor_scales=scales,
-            **SETTINGS,
-        )
-    assert made[0].anchor_scales == expected
-
-
-def test_no_objects(photographs, backbone, tmp_path):
-    (tmp_path / "voc").mkdir()
-    for suffix in ("png", "xml"):
-        for number in (0, 3):
-            source = photographs / f"voc/3.{suffix}"
-            text = source.read_bytes().replace(b"3.png", b"%d.png" % number)
-            (tmp_path / f"voc/{number}.{suffix}").write_bytes(text)
-    with pytest.raises(ValueError, match="Expected objects to learn from"):
-        tasks.train_detector(
-            f"voc:{tmp_path}/voc",
-            tmp_path / "run",
-            backbone=backbone,
-            classes=["blue"],
-            **SETTINGS,
-        )
 
 
 def test_letterboxed_boxes_are_reported(detector):
