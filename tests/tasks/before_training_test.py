@@ -92,7 +92,7 @@ def test_what_gives_objects_an_anchor(box, tile, told, caplog):
         boxes=np.float32([box]),
         labels=np.int32([0]),
     )
-    part = data.Annotations((photograph,), ("a", "b"))
+    part = data.Annotations(("a", "b"), (photograph,))
     settings = {**SETTINGS, "data": "x", "tile": tile, "max_detections": 9}
     with caplog.at_level(logging.INFO, "tf_deform"):
         _train._report_objects(part, part, make_faster_rcnn(), settings)
