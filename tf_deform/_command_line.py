@@ -100,7 +100,9 @@ _HELP = {
     ),
     "deform": (
         "c3-c5|none",
-        "stages of the backbone whose convolutions become deformable",
+        "stages of the backbone whose convolutions become deformable, by the "
+        "stride of their maps: where a model keeps a stride of 16 (segment, "
+        "rfcn), c4 is all of the last ones",
     ),
     "size": (
         "PIXELS",
@@ -156,7 +158,7 @@ _HELP = {
     ),
     "crowds": (
         "ignore|objects",
-        "COCO's crowds: neither learned nor missed, or objects as others",
+        "COCO's crowds: not learned, and not judged, or objects as others",
     ),
     "colours": (
         "voc",

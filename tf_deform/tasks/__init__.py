@@ -69,7 +69,7 @@ def train_detector(
     size: int = 640,
     tile: int | None = None,
     batch_size: int = 2,
-    epochs: int = 12,
+    epochs: int | None = None,
     steps: int | None = None,
     val_every: int | None = None,
     flips: str = "horizontal",
@@ -142,7 +142,7 @@ def train_detector(
             model then sees in its `size`, in training and prediction. None:
             photographs are seen as a whole.
         batch_size: The number of images in a step.
-        epochs: The number of passes over the photographs.
+        epochs: The number of passes over the photographs. None: 12.
         steps: The number of steps, in place of `epochs`.
         val_every: The number of steps from one validation to the next. After
             each, the state is saved. None: the steps of a pass over the
@@ -194,7 +194,7 @@ def train_segmenter(
     size: int = 512,
     tile: int | None = None,
     batch_size: int = 2,
-    epochs: int = 12,
+    epochs: int | None = None,
     steps: int | None = None,
     val_every: int | None = None,
     flips: str = "horizontal",
@@ -240,6 +240,15 @@ def train_segmenter(
 
 
 def _train_in_folder(task: str, given: dict[str, Any]) -> dict[str, Any]:
+    if given["epochs"] is None:
+        del given["epochs"]
+    if given["resume"]:
+        # What the caller left out is as it is in the run.
+        left = _settings.defaults(task).items()
+        left = {name for name, value in left if given.get(name) == value}
+        given = {
+            n: v for n, v in given.items() if n == "epochs" or n not in left
+        }
     with _run.opened(task, given) as run, _setup.reproducible(run.settings):
         return getattr(_train, task)(run)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import pathlib
@@ -21,7 +22,7 @@ from tf_deform.tasks import _models, _pictures, _run, _setup
 LOGGER = logging.getLogger("tf_deform")
 _METRICS, _FOUND, _TRUTH = "metrics.json", "results.json", "truth.json"
 _PICTURES = "pictures"
-_MOST_PICTURES = 8
+MOST_PICTURES = 8
 # The least score of a box that is drawn beside the truth.
 _SCORE = 0.3
 
@@ -31,7 +32,9 @@ def evaluate(settings: Mapping[str, Any]) -> dict[str, float]:
     folder = settings["out"] and pathlib.Path(settings["out"])
     if folder:
         _check_free(folder)
-    model = _models.load(settings["model"], settings["max_detections"])
+    model = _models.load(
+        settings["model"], settings["max_detections"], settings["tile"]
+    )
     detector = _models.is_detector(model)
     form = settings["data"].partition(":")[0]
     if detector == (form == "masks"):
@@ -46,7 +49,11 @@ def evaluate(settings: Mapping[str, Any]) -> dict[str, float]:
     judge = _models.Judge(
         truth, detector, getattr(model, "max_detections", None)
     )
-    found = list(_models.predict(model, truth.photographs, settings["tile"]))
+    found = models.predictions(model, truth.photographs)
+    drawn: list[tuple[int, Any]] = []
+    found = _models.first(found, MOST_PICTURES, drawn)
+    if detector:
+        found = list(found)
     measures = judge.evaluate(found)
     LOGGER.info("%s", _run.table(measures))
     if folder:
@@ -56,7 +63,7 @@ def evaluate(settings: Mapping[str, Any]) -> dict[str, float]:
             training.write_metrics(folder / _FOUND, results)
             training.write_metrics(folder / _TRUTH, judge.evaluator.coco)
         training.write_metrics(folder / _METRICS, measures)
-        draw_comparisons(folder / _PICTURES, model, truth.photographs, found)
+        draw_comparisons(folder / _PICTURES, model, truth.photographs, drawn)
         LOGGER.info("Written to %s", folder)
     return measures
 
@@ -93,7 +100,7 @@ def show(settings: Mapping[str, Any]) -> list[pathlib.Path]:
                 )
     if settings["sampling"]:
         _pictures.require_matplotlib()
-    model = _models.load(settings["model"])
+    model = _models.load(settings["model"], tile=settings["tile"])
     if settings["sampling"] and not _pictures.has_offsets(model):
         LOGGER.warning("No pictures of sampling: no layer is deformable")
     classes = _models.class_names(model)
@@ -101,7 +108,7 @@ def show(settings: Mapping[str, Any]) -> list[pathlib.Path]:
     written = []
     for name, path in zip(names, paths):
         image = data.read_image(path)
-        found = model.predict_image(image, tile=settings["tile"])
+        found = model.predict_image(image)
         if _models.is_detector(model):
             picture = _pictures.boxes_picture(
                 image, found, classes, settings["score"]
@@ -128,7 +135,7 @@ def draw_comparisons(
     photographs: Sequence[Any],
     found: Sequence[tuple[int, Any]],
 ) -> None:
-    """Draws truth beside predictions, for the first photographs.
+    """Draws truth beside predictions.
 
     Args:
         folder: The folder for the pictures, made where missing.
@@ -138,7 +145,7 @@ def draw_comparisons(
     """
     folder.mkdir(exist_ok=True)
     classes = _models.class_names(model)
-    for number, objects in found[:_MOST_PICTURES]:
+    for number, objects in found:
         photograph = photographs[number - 1]
         image = data.read_image(photograph.path)
         if _models.is_detector(model):
@@ -161,14 +168,12 @@ def draw_sampling(
     path: pathlib.Path, model: keras.Model, image: np.ndarray, found: Any
 ) -> bool:
     """Draws where a model looks at its best box, or else at the centre."""
-    boxed, scale = data.letterbox(image, model.image_size)
-    boxed = np.asarray(boxed)
     point = np.array(image.shape[:2]) / 2
     if isinstance(found, Mapping) and len(found["boxes"]):
         x1, y1, x2, y2 = found["boxes"][0]
         point = np.array([(y1 + y2) / 2, (x1 + x2) / 2])
-    point = [float(value) for value in point * np.asarray(scale)[[1, 0]]]
-    return _pictures.write_sampling(path, model, boxed, point)
+    square, point = _models.view(model, image, point)
+    return _pictures.write_sampling(path, model, square, point.tolist())
 
 
 def _images(sources: Sequence[str]) -> Iterator[pathlib.Path]:
@@ -202,6 +207,12 @@ def export_model(settings: Mapping[str, Any]) -> pathlib.Path:
     model = _models.load(settings["model"])
     path = pathlib.Path(settings["path"])
     kind = export_format(str(path))
+    if model.tile is not None:
+        LOGGER.warning(
+            "The model learned from tiles of %d pixels, and the file takes "
+            "what it is given as a whole: give it such tiles of photographs",
+            model.tile,
+        )
     options = {"tolerance": settings["tolerance"], "verbose": False}
     sample = settings["sample"]
     photographs = [
@@ -232,6 +243,7 @@ def describe(model: keras.Model, files: bool = False) -> dict[str, Any]:
         "kind": "detector" if _models.is_detector(model) else "segmenter",
         "classes": list(_models.class_names(model)),
         "size": model.image_size,
+        "tile": model.tile,
     }
     if files:
         return {
@@ -276,8 +288,11 @@ def _export_pixels(
 ) -> None:
     function, sample = pixels_function(model), None
     if photographs:
-        squares = (data.letterbox(x, model.image_size)[0] for x in photographs)
-        sample = (np.uint8(np.round(square))[None] for square in squares)
+        middles = (np.array(x.shape[:2]) / 2 for x in photographs)
+        squares = map(
+            functools.partial(_models.view, model), photographs, middles
+        )
+        sample = (np.uint8(np.round(square))[None] for square, _ in squares)
     if kind == "onnx":
         export.onnx(function, path, sample=sample, **options)
         _add_metadata(path, describe(model))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tf_deform import data, models, training
+from tf_deform import _squares, data, models, training
 from tf_deform._keras import keras
 from tf_deform._squares import VOID
 
@@ -21,12 +21,15 @@ def is_detector(model: keras.Model) -> bool:
     return isinstance(model, (models.FasterRCNN, models.RFCN))
 
 
-def load(path: str, max_detections: int | None = None) -> keras.Model:
+def load(
+    path: str, max_detections: int | None = None, tile: int | None = None
+) -> keras.Model:
     """Loads a model that `train_detector` or `train_segmenter` has saved.
 
     Args:
         path: The file.
         max_detections: The most boxes of an image; None: the model's own.
+        tile: Pixels of the tiles that it sees; None: the model's own.
 
     Raises:
         ValueError: The file has another model, or none.
@@ -43,8 +46,19 @@ def load(path: str, max_detections: int | None = None) -> keras.Model:
             f"a {type(model).__name__}"
         )
     if max_detections is not None and is_detector(model):
-        model.max_detections = max_detections
+        set_max_detections(model, max_detections)
+    if tile is not None:
+        model.tile = tile
     return model
+
+
+def set_max_detections(model: keras.Model, count: int) -> None:
+    """Lets a detector find so many objects, of one class, too.
+
+    A region is one object of each class at most.
+    """
+    model.max_detections = count
+    model.proposals = max(model.proposals, count)
 
 
 def class_names(model: keras.Model) -> tuple[str, ...]:
@@ -54,13 +68,42 @@ def class_names(model: keras.Model) -> tuple[str, ...]:
     )
 
 
-def predict(
-    model: keras.Model, photographs: Iterable[Any], tile: int | None
+def first(
+    found: Iterable[tuple[int, Any]], count: int, kept: list[tuple[int, Any]]
 ) -> Iterator[tuple[int, Any]]:
-    """Yields ids of photographs, from 1, and what the model finds in each."""
-    for number, photograph in enumerate(photographs, start=1):
-        image = data.read_image(photograph.path)
-        yield number, model.predict_image(image, tile=tile)
+    """Yields predictions, of which the first ones are appended to a list.
+
+    All masks of large photographs would take gigabytes.
+    """
+    for index, item in enumerate(found):
+        if index < count:
+            kept.append(item)
+        yield item
+
+
+def view(
+    model: keras.Model, image: np.ndarray, point: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns what a model sees of a photograph: all, or a tile of it.
+
+    Args:
+        model: The model.
+        image: `(height, width, 3)` uint8.
+        point: y and x in pixels, the middle of the tile if there is room.
+
+    Returns:
+        `(image_size, image_size, 3)` float32; and the point in it.
+    """
+    extent = np.array(image.shape[:2])
+    tile = model.tile or int(extent.max())
+    y, x = np.clip(point - tile / 2, 0, np.maximum(extent - tile, 0)).astype(
+        int
+    )
+    part = image[y : y + tile, x : x + tile]
+    square, inner = _squares.place(part, tile, model.image_size)
+    return np.asarray(square), (point - (y, x)) * np.divide(
+        inner, part.shape[:2]
+    )
 
 
 class Judge:

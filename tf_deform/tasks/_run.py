@@ -198,8 +198,8 @@ def opened(task: str, given: Mapping[str, Any]) -> Iterator[Run]:
         MemoryError: The device's memory is too small.
     """
     settings = _settings.check(task, given)
-    _settings.check_together(task, settings)
     settings = _run_folder.open_run(task, _settings.TASKS[task], settings)
+    _settings.check_together(task, settings)
     run = Run(task, settings)
     run.folder.mkdir(parents=True, exist_ok=True)
     with logging_to(run.folder / _run_folder.LOG) as handler:

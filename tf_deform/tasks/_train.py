@@ -8,7 +8,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,8 @@ from tf_deform.tasks import _evaluate, _models, _pictures, _run, _setup
 
 LOGGER = logging.getLogger("tf_deform")
 _DETECTOR_RATE, _SEGMENTER_RATE = 0.02, 0.01
+# Objects of which a tile shows less than this share are not learned there.
+_LEAST_VISIBLE = 0.4
 # Photographs on which the reach of offsets is measured at each validation.
 _MEASURED = 2
 # Sides of an object, the longer one by the other: no anchor of any size fits
@@ -37,8 +39,8 @@ def train_detector(run: _run.Run) -> dict[str, Any]:
     options = {
         "image_size": settings["size"],
         "class_names": train.classes,
-        "max_detections": settings["max_detections"],
         "seed": settings["seed"],
+        "tile": settings["tile"],
     }
     if settings["anchor_scales"] is not None:
         options["anchor_scales"] = settings["anchor_scales"]
@@ -48,6 +50,7 @@ def train_detector(run: _run.Run) -> dict[str, Any]:
         model = models.FasterRCNN(
             backbone, len(train.classes), settings["pooling"], **options
         )
+    _models.set_max_detections(model, settings["max_detections"])
     _setup.prepare(model, settings)
     _report_objects(train, val, model, settings)
 
@@ -60,6 +63,7 @@ def train_detector(run: _run.Run) -> dict[str, Any]:
             start=start,
             tile=settings["tile"],
             flips=settings["flips"],
+            min_visible=_LEAST_VISIBLE,
         )
 
     return _Training(run, model, train, val, batches, judge).run()
@@ -75,6 +79,7 @@ def train_segmenter(run: _run.Run) -> dict[str, Any]:
         output_stride=settings["output_stride"],
         image_size=settings["size"],
         class_names=train.classes,
+        tile=settings["tile"],
     )
     _setup.prepare(model, settings)
 
@@ -99,20 +104,22 @@ def _report_objects(train: Any, val: Any, model: Any, settings: dict) -> None:
     Raises:
         ValueError: There is no object to learn from.
     """
-    boxes = []
+    boxes, size = [], settings["size"]
     for photograph in train.photographs:
         wanted = ~(photograph.crowd | photograph.difficult)
-        scale = settings["size"] / (
-            settings["tile"] or max(photograph.height, photograph.width)
-        )
-        boxes.append(photograph.boxes[wanted] * scale)
+        side = settings["tile"] or max(photograph.height, photograph.width)
+        scaled = photograph.boxes[wanted] * (size / side)
+        boxes.append(scaled)
     if not sum(map(len, boxes)):
         raise ValueError(
             f"Expected objects to learn from in {settings['data']}. Received: "
             f"{len(boxes)} photographs without any"
         )
+    _report_cut(boxes, settings)
     # Without a bound, any anchor that touches an object is one for it.
     least = max(model.min_anchor_overlap, 0.01)
+    if settings["tile"]:
+        boxes = [_in_a_tile(rows, size) for rows in boxes]
     report = training.anchor_report(boxes, model.anchors(), least)
     LOGGER.info("To learn from: %s", report)
     owners = np.repeat(np.arange(len(boxes)), [len(rows) for rows in boxes])
@@ -138,6 +145,37 @@ def _report_objects(train: Any, val: Any, model: Any, settings: dict) -> None:
             most,
             settings["max_detections"],
         )
+
+
+def _report_cut(boxes: Sequence[np.ndarray], settings: dict) -> None:
+    """Logs how many objects are too large for tiles to show them."""
+    sides = np.concatenate([rows[:, 2:] - rows[:, :2] for rows in boxes])
+    shown = np.prod(np.minimum(sides, settings["size"]), axis=1)
+    count = int(np.sum(shown < _LEAST_VISIBLE * np.prod(sides, axis=1)))
+    if count:
+        LOGGER.warning(
+            "Of %d objects a tile shows less than %.0f %%, and they are not "
+            "learned: choose a larger `tile` (--tile)",
+            count,
+            100 * _LEAST_VISIBLE,
+        )
+
+
+def _in_a_tile(boxes: np.ndarray, size: int) -> np.ndarray:
+    """Moves boxes to where a tile shows them whole, if one is large enough.
+
+    Anchors meet a box there as in the tiles of training, whose distances to the
+    photograph's corner are of all kinds: a box keeps its place among the cells
+    of maps, as it is moved by multiples of their strides.
+
+    Args:
+        boxes: `(n, 4)` in pixels of the model, of the whole photograph.
+        size: Height and width of a tile in these pixels.
+    """
+    stride = 2 ** max(0, int(math.log2(size / 8)))
+    middle = (boxes[:, :2] + boxes[:, 2:]) / 2
+    shift = np.round((middle - size / 2) / stride) * stride
+    return np.clip(boxes - np.tile(shift, 2), 0, size)
 
 
 def _advise(boxes: np.ndarray, model: Any, settings: dict) -> str:
@@ -249,26 +287,21 @@ class _Training:
 
     def _predict(self, model: Any = None) -> Iterator[tuple[int, Any]]:
         """Yields what a model, by default that in training, finds."""
-        return _models.predict(
-            model or self._model,
-            self._val.photographs,
-            self._run.settings["tile"],
-        )
+        return models.predictions(model or self._model, self._val.photographs)
 
     def _monitors(self) -> list[Any]:
         """Returns what watches the offsets, if the backbone has some."""
         if not _pictures.has_offsets(self._model):
             return []
         images = [
-            np.asarray(
-                data.letterbox(
-                    data.read_image(photograph.path), self._model.image_size
-                )[0]
+            _models.view(self._model, image, np.array(image.shape[:2]) / 2)[0]
+            for image in (
+                data.read_image(photograph.path)
+                for photograph in self._val.photographs[:_MEASURED]
             )
-            for photograph in self._val.photographs[:_MEASURED]
         ]
         monitor = training.SamplingMonitor(
-            np.float32(images), log_dir=self._run.folder / "tensorboard/offsets"
+            np.stack(images), log_dir=self._run.folder / "tensorboard/offsets"
         )
         return [_Apart(monitor)]
 
@@ -276,15 +309,19 @@ class _Training:
         """Judges and draws what the best model finds."""
         folder = self._run.folder
         model = _models.load(str(folder / "best.keras"))
-        found = list(self._predict(model))
-        measures = self._judge.evaluate(found)
+        drawn: list[tuple[int, Any]] = []
+        found = self._predict(model)
+        found = _models.first(found, _evaluate.MOST_PICTURES, drawn)
         evaluator = self._judge.evaluator
+        if evaluator is not None:
+            found = list(found)
+        measures = self._judge.evaluate(found)
         if evaluator is not None:
             # With these files, other programs compute the same numbers.
             results = evaluator.results(found)
             training.write_metrics(folder / "results.json", results)
             training.write_metrics(folder / "truth.json", evaluator.coco)
-        self._draw(model, found)
+        self._draw(model, drawn)
         metrics = {
             "validation": measures,
             "best": self._told(checkpoints.best),
