@@ -105,6 +105,29 @@ def one(value):
     return make
 
 
+def shares(root, form):
+    """Writes all boxes as shares of the width and height."""
+    if form == "voc":
+        for name, objects in OBJECTS.items():
+            new = [
+                (label, np.divide(box, SIZES[name] * 2).tolist())
+                for label, box in objects
+            ]
+            (root / f"{name}.xml").write_text(xml(name, new))
+        return
+    content = coco()
+    sides = {x["id"]: (x["width"], x["height"]) for x in content["images"]}
+    for x in content["annotations"]:
+        x["bbox"] = np.divide(x["bbox"], sides[x["image_id"]] * 2).tolist()
+    write_json(root, content)
+
+
+@changed
+def images_by_name(content):
+    for x in content["annotations"]:
+        x["image_id"] = "a.png"
+
+
 def repeated(root, form):
     if form == "voc":
         (root / "a.xml").write_text(xml("a", OBJECTS["a"] + OBJECTS["a"][:1]))
@@ -274,7 +297,9 @@ BOX_FAULTS = [
         Fault(f"number {value}", BOXES, one(value), "broken", "a finite number")
         for value in ("nan", "inf", "1e999", "12,5", "1_0", "0x1", "ten")
     ),
-]
+    Fault("shares in place of pixels", "voc coco", shares, "refused",
+          "in pixels. Received: .*shares of width and height, first in .*png"),
+]  # fmt: skip
 COCO_FAULTS = [
     Fault("json list", "coco", raw("[]"), "refused", "Received: list"),
     Fault("json cut", "coco", raw(json.dumps(coco())[:99]), "refused", "json"),
@@ -293,7 +318,7 @@ COCO_FAULTS = [
     Fault("category id twice", "coco", update(1, "categories", id=3), "refused",
           "category id 3 twice: car, dog"),
     Fault("category without a name", "coco", update(1, "categories", name=""),
-          "refused", "category id 4 alone"),
+          "refused", "category id 4 without a name"),
     Fault("category name twice", "coco",
           changed(lambda c: c["categories"].append({"id": 9, "name": "car"})),
           "kept", "share a name and were joined: 1 .car."),
@@ -316,6 +341,22 @@ COCO_FAULTS = [
           check=boxes(SECOND)),
     Fault("image listed twice", "coco", twice, "kept",
           "listed more than once.*: 1 .*a.png", check=boxes(FIRST, SECOND)),
+    Fault("annotations of names", "coco", images_by_name, "refused",
+          "image ids of its images, as 7. Received: 'a.png'"),
+    Fault("image id that lost its last digits", "coco",
+          update(image_id=2.0**53 + 8), "refused",
+          "image_id in .* to be a whole number or text. Received: 9007199"),
+    Fault("category name of a list", "coco",
+          update(1, "categories", name=["dog"]), "refused", "without a name"),
+    Fault("polygon that is no list of polygons", "coco",
+          update(bbox=None, segmentation=[2, 3, 9, 3, 9, 11]), "kept",
+          check=boxes((2, 3, 9, 11), SECOND)),
+    Fault("polygon with an empty part", "coco",
+          update(bbox=None, segmentation=[*POLYGON, []]), "kept",
+          check=boxes((2, 3, 9, 11), SECOND)),
+    Fault("encoded mask without a box", "coco",
+          update(bbox=None, segmentation={"counts": "01", "size": [16, 24]}),
+          "broken", "or polygons as .segmentation.. Received: None"),
     Fault("polygon without a box", "coco",
           update(bbox=[], segmentation=POLYGON), "kept",
           check=boxes((2, 3, 9, 11), SECOND)),
@@ -323,7 +364,7 @@ COCO_FAULTS = [
           check=boxes(FIRST, SECOND)),
     Fault("box null", "coco", update(bbox=None), "broken", "list of x, y"),
     Fault("box of three numbers", "coco", update(bbox=[1, 2, 3]), "broken",
-          "list of x, y, width and height. Received: .1, 2, 3."),
+          "list of x, y, width and height.*Received: .1, 2, 3."),
     Fault("box of true and false", "coco", update(bbox=[True, 0, 1, 2]),
           "broken", "finite number. Received: True"),
     Fault("box of numbers as text", "coco", update(bbox=["2", "3", "8", "9.0"]),
@@ -347,6 +388,12 @@ COCO_FAULTS = [
           "2 files of this name: one/a.png, two/a.png"),
     Fault("address with escapes", "coco",
           file_name("http://localhost/images/%61.png"), "kept"),
+    Fault("address with a query", "coco",
+          file_name("https://x.org/%61.png?a=b/c.png&d#e/f"), "kept",
+          check=boxes(FIRST, SECOND)),
+    Fault("path out of the folder and back", "coco",
+          file_name("../images/a.png"), "kept", r"(?s)\A(?!.*left out)",
+          check=boxes(FIRST, SECOND)),
     Fault("name in capitals", "coco", file_name("A.PNG"), "kept"),
     Fault("size missing", "coco", without("images", "width"), "kept"),
     Fault("size of 100 million pixels", "coco",
@@ -377,6 +424,17 @@ VOC_FAULTS = [
           xml_object("<bndbox><xmin>1</xmin></bndbox>"), "broken", "name ''"),
     Fault("object without a box", "voc", xml_object("<name>car</name>"),
           "broken", "'car', 0 boxes"),
+    Fault("objects below another element", "voc", text(xml("a").replace(
+          "<object>", "<objects><object>", 1).replace(
+          "</annotation>", "</objects></annotation>")), "kept",
+          check=boxes(FIRST, SECOND)),
+    Fault("box without an object", "voc",
+          text(xml("a", [], more="<box><bndbox/></box>")), "broken",
+          "a bndbox outside"),
+    Fault("object of other fields in the same box", "voc",
+          text(xml("a", more=object_xml("car", FIRST, "<pose>Left</pose>"))),
+          "kept", "class and box of another were kept: 1 .*a.png",
+          check=boxes(FIRST, FIRST, SECOND)),
     Fault("box without an edge", "voc",
           xml_object("<name>car</name><bndbox><xmin>1</xmin></bndbox>"),
           "broken", "ymin to be a finite number. Received: ''"),

@@ -116,8 +116,10 @@ YOLO_FAULTS = [
           check=boxes(FIRST, FIRST)),
     Fault("line of a pose", "yolo", several(text(POSE), yaml(
           "kpt_shape: [2, 3]\nnames: [car, dog]")), "kept", check=boxes(FIRST)),
+    Fault("line of a pose that data.yaml does not tell", "yolo", text(POSE),
+          "broken", "a.txt, line 1: .*kpt_shape"),
     Fault("pixels in place of shares", "yolo", text("0 12 8 10 6"), "broken",
-          "from 0 to 1. Received: '0 12 8 10 6'"),
+          "from 0 to 1.*Received: '0 12 8 10 6'"),
     Fault("class of a name", "yolo", text("car .5 .5 .5 .5"), "broken",
           "class id to be a finite number. Received: 'car'"),
     Fault("class of a half", "yolo", text("0.5 .5 .5 .5 .5"), "broken",
@@ -166,6 +168,23 @@ YOLO_FAULTS = [
     Fault("blank name", "yolo", names("car\n\ndog\n"), "refused",
           "classes.txt. Received: a blank line 2"),
     Fault("names of numbers", "yolo", names("1\n#2\n"), "kept", "1 1, #2 2"),
+    Fault("names after their ids", "yolo", names("0 car\n1: dog\n"), "kept",
+          "car 1, dog 2"),
+    Fault("names that begin with numbers", "yolo", names("1 euro\n2 euro\n"),
+          "kept", "1 euro 1, 2 euro 2"),
+    Fault("names among the labels", "yolo", several(
+          gone("data.yaml"), text("car\ndog", "labels/darknet.labels")),
+          "kept", "car 1, dog 2"),
+    Fault("names of a classification.txt", "yolo", several(
+          gone("data.yaml"), text("car\ndog", "labels/classification.txt")),
+          "kept", "car 1, dog 2"),
+    Fault("first name without an object", "yolo", text("1 .5 .5 .5 .5"),
+          "kept", "id 0, car: if ids begin at 1, first_id=1",
+          check=boxes((6, 4, 18, 12))),
+    Fault("yaml of macOS", "yolo", text("\0\5", "._data.yaml"), "kept"),
+    Fault("part of null", "yolo", yaml(
+          "train: images\nval: null\ntest: ~\nnames: [car, dog]"), "kept",
+          r"(?s)\A(?!.*not there)"),
     Fault("yaml cut", "yolo", yaml("names: [car, d"), "refused", "to be yaml"),
     Fault("yaml list", "yolo", yaml("- car\n- dog\n"), "refused", "keys and"),
     Fault("yaml of lists", "yolo", yaml("names: [[car], [dog]]"), "refused",
@@ -204,10 +223,10 @@ def all_masked(change):
     return make
 
 
-def saved(kind, mode="L", **options):
+def saved(kind, mode="L", name="a.png", **options):
     def make(root, form):
         image = Image.fromarray(mask("a")).convert(mode)
-        image.save(root / "masks/a.png", kind, **options)
+        image.save(root / "masks" / name, kind, **options)
 
     return make
 
@@ -228,6 +247,21 @@ def renamed(pattern, *copies):
 def chosen(root, form):
     renamed("{}_ids.png", "{}_colour.png")(root, form)
     return f"masks:{root}/images/*.png,{root}/masks/*_ids.png"
+
+
+def among(pattern):
+    """Puts masks into the folder of the images."""
+
+    def make(root, form):
+        for name in SIZES:
+            path = root / f"masks/{name}.png"
+            path.rename(root / f"images/{name}_mask.png")
+        (root / "masks/names.json").rename(root / "images/names.json")
+        folder = root / "images"
+        labels = folder / pattern if pattern else folder
+        return f"masks:{folder},{labels}"
+
+    return make
 
 
 def no_names(root, form):
@@ -311,6 +345,38 @@ MASK_FAULTS = [
     Fault("0 and 255 as classes", "masks", several(no_names,
           all_masked(lambda ids: np.where(ids, 255, 0).astype(np.uint8))),
           "kept", options={"colours": {0: 0, 1: 255}}, check=labels(0, 1)),
+    Fault("names of a csv", "masks", several(no_names, told(
+          "Pixel Value, Class\n0, ground\n1, car\n2, dog\n255, void",
+          "masks/_classes.csv")), "kept", "those of .*_classes.csv",
+          check=same),
+    Fault("colours of a csv", "masks", several(
+          all_masked(coloured), no_names, told(
+              "name,r,g,b\nground,0,0,0\ncar,128,0,0\ndog,0,128,0\n"
+              "void,224,224,192\n", "class_dict.csv")),
+          "kept", "ground [^0]", check=labels(0, 1, 2, 3)),
+    Fault("colours in a column of a csv", "masks", several(
+          all_masked(coloured), no_names, told(
+              "class_name,class_color\nground,0 0 0\ncar,128 0 0\n"
+              "dog,0 128 0\nvoid,224 224 192\n", "class_mapping.csv")),
+          "kept", "ground [^0]", check=labels(0, 1, 2, 3)),
+    Fault("csv of a class at 255", "masks", several(no_names, told(
+          "class_name,class_color\nground,0\ncar,85\ndog,255\n",
+          "class_mapping.csv"), all_masked(
+              lambda ids: np.array([0, 85, 255], np.uint8)[ids % 255])),
+          "kept", "dog [^0]", check=labels(0, 1, 2)),
+    Fault("csv of images and classes", "masks", several(
+          no_names, told("a.png,3\nb.png,4\n", "train_classes.csv")), "kept",
+          "no file tells names", check=same),
+    Fault("json of macOS", "masks", told("\0\5", "masks/._names.json"), "kept",
+          check=same),
+    Fault("masks among the images", "masks", among(""), "refused",
+          "two folders, or patterns"),
+    Fault("masks among the images, chosen", "masks", among("*_mask.png"),
+          "kept", check=same),
+    Fault("TIFF of a JPEG", "masks", several(
+          gone("masks/a.png"), saved("TIFF", name="a.tif",
+                                     compression="jpeg")),
+          "broken", "a.tif .*JPEG, which changes ids"),
     Fault("no mask", "masks", gone("masks/a.png"), "kept",
           "images without a mask were left out: 1 .a.",
           check=lambda found: found.keys() == {"b", "c"} or pytest.fail()),

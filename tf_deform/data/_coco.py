@@ -6,6 +6,7 @@ from __future__ import annotations
 import collections
 import json
 import os
+import re
 from collections.abc import Hashable, Mapping
 from typing import Any
 
@@ -41,16 +42,17 @@ def _id(value: Any, what: str) -> Hashable:
     """Returns an id, the same for 3, 3.0 and "3".
 
     Raises:
-        ValueError: It is neither a number nor text.
+        ValueError: It is neither a number nor text, or a float that may have
+            lost digits.
     """
-    if isinstance(value, float) and value.is_integer():
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1 << 53:
         return int(value)
-    if isinstance(value, str) and value.strip().lstrip("-").isdecimal():
+    if isinstance(value, str) and re.fullmatch(r"-?\d{1,4000}", value.strip()):
         return int(value)
     if isinstance(value, (int, str)) and not isinstance(value, bool):
         return value
     raise ValueError(
-        f"Expected {what} to be a number or text. Received: {value!r:.80}"
+        f"Expected {what} to be a whole number or text. Received: {value!r:.80}"
     )
 
 
@@ -80,12 +82,16 @@ def _names(path: str, categories: list[dict[str, Any]], notes: Notes) -> dict:
     for category in categories:
         key = _id(category.get("id"), f"a category's id in {shown(path)}")
         name = category.get("name")
-        name = "" if name is None else str(name).strip()
+        name = str(name).strip() if isinstance(name, (str, int, float)) else ""
         if key in names or not name:
             raise ValueError(
                 f"Expected the categories of {shown(path)} to have different "
                 f"ids and names. Received: category id {key} "
-                + (f"twice: {names[key]}, {name}" if key in names else "alone")
+                + (
+                    f"twice: {names[key]}, {name}"
+                    if key in names
+                    else "without a name"
+                )
             )
         if name in names.values():
             notes.add("categories share a name and were joined", name)
@@ -96,8 +102,13 @@ def _names(path: str, categories: list[dict[str, Any]], notes: Notes) -> dict:
 
 
 def _bounds(polygons: Any) -> tuple[float, float, float, float] | None:
-    """Returns the box around polygons `[[x, y, x, y, ...], ...]`."""
-    if not isinstance(polygons, list) or not all(
+    """Returns the box around polygons `[[x, y, x, y, ...], ...]`, or one."""
+    if not isinstance(polygons, list):
+        return None
+    if polygons and not isinstance(polygons[0], list):
+        polygons = [polygons]
+    polygons = [p for p in polygons if p != []]
+    if not all(
         isinstance(p, list) and len(p) >= 4 and len(p) % 2 == 0
         for p in polygons
     ):
@@ -117,8 +128,8 @@ def _told(annotation: Mapping[str, Any], key: Hashable) -> Told:
         edges = None if box else _bounds(annotation.get("segmentation"))
         if edges is None:
             raise ValueError(
-                "Expected `bbox` to be a list of x, y, width and height. "
-                f"Received: {box!r:.80}"
+                "Expected `bbox` to be a list of x, y, width and height, or "
+                f"polygons as `segmentation`. Received: {box!r:.80}"
             )
     extra = annotation.get("attributes")
     extra = extra if isinstance(extra, dict) else {}
@@ -189,6 +200,12 @@ def _join(
         raise ValueError(
             f"Expected the annotations of {shown(path)} to have the category "
             f"ids {', '.join(map(str, names))}. Received: {text}"
+        )
+    if annotations and not any(result.values()):
+        raise ValueError(
+            f"Expected the annotations of {shown(path)} to have image ids of "
+            f"its images, as {next(iter(result), 'none')}. Received: "
+            f"{annotations[0]['image_id']!r:.80}"
         )
     return result
 

@@ -31,6 +31,7 @@ INVERTED = "boxes had exchanged edges, which were put in order"
 FOREIGN = "images in folders without an annotated image were left out"
 LOST = "boxes outside their image were dropped"
 REPEATED = "objects that repeat another in all fields were dropped"
+DOUBLE = "objects with the class and box of another were kept"
 STORED = (
     "images are turned by EXIF but annotated as they are stored; their boxes "
     "or masks were turned"
@@ -191,6 +192,7 @@ def draft(
     odd[ANIMATED] = int(header.animated)
     unique = _unique(told)
     odd[REPEATED] = len(told) - len(unique)
+    odd[DOUBLE] = len(unique) - len({(one.key, one.box) for one in unique})
     told = unique
     boxes = np.array([x.box for x in told], np.float64).reshape(-1, 4)
     ordered = np.concatenate(
@@ -285,6 +287,22 @@ def _once(drafts: list[Draft], notes: Notes) -> list[Draft]:
     return list(best.values())
 
 
+def _check_pixels(drafts: list[Draft]) -> None:
+    """Checks that boxes are not shares of the width and height.
+
+    Raises:
+        ValueError: All boxes lie between 0 and 1, and not on whole pixels.
+    """
+    boxes = np.concatenate([one.boxes for one in drafts])
+    if len(boxes) and boxes.max() <= 1 and np.any(boxes != np.rint(boxes)):
+        first = next(one for one in drafts if len(one.boxes))
+        raise ValueError(
+            "Expected boxes in pixels. Received: boxes that all lie between 0 "
+            "and 1, which seem to be shares of width and height, first in "
+            f"{shown(first.path)}: {first.boxes[0].tolist()}"
+        )
+
+
 def finish(
     drafts: list[Draft],
     names: Mapping[Hashable, str],
@@ -311,6 +329,7 @@ def finish(
     drafts = _once(drafts, notes)
     if not drafts:
         raise ValueError("Expected at least one photograph. Received: none")
+    _check_pixels(drafts)
     order = list(dict.fromkeys(names.values()))
     unknown = collections.Counter()
     where = {}

@@ -243,12 +243,17 @@ class Index:
             FileNotFoundError: There is none, or more than one.
         """
         slashes = name.replace("\\", "/")
+        ways = [name, slashes, urllib.parse.unquote(slashes)]
+        if "://" in slashes:  # What a server wants to know may follow the path.
+            path = re.split("[?#]", slashes.split("://", 1)[1])[0]
+            ways += [path, urllib.parse.unquote(path)]
         found: list[str] = []
-        for way in dict.fromkeys(
-            (name, slashes, urllib.parse.unquote(slashes))
-        ):
-            if os.path.isfile(os.path.join(self.root, way)):
-                return os.path.normpath(way)
+        for way in dict.fromkeys(ways):
+            full = os.path.join(self.root, way)
+            if os.path.isfile(full):
+                rest = os.path.relpath(full, self.root)
+                outside = rest.split("/")[0] == ".."
+                return os.path.normpath(way) if outside else rest
             parts = [part for part in way.split("/") if part not in ("", ".")]
             last = parts[-1] if parts else ""
             for key in (last, _folded(last)):
@@ -320,6 +325,8 @@ def lines(text: str) -> list[str]:
 def read_names(path: str) -> list[str]:
     """Returns the names of a file with one in each line.
 
+    Where each line begins with its own number from 0, that is its id.
+
     Raises:
         OSError: The file cannot be read.
         ValueError: A line between names is blank: the ids would shift.
@@ -330,4 +337,7 @@ def read_names(path: str) -> list[str]:
             f"Expected a name in each line of {shown(path)}. Received: a blank "
             f"line {names.index('') + 1}"
         )
+    numbered = [re.fullmatch(r"(\d+)[:,]?\s+(.+)", name) for name in names]
+    if all(x and int(x[1]) == i for i, x in enumerate(numbered)):
+        names = [x[2] for x in numbered]
     return names

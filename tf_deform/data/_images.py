@@ -226,7 +226,9 @@ def _check_mask(path: str, image: Any, colours: bool) -> None:
     raw = image.tile[0][3] if image.tile else image.mode
     raw = raw[0] if isinstance(raw, tuple) else raw
     received = f"Pillow's mode {raw!r}"
-    if image.format in ("JPEG", "MPO"):
+    if image.format in ("JPEG", "MPO") or "jpeg" in str(
+        image.info.get("compression")
+    ):
         received = "a JPEG, which changes ids"
         expected = "without loss, for example a PNG"
     elif colours:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import collections
+import csv
 import dataclasses
 import os
 import re
@@ -26,6 +27,7 @@ from tf_deform.data._drafts import (
 )
 from tf_deform.data._folders import (
     IMAGES,
+    ending,
     files,
     folder,
     lines,
@@ -42,7 +44,11 @@ from tf_deform.data._records import Annotations, Mask
 _CITYSCAPES = ("_leftImg8bit", "_gtFine_labelIds")
 # Files of one name in a line. Beside the folder of masks, only the first is
 # sure to be of masks.
-_NAMES = ("class_names.txt", "classes.txt", "labels.txt")
+_NAMES = ("class_names.txt", "classes.txt", "classification.txt", "labels.txt")
+# What lists of classes call pixels of no class.
+_VOID_NAMES = frozenset(
+    "boundary border ignore ignored unknown unlabeled unlabelled void".split()
+)
 
 
 def voc_colours() -> dict[int, tuple[int, int, int]]:
@@ -100,7 +106,9 @@ class _Told:
 
     path: str
     names: dict[int, str]
-    colours: dict[int, tuple[int, ...]] | None = None
+    colours: dict[int, tuple[int, ...] | int] | None = None
+    # Whether the colours are those of gray masks, too.
+    gray: bool = False
 
 
 def _labelmap(path: str) -> _Told:
@@ -149,6 +157,46 @@ def _name_json(path: str) -> _Told | None:
     return _Told(path, {int(key): name for key, name in data.items()})
 
 
+def _name_csv(path: str) -> _Told | None:
+    """Reads rows of a name and an id or a colour, in any order of columns."""
+    found = []
+    for row in csv.reader(lines(read_text(path))):
+        texts, numbers = [], []
+        for field in row:
+            words = field.split()
+            if words and all(word.isdecimal() for word in words):
+                numbers += map(int, words)
+            elif words:
+                texts.append(field.strip())
+        if not found and not numbers:
+            continue  # It is the row of titles.
+        if len(texts) != 1 or len(numbers) not in (1, 3):
+            return None
+        if ending(texts[0]) in IMAGES:
+            return None  # It tells the classes of images.
+        found.append((texts[0], numbers))
+    if {len(numbers) for _, numbers in found} == {1}:
+        return _Told(path, {numbers[0]: name for name, numbers in found})
+    names = {i: name for i, (name, _) in enumerate(found)}
+    colours = {i: tuple(numbers) for i, (_, numbers) in enumerate(found)}
+    return _Told(path, names, colours)
+
+
+def _without_void(told: _Told) -> _Told:
+    """Gives an id to a class whose pixels are 255, which would be void."""
+    name = told.names.get(VOID)
+    void = name is None or name.strip("_ ").lower() in _VOID_NAMES
+    if void or told.colours:
+        return told
+    values = sorted(told.names)
+    return _Told(
+        told.path,
+        {i: told.names[value] for i, value in enumerate(values)},
+        dict(enumerate(values)),
+        gray=True,
+    )
+
+
 def _find_told(labels: str, *beside: str) -> _Told | None:
     """Returns what the first file says that tells names of classes."""
     for where in dict.fromkeys((labels, *beside)):
@@ -161,10 +209,14 @@ def _find_told(labels: str, *beside: str) -> _Told | None:
                 told = _colour_list(path)
             elif name in (_NAMES if where == labels else _NAMES[:1]):
                 told = _name_list(path)
+            elif name.startswith("."):
+                continue
             elif name.endswith(".json") and os.path.getsize(path) < 1 << 20:
                 told = _name_json(path)
+            elif name.endswith(".csv") and "class" in name:
+                told = _name_csv(path)
             if told is not None and told.names:
-                return told
+                return _without_void(told)
     return None
 
 
@@ -225,10 +277,10 @@ def _endings(
     """
     result: dict[str, dict[str, str]] = collections.defaultdict(dict)
     keys = {key: key for key in images}
-    ending = _CITYSCAPES[0]
+    suffix = _CITYSCAPES[0]
     for key in images:
-        if key.endswith(ending):
-            keys[key[: -len(ending)]] = key
+        if key.endswith(suffix):
+            keys[key[: -len(suffix)]] = key
     for label in labels:
         for match in reversed(list(re.finditer(r"[ _.-]|$", label))):
             image = keys.get(label[: match.start()])
@@ -259,8 +311,8 @@ def _pairs(images: _Side, labels: _Side, notes: Notes) -> dict[str, str]:
             f"more. Received endings: {received}. A pattern chooses one, as in "
             "masks:images/*.jpg,masks/*_ids.png"
         )
-    ((ending, result),) = found.items()
-    notes.say(f"masks are the files whose names end with {ending}")
+    ((suffix, result),) = found.items()
+    notes.say(f"masks are the files whose names end with {suffix}")
     return result
 
 
@@ -270,10 +322,13 @@ class _Kind:
 
     given: dict[int, int] | None
     told: dict[int, int] | None
+    gray: bool = False  # Whether gray masks are told as well.
 
     def mask(self, path: str, mode: str) -> Mask:
         table = self.given
-        if table is None and mode in ("RGB", "RGBA"):
+        if table is None and (
+            mode in ("RGB", "RGBA") or (self.gray and mode == "L")
+        ):
             table = self.told
         return Mask(path, table, colours=table is not None)
 
@@ -357,7 +412,15 @@ def read_masks(
     kind = _Kind(
         None if colours is None else _table(colours),
         _table(told.colours) if told and told.colours else None,
+        bool(told and told.gray),
     )
+    same = os.path.samefile(sides[0].root, sides[1].root)
+    if same and sides[0].pattern == sides[1].pattern:
+        raise ValueError(
+            "Expected images and masks in two folders, or patterns that choose "
+            "files of one, as masks:x/*.jpg,x/*_mask.png. Received twice: "
+            f"{shown(labels)}"
+        )
     pairs = _pairs(*sides, notes)
 
     def reading(image: str, label: str) -> Callable[[], tuple[Draft, Any]]:

@@ -193,7 +193,11 @@ class _Reader:
                 + (", ".join(map(shown, found)) or "none")
             )
         image = os.path.join(self.root, found[0])
-        told = [_object(node, self.base) for node in root.findall("object")]
+        told = [_object(node, self.base) for node in root.iter("object")]
+        if not told and root.find(".//bndbox") is not None:
+            raise ValueError(
+                "Expected each bndbox in an object. Received: a bndbox outside"
+            )
         one = draft(image, header(image, decode=decode), told, _size(root))
         if others > 0:
             one.odd[

@@ -34,7 +34,8 @@ from tf_deform.data._records import Annotations
 
 _YAML = (".yaml", ".yml")
 # Files of names, one in a line.
-_NAMES = ("classes.txt", "labels.txt", "names.txt", "_darknet.labels")
+_NAMES = ("classes.txt", "classification.txt", "labels.txt", "names.txt")
+_NO_PATHS = ("", "~", "null", "Null", "NULL")  # As yaml writes nothing.
 _PARTS = {
     "train": "train",
     "val": "val",
@@ -42,7 +43,8 @@ _PARTS = {
     "validation": "val",
     "test": "test",
 }
-# Shares of a width or height beyond this are no rounding: they are pixels.
+# Shares of a width or height from this on are no rounding: they are pixels, or
+# a pose's 2 for a point that is seen.
 _LARGEST = 2.0
 
 
@@ -126,6 +128,8 @@ class _Reader:
         found = [chosen] if chosen else []
         for name in sorted(os.listdir(self.root)):
             path = os.path.join(self.root, name)
+            if name.startswith("."):
+                continue  # macOS puts a ._data.yaml beside a data.yaml.
             if chosen is None and name.lower().endswith(_YAML):
                 found.append(path)
             elif name == "obj.data":
@@ -141,7 +145,7 @@ class _Reader:
     def _read_names(self) -> None:
         for name in files(self.root, {".txt", ".names", ".labels"}):
             path = os.path.join(self.root, name)
-            if os.path.basename(name) in _NAMES or name.endswith(".names"):
+            if not name.endswith(".txt") or os.path.basename(name) in _NAMES:
                 self.told[path] = read_names(path)
         notes = os.path.join(self.root, "notes.json")  # Label Studio's
         if not self.told and os.path.isfile(notes):
@@ -202,7 +206,7 @@ class _Reader:
         for key, part in _PARTS.items():
             value = self.settings.get(key)
             for path in value if isinstance(value, list) else [value]:
-                if isinstance(path, str) and path.strip():
+                if isinstance(path, str) and path.strip() not in _NO_PATHS:
                     images = self._part(path.strip(), key)
                     result.setdefault(part, []).extend(images)
         return {
@@ -319,10 +323,11 @@ def _told(line: str, keypoints: int) -> Told:
             f"points. Received: {len(values)}"
             + (", as with a confidence" if len(values) == 5 else "")
         )
-    if max(map(abs, box)) > _LARGEST:
+    if max(map(abs, box)) >= _LARGEST:
         raise ValueError(
-            "Expected shares of the image's width and height, from 0 to 1. "
-            f"Received: {line!r:.80}"
+            "Expected shares of the image's width and height, from 0 to 1, or "
+            "a pose, whose `kpt_shape` data.yaml tells. Received: "
+            f"{line!r:.80}"
         )
     return Told(key, box)
 
@@ -412,5 +417,11 @@ def read_yolo(
             for path in orphans
         ]
     drafts = [one for one in collect(items, skip_broken, notes) if one]
+    used = {told.key for one in drafts for told in one.told}
+    if first_id is None and 0 in names and used and 0 not in used:
+        notes.say(
+            f"no object has the id 0, {names[0]}: if ids begin at 1, "
+            "first_id=1 reads them"
+        )
     hint = "" if first_id else ". first_id=1 reads ids that begin at 1"
     return finish(drafts, names, classes, crowds, notes, hint=hint)
