@@ -122,6 +122,14 @@ def shares(root, form):
     write_json(root, content)
 
 
+def in_annotations(root, form):
+    """Moves the file into COCO's own layout."""
+    path = root / "annotations/instances_val.json"
+    path.parent.mkdir()
+    (root / "labels.json").rename(path)
+    return f"coco:{path}"
+
+
 @changed
 def images_by_name(content):
     for x in content["annotations"]:
@@ -393,6 +401,8 @@ COCO_FAULTS = [
           check=boxes(FIRST, SECOND)),
     Fault("path out of the folder and back", "coco",
           file_name("../images/a.png"), "kept", r"(?s)\A(?!.*left out)",
+          check=boxes(FIRST, SECOND)),
+    Fault("file in a folder of annotations", "coco", in_annotations, "kept",
           check=boxes(FIRST, SECOND)),
     Fault("name in capitals", "coco", file_name("A.PNG"), "kept"),
     Fault("size missing", "coco", without("images", "width"), "kept"),

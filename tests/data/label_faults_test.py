@@ -249,6 +249,17 @@ def chosen(root, form):
     return f"masks:{root}/images/*.png,{root}/masks/*_ids.png"
 
 
+def reindexed(root, form):
+    """Writes palettes in the order in which colours are found in a file."""
+    for name in SIZES:
+        pixels = np.where(mask(name) == 255, 0, mask(name))
+        ids = {"b": [1, 2, 0]}.get(name, [0, 1, 2])
+        places = np.argsort(ids).astype(np.uint8)
+        image = Image.fromarray(places[pixels])
+        image.putpalette(coloured(np.array(ids)).tobytes())
+        image.save(root / f"masks/{name}.png")
+
+
 def among(pattern):
     """Puts masks into the folder of the images."""
 
@@ -369,6 +380,10 @@ MASK_FAULTS = [
           "no file tells names", check=same),
     Fault("json of macOS", "masks", told("\0\5", "masks/._names.json"), "kept",
           check=same),
+    Fault("palette of each file's own", "masks", reindexed, "refused",
+          r"id 1 of \(128, 0, 0\) in .*a.png and of \(0, 128, 0\) in .*b.png"),
+    Fault("palette of each file's own, read by colours", "masks", reindexed,
+          "kept", options={"colours": "voc"}, check=labels(0, 1, 2)),
     Fault("masks among the images", "masks", among(""), "refused",
           "two folders, or patterns"),
     Fault("masks among the images, chosen", "masks", among("*_mask.png"),

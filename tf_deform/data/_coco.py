@@ -12,7 +12,9 @@ from typing import Any
 
 from tf_deform.data._drafts import Draft, Notes, Told, collect, draft, finish
 from tf_deform.data._folders import (
+    IMAGES,
     Index,
+    files,
     flag,
     folder,
     number,
@@ -221,7 +223,11 @@ def read_coco(
     """Reads COCO's json; see `tf_deform.data.read`."""
     path = os.path.expanduser(path)
     data = read_json(path)
-    index = Index(folder(images or os.path.dirname(path) or "."))
+    beside = os.path.dirname(path) or "."
+    full = os.path.abspath(beside)
+    if os.path.basename(full) == "annotations" and not files(full, IMAGES):
+        beside = os.path.dirname(full)  # COCO's layout: images lie beside.
+    index = Index(folder(images or beside))
     notes = Notes()
     listed_images = set()
     names = _names(path, _entries(data, path, "categories"), notes)

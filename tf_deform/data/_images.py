@@ -221,6 +221,17 @@ def mask_header(path: str) -> tuple[tuple[int, int], str]:
         return image.size, image.mode
 
 
+def palette(path: str) -> np.ndarray:
+    """Returns the colours `(n, 3)` of a mask with a palette.
+
+    Raises:
+        OSError: There is no such file.
+        ValueError: It is no image, in words.
+    """
+    with _opened(path) as image:
+        return np.reshape(image.getpalette(), (-1, 3))
+
+
 def _check_mask(path: str, image: Any, colours: bool) -> None:
     # Pillow spreads grey of 2 and 4 bits to 0..255; the raw mode tells.
     raw = image.tile[0][3] if image.tile else image.mode

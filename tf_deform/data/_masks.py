@@ -37,7 +37,13 @@ from tf_deform.data._folders import (
     shown,
     whole,
 )
-from tf_deform.data._images import header, mask_header, packed, read_mask
+from tf_deform.data._images import (
+    header,
+    mask_header,
+    packed,
+    palette,
+    read_mask,
+)
 from tf_deform.data._records import Annotations, Mask
 
 # What Cityscapes appends to the names of images and of masks of ids.
@@ -335,8 +341,13 @@ class _Kind:
 
 def _read(
     image: str, path: str, kind: _Kind, decode: bool
-) -> tuple[Draft, Any]:
-    """Returns a photograph and how often each id is in its mask."""
+) -> tuple[Draft, np.ndarray, dict[int, tuple[int, ...]]]:
+    """Reads a photograph and its mask.
+
+    Returns:
+        The photograph, how often each id is in its mask, and the colours of
+        the ids if they are those of a palette.
+    """
     head = header(image, decode=decode)
     size, mode = mask_header(path)
     stored = check_size(head, size, image)
@@ -347,7 +358,35 @@ def _read(
     if head.orientation > 1:
         one.odd[STORED if stored else TURNED] += 1
     one.odd[ANIMATED] = int(head.animated)
-    return one, np.bincount(read_mask(mask).ravel(), minlength=VOID + 1)
+    count = np.bincount(read_mask(mask).ravel(), minlength=VOID + 1)
+    colours = {}
+    if mode == "P" and not mask.colours:
+        table = palette(path)
+        used = np.flatnonzero(count[: len(table)])
+        colours = {i: tuple(table[i].tolist()) for i in used.tolist()}
+    return one, count, colours
+
+
+def _check_palettes(
+    results: Sequence[tuple[Draft, np.ndarray, dict[int, tuple[int, ...]]]],
+) -> None:
+    """Checks that an id has one colour in all masks with a palette.
+
+    Raises:
+        ValueError: It has two. Then a program chose the palette of each file by
+            its colours, and the ids of one file are not those of another.
+    """
+    seen: dict[int, tuple[tuple[int, ...], str]] = {}
+    for one, _, colours in results:
+        for key, colour in colours.items():
+            first, path = seen.setdefault(key, (colour, one.mask.path))
+            if first != colour:
+                raise ValueError(
+                    "Expected palettes that give an id the same colour in all "
+                    f"masks. Received: id {key} of {first} in {shown(path)} "
+                    f"and of {colour} in {shown(one.mask.path)}. Each file has "
+                    "ids of its own; `colours` reads the colours instead"
+                )
 
 
 def _names(
@@ -423,7 +462,7 @@ def read_masks(
         )
     pairs = _pairs(*sides, notes)
 
-    def reading(image: str, label: str) -> Callable[[], tuple[Draft, Any]]:
+    def reading(image: str, label: str) -> Callable[[], tuple[Any, ...]]:
         return lambda: _read(
             sides[0].path(image), sides[1].path(label), kind, skip_broken
         )
@@ -441,8 +480,9 @@ def read_masks(
     if pairs.keys() == set(pairs.values()):
         for key in sorted(sides[1].found.keys() - set(pairs.values())):
             notes.add("masks without an image were left out", key)
-    counts = sum((count for _, count in results), np.zeros(VOID + 1, np.int64))
-    coloured = any(one.mask.colours for one, _ in results)
+    _check_palettes(results)
+    counts = sum((x[1] for x in results), np.zeros(VOID + 1, np.int64))
+    coloured = any(one.mask.colours for one, *_ in results)
     if not coloured and counts[VOID] and not counts[1:VOID].any():
         raise ValueError(
             f"Expected masks of ids in {shown(sides[1].root)}. Received: masks "
@@ -453,7 +493,7 @@ def read_masks(
     used = np.flatnonzero(counts[:VOID]).tolist()
     for key in used:
         if key not in names:
-            first = next(one.path for one, count in results if count[key])
+            first = next(one.path for one, count, _ in results if count[key])
             raise ValueError(
                 f"Expected ids of the {len(names)} classes "
                 + ", ".join(f"{i}: {name}" for i, name in names.items())
@@ -461,7 +501,7 @@ def read_masks(
             )
     order = list(dict.fromkeys(names.values()))
     drafts = _relabel(
-        [one for one, _ in results],
+        [one for one, *_ in results],
         {key: order.index(names[key]) for key in used},
     )
     _say_shares(counts, names, notes)

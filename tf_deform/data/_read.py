@@ -50,7 +50,8 @@ def read(
     - `voc:ROOT[:PART]`: Pascal VOC's xml files, beside the images or in
       folders of their own; a part is `ImageSets/Main/PART.txt` or a folder.
     - `coco:FILE[,IMAGES]`: COCO's json; boxes come from `bbox`. Images are
-      looked for beside the file if no folder is named.
+      looked for beside the file, or beside its folder `annotations`, if no
+      folder is named.
     - `yolo:ROOT[:PART]`: text files beside the images or in `labels`, with a
       data.yaml, classes.txt or obj.names; lines of points give the box around
       them. A part is one of data.yaml or a folder.
