@@ -4,7 +4,7 @@
 # Surprise: VOC's edges are whole pixels, so one expects FiftyOne to write the numbers
 # that it read. It keeps edges as shares of the image, multiplies them again, and cuts
 # off what follows the point: 55 of 61 rows become 54.999999, which becomes 54. In images
-# of 640x480, every sixth box comes out a pixel narrower or lower (and boxes of one pixel
+# of 640x480, one box in seven comes out a pixel narrower or lower (and boxes of one pixel
 # without any). Rounding would give back what was read.
 #
 # Versions: see pip below. Needs no MongoDB, as no dataset is made: the importer and the
@@ -57,7 +57,8 @@ written = [
     for x in root.iter("object")
 ]
 change = np.array(written) - boxes
-print("edges that changed, of", COUNT, dict(zip(EDGES, (change != 0).sum(0))))
+counts = dict(zip(EDGES, (change != 0).sum(axis=0).tolist()))
+print(f"edges that changed, of {COUNT} boxes:", counts)
 print("by pixels:", sorted(set(change[change != 0].tolist())))
 share = float((change != 0).any(axis=1).mean())
 print(f"boxes that changed: {share:.1%}")

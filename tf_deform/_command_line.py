@@ -153,7 +153,7 @@ _HELP = {
         "original",
     ),
     "first_id": (
-        "0|1",
+        "-1|0|1",
         "first class of YOLO's files, where the names have no numbers",
     ),
     "crowds": (

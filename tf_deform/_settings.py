@@ -321,7 +321,7 @@ _MODEL = Setting(existing_file, REQUIRED)
 _SKIP_BROKEN = Setting(boolean, False)
 _READING_BOXES = {
     "base": Setting(whole(0, 1), 0),
-    "first_id": Setting(whole(0, 1), None),
+    "first_id": Setting(whole(-1, 1), None),
     "crowds": Setting(one_of("ignore", "objects"), "ignore"),
 }
 _READING_MASKS = {"colours": Setting(one_of("voc"), None)}

@@ -128,7 +128,10 @@ YOLO_FAULTS = [
           check=lambda found: found["a"].labels.tolist() == [1]
           or pytest.fail()),
     Fault("class -1", "yolo", text("-1 .5 .5 .5 .5"), "refused",
-          "id -1 of 1 objects"),
+          "id -1 of 1 objects.*first_id=-1 reads"),
+    Fault("classes from -1", "yolo", several(text("-1 .5 .5 .5 .5"), yaml(
+          "names: [car, dog, cat]")), "kept", "car 1, cat 1",
+          {"first_id": -1}),
     Fault("class without a name", "yolo", text("7 .5 .5 .5 .5"), "refused",
           "0: car, 1: dog. Received: id 7 of 1 objects, first in .*a.png"),
     Fault("commas", "yolo", text("0,.5,.5,.5,.5"), "broken", "finite number"),
@@ -181,6 +184,12 @@ YOLO_FAULTS = [
     Fault("first name without an object", "yolo", text("1 .5 .5 .5 .5"),
           "kept", "id 0, car: if ids begin at 1, first_id=1",
           check=boxes((6, 4, 18, 12))),
+    Fault("yaml in a folder", "yolo", several(gone("data.yaml"), text(
+          "train: ../images\nnames: [car, dog]", "job/data.yaml")), "kept",
+          "car 1, dog 2", check=boxes(FIRST, SECOND)),
+    Fault("yaml in two folders", "yolo", several(gone("data.yaml"), *(
+          text("names: [car, dog]", f"{x}/data.yaml") for x in "uv")),
+          "refused", "Received: none"),
     Fault("yaml of macOS", "yolo", text("\0\5", "._data.yaml"), "kept"),
     Fault("part of null", "yolo", yaml(
           "train: images\nval: null\ntest: ~\nnames: [car, dog]"), "kept",

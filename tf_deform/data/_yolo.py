@@ -134,6 +134,11 @@ class _Reader:
                 found.append(path)
             elif name == "obj.data":
                 self.settings.update(_data_file(path))
+        if not found:  # The file of a job may lie in the job's folder.
+            inner = [
+                os.path.join(self.root, x) for x in files(self.root, _YAML)
+            ]
+            found = inner if len(inner) == 1 else []
         for path in found:
             data = _load_yaml(path)
             if "names" not in data and len(found) > 1:
@@ -423,5 +428,7 @@ def read_yolo(
             f"no object has the id 0, {names[0]}: if ids begin at 1, "
             "first_id=1 reads them"
         )
-    hint = "" if first_id else ". first_id=1 reads ids that begin at 1"
+    first = -1 if -1 in used else 1
+    hint = f". first_id={first} reads ids that begin at {first}"
+    hint = hint if first_id is None else ""
     return finish(drafts, names, classes, crowds, notes, hint=hint)
