@@ -215,7 +215,7 @@ def other_images(folder):
     """Returns a maker that puts pictures of the same name beside."""
 
     def make(root, form):
-        (root / folder).mkdir()
+        (root / folder).mkdir(exist_ok=True)
         picture("a").save(root / folder / "a.png")
 
     return make
@@ -323,6 +323,9 @@ COCO_FAULTS = [
     Fault("json with null annotations", "coco",
           changed(lambda c: {**c, "annotations": None}), "refused",
           "annotations of another kind, None"),
+    Fault("json without images", "coco",
+          changed(lambda c: {**c, "images": [], "annotations": []}), "refused",
+          "labels.json to list images. Received: none"),
     Fault("category id twice", "coco", update(1, "categories", id=3), "refused",
           "category id 3 twice: car, dog"),
     Fault("category without a name", "coco", update(1, "categories", name=""),
@@ -484,6 +487,8 @@ VOC_FAULTS = [
           "kept", check=boxes(FIRST, SECOND)),
     Fault("masks of the same names", "voc", other_images("SegmentationClass"),
           "kept", r"(?s)\A(?!.*left out)", check=boxes(FIRST, SECOND)),
+    Fault("masks among the labels", "voc yolo", other_images("labels"), "kept",
+          "without an annotated image were left out: 1 .*labels/a.png"),
     Fault("pictures in another folder", "voc yolo", other_images("runs"),
           "kept", "without an annotated image were left out: 1 .*runs/a.png"),
     Fault("no xml at all", "voc", no_xml, "refused", "xml files in"),

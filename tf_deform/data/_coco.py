@@ -232,6 +232,10 @@ def read_coco(
     listed_images = set()
     names = _names(path, _entries(data, path, "categories"), notes)
     listed = _entries(data, path, "images")
+    if not listed:
+        raise ValueError(
+            f"Expected {shown(path)} to list images. Received: none"
+        )
     objects = _join(
         path, listed, _entries(data, path, "annotations"), names, notes
     )

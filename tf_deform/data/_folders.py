@@ -294,6 +294,15 @@ def place(path: str) -> str:
     return "/".join([*kept, os.path.splitext(name)[0]])
 
 
+def _no_masks(images: list[str]) -> list[str]:
+    """Leaves out masks, which lie among the labels, for lack of better."""
+    return [
+        path
+        for path in images
+        if not {*path.lower().split("/")[:-1]} & {"annotations", "labels"}
+    ] or images
+
+
 def pair(images: Iterable[str], labels: Sequence[str]) -> dict[str, list[str]]:
     """Returns the images of each label file: one, if all is well.
 
@@ -303,6 +312,7 @@ def pair(images: Iterable[str], labels: Sequence[str]) -> dict[str, list[str]]:
     by_place = collections.defaultdict(list)
     for image in images:
         by_place[place(image)].append(image)
+    by_place = {where: _no_masks(x) for where, x in by_place.items()}
     result = {label: by_place.get(place(label), []) for label in labels}
     taken = set(map(place, labels))
     left = collections.defaultdict(list)
