@@ -386,6 +386,8 @@ COCO_FAULTS = [
           check=boxes(FIRST, SECOND)),
     Fault("no file name", "coco", without("images", "file_name"), "broken",
           "a file_name. Received: None"),
+    Fault("file name of half a character", "coco", file_name("\ud800.png"),
+          "broken", "no file of this name"),
     Fault("file name of a folder", "coco", file_name("."), "broken",
           "a folder"),
     Fault("file name with a null", "coco", file_name("a\0.png"), "broken",

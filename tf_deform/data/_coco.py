@@ -198,7 +198,9 @@ def _join(
                 f"image id {key}",
             )
     if unknown:
-        text = ", ".join(f"{key} ({n} times)" for key, n in unknown.items())
+        text = ", ".join(
+            f"{shown(str(key))} ({n} times)" for key, n in unknown.items()
+        )
         raise ValueError(
             f"Expected the annotations of {shown(path)} to have the category "
             f"ids {', '.join(map(str, names))}. Received: {text}"

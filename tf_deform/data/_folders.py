@@ -23,7 +23,11 @@ _KINDS = frozenset("annotations images jpegimages labels xml xmls".split())
 
 def shown(path: str) -> str:
     """Returns a path as text that any log can write."""
-    return os.fsencode(path).decode("utf-8", "replace")
+    try:
+        data = os.fsencode(path)
+    except UnicodeEncodeError:  # A json file may hold half of a character.
+        data = path.encode("utf-8", "replace")
+    return data.decode("utf-8", "replace")
 
 
 def ending(name: str) -> str:
