@@ -387,6 +387,9 @@ MASK_FAULTS = [
     Fault("csv of images and classes", "masks", several(
           no_names, told("a.png,3\nb.png,4\n", "train_classes.csv")), "kept",
           "no file tells names", check=same),
+    Fault("csv of 200 000 letters", "masks", several(
+          no_names, told("a" * 200_000, "masks/class.csv")), "kept",
+          "no file tells names", check=same),
     Fault("json of macOS", "masks", told("\0\5", "masks/._names.json"), "kept",
           check=same),
     Fault("palette of each file's own", "masks", reindexed, "refused",

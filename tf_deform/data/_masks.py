@@ -165,8 +165,12 @@ def _name_json(path: str) -> _Told | None:
 
 def _name_csv(path: str) -> _Told | None:
     """Reads rows of a name and an id or a colour, in any order of columns."""
+    try:
+        rows = list(csv.reader(lines(read_text(path))))
+    except csv.Error:  # A field is longer than any name.
+        return None
     found = []
-    for row in csv.reader(lines(read_text(path))):
+    for row in rows:
         texts, numbers = [], []
         for field in row:
             words = field.split()
