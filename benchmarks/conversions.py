@@ -13,6 +13,7 @@ onnxconverter-common are no part of `pip install 'tf-deform[test]'`.
 import argparse
 import os
 import pathlib
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -120,6 +121,17 @@ def layers_nodes(proto: onnx.ModelProto) -> list[str]:
     return [node.name for node in proto.graph.node if DEFORMABLE in node.name]
 
 
+def has_vnni() -> bool:
+    """Tells whether the processor adds products of 8 bits without overflow.
+
+    Else ONNX Runtime needs weights of 7 bits.
+    """
+    flags = re.search(
+        "^flags.*$", pathlib.Path("/proc/cpuinfo").read_text(), re.M
+    )
+    return "vnni" in flags[0]
+
+
 def convert(
     kind: str, size: int, folder: pathlib.Path
 ) -> Iterator[tuple[str, Callable[[], Run]]]:
@@ -160,14 +172,20 @@ def convert(
     yield "openvino.save_model (weights in float16), f32", save_openvino
 
     def quantize_dynamic() -> Run:
-        quantization.quantize_dynamic(source, target)
+        quantization.quantize_dynamic(
+            source, target, reduce_range=not has_vnni()
+        )
         return run_onnxruntime(target)
 
     yield "quantize_dynamic", quantize_dynamic
 
     def quantize_static(**options) -> Run:
         quantization.quantize_static(
-            source, target, Calibration(kind, size), **options
+            source,
+            target,
+            Calibration(kind, size),
+            reduce_range=not has_vnni(),
+            **options,
         )
         return run_onnxruntime(target)
 

@@ -20,6 +20,9 @@ pytest.register_assert_rewrite(
 )
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# TensorFlow uses oneDNN by itself on processors with VNNI alone. The references
+# need it everywhere: for channels first, and to rewrite graphs to bfloat16.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 DEVICE = os.environ.get("TF_DEFORM_TEST_DEVICE")
 if DEVICE is None and os.environ.get("TF_DEFORM_TEST_GPU") != "1":
     # TensorFlow would place every op on a GPU if it saw a GPU.

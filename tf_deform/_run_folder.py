@@ -82,7 +82,7 @@ def open_run(
         wanted = "left out" if before is None else repr(before)
         raise ValueError(
             f"Expected {spell(name)} to be {wanted}{more}, as in the run in "
-            f"{out}. Received: {value!r}. Leave it out, or choose another "
+            f"{out}. Received: {value!r}. Say the former, or choose another "
             f"{spell('out')}"
         )
     return {**found, **{name: given[name] for name in OF_CALL}}

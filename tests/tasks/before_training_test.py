@@ -9,7 +9,7 @@ import pytest
 from detectors import make_faster_rcnn
 from small_runs import SETTINGS
 
-from tf_deform import data, tasks
+from tf_deform import data, tasks, training
 from tf_deform.tasks import _setup, _train
 
 
@@ -102,6 +102,37 @@ def test_what_gives_objects_an_anchor(box, tile, told, caplog):
         assert told in caplog.text
     else:
         assert caplog.messages[-1].endswith("such as a.png")
+
+
+def test_objects_of_tiles_have_the_anchors_of_tiles(caplog):
+    """A photograph of nine tiles: objects lie all over it, and across edges."""
+    corners = [(x, y) for x in range(5, 170, 23) for y in range(9, 170, 19)]
+    small = np.float32([(x, y, x + 20, y + 18) for x, y in corners])
+    large = np.float32([(0, 0, 192, 120)])  # A tile shows 64 x 64 of it.
+    sides = {"height": 192, "width": 192}
+    settings = {**SETTINGS, "data": "x", "tile": 64, "max_detections": 99}
+    for boxes in (small, np.concatenate([small, large])):
+        labels = np.zeros(len(boxes), "int32")
+        photograph = data.Photograph(
+            "a.png", **sides, boxes=boxes, labels=labels
+        )
+        part = data.Annotations(("a", "b"), (photograph,))
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "tf_deform"):
+            _train._report_objects(part, part, make_faster_rcnn(), settings)
+        assert "Each has an anchor" in caplog.text
+        assert ("a tile shows less than 40 %" in caplog.text) == (
+            boxes is not small
+        )
+    # A tile that shows all of the photograph shows it small.
+    caplog.clear()
+    settings["tile"] = 512
+    with caplog.at_level(logging.INFO, "tf_deform"):
+        _train._report_objects(part, part, make_faster_rcnn(), settings)
+    anchors = make_faster_rcnn().anchors()
+    report = training.anchor_report(boxes / 8, anchors)
+    assert sum(report.without.values()) == len(small)
+    assert f"{len(small)} of them" in caplog.text
 
 
 def test_large_objects_without_an_anchor():

@@ -410,6 +410,8 @@ def test_functions_take_the_settings(task):
     expected = {
         name: setting.default for name, setting in _settings.TASKS[task].items()
     }
+    if "epochs" in expected:
+        expected["epochs"] = None  # A run to resume may have had others.
     assert found == expected
 
 

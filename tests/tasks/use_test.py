@@ -2,21 +2,24 @@
 """Tests what is done with trained models: judging, pictures, exports."""
 
 import ast
+import gc
 import json
 import shutil
 import sys
+import types
+import weakref
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from detectors import make_faster_rcnn
+from detectors import liven, make_faster_rcnn
 from PIL import Image
 
 import tf_deform_cli
 from tf_deform import data, tasks
 from tf_deform.models import serving
-from tf_deform.tasks import _evaluate, _pictures
+from tf_deform.tasks import _evaluate, _models, _pictures
 
 
 @pytest.fixture
@@ -100,13 +103,73 @@ def test_evaluating_a_segmenter(segmenter, sources, tmp_path, monkeypatch):
     # Names of training and validation may stand for other ids.
     with pytest.raises(ValueError, match="Expected no classes but none, blue"):
         tasks.evaluate(model, masks)
-    monkeypatch.setattr(_evaluate, "_MOST_PICTURES", 3)
+    monkeypatch.setattr(_evaluate, "MOST_PICTURES", 3)
     names = ("none", "blue", "red")
     measures = tasks.evaluate(model, masks, classes=names, out=tmp_path / "a/b")
     assert measures.keys() == segmenter[1]["validation"].keys()
     assert len(list((tmp_path / "a/b/pictures").iterdir())) == 3
     with Image.open(tmp_path / "a/b/pictures/validation-2.png") as picture:
         assert picture.size == (64 + 8 + 64, 80)
+
+
+def test_a_model_keeps_its_tiles(lively, sources, tmp_path, caplog):
+    """Tests that photographs are cut as those that the model learned from."""
+    model = _models.load(str(lively), max_detections=500, tile=48)
+    assert model.max_detections == model.proposals == 500
+    model = _models.load(str(lively), tile=48)
+    model.save(tmp_path / "of_tiles.keras")
+    cut = tasks.evaluate(tmp_path / "of_tiles.keras", sources["voc"])
+    assert cut == tasks.evaluate(lively, sources["voc"], tile=48)
+    assert cut != tasks.evaluate(lively, sources["voc"])
+    with caplog.at_level("WARNING", "tf_deform"):
+        tasks.export_model(tmp_path / "of_tiles.keras", tmp_path / "m.tflite")
+    assert "learned from tiles of 48 pixels" in caplog.text
+    about = json.loads((tmp_path / "m.tflite.json").read_text())
+    assert about["tile"] == 48
+
+
+@pytest.mark.parametrize(
+    "tile, point, corner",
+    [
+        (None, (30, 50), (0, 0)),
+        (40, (30, 50), (10, 30)),
+        (40, (3, 95), (0, 60)),
+        (90, (30, 50), (0, 5)),  # A tile is higher than the photograph.
+    ],
+)
+def test_what_a_model_sees(tile, point, corner):
+    model = types.SimpleNamespace(tile=tile, image_size=80)
+    image = np.random.default_rng(3).integers(0, 256, (60, 100, 3), "uint8")
+    square, found = _models.view(model, image, np.array(point))
+    side = tile or 100
+    part = image[corner[0] :, corner[1] :][:side, :side]
+    scale = 80 / side
+    shape = [round(extent * scale) for extent in part.shape[:2]]
+    expected = np.full((80, 80, 3), 114, "float32")
+    expected[: shape[0], : shape[1]] = tf.image.resize(
+        part, shape, antialias=True
+    )
+    np.testing.assert_allclose(square, expected, atol=1e-3)
+    np.testing.assert_allclose(
+        found, np.subtract(point, corner) * scale, atol=0.5
+    )
+
+
+def test_masks_are_not_kept():
+    """Tests that of all predictions the first ones alone stay in memory."""
+    kept, alive = [], []
+
+    def predict():
+        for number in range(1, 6):
+            mask = np.zeros(3)
+            alive.append(weakref.ref(mask))
+            yield number, mask
+
+    numbers = [number for number, _ in _models.first(predict(), 2, kept)]
+    gc.collect()
+    assert numbers == [1, 2, 3, 4, 5]
+    assert [number for number, _ in kept] == [1, 2]
+    assert [ref() is not None for ref in alive] == [True, True, *[False] * 3]
 
 
 @pytest.mark.parametrize("kind", ["text", "another model", "weights"])
@@ -220,15 +283,28 @@ def test_no_photographs(detector, tmp_path):
 # Exports.
 
 
+@pytest.fixture(scope="module")
+def lively(detector, tmp_path_factory):
+    """Makes a file of a detector whose scores lie apart, as after training.
+
+    After a few steps they nearly tie, and which of two boxes goes that overlap
+    each other is up to the last bits of a processor's sums.
+    """
+    model = liven(_models.load(str(detector[0] / "best.keras")))
+    path = tmp_path_factory.mktemp("lively") / "best.keras"
+    model.save(path)
+    return path
+
+
 def image_of(photographs, number: int) -> np.ndarray:
     return data.read_image(photographs / f"images/{number}.png")
 
 
-def test_onnx(detector, photographs, tmp_path):
+def test_onnx(lively, photographs, tmp_path):
     """Tests what docs tell people to do with the file."""
     onnxruntime = pytest.importorskip("onnxruntime")
     path = tmp_path / "model.onnx"
-    tasks.export_model(detector[0] / "best.keras", path)
+    tasks.export_model(lively, path)
     about = json.loads((tmp_path / "model.onnx.json").read_text())
     assert about["classes"] == ["blue", "red"]
     session = onnxruntime.InferenceSession(path)
@@ -238,7 +314,7 @@ def test_onnx(detector, photographs, tmp_path):
     # This photograph has the model's size along its longer side.
     image = image_of(photographs, 1)
     height, width = image.shape[:2]
-    model = keras.saving.load_model(detector[0] / "best.keras", compile=False)
+    model = keras.saving.load_model(lively, compile=False)
     pixels, scale = data.letterbox(image, about["size"])
     (given,) = session.get_inputs()
     assert given.shape == [1, 64, 64, 3]
@@ -254,16 +330,15 @@ def test_onnx(detector, photographs, tmp_path):
 @pytest.mark.parametrize(
     "portable", [False, pytest.param(True, marks=pytest.mark.slow)]
 )
-def test_saved_model(portable, detector, photographs, tmp_path):
+def test_saved_model(portable, lively, photographs, tmp_path):
     path = tmp_path / "model"
-    best = detector[0] / "best.keras"
     samples = [photographs / f"images/{number}.png" for number in (0, 1)]
-    tasks.export_model(best, path, portable=portable, sample=samples)
+    tasks.export_model(lively, path, portable=portable, sample=samples)
     about = json.loads((path / "model.json").read_text())
     assert about["kind"] == "detector"
     assert "files" in about["input"] and "scale" not in about["boxes"]
     loaded = tf.saved_model.load(path)
-    model = keras.saving.load_model(best, compile=False)
+    model = keras.saving.load_model(lively, compile=False)
     content = (photographs / "images/6.png").read_bytes()
     found = loaded.serve(tf.constant([content]))
     expected = serving(model)(tf.constant([content]))
@@ -298,11 +373,11 @@ def test_untrained_detectors(suffix, photographs, tmp_path):
     assert path.stat().st_size > 10000
 
 
-def test_a_photograph_to_compare_on_that_is_none(detector, tmp_path):
+def test_a_photograph_to_compare_on_that_is_none(lively, tmp_path):
     (tmp_path / "a.jpg").write_text("text")
     with pytest.raises(ValueError, match="a.jpg"):
         tasks.export_model(
-            detector[0] / "best.keras",
+            lively,
             tmp_path / "model.onnx",
             sample=tmp_path / "a.jpg",
         )
@@ -310,10 +385,10 @@ def test_a_photograph_to_compare_on_that_is_none(detector, tmp_path):
 
 
 @pytest.mark.slow
-def test_litert(detector, tmp_path):
+def test_litert(lively, tmp_path):
     pytest.importorskip("ai_edge_litert")
     path = tmp_path / "model.tflite"
-    tasks.export_model(detector[0] / "best.keras", path)
+    tasks.export_model(lively, path)
     about = json.loads((tmp_path / "model.tflite.json").read_text())
     assert about["size"] == 64
     assert path.stat().st_size > 10000

@@ -66,9 +66,10 @@ def predictions(
         photographs: The `photographs` of `tf_deform.data.Annotations`.
         tile: As in the model's `predict_image`.
 
-    Yields:
-        The number of the photograph, counted from 1, which is its id in
-        `Annotations.to_coco`, and what `predict_image` returns.
+    Returns:
+        An iterator of pairs: the number of the photograph, counted from 1,
+        which is its id in `Annotations.to_coco`, and what `predict_image`
+        returns.
 
     Raises:
         OSError, ValueError: A file cannot be read.

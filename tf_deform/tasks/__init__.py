@@ -240,15 +240,12 @@ def train_segmenter(
 
 
 def _train_in_folder(task: str, given: dict[str, Any]) -> dict[str, Any]:
-    if given["epochs"] is None:
-        del given["epochs"]
-    if given["resume"]:
-        # What the caller left out is as it is in the run.
-        left = _settings.defaults(task).items()
-        left = {name for name, value in left if given.get(name) == value}
-        given = {
-            n: v for n, v in given.items() if n == "epochs" or n not in left
-        }
+    # None is the default or, of a run to resume, what the run has.
+    given = {
+        name: value
+        for name, value in given.items()
+        if value is not None or not (given["resume"] or name == "epochs")
+    }
     with _run.opened(task, given) as run, _setup.reproducible(run.settings):
         return getattr(_train, task)(run)
 
