@@ -167,6 +167,7 @@ import sys
 import numpy as np
 import tensorflow as tf
 
+tf.random.set_seed(1)
 images = tf.random.normal((1, 8, 9, 3))
 if sys.argv[1] == "compiled":
     tf.function(tf.nn.relu, jit_compile=True)(images)
@@ -183,7 +184,8 @@ def run():
     return loss, tape.gradient(loss, images)
 
 for one, other in zip(run(), tf.function(run, jit_compile=True)()):
-    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    # The loss is a sum of 168 sines, which may nearly cancel.
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 """
 
 
