@@ -398,7 +398,7 @@ COCO_FAULTS = [
           file_name("/home/x/one/a.png", "one", "two"), "kept",
           check=lambda found: "/one/" in found["a"].path or pytest.fail()),
     Fault("name twice", "coco", file_name("a.png", "one", "two"), "broken",
-          "2 files of this name: one/a.png, two/a.png"),
+          "one/a.png, two/a.png. Of COCO, coco:FILE,IMAGES names"),
     Fault("address with escapes", "coco",
           file_name("http://localhost/images/%61.png"), "kept"),
     Fault("address with a query", "coco",

@@ -268,6 +268,7 @@ class Index:
         received = (
             f"{len(found)} files of this name: "
             + ", ".join(map(shown, found[:3]))
+            + ". Of COCO, coco:FILE,IMAGES names one of their folders"
             if found
             else "no file of this name there"
         )
