@@ -150,6 +150,7 @@ def test_what_a_model_sees(tile, point, corner):
         part, shape, antialias=True
     )
     np.testing.assert_allclose(square, expected, atol=1e-3)
+    # Sides become whole pixels, and the scale with them.
     np.testing.assert_allclose(
         found, np.subtract(point, corner) * scale, atol=0.5
     )
