@@ -175,6 +175,15 @@ def test_equal_time_means_more_steps():
     )  # 162 in each of 8 epochs
 
 
+@pytest.mark.parametrize(
+    "full, seeds, steps", ((False, 1, 400), (True, 3, 800))
+)
+def test_quick_and_full(full, seeds, steps, monkeypatch):
+    monkeypatch.setattr(demo, "trees", lambda *settings: settings)
+    out, given, *rest = demo.run("trees", "out", full)
+    assert (out, len(set(given)), rest) == ("out", seeds, [steps, None])
+
+
 def test_bad_arguments(tmp_path):
     with pytest.raises(ValueError, match="multiple of 8. Received: 12"):
         demo.trees(tmp_path / "out", steps=12)

@@ -31,6 +31,7 @@ from collections.abc import Sequence
 TESTS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ROOT = os.path.dirname(TESTS)
 TIMEOUT = 1800  # seconds, of one row's tests
+_SHOWN = 20_000  # characters of the log of a row that failed
 # What the tests need besides the wheel.
 PACKAGES = ("pytest>=8,<10", "pytest-xdist>=3.6,<4", "h5py")
 # The tests that tell whether an installed package works.
@@ -250,6 +251,8 @@ def _test(row: Row, python: str, folder: str, out: str) -> dict[str, object]:
         log, status = str(error.stdout), -1
     with open(os.path.join(out, f"{row.slug}.log"), "w") as file:
         file.write(log)
+    if status:  # Where this runs, the file may be gone when one looks for it.
+        print(f"\n{log[-_SHOWN:]}", flush=True)
     found: dict[str, object] = {"test_s": round(time.monotonic() - begun)}
     found["status"] = status
     if os.path.exists(results):
