@@ -102,7 +102,10 @@ def test_exports(make, tmp_path, run_python_as_it_is):
     )
     np.save(tmp_path / "images.npy", images())
     run_python_as_it_is(RELOAD, tmp_path, "saved", "")
-    assert_near(np.load(tmp_path / "saved.npy"), run(model))
+    # The file's graph is fused, and rounds otherwise than the model's ops. Each
+    # displaced layer magnifies that: images that differ in their last bits give
+    # outputs that differ by 1e-4 of the largest.
+    assert_near(np.load(tmp_path / "saved.npy"), run(model), 3e-4)
 
 
 def test_a_model_that_is_trained_is_resumed(tmp_path):
