@@ -185,7 +185,7 @@ _HELP = {
         "number of each (default: .001)",
     ),
     "name": (None, "trees or digits"),
-    "full": (None, "three seeds, all controls, and for trees twice as many steps"),
+    "full": (None, "three seeds, all controls, and more steps for trees"),
 }
 # Options of one or more values.
 _SEVERAL = ("sample",)

@@ -176,7 +176,7 @@ def test_equal_time_means_more_steps():
 
 
 @pytest.mark.parametrize(
-    "full, seeds, steps", ((False, 1, 400), (True, 3, 800))
+    "full, seeds, steps", ((False, 1, 320), (True, 3, 800))
 )
 def test_quick_and_full(full, seeds, steps, monkeypatch):
     monkeypatch.setattr(demo, "trees", lambda *settings: settings)

@@ -36,7 +36,7 @@ __all__ = [
 ]
 _FULL_SEEDS = (0, 1, 2)
 # Trees: two models in a quarter of an hour on two cores without AVX-512.
-_QUICK_STEPS = 400
+_QUICK_STEPS = 320
 
 
 def run(
@@ -51,7 +51,7 @@ def run(
         name: Its name.
         out: Folder for results; None is `runs/` and the name.
         full: Whether to train three seeds, and all controls; for trees also
-            800 steps in place of 400.
+            800 steps in place of 320.
         weights: For trees, the file open_nsfw.onnx; None fetches it.
 
     Returns:

@@ -15,6 +15,8 @@ from tf_deform._keras import keras
 from tf_deform.models import deformable_layers
 
 _LEAST_SCORE = 0.3
+_LEAST_HALF = 64  # pixels from the middle of a tree to the picture's edge
+_FONT = 10
 
 
 class Row(NamedTuple):
@@ -80,11 +82,11 @@ def draw_boxes(path: pathlib.Path, rows: Sequence[Row]) -> None:
         wanted = ~(row.photograph.crowd | row.photograph.difficult)
         boxes = row.photograph.boxes[wanted]
         _show(line[0], row.image, boxes, "white")
-        line[0].set_title(f"{row.place}: {len(boxes)} trees annotated")
+        line[0].set_title(f"{row.place}: {len(boxes)} trees", fontsize=_FONT)
         for ax, (arm, found) in zip(line[1:], row.found.items()):
             likely = found["scores"] >= _LEAST_SCORE
             _show(ax, row.image, found["boxes"][likely], "yellow")
-            ax.set_title(f"{arm}: {likely.sum()} found")
+            ax.set_title(f"{arm}: {likely.sum()} found", fontsize=_FONT)
     save(figure, path)
 
 
@@ -100,7 +102,7 @@ def draw_sampling(
     """Draws where deformable layers of a backbone look for trees.
 
     These are the last two of strides 8 and 16, whose cells are smaller than
-    trees.
+    trees. The pictures show what lies around the trees.
 
     Args:
         path: PNG file to write.
@@ -136,5 +138,18 @@ def draw_sampling(
                 np.array([[x1, y1, x2, y2]]),
                 "white",
             )
-        line[0].set_title(row.place)
+            center = np.array([x1 + x2, y1 + y2]) / 2
+            half = max(_LEAST_HALF, x2 - x1, y2 - y1)
+            width, height = box[2:] - box[:2]
+            ax.set_xlim(center[0] - half, center[0] + half)
+            ax.set_ylim(center[1] + half, center[1] - half)
+            ax.set_title(
+                f"{row.place}\na tree of {width:.0f} x {height:.0f} pixels",
+                fontsize=_FONT,
+            )
+    figure.suptitle(
+        "Where the deformable layers look for the middle of a tree\n"
+        f"yellow: {shown[-1].name}; orange: {shown[-2].name}, for each of them",
+        fontsize=_FONT,
+    )
     save(figure, path)

@@ -389,7 +389,7 @@ def demo(
         out: The folder for results. None: `runs/` and the name.
         weights: For trees, the file open_nsfw.onnx. None: it is fetched.
         full: Whether to train three seeds, and all controls; for trees also
-            800 steps in place of 400.
+            800 steps in place of 320.
 
     Returns:
         What metrics.json holds.
