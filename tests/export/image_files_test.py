@@ -127,6 +127,16 @@ def test_what_says_nothing_of_the_orientation(tag, decode_rgb):
     np.testing.assert_array_equal(received, tf.io.decode_jpeg(JPEG))
 
 
+def test_pixels_are_those_that_pillow_reads(decode_rgb):
+    noise = np.random.default_rng(1).integers(0, 256, (12, 20, 3), np.uint8)
+    image = PIL.Image.fromarray(noise).resize((160, 96))
+    data = encode(image, "jpeg")
+    assert_upright(decode_rgb(data), data, tolerance=1)
+    # Otherwise this tells nothing.
+    with pytest.raises(AssertionError):
+        assert_upright(tf.io.decode_image(data), data, tolerance=1)
+
+
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
 def test_photographs_of_other_kinds(mode, decode_rgb):
     image = PIL.Image.fromarray(make_pixels()).convert(mode)

@@ -15,7 +15,7 @@ SIZE = 192
 
 
 def make(by="kernel", nested=False):
-    """Makes a network of stride 32 that grows coarser in one of three ways."""
+    """Makes a network of stride 32 that grows coarser in one of five ways."""
     image = keras.Input((SIZE, SIZE, 3))
     x = layers.Conv2D(4, 3, 4, padding="same", name="stem")(image)
     for level in (3, 4, 5):
@@ -25,6 +25,11 @@ def make(by="kernel", nested=False):
         elif by == "padding":
             x = layers.ZeroPadding2D(1, name=f"pad{level}")(x)
             x = layers.Conv2D(4, 3, 2, name=f"c{level}_0")(x)
+        elif by == "padding at the end":
+            x = layers.ZeroPadding2D(((0, 1), (0, 1)), name=f"pad{level}")(x)
+            x = layers.Conv2D(4, 3, 2, name=f"c{level}_0")(x)
+        elif by == "cutting":
+            x = layers.Conv2D(4, 2, 2, name=f"c{level}_0")(x)
         else:
             x = layers.MaxPooling2D(3, 2, padding="same")(x)
         x = layers.Conv2D(4, 3, name=f"c{level}_1", **options)(x)
@@ -39,7 +44,9 @@ def make(by="kernel", nested=False):
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("stride", [16, 8])
-@pytest.mark.parametrize("by", ["kernel", "padding", "pooling"])
+@pytest.mark.parametrize(
+    "by", ["kernel", "padding", "padding at the end", "cutting", "pooling"]
+)
 def test_every_old_cell_keeps_its_value(by, stride, nested):
     model = filled(lambda: make(by, nested))
     if by == "pooling" and stride == 8:
@@ -60,7 +67,7 @@ def test_every_old_cell_keeps_its_value(by, stride, nested):
     assert fine.shape[1:3] == tuple(factor * n for n in coarse.shape[1:3])
     # "same" pads even maps at the end alone, so that cells lie at the end of
     # their pixels.
-    phase = 0 if by == "padding" else factor - 1
+    phase = {"padding": 0, "cutting": factor // 2 - 1}.get(by, factor - 1)
     fine = fine[:, phase::factor, phase::factor]
     # Borders read more zeros in the finer maps.
     inner = (slice(None), slice(2, -2), slice(2, -2))

@@ -493,3 +493,19 @@ def test_wrong_backbones():
 def test_wrong_photographs(arguments):
     with pytest.raises(ValueError, match="Expected `(image|tile)`"):
         make_of_colours().predict_image(*arguments)
+
+
+@pytest.mark.parametrize("name", ["mobilenetv2", "mobilenetv3small"])
+@pytest.mark.parametrize("output_stride", [16, 8])
+def test_small_networks(name, output_stride):
+    """Tests maps that are padded at the end alone, and weighed by means."""
+    model = Segmenter(
+        models.backbone(name, image_size=64),
+        3,
+        output_stride=output_stride,
+        image_size=64,
+        filters=4,
+    )
+    assert model.output_shape == (None, 64, 64, 3)
+    found = model.get_layer("hidden").output.shape[1:3]
+    assert found == (64 // output_stride, 64 // output_stride)

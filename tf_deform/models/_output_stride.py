@@ -123,6 +123,7 @@ def _changes(
         found: dict[str, Any] = {}
         if call.after > max(call.before, level):
             found = _without_strides(layer, call)
+            changes.update(_centred(call, factor))
         elif factor == 1:
             continue
         if isinstance(layer, keras.layers.ZeroPadding2D) and factor > 1:
@@ -156,9 +157,34 @@ def _without_strides(layer: Any, call: _strides.Call) -> dict[str, Any]:
     if set(_pair(strides)) != {factor} or call.after - call.before != 1:
         raise _cannot(layer, f"with strides {strides}, not 2")
     found: dict[str, Any] = {"strides": 1}
-    if hasattr(layer, "pool_size") and max(_pair(layer.pool_size)) > 1:
+    is_pool = hasattr(layer, "pool_size") and max(_pair(layer.pool_size)) > 1
+    # ConvNeXt cuts maps into squares: the last cells lack a part of theirs.
+    is_cut = getattr(layer, "kernel_size", None) == (factor, factor)
+    if is_pool or is_cut:
         found["padding"] = "same"
     return found
+
+
+def _centred(call: _strides.Call, factor: int) -> dict[int, dict[str, Any]]:
+    """Returns what pads the input of a layer that loses its strides.
+
+    MobileNet and EfficientNet pad even maps at the end alone, by as much as
+    strides of 2 need: without strides, a cell would be missing.
+    """
+    source = call.source
+    if not isinstance(source, keras.layers.ZeroPadding2D):
+        return {}
+    if not _strides.is_convolution(call.layer) or all(
+        first == last for first, last in source.padding
+    ):
+        return {}
+    sizes = [
+        factor * rate * (size - 1)
+        for rate, size in zip(
+            _pair(call.layer.dilation_rate), call.layer.kernel_size
+        )
+    ]
+    return {id(source): {"padding": [[n // 2, n - n // 2] for n in sizes]}}
 
 
 def _pair(value: Any) -> Sequence[int]:

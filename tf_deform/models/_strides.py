@@ -18,6 +18,11 @@ from tf_deform._keras import keras
 # Pixels, of sizes that a model leaves open. Strides come out as they are with
 # any size that is large beside them.
 _SIZE = 256
+# Layers that make one pixel of a map, if it stays a map.
+_MEANS = (
+    keras.layers.GlobalAveragePooling2D,
+    keras.layers.GlobalMaxPooling2D,
+)
 OPEN = 99  # ends a range of stages that has no end
 
 
@@ -32,12 +37,14 @@ class Call:
             image.
         is_inside: Whether the call comes before the model's maps grow finer
             again, as in a pyramid or a decoder.
+        source: The layer whose output is the input, or None.
     """
 
     layer: Any
     before: int
     after: int
     is_inside: bool
+    source: Any = None
 
 
 def measure(model: Any) -> list[Call]:
@@ -84,19 +91,33 @@ def _calls(found: Sequence[tuple[Any, Any, Any]]) -> Iterator[Call]:
     levels: dict[tuple[int, int], int] = {}
     coarsest = 0
     is_inside = True
+    # Tensors are compared by identity; `found` keeps them alive.
+    sources: dict[int, Any] = {}
+    means: set[int] = set()
+    padded: dict[int, tuple[int, int]] = {}  # sizes before padding
     for layer, inputs, outputs in found:
+        source = sources.get(id(inputs))
+        sources[id(outputs)] = layer
+        # A map's mean that weighs its channels is no coarser map.
+        if id(inputs) in means or isinstance(layer, _MEANS):
+            means.add(id(outputs))
+            continue
         sizes = [_spatial(layer, value) for value in (inputs, outputs)]
         if None in sizes:
             continue
         if not levels:
             levels[sizes[0]] = 0
         before = _level(levels, sizes[0], next(iter(levels)))
-        after = _level(levels, sizes[1], sizes[0])
+        # Padding may double a small map, but makes no finer one.
+        if isinstance(layer, keras.layers.ZeroPadding2D):
+            levels.setdefault(sizes[1], before)
+            padded[id(outputs)] = sizes[0]
+        after = _level(levels, sizes[1], padded.get(id(inputs), sizes[0]))
         # A model's own call comes after those of its layers.
         if is_convolution(layer) and not _keras.sublayers(layer):
             is_inside = is_inside and after >= coarsest
             coarsest = max(coarsest, after)
-        yield Call(layer, before, after, is_inside)
+        yield Call(layer, before, after, is_inside, source)
 
 
 def _level(

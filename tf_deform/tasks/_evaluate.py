@@ -239,8 +239,9 @@ def describe(model: keras.Model, files: bool = False) -> dict[str, Any]:
         files: Whether it takes the bytes of files and answers in the pixels of
             photographs, or else takes the pixels of squares.
     """
+    is_detector = _models.is_detector(model)
     told = {
-        "kind": "detector" if _models.is_detector(model) else "segmenter",
+        "kind": "detector" if is_detector else "segmenter",
         "classes": list(_models.class_names(model)),
         "size": model.image_size,
         "tile": model.tile,
@@ -249,15 +250,34 @@ def describe(model: keras.Model, files: bool = False) -> dict[str, Any]:
         return {
             **told,
             "input": "(batch,) strings: the bytes of JPEG or PNG files",
-            "boxes": "x1, y1, x2, y2 in pixels of the photograph",
+            **(
+                {"boxes": "x1, y1, x2, y2 in pixels of the photograph"}
+                if is_detector
+                else {
+                    "ids": "(batch, height, width) the class of each pixel of "
+                    "the photograph; -1 beyond it, where others are larger",
+                    "sizes": "(batch, 2) height and width of the photographs",
+                }
+            ),
         }
     return {
         **told,
         "input": "RGB of 0 to 255, (1, size, size, 3). Of a photograph, scaled "
         "so that its longer side is size (bilinear, averaging where it "
         "shrinks), placed at the top left; the rest is 114",
-        "boxes": "x1, y1, x2, y2 in pixels of the input, to be divided by the "
-        "scale: the sides in the input by those of the photograph",
+        **(
+            {
+                "boxes": "x1, y1, x2, y2 in pixels of the input, to be divided "
+                "by the scale: the sides in the input by those of the "
+                "photograph"
+            }
+            if is_detector
+            else {
+                "ids": "(1, size, size) the class of each pixel of the input; "
+                "cut off what is no photograph, then enlarge to its size by "
+                "the nearest neighbour"
+            }
+        ),
     }
 
 
