@@ -2,9 +2,9 @@
 """Decodes image files in a graph to the images that viewers show.
 
 TensorFlow's `decode_image` does not turn photographs as their EXIF orientation
-says, and returns the indices of a BMP file instead of its palette's colours. Its
-pixels of a JPEG file differ by up to 9 from what Pillow reads, as it prefers a
-fast inverse transform to an accurate one (TensorFlow 2.15 to 2.21).
+says, and returns the indices of a BMP file instead of its palette's colours.
+Its pixels of a JPEG file differ by up to 9 from what Pillow reads, as it takes
+a fast inverse transform for an accurate one (TensorFlow 2.21).
 """
 
 from __future__ import annotations

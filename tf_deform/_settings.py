@@ -158,8 +158,9 @@ def source(*forms: str) -> Callable[[Any], str]:
         if form == "coco":
             file, images = _halves(rest, ",", os.path.isfile)
             file = _need(os.path.isfile, file, "FILE")
-            images = _need(_folder, images or os.path.dirname(file), "IMAGES")
-            return f"coco:{file},{images}"
+            if not images:  # The reader knows where tools put them.
+                return f"coco:{file}"
+            return f"coco:{file},{_need(_folder, images, 'IMAGES')}"
         images, labels = _halves(rest, ",", _folder, _folder)
         if not labels:
             raise Wrong(FORMS[form])
@@ -340,6 +341,7 @@ def _training(
         "backbone": Setting(backbone, "resnet50"),
         "weights": Setting(weights, None),
         "deform": Setting(stages, "c3-c5"),
+        "channels": Setting(whole(1, 4096), None),
         "size": Setting(divisible(32, 64, 8192), size),
         "tile": _TILE,
         "batch_size": Setting(whole(1, 4096), 2),

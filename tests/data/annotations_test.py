@@ -84,6 +84,8 @@ def test_an_unknown_class_names_both_lists(tmp_path):
         "Expected no classes but dog, bird. Received: car, of the classes car, "
         "dog"
     )
+    with pytest.raises(ValueError, match="Letters count: dog is not Dog$"):
+        result.select(["Dog", "car"])
     with pytest.raises(ValueError, match="classes of different names"):
         result.select(["dog", "car", "dog"])
 

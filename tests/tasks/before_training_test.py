@@ -2,6 +2,7 @@
 """Tests what is told and made before the first step of training."""
 
 import logging
+import shutil
 import sys
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from detectors import make_faster_rcnn
 from small_runs import SETTINGS
 
-from tf_deform import data, tasks, training
+from tf_deform import _settings, data, tasks, training
 from tf_deform.tasks import _setup, _train
 
 
@@ -171,6 +172,54 @@ def test_scales_of_anchors(
             **SETTINGS,
         )
     assert made[0].anchor_scales == expected
+
+
+@pytest.mark.parametrize(
+    "task, model, form, expected",
+    [
+        (
+            *("detector", "faster-rcnn", "voc"),
+            {"fpn_channels": 24, "head_units": 96},
+        ),
+        ("detector", "rfcn", "voc", {"rpn_channels": 48, "channels": 96}),
+        ("segmenter", None, "masks", {"filters": 96}),
+    ],
+)
+def test_channels(
+    task, model, form, expected, sources, backbone, tmp_path, monkeypatch
+):
+    made = []
+
+    def keep(model, settings):
+        made.append(model)
+        raise Stopped
+
+    monkeypatch.setattr(_setup, "prepare", keep)
+    options = SETTINGS | ({"model": model} if model else {})
+    with pytest.raises(Stopped):
+        getattr(tasks, f"train_{task}")(
+            sources[form],
+            tmp_path / "run",
+            backbone=backbone,
+            channels=24,
+            **options,
+        )
+    assert {name: getattr(made[0], name) for name in expected} == expected
+
+
+def test_images_beside_the_folder_annotations(sources, tmp_path):
+    """Tests COCO's layout, which a task reads as `tf_deform.data` does."""
+    file, images = sources["coco"].removeprefix("coco:").split(",")
+    shutil.copytree(images, tmp_path / "set/images")
+    (tmp_path / "set/annotations").mkdir()
+    shutil.copy(file, tmp_path / "set/annotations/all.json")
+    source = f"coco:{tmp_path}/set/annotations/all.json"
+    settings = _settings.check("evaluate", {"data": source})
+    found = _setup.read(
+        {"skip_broken": False, "classes": None, "crowds": "ignore"},
+        settings["data"],
+    )
+    assert found.photographs
 
 
 def test_no_objects(photographs, backbone, tmp_path):

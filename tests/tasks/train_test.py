@@ -313,6 +313,27 @@ def test_seconds_where_the_first_step_is_alone(monkeypatch, caplog):
     assert " 2 s a step, 32 s with" in caplog.messages[1]
 
 
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_line_each_minute(quiet, monkeypatch, caplog):
+    now = [0.0]
+    monkeypatch.setattr(_train.time, "perf_counter", lambda: now[0])
+    log = _train._StepLog(start=0, steps=100, pass_steps=4, quiet=quiet)
+    log.on_epoch_begin(0)
+    with caplog.at_level(logging.INFO, "tf_deform"):
+        for step in range(9):
+            now[0] += 15
+            log.on_train_batch_end(step)
+    assert caplog.messages == (
+        []
+        if quiet
+        else [
+            f"Step {step} of 100, 15 s a step: {minutes} minutes to go, "
+            "without validation"
+            for step, minutes in ((4, 24), (8, 23))
+        ]
+    )
+
+
 def test_the_bar_counts_no_epochs(capsys):
     """Tests Keras' bar, whose epochs need not be passes."""
     bar = _train._Bar()

@@ -134,6 +134,7 @@ class Annotations:
             raise ValueError(
                 f"Expected no classes but {', '.join(classes)}. Received: "
                 f"{', '.join(lost)}, of the classes {', '.join(self.classes)}"
+                f"{_advise(lost, classes)}"
             )
         table = np.array([*new, -1], np.int32)
         masks = {}  # One table serves many masks.
@@ -261,3 +262,18 @@ def _mask_labels(mask: Mask | str | None, count: int) -> set[int]:
     if isinstance(mask, str) or mask.labels is None:
         return set(range(count))
     return set(mask.labels.values()) - {VOID}
+
+
+def _advise(lost: Sequence[str], classes: Sequence[str]) -> str:
+    """Says what names that are not among the classes may be meant for."""
+    if all(name.isdecimal() for name in lost):
+        return (
+            ". Where files hold ids alone, `classes` (--classes) names them, "
+            f"in their order: {','.join(classes)}"
+        )
+    folded = {name.casefold(): name for name in classes}
+    alike = [name for name in lost if name.casefold() in folded]
+    return "".join(
+        f". Letters count: {name} is not {folded[name.casefold()]}"
+        for name in alike
+    )

@@ -66,6 +66,7 @@ def train_detector(
     backbone: str | _Path = "resnet50",
     weights: str | _Path | None = None,
     deform: str = "c3-c5",
+    channels: int | None = None,
     size: int = 640,
     tile: int | None = None,
     batch_size: int = 2,
@@ -137,6 +138,10 @@ def train_detector(
             file. None: "imagenet", or those of the .keras file.
         deform: The stages that become deformable, such as "c3-c5", or "none";
             see `tf_deform.make_deformable`.
+        channels: Channels of what stands on the backbone: of the pyramid of
+            "faster-rcnn", whose hidden layers have four times as many units. In
+            "rfcn" twice as many propose regions, and four times as many score
+            them. None: 256, as published; a small backbone needs fewer.
         size: Height and width, in pixels, of the images that the model sees.
         tile: Pixels of the squares that photographs are cut into, which the
             model then sees in its `size`, in training and prediction. None:
@@ -191,6 +196,7 @@ def train_segmenter(
     backbone: str | _Path = "resnet50",
     weights: str | _Path | None = None,
     deform: str = "c3-c5",
+    channels: int | None = None,
     size: int = 512,
     tile: int | None = None,
     batch_size: int = 2,
@@ -220,7 +226,8 @@ def train_segmenter(
         out, val, resume: As in `train_detector`.
         output_stride: Pixels of the image for one of the backbone's last map:
             8, 16 or 32.
-        backbone, weights, deform, size, tile: As in `train_detector`.
+        backbone, weights, deform, channels, size, tile: As in
+            `train_detector`.
         batch_size, epochs, steps, val_every, flips: As in `train_detector`.
         lr: The highest learning rate. None: .01 for steps of 16 images, and
             less in proportion.

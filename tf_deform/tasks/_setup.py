@@ -187,15 +187,26 @@ def prepare(model: keras.Model, settings: Mapping[str, Any]) -> None:
     dilation that offsets do not follow.
     """
     if settings["deform"] != "none":
-        surgery = models.make_deformable(
-            model.backbone,
-            settings["deform"],
-            offset_dilation_rate=1,
-            verbose=False,
-        )
+        try:
+            surgery = models.make_deformable(
+                model.backbone,
+                settings["deform"],
+                offset_dilation_rate=1,
+                verbose=False,
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"{error}. Choose other stages, a backbone that has such "
+                "convolutions, as ResNet has, or none (`deform`, --deform)"
+            ) from error
         LOGGER.info("Deformable layers of the backbone:\n%s", surgery)
     if settings["weights"] != "none":
         models.train_only(model.backbone, "c3-", freeze_batch_norm=True)
+        LOGGER.info(
+            "Of the backbone, the stem, stage c2 and batch normalization stay "
+            "as its weights have them; with `weights` none (--weights none) "
+            "all is trained"
+        )
 
 
 def follow_batch_norm(model: keras.Model, steps: int) -> None:

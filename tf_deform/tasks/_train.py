@@ -20,6 +20,7 @@ from tf_deform.tasks import _evaluate, _models, _pictures, _run, _setup
 
 LOGGER = logging.getLogger("tf_deform")
 _DETECTOR_RATE, _SEGMENTER_RATE = 0.02, 0.01
+_CHANNELS = 256
 # Objects of which a tile shows less than this share are not learned there.
 _LEAST_VISIBLE = 0.4
 # Photographs on which the reach of offsets is measured at each validation.
@@ -27,6 +28,7 @@ _MEASURED = 2
 # Sides of an object, the longer one by the other: no anchor of any size fits
 # longer ones, as the anchors' own are as 2 to 1 at most.
 _LONGEST = 8
+_SILENCE = 60  # seconds after which the log says how far a run is
 
 
 def train_detector(run: _run.Run) -> dict[str, Any]:
@@ -44,7 +46,14 @@ def train_detector(run: _run.Run) -> dict[str, Any]:
     }
     if settings["anchor_scales"] is not None:
         options["anchor_scales"] = settings["anchor_scales"]
-    if settings["model"] == "rfcn":
+    is_rfcn = settings["model"] == "rfcn"
+    if (channels := settings["channels"]) is not None:
+        options |= (
+            {"rpn_channels": 2 * channels, "channels": 4 * channels}
+            if is_rfcn
+            else {"fpn_channels": channels, "head_units": 4 * channels}
+        )
+    if is_rfcn:
         model = models.RFCN(backbone, len(train.classes), **options)
     else:
         model = models.FasterRCNN(
@@ -77,6 +86,7 @@ def train_segmenter(run: _run.Run) -> dict[str, Any]:
         _setup.make_backbone(settings),
         len(train.classes),
         output_stride=settings["output_stride"],
+        filters=4 * (settings["channels"] or _CHANNELS),
         image_size=settings["size"],
         class_names=train.classes,
         tile=settings["tile"],
@@ -256,6 +266,8 @@ class _Training:
         else:
             if start:
                 LOGGER.info("Going on after step %d of %d", start, self._steps)
+            elif settings["resume"]:
+                LOGGER.info("Nothing was saved yet: the run begins anew")
             self._fit(start, checkpoints, ema)
         return self._finish(checkpoints)
 
@@ -269,7 +281,7 @@ class _Training:
             *self._monitors(),
             # It asks the judge of a segmenter just as an evaluator of boxes.
             training.CocoCallback(self._judge, self._predict, ema=ema),
-            _StepLog(start, self._steps, self._pass_steps),
+            _StepLog(start, self._steps, self._pass_steps, quiet=bar),
             checkpoints,
             training.TensorBoardLogs(self._run.folder / "tensorboard"),
         ]
@@ -381,23 +393,29 @@ class _Guard(keras.callbacks.Callback):
 
 
 class _StepLog(keras.callbacks.Callback):
-    """Writes a line to the log after each validation.
+    """Writes a line to the log after each validation, and each minute.
 
     Args:
         start: The number of steps that are done.
         steps: The number of steps of the run.
         pass_steps: The number of steps of a pass over the photographs.
+        quiet: Whether to leave out the lines of each minute, as a bar shows
+            what they say.
     """
 
-    def __init__(self, start: int, steps: int, pass_steps: int) -> None:
+    def __init__(
+        self, start: int, steps: int, pass_steps: int, quiet: bool = False
+    ) -> None:
         super().__init__()
         self._start, self._step = start, start
         self._steps, self._pass_steps = steps, pass_steps
+        self._quiet = quiet
 
     def on_epoch_begin(
         self, epoch: int, logs: dict[str, Any] | None = None
     ) -> None:
         self._begin = self._timed_from = time.perf_counter()
+        self._said = self._begin
         self._timed = 0
 
     def on_train_batch_end(
@@ -409,6 +427,21 @@ class _StepLog(keras.callbacks.Callback):
         self._step += 1
         self._timed += 1
         self._timed_to = time.perf_counter()
+        if not self._quiet and self._timed_to - self._said >= _SILENCE:
+            self._said = self._timed_to
+            seconds = self._seconds()
+            LOGGER.info(
+                "Step %d of %d, %.3g s a step: %.0f minutes to go, without "
+                "validation",
+                self._step,
+                self._steps,
+                seconds,
+                seconds * (self._steps - self._step) / 60,
+            )
+
+    def _seconds(self) -> float:
+        """Returns the seconds of a step since the last validation."""
+        return (self._timed_to - self._timed_from) / self._timed
 
     def on_epoch_end(
         self, epoch: int, logs: dict[str, Any] | None = None
@@ -425,7 +458,7 @@ class _StepLog(keras.callbacks.Callback):
             self._steps,
             self._step / self._pass_steps,
             self._steps / self._pass_steps,
-            (self._timed_to - self._timed_from) / self._timed,
+            self._seconds(),
             time.perf_counter() - self._begin,
             numbers,
         )
