@@ -167,7 +167,11 @@ _HELP = {
     ),
     "images": (None, "photographs, or folders of photographs"),
     "score": ("S", "least score of a box"),
-    "sampling": (None, "draw also where deformable layers look"),
+    "sampling": (
+        None,
+        "draw also where deformable layers look at the best box or, without "
+        "boxes, at the middle of the photograph",
+    ),
     "path": (None, "model.onnx, model.tflite, or a folder for a SavedModel"),
     "portable": (
         None,

@@ -169,11 +169,13 @@ def draw_sampling(
 ) -> bool:
     """Draws where a model looks at its best box, or else at the centre."""
     point = np.array(image.shape[:2]) / 2
+    place = "the middle of the photograph"
     if isinstance(found, Mapping) and len(found["boxes"]):
         x1, y1, x2, y2 = found["boxes"][0]
         point = np.array([(y1 + y2) / 2, (x1 + x2) / 2])
+        place = "the middle of the best box"
     square, point = _models.view(model, image, point)
-    return _pictures.write_sampling(path, model, square, point.tolist())
+    return _pictures.write_sampling(path, model, square, point.tolist(), place)
 
 
 def _images(sources: Sequence[str]) -> Iterator[pathlib.Path]:

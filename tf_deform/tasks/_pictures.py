@@ -153,6 +153,7 @@ def write_sampling(
     model: keras.Model,
     image: np.ndarray,
     point: Sequence[float],
+    place: str,
 ) -> bool:
     """Draws where the deformable convolutions of a backbone look.
 
@@ -161,6 +162,7 @@ def write_sampling(
         model: A model whose `backbone` takes images `(1, size, size, 3)`.
         image: `(size, size, 3)`, what the model takes.
         point: (y, x) in pixels of the image.
+        place: What is at the point, for the caption.
 
     Returns:
         Whether a picture was written: there may be nothing to draw, or no
@@ -174,20 +176,41 @@ def write_sampling(
         LOGGER.info("No picture of sampling points. %s", error)
         return False
     from matplotlib.figure import Figure
+    from matplotlib.patheffects import withStroke
 
     from tf_deform.visualization import plot_sampling
 
     # Figures of their own need no screen, whatever backend is set.
     figure = Figure(figsize=(8, 8), layout="tight")
     axes = plot_sampling(model.backbone, image, point, ax=figure.add_subplot())
+    # The margin is as wide as the samples outside of the image need.
+    points = np.concatenate([dots.get_offsets() for dots in axes.collections])
+    height, width = image.shape[:2]
+    reach = len(image) / 50  # of a dot
+    left, top = np.minimum(points.min(0) - reach, -0.5)
+    right, bottom = np.maximum(
+        points.max(0) + reach, [width - 0.5, height - 0.5]
+    )
+    (x1, x2), (y2, y1) = axes.get_xlim(), axes.get_ylim()
+    axes.set_xlim(max(left, x1), min(right, x2))
+    axes.set_ylim(min(bottom, y2), max(top, y1))
+    (cross,) = axes.lines
+    cross.set(
+        markersize=18,
+        markeredgewidth=3,
+        path_effects=[withStroke(linewidth=6, foreground="black")],
+    )
     axes.legend(
         loc="upper center",
         bbox_to_anchor=(0.5, 0),
         ncols=3,
-        title="Where the last deformable layers look for the cell at the cross",
-    )
+        title="Where the last deformable layers look for the cell at the "
+        f"cross,\n{place}",
+    ).get_title().set_horizontalalignment("center")
     with _files.writing(path) as partial:
-        figure.savefig(partial, format="png", dpi=100)
+        figure.savefig(
+            partial, format="png", dpi=100, bbox_inches="tight", pad_inches=0.1
+        )
     return True
 
 
