@@ -146,6 +146,7 @@ _HELP = {
         "A,B,C",
         "names of the classes in their order (default: those of the data)",
     ),
+    "show.skip_broken": (None, "broken photographs are no error at the end"),
     "skip_broken": (None, "leave out broken files, instead of an error"),
     "base": (
         "0|1",

@@ -306,6 +306,7 @@ def show(
     score: float = 0.3,
     tile: int | None = None,
     sampling: bool = False,
+    skip_broken: bool = False,
 ) -> list[pathlib.Path]:
     """Draws what a model finds in photographs.
 
@@ -315,15 +316,20 @@ def show(
         out: The folder for one PNG file of each photograph, made where missing.
         score: The least score of a box that is drawn.
         tile: As in `train_detector`.
-        sampling: Whether to draw also, in a second file, where the deformable
-            layers look at the best box.
+        sampling: Whether to draw also, as photo-sampling.png, where the
+            deformable layers look at the middle of the best box or, of a
+            segmenter or without a box, of the photograph.
+        skip_broken: Whether broken photographs are told in the log alone. All
+            others are drawn in any case.
 
     Returns:
         The files.
 
     Raises:
-        ValueError: An argument is not what is expected.
-        OSError: A file cannot be read or written.
+        ValueError: An argument is not what is expected, or a photograph is
+            broken; with `skip_broken`, all are. It is raised after the others
+            are drawn. A model has more than 256 classes, for masks.
+        OSError: A file cannot be written.
         ImportError: An extra is not installed.
     """
     return _evaluate.show(_check("show", locals()))

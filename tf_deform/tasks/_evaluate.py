@@ -16,6 +16,7 @@ import tensorflow as tf
 from tf_deform import _files, _run_folder, data, export, models, training
 from tf_deform._keras import keras
 from tf_deform._settings import export_format
+from tf_deform.data._drafts import refusal, said
 from tf_deform.data._folders import IMAGES
 from tf_deform.tasks import _models, _pictures, _run, _setup
 
@@ -105,9 +106,15 @@ def show(settings: Mapping[str, Any]) -> list[pathlib.Path]:
         LOGGER.warning("No pictures of sampling: no layer is deformable")
     classes = _models.class_names(model)
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
+    written: list[pathlib.Path] = []
+    broken = []
     for name, path in zip(names, paths):
-        image = data.read_image(path)
+        try:
+            image = data.read_image(path)
+        except (OSError, ValueError) as error:
+            broken.append(said(str(path), error))
+            LOGGER.warning("broken and left out: %s", broken[-1])
+            continue
         found = model.predict_image(image)
         if _models.is_detector(model):
             picture = _pictures.boxes_picture(
@@ -126,6 +133,13 @@ def show(settings: Mapping[str, Any]) -> list[pathlib.Path]:
             if draw_sampling(path, model, image, found):
                 written.append(path)
     LOGGER.info("%d pictures written to %s", len(written), folder)
+    if len(broken) == len(paths):
+        raise ValueError(refusal(broken, len(paths)))
+    if broken and not settings["skip_broken"]:
+        raise ValueError(
+            f"{refusal(broken, len(paths))}\nThe others are drawn; "
+            "skip_broken=True (--skip-broken) makes this no error"
+        )
     return written
 
 
