@@ -56,9 +56,13 @@ _HELP = {
     "out": ("FOLDER", "folder of the run"),
     "evaluate.out": (
         "FOLDER",
-        "new folder for metrics.json and results.json (default: none)",
+        "new folder for metrics.json, pictures, and results.json of a detector "
+        "or masks of a segmenter (default: none)",
     ),
-    "show.out": ("FOLDER", "folder for one picture each"),
+    "show.out": (
+        "FOLDER",
+        "folder for one picture each, and of a segmenter for one mask",
+    ),
     "demo.out": ("FOLDER", "folder for results (default: runs/NAME)"),
     "val": (
         "SOURCE|SHARE",

@@ -275,7 +275,9 @@ def evaluate(
         out: A folder for metrics.json, for pictures (truth beside what the
             model finds, for the first eight photographs) and, of a detector,
             for results.json and truth.json, with which other programs compute
-            the same numbers. It has none of these yet.
+            the same numbers; of a segmenter, for the folder masks, with what it
+            finds in each photograph, as `show` writes it, by the photograph's
+            name. It has none of these yet.
         tile: As in `train_detector`.
         max_detections: The most boxes of an image. None: the model's.
         classes: Names of the classes of `data`, where its files tell ids alone.
@@ -310,10 +312,16 @@ def show(
 ) -> list[pathlib.Path]:
     """Draws what a model finds in photographs.
 
+    Of `photo.jpg` it writes photo.png, the photograph with boxes or in the
+    colours of classes, whose names are below it: a class 0 that is called
+    "background" or "_background_" has none. Of a segmenter, photo-mask.png has
+    the ids of the classes, `(height, width)` of the photograph, as uint8 pixels
+    with a palette.
+
     Args:
         model: A file of `train_detector` or `train_segmenter`.
         images: Photographs, or folders of photographs.
-        out: The folder for one PNG file of each photograph, made where missing.
+        out: The folder for the PNG files, made where missing.
         score: The least score of a box that is drawn.
         tile: As in `train_detector`.
         sampling: Whether to draw also, as photo-sampling.png, where the
