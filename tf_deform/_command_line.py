@@ -56,9 +56,13 @@ _HELP = {
     "out": ("FOLDER", "folder of the run"),
     "evaluate.out": (
         "FOLDER",
-        "new folder for metrics.json and results.json (default: none)",
+        "new folder for metrics.json, pictures, and results.json of a detector "
+        "or masks of a segmenter (default: none)",
     ),
-    "show.out": ("FOLDER", "folder for one picture each"),
+    "show.out": (
+        "FOLDER",
+        "folder for one picture each, and of a segmenter for one mask",
+    ),
     "demo.out": ("FOLDER", "folder for results (default: runs/NAME)"),
     "val": (
         "SOURCE|SHARE",
@@ -152,6 +156,7 @@ _HELP = {
         "A,B,C",
         "names of the classes in their order (default: those of the data)",
     ),
+    "show.skip_broken": (None, "broken photographs are no error at the end"),
     "skip_broken": (None, "leave out broken files, instead of an error"),
     "base": (
         "0|1",
@@ -173,7 +178,11 @@ _HELP = {
     ),
     "images": (None, "photographs, or folders of photographs"),
     "score": ("S", "least score of a box"),
-    "sampling": (None, "draw also where deformable layers look"),
+    "sampling": (
+        None,
+        "draw also where deformable layers look at the best box or, without "
+        "boxes, at the middle of the photograph",
+    ),
     "path": (None, "model.onnx, model.tflite, or a folder for a SavedModel"),
     "portable": (
         None,

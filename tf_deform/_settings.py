@@ -400,6 +400,7 @@ TASKS: Mapping[str, Mapping[str, Setting]] = {
         "score": Setting(number(0.0, 1.0, also_least=True), 0.3),
         "tile": _TILE,
         "sampling": Setting(boolean, False),
+        "skip_broken": _SKIP_BROKEN,
     },
     "export_model": {
         "model": _MODEL,

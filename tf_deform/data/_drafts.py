@@ -218,8 +218,25 @@ def draft(
     return Draft(path, header.size, clipped[kept], told, odd=odd)
 
 
-def _said(where: str, text: str) -> str:
+def said(where: str, error: Exception) -> str:
+    """Returns what is wrong with a file, with its name."""
+    where, text = shown(where), str(error).rstrip(".")
     return text if where in text else f"{where}: {text}"
+
+
+def refusal(broken: Sequence[str], count: int) -> str:
+    """Returns an error's text that counts what is broken, and names ten.
+
+    Args:
+        broken: What is wrong, of each broken file.
+        count: The number of all files.
+    """
+    more = len(broken) - 10
+    text = "\n".join(broken[:10]) + (f"\nand {more} more" if more > 0 else "")
+    return (
+        f"Expected {count} sound files or images. Received: {len(broken)} that "
+        f"are not:\n{text}"
+    )
 
 
 def collect(
@@ -252,18 +269,13 @@ def collect(
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
         results = list(threads.map(call, items))
     broken = [
-        _said(shown(where), str(result).rstrip("."))
+        said(where, result)
         for (where, _), result in zip(items, results)
         if isinstance(result, Exception)
     ]
     if broken and not skip_broken:
-        more = len(broken) - 10
-        text = "\n".join(broken[:10]) + (
-            f"\nand {more} more" if more > 0 else ""
-        )
         raise ValueError(
-            f"Expected {len(items)} sound files or images. Received: "
-            f"{len(broken)} that are not:\n{text}\n"
+            f"{refusal(broken, len(items))}\n"
             "skip_broken=True (--skip-broken) leaves out their photographs"
         )
     for text in broken:

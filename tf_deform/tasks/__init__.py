@@ -282,7 +282,9 @@ def evaluate(
         out: A folder for metrics.json, for pictures (truth beside what the
             model finds, for the first eight photographs) and, of a detector,
             for results.json and truth.json, with which other programs compute
-            the same numbers. It has none of these yet.
+            the same numbers; of a segmenter, for the folder masks, with what it
+            finds in each photograph, as `show` writes it, by the photograph's
+            name. It has none of these yet.
         tile: As in `train_detector`.
         max_detections: The most boxes of an image. None: the model's.
         classes: Names of the classes of `data`, where its files tell ids alone.
@@ -313,24 +315,36 @@ def show(
     score: float = 0.3,
     tile: int | None = None,
     sampling: bool = False,
+    skip_broken: bool = False,
 ) -> list[pathlib.Path]:
     """Draws what a model finds in photographs.
+
+    Of `photo.jpg` it writes photo.png, the photograph with boxes or in the
+    colours of classes, whose names are below it: a class 0 that is called
+    "background" or "_background_" has none. Of a segmenter, photo-mask.png has
+    the ids of the classes, `(height, width)` of the photograph, as uint8 pixels
+    with a palette.
 
     Args:
         model: A file of `train_detector` or `train_segmenter`.
         images: Photographs, or folders of photographs.
-        out: The folder for one PNG file of each photograph, made where missing.
+        out: The folder for the PNG files, made where missing.
         score: The least score of a box that is drawn.
         tile: As in `train_detector`.
-        sampling: Whether to draw also, in a second file, where the deformable
-            layers look at the best box.
+        sampling: Whether to draw also, as photo-sampling.png, where the
+            deformable layers look at the middle of the best box or, of a
+            segmenter or without a box, of the photograph.
+        skip_broken: Whether broken photographs are told in the log alone. All
+            others are drawn in any case.
 
     Returns:
         The files.
 
     Raises:
-        ValueError: An argument is not what is expected.
-        OSError: A file cannot be read or written.
+        ValueError: An argument is not what is expected, or a photograph is
+            broken; with `skip_broken`, all are. It is raised after the others
+            are drawn. A model has more than 256 classes, for masks.
+        OSError: A file cannot be written.
         ImportError: An extra is not installed.
     """
     return _evaluate.show(_check("show", locals()))

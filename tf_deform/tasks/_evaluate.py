@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -16,12 +17,15 @@ import tensorflow as tf
 from tf_deform import _files, _run_folder, data, export, models, training
 from tf_deform._keras import keras
 from tf_deform._settings import export_format
+from tf_deform.data._drafts import refusal, said
 from tf_deform.data._folders import IMAGES
 from tf_deform.tasks import _models, _pictures, _run, _setup
 
 LOGGER = logging.getLogger("tf_deform")
 _METRICS, _FOUND, _TRUTH = "metrics.json", "results.json", "truth.json"
-_PICTURES = "pictures"
+_PICTURES, _MASKS = "pictures", "masks"
+# How names of the files of one photograph end.
+_ENDINGS = ("", "-mask", "-sampling")
 MOST_PICTURES = 8
 # The least score of a box that is drawn beside the truth.
 _SCORE = 0.3
@@ -54,7 +58,12 @@ def evaluate(settings: Mapping[str, Any]) -> dict[str, float]:
     found = _models.first(found, MOST_PICTURES, drawn)
     if detector:
         found = list(found)
-    measures = judge.evaluate(found)
+    with contextlib.ExitStack() as stack:
+        if folder and not detector:
+            found = stack.enter_context(
+                _writing_masks(folder / _MASKS, found, truth.photographs, model)
+            )
+        measures = judge.evaluate(found)
     LOGGER.info("%s", _run.table(measures))
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,12 +79,49 @@ def evaluate(settings: Mapping[str, Any]) -> dict[str, float]:
 
 def _check_free(folder: pathlib.Path) -> None:
     """Checks that no results would be replaced: those of a run, or others."""
-    for name in (_run_folder.SETTINGS, _METRICS, _FOUND, _TRUTH, _PICTURES):
+    for name in (
+        _run_folder.SETTINGS,
+        _METRICS,
+        _FOUND,
+        _TRUTH,
+        _PICTURES,
+        _MASKS,
+    ):
         if (folder / name).exists():
             raise FileExistsError(
                 "Expected `out` to be a folder without results of other "
                 f"models. Received: {folder}, which has {name}"
             )
+
+
+@contextlib.contextmanager
+def _writing_masks(
+    folder: pathlib.Path,
+    found: Iterator[tuple[int, Any]],
+    photographs: Sequence[Any],
+    model: keras.Model,
+) -> Iterator[Iterator[tuple[int, Any]]]:
+    """Yields predictions, of which each is written as it is taken.
+
+    The folder appears at the end, with a mask for each photograph, of its name.
+    """
+    classes = _models.class_names(model)
+    paths = [pathlib.Path(photograph.path) for photograph in photographs]
+    names = _names(paths)
+    for path, name in zip(paths, names):
+        if name != path.stem:
+            LOGGER.info("%s: its mask is %s.png", path, name)
+
+    def written(folder: pathlib.Path) -> Iterator[tuple[int, Any]]:
+        for number, ids in found:
+            path = folder / f"{names[number - 1]}.png"
+            _pictures.write_mask(path, ids, classes)
+            yield number, ids
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _files.writing(folder, f"{names[0]}.png") as partial:
+        partial.mkdir()
+        yield written(partial)
 
 
 def show(settings: Mapping[str, Any]) -> list[pathlib.Path]:
@@ -88,10 +134,10 @@ def show(settings: Mapping[str, Any]) -> list[pathlib.Path]:
             "Received: none"
         )
     folder = pathlib.Path(settings["out"])
-    names = _names(paths)
+    names = _names(paths, _ENDINGS)
     sources = {path.resolve() for path in paths}
     for name in names:
-        for picture in (f"{name}.png", f"{name}-sampling.png"):
+        for picture in (f"{name}{ending}.png" for ending in _ENDINGS):
             if (folder / picture).resolve() in sources:
                 raise FileExistsError(
                     "Expected `out` to be another folder than that of the "
@@ -105,27 +151,45 @@ def show(settings: Mapping[str, Any]) -> list[pathlib.Path]:
         LOGGER.warning("No pictures of sampling: no layer is deformable")
     classes = _models.class_names(model)
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
+    written: list[pathlib.Path] = []
+    broken = []
     for name, path in zip(names, paths):
-        image = data.read_image(path)
+        try:
+            image = data.read_image(path)
+        except (OSError, ValueError) as error:
+            broken.append(said(str(path), error))
+            LOGGER.warning("broken and left out: %s", broken[-1])
+            continue
         found = model.predict_image(image)
         if _models.is_detector(model):
             picture = _pictures.boxes_picture(
                 image, found, classes, settings["score"]
             )
             count = int(np.sum(found["scores"] >= settings["score"]))
-            LOGGER.info("%s: %d boxes", path, count)
+            LOGGER.info("%s: %d box%s", path, count, "es" * (count != 1))
         else:
-            picture = _pictures.mask_picture(image, found)
+            picture = _pictures.mask_picture(image, found, classes)
             ids = np.unique(found)
+            picture = _pictures.with_legend(picture, ids, classes)
             LOGGER.info("%s: %s", path, ", ".join(classes[i] for i in ids))
         written.append(folder / f"{name}.png")
         _pictures.write_picture(written[-1], picture)
+        if not _models.is_detector(model):
+            written.append(folder / f"{name}-mask.png")
+            with _files.writing(written[-1]) as partial:
+                _pictures.write_mask(partial, found, classes)
         if settings["sampling"]:
             path = folder / f"{name}-sampling.png"
             if draw_sampling(path, model, image, found):
                 written.append(path)
     LOGGER.info("%d pictures written to %s", len(written), folder)
+    if len(broken) == len(paths):
+        raise ValueError(refusal(broken, len(paths)))
+    if broken and not settings["skip_broken"]:
+        raise ValueError(
+            f"{refusal(broken, len(paths))}\nThe others are drawn; "
+            "skip_broken=True (--skip-broken) makes this no error"
+        )
     return written
 
 
@@ -156,12 +220,14 @@ def draw_comparisons(
         else:
             truth = data.read_mask(photograph.mask)[..., 0]
             pictures = [
-                _pictures.mask_picture(image, ids) for ids in (truth, objects)
+                _pictures.mask_picture(image, ids, classes)
+                for ids in (truth, objects)
             ]
-        _pictures.write_picture(
-            folder / f"validation-{number}.png",
-            _pictures.side_by_side(*pictures),
-        )
+        picture = _pictures.side_by_side(*pictures)
+        if not _models.is_detector(model):
+            ids = np.union1d(truth, objects)
+            picture = _pictures.with_legend(picture, ids, classes)
+        _pictures.write_picture(folder / f"validation-{number}.png", picture)
 
 
 def draw_sampling(
@@ -169,11 +235,13 @@ def draw_sampling(
 ) -> bool:
     """Draws where a model looks at its best box, or else at the centre."""
     point = np.array(image.shape[:2]) / 2
+    place = "the middle of the photograph"
     if isinstance(found, Mapping) and len(found["boxes"]):
         x1, y1, x2, y2 = found["boxes"][0]
         point = np.array([(y1 + y2) / 2, (x1 + x2) / 2])
+        place = "the middle of the best box"
     square, point = _models.view(model, image, point)
-    return _pictures.write_sampling(path, model, square, point.tolist())
+    return _pictures.write_sampling(path, model, square, point.tolist(), place)
 
 
 def _images(sources: Sequence[str]) -> Iterator[pathlib.Path]:
@@ -187,16 +255,20 @@ def _images(sources: Sequence[str]) -> Iterator[pathlib.Path]:
             yield source
 
 
-def _names(paths: Sequence[pathlib.Path]) -> list[str]:
-    """Returns a name for each file, all different."""
-    names: dict[str, None] = {}
+def _names(
+    paths: Sequence[pathlib.Path], endings: Sequence[str] = ("",)
+) -> list[str]:
+    """Returns a name for each file, all different with any of the endings."""
+    names: list[str] = []
+    taken: set[str] = set()
     for path in paths:
         name, count = path.stem, 1
-        while name in names:
+        while not taken.isdisjoint(name + ending for ending in endings):
             count += 1
             name = f"{path.stem}-{count}"
-        names[name] = None
-    return list(names)
+        names.append(name)
+        taken.update(name + ending for ending in endings)
+    return names
 
 
 # Exports.
