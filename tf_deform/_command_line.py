@@ -137,8 +137,8 @@ _HELP = {
     ),
     "lr": (
         "RATE",
-        "highest learning rate (default: .02, of segmenters .01, for 16 images "
-        "in a step, for others in proportion)",
+        "highest learning rate, taken as it is (default: .02, of segmenters "
+        ".01, times --batch-size / 16)",
     ),
     "ema": (
         "MOMENTUM",
