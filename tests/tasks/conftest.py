@@ -121,6 +121,16 @@ def small(monkeypatch):
         monkeypatch.setitem(FasterRCNN.__init__.__kwdefaults__, name, value)
 
 
+@pytest.fixture
+def sources(photographs) -> dict[str, str]:
+    """Returns the photographs in each form, as the command takes them."""
+    return {
+        "voc": f"voc:{photographs}/voc",
+        "coco": f"coco:{photographs}/coco.json,{photographs}/images",
+        "masks": f"masks:{photographs}/images,{photographs}/masks",
+    }
+
+
 @pytest.fixture(scope="session")
 def detector(photographs, backbone, tmp_path_factory):
     """Trains a detector, and returns its folder and what was returned."""

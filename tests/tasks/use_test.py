@@ -23,15 +23,6 @@ from tf_deform.models import serving
 from tf_deform.tasks import _evaluate, _models, _pictures
 
 
-@pytest.fixture
-def sources(photographs) -> dict[str, str]:
-    return {
-        "voc": f"voc:{photographs}/voc",
-        "coco": f"coco:{photographs}/coco.json,{photographs}/images",
-        "masks": f"masks:{photographs}/images,{photographs}/masks",
-    }
-
-
 def test_evaluating_gives_what_training_gave(detector, sources, tmp_path):
     out, found = detector
     measures = tasks.evaluate(out / "best.keras", sources["coco"])
