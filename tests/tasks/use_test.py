@@ -602,3 +602,19 @@ def test_exports_of_a_segmenter(segmenter, photographs, tmp_path):
     model = keras.saving.load_model(best, compile=False)
     expected = np.argmax(model(pixels.astype("float32")), -1)
     assert np.mean(ids == expected) > 0.99
+
+
+def test_a_comparison_has_titles():
+    pictures = {
+        "truth": np.full((40, 60, 3), 90, np.uint8),
+        "found, in words that are wider than it": np.full(
+            (40, 60, 3), 190, np.uint8
+        ),
+    }
+    row = _pictures.side_by_side(pictures)
+    strip = len(row) - 40
+    assert strip > 0
+    for left, picture in zip((0, 68), pictures.values()):
+        np.testing.assert_array_equal(row[strip:, left : left + 60], picture)
+        assert row[:strip, left : left + 60].min() < 100
+    assert (row[:, 60:68] == 255).all()

@@ -217,13 +217,15 @@ def draw_comparisons(
                 _pictures.boxes_picture(image, boxes, classes, _SCORE)
                 for boxes in (_pictures.truth_of(photograph), objects)
             ]
+            titles = "truth", f"found, score {_SCORE} or more"
         else:
             truth = data.read_mask(photograph.mask)[..., 0]
             pictures = [
                 _pictures.mask_picture(image, ids, classes)
                 for ids in (truth, objects)
             ]
-        picture = _pictures.side_by_side(*pictures)
+            titles = "truth", "found"
+        picture = _pictures.side_by_side(dict(zip(titles, pictures)))
         if not _models.is_detector(model):
             ids = np.union1d(truth, objects)
             picture = _pictures.with_legend(picture, ids, classes)

@@ -21,6 +21,7 @@ from tf_deform.models import deformable_layers
 LOGGER = logging.getLogger("tf_deform")
 # Larger pictures say no more on a screen.
 MAX_SIDE = 1600
+_GAP = 8  # pixels between pictures in a row
 # Boxes of a picture from which on text is written only where it fits.
 _MANY = 20
 # Matplotlib's tab20 has these, here the strong ones first. Its grays are left
@@ -220,11 +221,23 @@ def write_mask(
     mask.save(path, format="PNG")
 
 
-def side_by_side(*pictures: np.ndarray) -> np.ndarray:
-    """Returns pictures of one size in a row, with a white gap."""
-    gap = np.full((len(pictures[0]), 8, 3), 255, "uint8")
-    row = [part for picture in pictures for part in (picture, gap)]
-    return np.concatenate(row[:-1], axis=1)
+def side_by_side(pictures: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Returns pictures of one size in a row, below their titles."""
+    from PIL import Image, ImageDraw
+
+    height, width = next(iter(pictures.values())).shape[:2]
+    font = _font(height)
+    strip = sum(font.getmetrics())
+    size = (len(pictures) * (width + _GAP) - _GAP, height + strip)
+    row = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(row)
+    for index, (title, picture) in enumerate(pictures.items()):
+        left = index * (width + _GAP)
+        draw.text((left, 0), title, fill="black", font=font)
+        # A title that is wider than its picture ends at the picture's edge.
+        draw.rectangle((left + width, 0, size[0], strip - 1), "white")
+        row.paste(Image.fromarray(picture), (left, strip))
+    return np.asarray(row)
 
 
 def write_picture(path: pathlib.Path, picture: np.ndarray) -> None:
