@@ -15,7 +15,7 @@ TEST_SOURCES := $(wildcard tests/*/*.c tests/*/*.cc tests/*/*.h)
 
 help:
 	@echo "make demo       fine-tune detectors of trees in aerial photographs,"
-	@echo "                plain and deformable (fetches 43 MB; 15 minutes)"
+	@echo "                plain and deformable (fetches 43 MB; 5 to 15 minutes)"
 	@echo "make demo-full  the same with three seeds and more steps; and"
 	@echo "                segmenters and detectors of digits, with controls (hours)"
 	@echo "make quick      run the most telling tests (two minutes)"
