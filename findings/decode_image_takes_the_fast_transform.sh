@@ -1,13 +1,14 @@
 #!/bin/sh
-# tf.io.decode_image reads other pixels from a JPEG file than Pillow does, by up to 9.
+# tf.io.decode_image reads other pixels from a JPEG file than Pillow does.
 #
 # Surprise: TensorFlow and Pillow both decode JPEG by libjpeg-turbo, so one would guess
-# the same pixels, or differences of 1. But TensorFlow asks for the fast, inexact inverse
-# transform unless it is told otherwise, and Pillow for the accurate one: most values of a
-# textured photograph differ. `decode_jpeg(dct_method="INTEGER_ACCURATE")` gives Pillow's
-# pixels to the bit; `decode_image`, the only one that takes whatever kind of file comes,
-# has no such argument. So a model that learned from what Pillow reads is served other
-# pixels, and scores near a limit fall on its other side.
+# the same pixels, or differences of 1. But TensorFlow asks for the fast, inexact
+# inverse transform unless it is told otherwise, and Pillow for the accurate one: two
+# thirds of the values of the picture below differ, by up to 4.
+# `decode_jpeg(dct_method="INTEGER_ACCURATE")` gives Pillow's pixels to the bit;
+# `decode_image`, the only one that takes whatever kind of file comes, has no such
+# argument. So a model that learned from what Pillow reads is served other pixels, and
+# scores near a limit fall on its other side.
 #
 # Versions: see pip below. Source: this program; the argument `dct_method` of
 # tf.io.decode_jpeg.

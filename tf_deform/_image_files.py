@@ -3,8 +3,9 @@
 
 TensorFlow's `decode_image` does not turn photographs as their EXIF orientation
 says, and returns the indices of a BMP file instead of its palette's colours.
-Its pixels of a JPEG file differ by up to 9 from what Pillow reads, as it takes
-a fast inverse transform for an accurate one (TensorFlow 2.21).
+Most of its pixels of a JPEG file differ a little from what Pillow reads, as it
+takes a fast inverse transform and not the accurate one (TensorFlow 2.21; see
+findings/decode_image_takes_the_fast_transform.sh).
 """
 
 from __future__ import annotations

@@ -222,7 +222,14 @@ def write_mask(
 
 
 def side_by_side(pictures: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Returns pictures of one size in a row, below their titles."""
+    """Returns pictures in a row, below their titles.
+
+    Args:
+        pictures: By title, `(h, w, 3)` uint8, all of one size.
+
+    Returns:
+        `(h + strip, n * w + gaps, 3)` uint8.
+    """
     from PIL import Image, ImageDraw
 
     height, width = next(iter(pictures.values())).shape[:2]

@@ -20,7 +20,6 @@ from tf_deform.tasks import _evaluate, _models, _pictures, _run, _setup
 
 LOGGER = logging.getLogger("tf_deform")
 _DETECTOR_RATE, _SEGMENTER_RATE = 0.02, 0.01
-_CHANNELS = 256
 # Objects of which a tile shows less than this share are not learned there.
 _LEAST_VISIBLE = 0.4
 # Photographs on which the reach of offsets is measured at each validation.
@@ -82,11 +81,12 @@ def train_segmenter(run: _run.Run) -> dict[str, Any]:
     """Trains a segmenter; see `tf_deform.tasks.train_segmenter`."""
     settings = run.settings
     train, val = _setup.read_parts(run)
+    channels = settings["channels"]
     model = models.Segmenter(
         _setup.make_backbone(settings),
         len(train.classes),
         output_stride=settings["output_stride"],
-        filters=4 * (settings["channels"] or _CHANNELS),
+        **({} if channels is None else {"filters": 4 * channels}),
         image_size=settings["size"],
         class_names=train.classes,
         tile=settings["tile"],
