@@ -21,6 +21,9 @@ from tf_deform.demo import _compare, _fetch, _photographs, _trees
 # Numbers of images of the sets; width and height of all.
 COUNTS = {"train": 2, "val": 1, "yellowstone": 3, "florida": 1, "california": 1}
 SIZE = (70, 61)
+RESULT = {"parameters": 1, "ms_per_step": 1.0} | {
+    name: {"AP": 0.5, "AP50": 0.5} for name in _photographs.TESTS
+}
 
 
 def write_sets(folder):
@@ -163,16 +166,38 @@ def test_stem_and_second_stage_are_frozen(small, weights):
     assert any("offset_kernel" in name for name in names)
 
 
-def test_equal_time_means_more_steps():
-    results = [
-        {"arm": "plain", "ms_per_step": 100.0},
-        {"arm": "plain", "ms_per_step": 500.0},
-        {"arm": "plain", "ms_per_step": 100.0},
-        {"arm": "deformable", "ms_per_step": 108.0},
+def test_equal_time_means_more_steps(small, weights, tmp_path, monkeypatch):
+    # The step times are made up: no test depends on a clock.
+    timed = {"ratio": 1.6}
+    monkeypatch.setattr(_trees._Runs, "time_steps", lambda *_: timed)
+    monkeypatch.setattr(_trees._Runs, "_run", lambda *_: RESULT)
+    monkeypatch.setattr(_trees, "_add_tiles", lambda *_: None)
+    monkeypatch.setattr(_trees, "_draw", lambda *_: None)
+    metrics = demo.trees(tmp_path / "out", (3, 4), 4, weights)
+    assert [(r["arm"], r["steps"]) for r in metrics["results"][::2]] == [
+        ("plain", 4),
+        ("deformable", 4),
+        ("plain, as long", 6),  # 3.2 in each of 2 epochs
     ]
-    assert (
-        _trees._steps_as_long(results, 1200) == 1296
-    )  # 162 in each of 8 epochs
+    assert metrics["step_times"] == timed
+    assert {p["base"] for p in metrics["differences"]} == {
+        "plain",
+        "plain, as long",
+    }
+    assert _trees._steps_as_long(1.08, 1200) == 1296
+
+
+def test_steps_are_timed_in_turns(small, weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(_trees, "_TURNS", 3)
+    monkeypatch.setattr(_trees, "_STEPS_A_TURN", 2)
+    sets = _trees.read_sets(write_sets(tmp_path / "sets"))
+    runs = _trees._Runs(tmp_path / "runs", sets, str(weights))
+    timed = runs.time_steps(8)
+    assert timed["ms_per_step"].keys() == {"plain", "deformable"}
+    assert min(timed["ms_per_step"].values()) > 0
+    assert len(timed["ratios"]) == 3
+    assert timed["ratio"] == np.median(timed["ratios"]) > 0
+    assert runs.time_steps(8) == timed  # Read, not taken anew.
 
 
 @pytest.mark.parametrize(

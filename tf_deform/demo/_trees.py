@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
 import os
 import pathlib
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,6 +39,8 @@ _METRICS = ("AP", "AP50")
 _RATE, _WARM_UP, _DECAY = 5e-4, 100, 1e-4
 # At a tenth of the rate, offsets are still next to zero after so few steps.
 _OFFSET_MULTIPLIER = 1.0
+# Steps are timed in so many turns of so many steps.
+_TURNS, _STEPS_A_TURN = 15, 12
 
 
 def trees(
@@ -90,19 +94,21 @@ def trees(
         weights = _fetch.fetch(_fetch.WEIGHTS) / "open_nsfw.onnx"
     sets = read_sets(_photographs.write(out / "photographs"))
     runs = _Runs(out / "runs", sets, str(weights))
+    pairs = [("deformable", "plain")]
+    plan = {arm: steps for arm in ARMS}
+    times = None
+    if len(seeds) > 1:
+        # Times are taken first, when the machine has done nothing else yet.
+        times = runs.time_steps(steps)
+        plan[LONGER] = _steps_as_long(times["ratio"], steps)
+        pairs.append(("deformable", LONGER))
     results = [
-        runs.run(arm, seed, steps)
-        for arm in ARMS
+        runs.run(arm, seed, count)
+        for arm, count in plan.items()
         for seed in sorted(set(seeds))
     ]
-    pairs = [("deformable", "plain")]
-    if len(seeds) > 1:
-        longer = _steps_as_long(results, steps)
-        results += [
-            runs.run(LONGER, seed, longer) for seed in sorted(set(seeds))
-        ]
-        pairs.append(("deformable", LONGER))
     metrics = _summarise(results, pairs, out / "runs", sets)
+    metrics["step_times"] = times
     training.write_metrics(out / "metrics.json", metrics)
     _LOG.info("\n%s", _report(metrics))
     _draw(out, sets, runs, sorted(seeds)[0])
@@ -191,6 +197,51 @@ class _Runs:
             (folder / name).unlink(missing_ok=True)
         return result
 
+    def time_steps(self, steps: int) -> dict[str, Any]:
+        """Times training of both arms, in random turns on the same batches.
+
+        Args:
+            steps: Number of steps of a run, on which the rates depend.
+
+        Returns:
+            Under "ms_per_step" the median of each arm; under "ratios", for each
+            turn, by how much a step of the deformable arm takes longer, and
+            under "ratio" their median.
+        """
+        return _compare.run_once(
+            self._folder / "step-times",
+            {"turns": _TURNS, "steps_a_turn": _STEPS_A_TURN, "steps": steps},
+            lambda: self._time_steps(steps),
+        )
+
+    def _time_steps(self, steps: int) -> dict[str, Any]:
+        fits = {}
+        for arm, stages in ARMS.items():
+            model = build(self._weights, stages, 0)
+            self._compile(model, steps)
+            fits[arm] = functools.partial(
+                model.fit,
+                self._batches(0, 0),
+                steps_per_epoch=_STEPS_A_TURN,
+                shuffle=False,
+                verbose=0,
+            )
+            fits[arm]()  # The first call traces.
+        order, seconds = random.Random(0), {arm: [] for arm in ARMS}
+        for _ in range(_TURNS):
+            for arm in order.sample(list(ARMS), len(ARMS)):
+                history = fits[arm](callbacks=[_compare.Timer()]).history
+                seconds[arm] += history["seconds"]
+        ratios = np.divide(seconds["deformable"], seconds["plain"])
+        return {
+            "ms_per_step": {
+                arm: 1000 * float(np.median(each)) / _STEPS_A_TURN
+                for arm, each in seconds.items()
+            },
+            "ratio": float(np.median(ratios)),
+            "ratios": ratios.tolist(),
+        }
+
     def load(self, arm: str, seed: int) -> keras.Model:
         path = self.folder(arm, seed) / "model.keras"
         return keras.saving.load_model(path, compile=False)
@@ -231,6 +282,27 @@ class _Runs:
         steps: int,
     ) -> list[float]:
         """Trains a model, and returns how long epochs took, in seconds."""
+        self._compile(model, steps)
+        checkpoints = training.BestAndLast(folder, "val_AP")
+        start = checkpoints.restore(model)
+        if start < steps:
+            val = self._sets["val"]
+            judge = training.CocoCallback(
+                make_judge(val),
+                lambda: models.predictions(model, val.photographs),
+            )
+            model.fit(
+                self._batches(seed, start),
+                initial_epoch=checkpoints.epoch,
+                epochs=_EPOCHS,
+                steps_per_epoch=steps // _EPOCHS,
+                shuffle=False,  # The crops are drawn at random already.
+                callbacks=[_compare.Timer(), judge, _Line(title), checkpoints],
+                verbose=0,
+            )
+        return [record["seconds"] for record in checkpoints.history]
+
+    def _compile(self, model: keras.Model, steps: int) -> None:
         optimizer = keras.optimizers.AdamW(
             training.WarmUpSteps(
                 _RATE,
@@ -244,33 +316,17 @@ class _Runs:
             training.deformable_optimizer(optimizer, _OFFSET_MULTIPLIER),
             jit_compile=False,
         )
-        checkpoints = training.BestAndLast(folder, "val_AP")
-        start = checkpoints.restore(model)
-        if start < steps:
-            val = self._sets["val"]
-            judge = training.CocoCallback(
-                make_judge(val),
-                lambda: models.predictions(model, val.photographs),
-            )
-            batches = data.detection_batches(
-                self._sets["train"],
-                _SIZE,
-                _BATCH,
-                seed=seed,
-                start=start,
-                tile=_SIZE,
-                flips="all",
-            )
-            model.fit(
-                batches,
-                initial_epoch=checkpoints.epoch,
-                epochs=_EPOCHS,
-                steps_per_epoch=steps // _EPOCHS,
-                shuffle=False,  # The crops are drawn at random already.
-                callbacks=[_compare.Timer(), judge, _Line(title), checkpoints],
-                verbose=0,
-            )
-        return [record["seconds"] for record in checkpoints.history]
+
+    def _batches(self, seed: int, start: int) -> Any:
+        return data.detection_batches(
+            self._sets["train"],
+            _SIZE,
+            _BATCH,
+            seed=seed,
+            start=start,
+            tile=_SIZE,
+            flips="all",
+        )
 
 
 class _Line(keras.callbacks.Callback):
@@ -298,13 +354,9 @@ def make_judge(annotations: Any) -> Any:
     return training.CocoEvaluator(annotations.to_coco(), _MAX_DETECTIONS)
 
 
-def _steps_as_long(results: Sequence[dict], steps: int) -> int:
+def _steps_as_long(ratio: float, steps: int) -> int:
     """Returns for how many steps the plain arm takes as long as the other."""
-    plain, deformable = (
-        np.median([r["ms_per_step"] for r in results if r["arm"] == arm])
-        for arm in ("plain", "deformable")
-    )
-    return max(_EPOCHS, _EPOCHS * round(steps * deformable / plain / _EPOCHS))
+    return max(_EPOCHS, _EPOCHS * round(steps * ratio / _EPOCHS))
 
 
 def _summarise(
