@@ -215,6 +215,7 @@ class _Runs:
         )
 
     def _time_steps(self, steps: int) -> dict[str, Any]:
+        _LOG.info("Timing the steps of both models in turns")
         fits = {}
         for arm, stages in ARMS.items():
             model = build(self._weights, stages, 0)
