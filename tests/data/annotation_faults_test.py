@@ -130,6 +130,20 @@ def in_annotations(root, form):
     return f"coco:{path}"
 
 
+def masks_among_labels(root, form):
+    """Puts a mask of the image's name into a folder `labels` beside."""
+    (root / "labels").mkdir()
+    picture("a", "L").save(root / "labels/a.png")
+    return in_annotations(root, form)
+
+
+@changed
+def panoptic(content):
+    for x in content["annotations"]:
+        segment = {"id": x.pop("id"), "category_id": x.pop("category_id")}
+        x["segments_info"] = [segment]
+
+
 @changed
 def images_by_name(content):
     for x in content["annotations"]:
@@ -409,6 +423,11 @@ COCO_FAULTS = [
           check=boxes(FIRST, SECOND)),
     Fault("file in a folder of annotations", "coco", in_annotations, "kept",
           check=boxes(FIRST, SECOND)),
+    Fault("mask of the image's name among labels", "coco", masks_among_labels,
+          "kept", "does not list were left out: 1 .labels/a.png",
+          check=boxes(FIRST, SECOND)),
+    Fault("panoptic form", "coco", panoptic, "refused",
+          "labels.json to be .*Received: segments_info, COCO's panoptic form"),
     Fault("name in capitals", "coco", file_name("A.PNG"), "kept"),
     Fault("size missing", "coco", without("images", "width"), "kept"),
     Fault("size of 100 million pixels", "coco",
