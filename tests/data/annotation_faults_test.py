@@ -215,6 +215,12 @@ def two_images(content):
     return make
 
 
+def beside_coco(root, form):
+    """Puts COCO's folder beside the xml files, as for the same images."""
+    (root / "annotations").mkdir()
+    (root / "annotations/train.json").write_text(json.dumps(coco()))
+
+
 def no_xml(root, form):
     for path in root.glob("*.xml"):
         path.unlink()
@@ -506,6 +512,8 @@ VOC_FAULTS = [
           "a.xml: .* Received: a.jpg, a.png"),
     Fault("xml files in folders of their own", "voc", moved("a.xml", "labels"),
           "kept", check=boxes(FIRST, SECOND)),
+    Fault("folder of COCO's annotations", "voc", beside_coco, "kept",
+          check=boxes(FIRST, SECOND)),
     Fault("masks of the same names", "voc", other_images("SegmentationClass"),
           "kept", r"(?s)\A(?!.*left out)", check=boxes(FIRST, SECOND)),
     Fault("masks among the labels", "voc yolo", other_images("labels"), "kept",
