@@ -130,6 +130,20 @@ def in_annotations(root, form):
     return f"coco:{path}"
 
 
+def masks_among_labels(root, form):
+    """Puts a mask of the image's name into a folder `labels` beside."""
+    (root / "labels").mkdir()
+    picture("a", "L").save(root / "labels/a.png")
+    return in_annotations(root, form)
+
+
+@changed
+def panoptic(content):
+    for x in content["annotations"]:
+        segment = {"id": x.pop("id"), "category_id": x.pop("category_id")}
+        x["segments_info"] = [segment]
+
+
 @changed
 def images_by_name(content):
     for x in content["annotations"]:
@@ -199,6 +213,12 @@ def two_images(content):
         (root / "a.xml").write_text(content)
 
     return make
+
+
+def beside_coco(root, form):
+    """Puts COCO's folder beside the xml files, as for the same images."""
+    (root / "annotations").mkdir()
+    (root / "annotations/train.json").write_text(json.dumps(coco()))
 
 
 def no_xml(root, form):
@@ -409,6 +429,11 @@ COCO_FAULTS = [
           check=boxes(FIRST, SECOND)),
     Fault("file in a folder of annotations", "coco", in_annotations, "kept",
           check=boxes(FIRST, SECOND)),
+    Fault("mask of the image's name among labels", "coco", masks_among_labels,
+          "kept", "does not list were left out: 1 .labels/a.png",
+          check=boxes(FIRST, SECOND)),
+    Fault("panoptic form", "coco", panoptic, "refused",
+          "labels.json to be .*Received: segments_info, COCO's panoptic form"),
     Fault("name in capitals", "coco", file_name("A.PNG"), "kept"),
     Fault("size missing", "coco", without("images", "width"), "kept"),
     Fault("size of 100 million pixels", "coco",
@@ -487,6 +512,8 @@ VOC_FAULTS = [
           "a.xml: .* Received: a.jpg, a.png"),
     Fault("xml files in folders of their own", "voc", moved("a.xml", "labels"),
           "kept", check=boxes(FIRST, SECOND)),
+    Fault("folder of COCO's annotations", "voc", beside_coco, "kept",
+          check=boxes(FIRST, SECOND)),
     Fault("masks of the same names", "voc", other_images("SegmentationClass"),
           "kept", r"(?s)\A(?!.*left out)", check=boxes(FIRST, SECOND)),
     Fault("masks among the labels", "voc yolo", other_images("labels"), "kept",

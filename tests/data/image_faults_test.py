@@ -147,6 +147,7 @@ GREY16 = Image.fromarray(
 )
 PALETTE = picture("a").quantize(16)
 FRAMES = [picture("a", "L").rotate(180), picture("a", "L")]
+GREY = "are gray or have a palette, as masks do, .*: 1 .*a.png"
 DEEP = np.random.default_rng(2).integers(0, 256, (HEIGHT, WIDTH * 6), np.uint8)
 DEEP = png(
     WIDTH,
@@ -200,11 +201,18 @@ FAULTS = [
     Fault("resized since", "voc coco", resized, "broken", "24x16 .*48x32"),
     Fault("mask of another size", "masks", resized, "broken", "24x16 .*48x32"),
     Fault("16-bit colour PNG", ALL, written(DEEP), "kept"),
-    Fault("grey", ALL, saved(picture("a", "L")), "kept"),
+    Fault("grey", ALL, saved(picture("a", "L")), "kept", GREY),
+    Fault(
+        "grey JPEG",
+        ALL,
+        saved(picture("a", "L"), "JPEG"),
+        "kept",
+        r"(?s)\A(?!.*are gray)",
+    ),
     Fault("grey and alpha", ALL, saved(picture("a", "LA")), "kept"),
     Fault("colour and alpha", ALL, saved(picture("a", "RGBA")), "kept"),
-    Fault("one bit", ALL, saved(picture("a", "1")), "kept"),
-    Fault("palette", ALL, saved(PALETTE), "kept"),
+    Fault("one bit", ALL, saved(picture("a", "1")), "kept", GREY),
+    Fault("palette", ALL, saved(PALETTE), "kept", GREY),
     Fault(
         "palette with transparency",
         ALL,

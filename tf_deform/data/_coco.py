@@ -183,6 +183,12 @@ def _join(
         by_id[key] = image.get("file_name")
     unknown = collections.Counter()
     for annotation in annotations:
+        if "segments_info" in annotation:
+            raise ValueError(
+                f"Expected the annotations of {shown(path)} to be objects with "
+                "a category_id and a bbox. Received: segments_info, COCO's "
+                "panoptic form. Export instances"
+            )
         key = _id(annotation.get("image_id"), f"an image_id in {shown(path)}")
         category = _id(
             annotation.get("category_id"), f"a category_id in {shown(path)}"

@@ -38,6 +38,10 @@ STORED = (
 )
 TURNED = "images are turned by EXIF and annotated upright"
 ANIMATED = "images are animated; the first picture was taken"
+GREY = (
+    "images are gray or have a palette, as masks do, and were read as "
+    "photographs"
+)
 
 
 class Notes:
@@ -190,6 +194,7 @@ def draft(
     elif header.orientation > 1:
         odd[TURNED] += 1
     odd[ANIMATED] = int(header.animated)
+    odd[GREY] = int(header.grey)
     unique = _unique(told)
     odd[REPEATED] = len(told) - len(unique)
     odd[DOUBLE] = len(unique) - len({(one.key, one.box) for one in unique})

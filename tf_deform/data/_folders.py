@@ -241,7 +241,8 @@ class Index:
         """Returns the image that a file calls `name`, from the folder.
 
         It is found by the path; else by its tail, as the path may be another
-        machine's; else by its last name, if that is unique.
+        machine's; else by its last name, if that is unique. A mask in `labels`
+        may share the place of the image.
 
         Raises:
             FileNotFoundError: There is none, or more than one.
@@ -262,6 +263,8 @@ class Index:
             last = parts[-1] if parts else ""
             for key in (last, _folded(last)):
                 found = found or self._nearest(parts, self._by_name.get(key))
+        if len({place(x) for x in found}) == 1:
+            found = _no_masks(found)
         if len(found) == 1:
             return found[0]
         where = shown(self.root)

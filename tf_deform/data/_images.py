@@ -71,12 +71,14 @@ class Header:
         stored: Width and height of the image as it is stored.
         orientation: EXIF's number, 1 to 8; 1 is upright.
         animated: Whether other pictures follow the first.
+        grey: Whether it is gray or has a palette, as masks do, and is no JPEG.
     """
 
     size: tuple[int, int]
     stored: tuple[int, int]
     orientation: int
     animated: bool
+    grey: bool = False
 
 
 @contextlib.contextmanager
@@ -167,7 +169,9 @@ def header(path: str, *, decode: bool = False) -> Header:
         other = image.size[::-1] if orientation > 4 else image.size
         # Pillow turns a TIFF itself.
         size, stored = (image.size, other) if tiff else (other, image.size)
-        return Header(size, stored, orientation, animated)
+        jpeg = image.format in ("JPEG", "MPO")
+        grey = image.mode in ("1", "L", "P") and not jpeg
+        return Header(size, stored, orientation, animated, grey)
 
 
 def _turned(image: Any, orientation: int) -> Any:

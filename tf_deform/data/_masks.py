@@ -17,6 +17,7 @@ from tf_deform._squares import VOID
 from tf_deform.data._coco import read_json
 from tf_deform.data._drafts import (
     ANIMATED,
+    GREY,
     STORED,
     TURNED,
     Draft,
@@ -362,6 +363,7 @@ def _read(
     if head.orientation > 1:
         one.odd[STORED if stored else TURNED] += 1
     one.odd[ANIMATED] = int(head.animated)
+    one.odd[GREY] = int(head.grey)
     count = np.bincount(read_mask(mask).ravel(), minlength=VOID + 1)
     colours = {}
     if mode == "P" and not mask.colours:

@@ -123,6 +123,8 @@ class _Reader:
         self.base = base
         self.notes = Notes()
         annotations = inner(root, "annotations") or root
+        if not files(annotations, {".xml"}):
+            annotations = root  # That folder is of another form, as COCO's.
         self.xmls = [
             os.path.relpath(os.path.join(annotations, path), root)
             for path in files(annotations, {".xml"})
