@@ -81,8 +81,8 @@ def test_an_unknown_class_names_both_lists(tmp_path):
     with pytest.raises(ValueError) as error:
         result.select(["dog", "bird"])
     assert str(error.value) == (
-        "Expected no classes but dog, bird. Received: car, of the classes car, "
-        "dog"
+        "Expected objects of dog, bird alone. Received: objects of car; the "
+        "data has the classes car, dog"
     )
     with pytest.raises(ValueError, match="Letters count: dog is not Dog$"):
         result.select(["Dog", "car"])
@@ -107,7 +107,7 @@ def test_masks_follow_the_classes(tmp_path):
     np.testing.assert_array_equal(
         data.read_mask(back.photographs[0].mask)[..., 0], mask("a")
     )
-    with pytest.raises(ValueError, match="Received: car, dog, of the classes"):
+    with pytest.raises(ValueError, match="Received: objects of car, dog; the"):
         result.select(["ground"])
 
 

@@ -278,6 +278,18 @@ def test_an_interruption_is_told_once(
     assert capsys.readouterr().err == "Interrupted\n"
 
 
+def test_a_backbone_of_another_size(photographs, tmp_path, capsys):
+    image = keras.Input((64, 48, 3))
+    maps = keras.layers.Conv2D(4, 3, 4, "same")(image)
+    keras.Model(image, maps).save(tmp_path / "fixed.keras")
+    arguments = ["train", "detect", "--data", f"voc:{photographs}/voc"]
+    arguments += ["--backbone", str(tmp_path / "fixed.keras"), "--size", "96"]
+    assert tf_deform_cli.main([*arguments, "--out", str(tmp_path / "run")]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "Expected `size` (--size) to be that of the images of" in said
+    assert said.endswith("fixed.keras, 64x48. Received: 96")
+
+
 def test_seconds_of_a_step(monkeypatch, caplog):
     """Tests a clock: the first step compiles, and validation is no step."""
     now = [0.0]
@@ -314,23 +326,31 @@ def test_seconds_where_the_first_step_is_alone(monkeypatch, caplog):
     assert " 2 s a step, 32 s with" in caplog.messages[1]
 
 
-@pytest.mark.parametrize("quiet", [False, True])
-def test_a_line_each_minute(quiet, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    "quiet, steps, lefts",
+    [
+        (False, 100, ("24 minutes", "23 minutes")),
+        (False, 11, ("2 minutes", "30 s")),
+        (True, 100, ()),
+    ],
+)
+def test_a_line_each_minute(quiet, steps, lefts, monkeypatch, caplog):
     now = [0.0]
     monkeypatch.setattr(_train.time, "perf_counter", lambda: now[0])
-    log = _train._StepLog(start=0, steps=100, pass_steps=4, quiet=quiet)
+    log = _train._StepLog(start=0, steps=steps, pass_steps=4, quiet=quiet)
     log.on_epoch_begin(0)
     with caplog.at_level(logging.INFO, "tf_deform"):
         for step in range(9):
             now[0] += 15
             log.on_train_batch_end(step)
+    # The first step, which compiles, tells nothing of those to come.
     assert caplog.messages == (
         []
         if quiet
         else [
-            f"Step {step} of 100, 15 s a step: {minutes} minutes to go, "
-            "without validation"
-            for step, minutes in ((4, 24), (8, 23))
+            f"Step {step} of {steps}, 15 s a step: {left} to go, without "
+            "validation"
+            for step, left in zip((5, 9), lefts)
         ]
     )
 

@@ -65,7 +65,10 @@ def test_classes_that_the_model_does_not_know(
     arguments += ["--data", f"voc:{tmp_path}/voc"]
     assert tf_deform_cli.main([*arguments, "--quiet"]) == 1
     (said,) = capsys.readouterr().err.splitlines()
-    assert "Expected no classes but blue, red. Received: green" in said
+    assert (
+        "Expected objects of blue, red alone. Received: objects of green"
+        in said
+    )
 
 
 def test_photographs_of_another_kind(detector, segmenter, sources):
@@ -93,7 +96,7 @@ def test_results_are_not_replaced(name, sources, tmp_path):
 def test_evaluating_a_segmenter(segmenter, sources, tmp_path, monkeypatch):
     model, masks = segmenter[0] / "best.keras", sources["masks"]
     # Names of training and validation may stand for other ids.
-    words = r"Expected no classes but none, blue.*\(--classes\) names them"
+    words = r"Expected objects of none, blue.*\(--classes\) names them"
     with pytest.raises(ValueError, match=words):
         tasks.evaluate(model, masks)
     monkeypatch.setattr(_evaluate, "MOST_PICTURES", 3)

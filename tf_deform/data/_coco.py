@@ -207,9 +207,10 @@ def _join(
         text = ", ".join(
             f"{shown(str(key))} ({n} times)" for key, n in unknown.items()
         )
+        listed = ", ".join(map(str, names)) or "of which it lists none"
         raise ValueError(
-            f"Expected the annotations of {shown(path)} to have the category "
-            f"ids {', '.join(map(str, names))}. Received: {text}"
+            f"Expected the annotations of {shown(path)} to have ids of its "
+            f"categories, {listed}. Received: category_id {text}"
         )
     if annotations and not any(result.values()):
         raise ValueError(

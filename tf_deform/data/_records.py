@@ -132,9 +132,9 @@ class Annotations:
         lost = [self.classes[i] for i in sorted(used) if new[i] < 0]
         if lost:
             raise ValueError(
-                f"Expected no classes but {', '.join(classes)}. Received: "
-                f"{', '.join(lost)}, of the classes {', '.join(self.classes)}"
-                f"{_advise(lost, classes)}"
+                f"Expected objects of {', '.join(classes)} alone. Received: "
+                f"objects of {', '.join(lost)}; the data has the classes "
+                f"{', '.join(self.classes)}{_advise(lost, classes)}"
             )
         table = np.array([*new, -1], np.int32)
         masks = {}  # One table serves many masks.

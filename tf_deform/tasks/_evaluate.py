@@ -293,6 +293,11 @@ def export_model(settings: Mapping[str, Any]) -> pathlib.Path:
         data.read_image(one)
         for one in ([sample] if isinstance(sample, str) else sample or [])
     ]
+    LOGGER.info(
+        "Writing the file, and comparing it with the model on %s: this takes "
+        "minutes",
+        f"{len(photographs)} photographs" if photographs else "made-up pixels",
+    )
     if kind == "saved_model":
         _export_folder(model, path, settings["portable"], photographs, options)
         about = path / "model.json"
@@ -301,7 +306,12 @@ def export_model(settings: Mapping[str, Any]) -> pathlib.Path:
         about = path.with_name(path.name + ".json")
     files = kind == "saved_model"
     training.write_metrics(about, describe(model, files))
-    LOGGER.info("Written: %s, and what it takes and gives: %s", path, about)
+    LOGGER.info(
+        "Written, with outputs as the model's: %s, and what it takes and "
+        "gives: %s",
+        path,
+        about,
+    )
     return path
 
 

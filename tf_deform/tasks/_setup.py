@@ -153,6 +153,12 @@ def make_backbone(settings: Mapping[str, Any]) -> keras.Model:
     if network.endswith((".keras", ".h5")):
         path, network = network, keras.saving.load_model(network, compile=False)
         _tell_precision(path, network, settings["mixed_precision"])
+        given, size = network.inputs[0].shape[1:3], settings["size"]
+        if None not in given and tuple(given) != (size, size):
+            raise ValueError(
+                f"Expected `size` (--size) to be that of the images of {path}, "
+                f"{given[0]}x{given[1]}. Received: {size}"
+            )
     elif weights is None:
         weights = "imagenet"
     return models.backbone(network, weights, settings["size"])

@@ -131,7 +131,12 @@ def _report_objects(train: Any, val: Any, model: Any, settings: dict) -> None:
     if settings["tile"]:
         boxes = [_in_a_tile(rows, size) for rows in boxes]
     report = training.anchor_report(boxes, model.anchors(), least)
-    LOGGER.info("To learn from: %s", report)
+    LOGGER.info(
+        "To learn from, in pixels of the model's %d x %d: %s",
+        size,
+        size,
+        report,
+    )
     owners = np.repeat(np.arange(len(boxes)), [len(rows) for rows in boxes])
     missed = np.unique(owners[report.overlaps < least])
     if len(missed):
@@ -285,6 +290,7 @@ class _Training:
             checkpoints,
             training.TensorBoardLogs(self._run.folder / "tensorboard"),
         ]
+        LOGGER.info("Training: the first step takes longer, as it compiles")
         self._model.fit(
             self._batches(start),
             initial_epoch=checkpoints.epoch,
@@ -427,16 +433,18 @@ class _StepLog(keras.callbacks.Callback):
         self._step += 1
         self._timed += 1
         self._timed_to = time.perf_counter()
-        if not self._quiet and self._timed_to - self._said >= _SILENCE:
+        if self._step == self._start + 1:
+            self._said = self._timed_to
+        elif not self._quiet and self._timed_to - self._said >= _SILENCE:
             self._said = self._timed_to
             seconds = self._seconds()
+            left = seconds * (self._steps - self._step)
             LOGGER.info(
-                "Step %d of %d, %.3g s a step: %.0f minutes to go, without "
-                "validation",
+                "Step %d of %d, %.3g s a step: %s to go, without validation",
                 self._step,
                 self._steps,
                 seconds,
-                seconds * (self._steps - self._step) / 60,
+                f"{left / 60:.0f} minutes" if left >= 90 else f"{left:.0f} s",
             )
 
     def _seconds(self) -> float:
