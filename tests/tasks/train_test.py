@@ -290,6 +290,16 @@ def test_a_backbone_of_another_size(photographs, tmp_path, capsys):
     assert said.endswith("fixed.keras, 64x48. Received: 96")
 
 
+def test_a_backbone_without_images(photographs, tmp_path, capsys):
+    numbers = keras.Input((10,))
+    model = keras.Model(numbers, keras.layers.Dense(2)(numbers))
+    model.save(tmp_path / "other.keras")
+    arguments = ["train", "detect", "--data", f"voc:{photographs}/voc"]
+    arguments += ["--backbone", str(tmp_path / "other.keras"), "--size", "96"]
+    assert tf_deform_cli.main([*arguments, "--out", str(tmp_path / "run")]) == 1
+    assert "Expected" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_seconds_of_a_step(monkeypatch, caplog):
     """Tests a clock: the first step compiles, and validation is no step."""
     now = [0.0]

@@ -296,7 +296,7 @@ def export_model(settings: Mapping[str, Any]) -> pathlib.Path:
     LOGGER.info(
         "Writing the file, and comparing it with the model on %s: this takes "
         "minutes",
-        f"{len(photographs)} photographs" if photographs else "made-up pixels",
+        "your photographs" if photographs else "made-up pixels",
     )
     if kind == "saved_model":
         _export_folder(model, path, settings["portable"], photographs, options)

@@ -153,15 +153,28 @@ def make_backbone(settings: Mapping[str, Any]) -> keras.Model:
     if network.endswith((".keras", ".h5")):
         path, network = network, keras.saving.load_model(network, compile=False)
         _tell_precision(path, network, settings["mixed_precision"])
-        given, size = network.inputs[0].shape[1:3], settings["size"]
-        if None not in given and tuple(given) != (size, size):
+        _check_size(path, network, settings["size"])
+    elif weights is None:
+        weights = "imagenet"
+    return models.backbone(network, weights, settings["size"])
+
+
+def _check_size(path: str, network: keras.Model, size: int) -> None:
+    """Checks a size against that of a network for images of one size alone.
+
+    What is no network of images is left to `models.backbone` to refuse.
+    """
+    for image in getattr(network, "inputs", None) or ():
+        given = tuple(image.shape[1:3])
+        if (
+            len(image.shape) == 4
+            and None not in given
+            and given != (size, size)
+        ):
             raise ValueError(
                 f"Expected `size` (--size) to be that of the images of {path}, "
                 f"{given[0]}x{given[1]}. Received: {size}"
             )
-    elif weights is None:
-        weights = "imagenet"
-    return models.backbone(network, weights, settings["size"])
 
 
 def _tell_precision(
